@@ -1,0 +1,148 @@
+//! What a VMM implements so that its guest can migrate: memory, the dirty log, and control of the guest.
+//!
+//! Three traits, because a static file has only the first, memory without KVM the first two, and a VM all three.
+//! Guest memory is never handed out by reference: it is a [`VolatileSlice`] (rust-vmm `vm-memory`), because vCPUs
+//! write it at any time.
+
+use std::io;
+
+use vm_memory::volatile_memory::VolatileSlice;
+
+use crate::bitmap::PageBitmap;
+use crate::layout::Layout;
+
+/// An operation of a backend that failed, with what was tried.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct BackendError {
+    /// What was tried, where, and, where something can be done about it, what.
+    pub what: String,
+    /// The system's word on it.
+    #[source]
+    pub source: io::Error,
+}
+
+impl BackendError {
+    /// An error with the last OS error as its source.
+    pub fn last_os(what: impl Into<String>) -> Self {
+        Self { what: what.into(), source: io::Error::last_os_error() }
+    }
+    /// An error with a source.
+    pub fn new(what: impl Into<String>, source: io::Error) -> Self {
+        Self { what: what.into(), source }
+    }
+    /// An error that stems from bad data rather than from the system.
+    pub fn invalid(what: impl Into<String>) -> Self {
+        Self { what: what.into(), source: io::ErrorKind::InvalidData.into() }
+    }
+}
+
+/// Guest memory: regions with their host mappings.
+pub trait GuestRam: Send + Sync {
+    /// The layout; it never changes during a session.
+    fn layout(&self) -> &Layout;
+
+    /// The whole mapping of a region (an index into `layout().regions()`).
+    fn region(&self, region: usize) -> VolatileSlice<'_>;
+
+    /// Tells which pages may hold something other than zeros: for each chunk from `first`, one word of `pages`. A clear bit is a
+    /// hole: never touched, reads as zero, and must not be read, for that would allocate it. Bits past a region's end
+    /// are clear. It is only a snapshot: pages filled after a dirty log was started are in that log.
+    fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError>;
+
+    /// Faults the memory of `count` chunks from `first` in, for writing, ahead of the data. A hint.
+    fn populate(&self, first: u32, count: u32) -> Result<(), BackendError> {
+        let _ = (first, count);
+        Ok(())
+    }
+
+    /// Makes these pages of a chunk read as zero, and holes again where the memory's kind allows it.
+    fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError>;
+
+    /// Makes what was written durable, where the memory is a file on a disk.
+    fn persist(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// The mapping of one chunk.
+    ///
+    /// # Panics
+    /// When there is no such chunk: chunk numbers that came from a peer are checked with [`Layout::locate`] first.
+    fn chunk(&self, chunk: u32) -> VolatileSlice<'_> {
+        let place = self.layout().locate(chunk).expect("chunk number was validated");
+        self.region(place.region)
+            .subslice(place.offset as usize, place.bytes())
+            .expect("a layout's chunk lies in its region's mapping")
+    }
+}
+
+/// A dirty tracker: which pages were written since it was last asked.
+///
+/// A page written after [`start`](Self::start) is reported by some later [`sync`](Self::sync), also when it was
+/// written while `sync` or `clear` ran. Whoever consumes a report reads the page *after* [`clear`](Self::clear)
+/// returned for it; a write that comes after that is reported again.
+pub trait DirtyLog: Send + Sync {
+    /// A short name for reports: `kvm-bitmap`, `kvm-ring`, `uffd-wp`, `static`.
+    fn name(&self) -> &'static str;
+
+    /// Starts logging, with no page reported (whatever was written before is the caller's business: it sends everything).
+    fn start(&self) -> Result<(), BackendError>;
+
+    /// Adds the pages written since the last report to `dirty`; returns how many pages the log held (a page already in
+    /// `dirty` counts).
+    fn sync(&self, dirty: &PageBitmap) -> Result<u64, BackendError>;
+
+    /// Re-arms logging for pages that `sync` reported and that are about to be read: word `i` of `pages` belongs to
+    /// chunk `first + i`. Trackers whose `sync` re-arms by itself do nothing.
+    fn clear(&self, first: u32, pages: &[u64]) -> Result<(), BackendError> {
+        let _ = (first, pages);
+        Ok(())
+    }
+
+    /// Stops logging and frees what it took. Harmless when not started.
+    fn stop(&self) -> Result<(), BackendError>;
+}
+
+/// One named, versioned piece of device or vCPU state, opaque to the engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateBlob {
+    /// Name, such as `vcpu/0`.
+    pub name: String,
+    /// Version of the encoding of `bytes`.
+    pub version: u32,
+    /// The state.
+    pub bytes: Vec<u8>,
+}
+
+/// Control over a running guest.
+pub trait Guest: Send + Sync {
+    /// Stops all vCPUs; returns when none runs and all their writes are in memory and in the dirty log.
+    fn pause(&self) -> Result<(), BackendError>;
+    /// Lets the vCPUs run.
+    fn resume(&self) -> Result<(), BackendError>;
+    /// Takes `percent` (0..=99) of their time from the vCPUs; 0 ends throttling.
+    fn throttle(&self, percent: u8) -> Result<(), BackendError>;
+    /// The state of everything but memory, of a paused guest.
+    fn save_state(&self) -> Result<Vec<StateBlob>, BackendError>;
+    /// Puts state into a guest that has not run yet. Unknown names and versions are refused.
+    fn load_state(&self, state: &[StateBlob]) -> Result<(), BackendError>;
+}
+
+/// The dirty log of memory that nobody writes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StaticLog;
+
+impl DirtyLog for StaticLog {
+    fn name(&self) -> &'static str {
+        "static"
+    }
+    fn start(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+    fn sync(&self, _dirty: &PageBitmap) -> Result<u64, BackendError> {
+        Ok(0)
+    }
+    fn stop(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+}

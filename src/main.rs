@@ -1,0 +1,2 @@
+//! pageferry
+fn main() {}
