@@ -1,0 +1,699 @@
+//! Guest RAM as mappings of this process: private anonymous memory, a memfd, huge pages, or a file.
+//!
+//! This module owns every mapping of guest memory and all `unsafe` code about it. What leaves it is a
+//! [`VolatileSlice`], which is bounds-checked and never a reference to bytes that a guest may write.
+//!
+//! Three things the kernel does that no return value can show, so that whoever picks a backing knows:
+//! * A file that another process truncates while it is mapped here ends this process with SIGBUS at the next access. A
+//!   memfd made here is sealed against that.
+//! * So does a first write to a file or memfd whose file system, cgroup or host has no room left.
+//! * A private mapping of a file opened for reading keeps writes to itself; see [`GuestMemory::open_ram_file`].
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::ptr::{self, NonNull};
+
+use pagecopy::backend::{BackendError, GuestRam};
+use pagecopy::bitmap::runs;
+use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use vm_memory::volatile_memory::VolatileSlice;
+
+use crate::pagemap::{Pagemap, Query};
+use crate::sys::scan;
+
+/// The size, in bytes, of the huge pages that mappings are aligned for.
+const HUGE_SIZE: u64 = 2 << 20;
+
+/// What guest memory is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// Private anonymous memory.
+    Anonymous {
+        /// Whether transparent huge pages are asked for; otherwise they are refused.
+        huge: bool,
+    },
+    /// A new memfd of 4 KiB pages. It can be passed to other processes; see [`GuestMemory::fd_of`].
+    Memfd,
+    /// A new memfd of 2 MiB pages from the host's reserve (`/proc/sys/vm/nr_hugepages`).
+    MemfdHuge,
+    /// A file on any file system, hugetlbfs included.
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Whether the file is made, or emptied if it exists, and then set to the layout's size, so that it is all holes.
+        /// Otherwise it must exist and have exactly the layout's size.
+        create: bool,
+    },
+}
+
+/// What the kernel keeps the pages in: decides how holes are found and made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Private anonymous memory.
+    Anonymous,
+    /// tmpfs or a memfd.
+    Shmem,
+    /// hugetlbfs or a memfd of huge pages, with the size of these in bytes.
+    Hugetlb(u64),
+    /// A file system on a disk, or anything else.
+    Disk,
+}
+
+/// Guest RAM: one mapping a region. See the [module](self) for what it is made of.
+///
+/// Regions lie one after another in a file, in the order of the layout. Mappings lie at addresses that are equal to the
+/// guest-physical ones modulo 2 MiB, so that KVM can map huge pages as such. They are not inherited by child processes, which
+/// would make the kernel copy the guest's pages.
+#[derive(Debug)]
+pub struct GuestMemory {
+    layout: Layout,
+    kind: Kind,
+    regions: Vec<Mapping>,
+    /// The file behind the mappings, unless anonymous.
+    file: Option<File>,
+    /// The path of the file that was made here, whose directory entry must be made durable with it.
+    created: Option<PathBuf>,
+    /// Whether the file is mapped privately, so that writes stay in this process.
+    private_file: bool,
+    /// Where `/proc` is mounted, and only for memory that has private pages.
+    pagemap: Option<Pagemap>,
+}
+
+impl GuestMemory {
+    /// Makes or opens guest memory and maps it.
+    ///
+    /// # Errors
+    /// When the system refuses, when a file is not what the layout needs, or when a huge page backing cannot hold the layout's regions; the text
+    /// names the region or path, the sizes in bytes, and what to do.
+    pub fn create(layout: Layout, backing: &Backing) -> Result<Self, BackendError> {
+        let (file, created) = match backing {
+            Backing::Anonymous { huge } => return Self::anonymous(layout, *huge),
+            Backing::Memfd => (memfd(&layout, MemfdFlags::empty())?, None),
+            Backing::MemfdHuge => {
+                check_huge_regions(&layout, HUGE_SIZE)?;
+                (memfd(&layout, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?, None)
+            }
+            Backing::File { path, create: true } => (create_file(path, &layout)?, Some(path.clone())),
+            Backing::File { path, create: false } => {
+                let (file, len) = open_file(path, true)?;
+                if len != layout.bytes() {
+                    return Err(BackendError::invalid(format!(
+                        "{}: the file has {len} bytes, but the layout {}; give the file that belongs to this guest",
+                        path.display(),
+                        layout.bytes()
+                    )));
+                }
+                (file, None)
+            }
+        };
+        Self::over_file(layout, file, created, false)
+    }
+
+    /// Opens a file as a guest of one region, `ram`, as long as the file.
+    ///
+    /// With `writable` false, the file is opened for reading only and mapped privately: what is written to the memory then
+    /// stays in this process and never reaches the file, and [`discard`](GuestRam::discard) is refused.
+    ///
+    /// # Errors
+    /// When the path is not a regular file, is empty, or its length is not a multiple of 4096 bytes.
+    pub fn open_ram_file(path: &Path, writable: bool) -> Result<Self, BackendError> {
+        let (file, len) = open_file(path, writable)?;
+        let layout = Layout::flat(len).map_err(|e| {
+            BackendError::new(format!("{}: no RAM file", path.display()), io::Error::other(e))
+        })?;
+        Self::over_file(layout, file, None, !writable)
+    }
+
+    /// The file behind a region (an index into `layout().regions()`) and the offset in bytes of the region in it, to pass to
+    /// another process; `None` for anonymous memory and where there is no such region.
+    pub fn fd_of(&self, region: usize) -> Option<(BorrowedFd<'_>, u64)> {
+        let file = self.file.as_ref()?;
+        let before = self.layout.regions().get(..=region)?;
+        Some((file.as_fd(), before[..region].iter().map(|r| r.len).sum()))
+    }
+
+    /// Whether pages are private to this process, so that its page table knows all of them.
+    pub(crate) fn is_anonymous(&self) -> bool {
+        self.kind == Kind::Anonymous
+    }
+
+    /// The addresses of a region's mapping in this process.
+    pub(crate) fn host_range(&self, region: usize) -> Range<u64> {
+        let mapping = &self.regions[region];
+        let start = mapping.base.as_ptr() as u64;
+        start..start + mapping.len as u64
+    }
+
+    fn anonymous(layout: Layout, huge: bool) -> Result<Self, BackendError> {
+        check_page_size()?;
+        let mut regions = Vec::with_capacity(layout.regions().len());
+        for region in layout.regions() {
+            let mapping = Mapping::new(None, region.len, HUGE_SIZE, region.gpa % HUGE_SIZE, false)
+                .map_err(|e| mapping_error(&region.name, region.len, Kind::Anonymous, e))?;
+            mapping.advise_size(huge);
+            regions.push(mapping);
+        }
+        let pagemap = Pagemap::open().ok();
+        Ok(Self {
+            layout,
+            kind: Kind::Anonymous,
+            regions,
+            file: None,
+            created: None,
+            private_file: false,
+            pagemap,
+        })
+    }
+
+    fn over_file(
+        layout: Layout,
+        file: File,
+        created: Option<PathBuf>,
+        private_file: bool,
+    ) -> Result<Self, BackendError> {
+        check_page_size()?;
+        let kind = kind_of(&file)?;
+        let (align, skew_of): (u64, fn(u64) -> u64) = match kind {
+            Kind::Hugetlb(size) => {
+                check_huge_regions(&layout, size)?;
+                (size, |_| 0)
+            }
+            _ => (HUGE_SIZE, |gpa| gpa % HUGE_SIZE),
+        };
+        let mut regions = Vec::with_capacity(layout.regions().len());
+        let mut offset = 0;
+        for region in layout.regions() {
+            let mapping =
+                Mapping::new(Some((&file, offset)), region.len, align, skew_of(region.gpa), private_file)
+                    .map_err(|e| mapping_error(&region.name, region.len, kind, e))?;
+            if kind == Kind::Shmem {
+                // Dirtiness is tracked by pages of 4 KiB, which huge shmem pages would blur to 2 MiB. A tmpfs mounted with
+                // huge=always keeps huge pages all the same.
+                mapping.advise_size(false);
+            }
+            regions.push(mapping);
+            offset += region.len;
+        }
+        let pagemap = if private_file { Pagemap::open().ok() } else { None };
+        Ok(Self { layout, kind, regions, file: Some(file), created, private_file, pagemap })
+    }
+
+    /// The parts of regions that `count` chunks from `first` make up.
+    fn spans(&self, first: u32, count: usize) -> Result<impl Iterator<Item = Span> + '_, BackendError> {
+        let chunks = self.layout.chunks();
+        let end = u64::from(first) + count as u64;
+        if end > u64::from(chunks) {
+            return Err(BackendError::invalid(format!(
+                "chunks {first}..{end} were asked for, but the layout has {chunks}"
+            )));
+        }
+        let end = end as u32;
+        Ok(self.layout.regions().iter().enumerate().filter_map(move |(region, r)| {
+            let of_region = self.layout.region_chunks(region);
+            let (low, high) = (of_region.start.max(first), of_region.end.min(end));
+            let byte = |chunk: u32| u64::from(chunk - of_region.start) * CHUNK_SIZE as u64;
+            (low < high).then(|| Span {
+                region,
+                bytes: byte(low)..byte(high).min(r.len),
+                words: (low - first) as usize..(high - first) as usize,
+            })
+        }))
+    }
+
+    /// The runs of data of a span of the file, by SEEK_DATA and SEEK_HOLE, as offsets in the region.
+    fn file_data(&self, file: &File, span: &Span, each: impl FnMut(u64, u64)) -> io::Result<()> {
+        let base: u64 = self.layout.regions()[..span.region].iter().map(|r| r.len).sum();
+        if matches!(self.kind, Kind::Hugetlb(_)) {
+            // hugetlbfs does not look for holes; but a file without any block is one.
+            let mut each = each;
+            if file.metadata()?.blocks() != 0 {
+                each(span.bytes.start, span.bytes.end);
+            }
+            return Ok(());
+        }
+        seek_data(file, base, span.bytes.clone(), each)
+    }
+
+    /// The runs of a span that are private pages of this process, as offsets in the region.
+    fn private_data(&self, span: &Span, mut each: impl FnMut(u64, u64)) -> io::Result<()> {
+        let Some(pagemap) = &self.pagemap else {
+            each(span.bytes.start, span.bytes.end);
+            return Ok(());
+        };
+        let base = self.host_range(span.region).start;
+        let (start, end) = (base + span.bytes.start, base + span.bytes.end);
+        let not = scan::PFNZERO | scan::FILE;
+        let query = Query {
+            inverted: not,
+            all_of: not,
+            any_of: scan::PRESENT | scan::SWAPPED,
+            report: scan::PRESENT,
+            ..Query::default()
+        };
+        let result = pagemap.scan(&query, start, end, |from, to| each(from - base, to - base));
+        match result {
+            // Before Linux 6.7.
+            Err(e) if e.raw_os_error() == Some(Errno::NOTTY.raw_os_error()) => {
+                pagemap.read_present(start, end, |from, to| each(from - base, to - base))
+            }
+            other => other,
+        }
+    }
+
+    /// Makes `len` bytes at `offset` of a region read as zero.
+    fn discard_run(&self, region: usize, offset: u64, len: u64) -> io::Result<()> {
+        let mapping = &self.regions[region];
+        match (&self.file, self.kind) {
+            (None, _) => mapping.advise(offset, len, Advice::LinuxDontNeed),
+            (Some(file), Kind::Shmem | Kind::Disk) => {
+                let base: u64 = self.layout.regions()[..region].iter().map(|r| r.len).sum();
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                match rustix::fs::fallocate(file, flags, base + offset, len) {
+                    // A file system without holes.
+                    Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                        mapping.zero(offset, len);
+                        Ok(())
+                    }
+                    other => other.map_err(io::Error::from),
+                }
+            }
+            (Some(_), _) => {
+                mapping.zero(offset, len);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl GuestRam for GuestMemory {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn region(&self, region: usize) -> VolatileSlice<'_> {
+        self.regions[region].slice()
+    }
+
+    /// Files and memfds: from the file system, so pages that other processes wrote count too; file systems other than tmpfs may
+    /// tell data from holes by blocks larger than a page. Anonymous memory: from this process's page table. Memory of huge pages from
+    /// hugetlbfs: all of it, unless nothing was ever touched.
+    fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> {
+        pages.fill(0);
+        for span in self.spans(first, pages.len())? {
+            let words = &mut pages[span.words.clone()];
+            let start = span.bytes.start;
+            let mut mark = |from: u64, to: u64| set_pages(words, from - start, to - start);
+            let mut found = Ok(());
+            if let Some(file) = &self.file {
+                found = self.file_data(file, &span, &mut mark);
+            }
+            if found.is_ok() && (self.file.is_none() || self.private_file) {
+                found = self.private_data(&span, &mut mark);
+            }
+            found.map_err(|e| {
+                let name = &self.layout.regions()[span.region].name;
+                BackendError::new(
+                    format!("look for populated pages in {:#x?} of region {name:?}", span.bytes),
+                    e,
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    fn populate(&self, first: u32, count: u32) -> Result<(), BackendError> {
+        // A privately mapped file would be copied whole by write faults.
+        let advice = if self.private_file { Advice::LinuxPopulateRead } else { Advice::LinuxPopulateWrite };
+        for span in self.spans(first, count as usize)? {
+            let (offset, len) = (span.bytes.start, span.bytes.end - span.bytes.start);
+            match self.regions[span.region].advise(offset, len, advice) {
+                // Before Linux 5.14: pages come in as they are touched.
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => return Ok(()),
+                other => other.map_err(|e| {
+                    let name = &self.layout.regions()[span.region].name;
+                    BackendError::new(
+                        format!(
+                            "populate {:#x?} of region {name:?}: give this host, cgroup or file system more room, \
+                             or use a smaller guest",
+                            span.bytes
+                        ),
+                        e,
+                    )
+                })?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages become holes, except in hugetlbfs and in file systems that cannot punch holes: there zeros are written.
+    fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
+        let place =
+            self.layout.locate(chunk).filter(|place| pages & !place.valid() == 0).ok_or_else(|| {
+                BackendError::invalid(format!("discard pages {pages:#x} of chunk {chunk}: no such pages"))
+            })?;
+        if self.private_file {
+            return Err(BackendError::invalid(format!(
+                "discard pages {pages:#x} of chunk {chunk}: the RAM file is open for reading only"
+            )));
+        }
+        for (first, length) in runs(pages) {
+            let offset = place.offset + u64::from(first) * PAGE_SIZE as u64;
+            let len = u64::from(length) * PAGE_SIZE as u64;
+            self.discard_run(place.region, offset, len).map_err(|e| {
+                let name = &self.layout.regions()[place.region].name;
+                BackendError::new(format!("discard {len} bytes at {offset:#x} of region {name:?}"), e)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// A file on a disk is synced, and so is the directory of one that was made here. Other memory has nothing durable.
+    fn persist(&self) -> Result<(), BackendError> {
+        let Some(file) = self.file.as_ref().filter(|_| self.kind == Kind::Disk && !self.private_file) else {
+            return Ok(());
+        };
+        // Pages dirtied through the shared mapping are dirty in the page cache, so fdatasync writes them too.
+        file.sync_data().map_err(|e| BackendError::new("sync the RAM file to its disk", e))?;
+        if let Some(path) = &self.created {
+            let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            File::open(dir)
+                .and_then(|d| d.sync_all())
+                .map_err(|e| BackendError::new(format!("sync the directory {}", dir.display()), e))?;
+        }
+        Ok(())
+    }
+}
+
+/// A part of a region that a run of chunks covers.
+#[derive(Debug)]
+struct Span {
+    region: usize,
+    /// Offsets in the region.
+    bytes: Range<u64>,
+    /// The words of the asked-for run that belong to these bytes.
+    words: Range<usize>,
+}
+
+/// One mapping of guest memory, unmapped when dropped.
+#[derive(Debug)]
+struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a mapping is memory of the process, not of a thread; it is only accessed through `VolatileSlice`, whose accesses
+// are volatile and never make references, and through system calls, which are atomic towards each other.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; no method changes `base` or `len` through a shared reference.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes of a file from an offset, or of new anonymous memory, at an address that is `skew` past a multiple of
+    /// `align`. A file is mapped privately if `private`, else shared.
+    fn new(file: Option<(&File, u64)>, len: u64, align: u64, skew: u64, private: bool) -> io::Result<Self> {
+        let too_large = || io::Error::from(Errno::NOMEM);
+        let room = len.checked_add(2 * align).ok_or_else(too_large)?;
+        let (len, room) =
+            (usize::try_from(len).map_err(|_| too_large())?, usize::try_from(room).map_err(|_| too_large())?);
+        let (align, skew) = (align as usize, skew as usize);
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let reserve = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice, which overlaps nothing.
+        let start =
+            unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), reserve) }?;
+        let lead = (start as usize).next_multiple_of(align) + skew - start as usize;
+        debug_assert!(lead + len <= room && lead.is_multiple_of(PAGE_SIZE));
+        // SAFETY: `lead < 2 * align`, so the address is in the range just reserved.
+        let base = unsafe { start.byte_add(lead) };
+        // SAFETY: `base..base + len` lies in the range reserved above, which nobody else knows of: FIXED replaces only that.
+        let mapped = unsafe {
+            match file {
+                None => rustix::mm::mmap_anonymous(base, len, access, reserve | MapFlags::FIXED),
+                Some((file, offset)) => {
+                    let share = if private { reserve } else { MapFlags::SHARED };
+                    rustix::mm::mmap(base, len, access, share | MapFlags::FIXED, file, offset)
+                }
+            }
+        };
+        for (at, bytes) in [(start, lead), (base.wrapping_byte_add(len), room - lead - len)] {
+            if bytes > 0 {
+                // SAFETY: what is left of the reservation before and behind the mapping; nobody uses it.
+                unsafe { rustix::mm::munmap(at, bytes) }?;
+            }
+        }
+        // Where FIXED failed, the kernel may or may not have removed the reservation, and another thread may have mapped
+        // something there since: so its addresses are given up rather than unmapped.
+        mapped?;
+        let this = Self { base: NonNull::new(base.cast()).ok_or_else(too_large)?, len };
+        // A hint: without it, a fork would only cost copies of pages.
+        let _ = this.advise(0, len as u64, Advice::LinuxDontFork);
+        Ok(this)
+    }
+
+    /// The whole mapping.
+    fn slice(&self) -> VolatileSlice<'_> {
+        // SAFETY: `base` points to `len` mapped bytes, readable and writable, until `self` is dropped, which the lifetime of the
+        // slice excludes. Guest memory is only ever accessed by volatile or raw copies, never by reference.
+        unsafe { VolatileSlice::new(self.base.as_ptr(), self.len) }
+    }
+
+    /// Advises the kernel about a range of the mapping, which must lie in it.
+    fn advise(&self, offset: u64, len: u64, advice: Advice) -> io::Result<()> {
+        let in_range = offset.checked_add(len).is_some_and(|end| end <= self.len as u64);
+        assert!(in_range, "advice for {len} bytes at {offset:#x} of a mapping of {} bytes", self.len);
+        loop {
+            // SAFETY: the range lies in the mapping. No advice used here unmaps anything; `DONTNEED` makes pages read as zero
+            // (and only anonymous memory is given it), which is a write like any other to a volatile reader.
+            let result = unsafe {
+                rustix::mm::madvise(self.base.as_ptr().add(offset as usize).cast(), len as usize, advice)
+            };
+            match result {
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                other => return other.map_err(io::Error::from),
+            }
+        }
+    }
+
+    /// Asks for transparent huge pages, or refuses them. A kernel built without them knows neither, and needs neither.
+    fn advise_size(&self, huge: bool) {
+        let advice = if huge { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
+        let _ = self.advise(0, self.len as u64, advice);
+    }
+
+    /// Writes zeros to a range of the mapping, which must lie in it.
+    fn zero(&self, offset: u64, len: u64) {
+        let range =
+            self.slice().subslice(offset as usize, len as usize).expect("a run of pages lies in its region");
+        let zeros = [0u8; PAGE_SIZE];
+        for page in (0..len as usize).step_by(PAGE_SIZE) {
+            range.subslice(page, PAGE_SIZE).expect("whole pages").copy_from(&zeros);
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `new` and every slice of it has ended, for slices borrow `self`.
+        let result = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+        debug_assert!(result.is_ok(), "munmap of an own mapping: {result:?}");
+    }
+}
+
+/// Sets the bits of the pages that the bytes `from..to` touch; byte 0 is the start of `words[0]`.
+fn set_pages(words: &mut [u64], from: u64, to: u64) {
+    let mut page = (from / PAGE_SIZE as u64) as usize;
+    let end = (to.div_ceil(PAGE_SIZE as u64) as usize).min(words.len() * 64);
+    while page < end {
+        let (word, bit) = (page / 64, page % 64);
+        let count = (end - page).min(64 - bit);
+        words[word] |= (u64::MAX >> (64 - count)) << bit;
+        page += count;
+    }
+}
+
+/// Calls `each` with the runs of data in `range`, counted from `base` in the file. A file system that knows no holes has one run.
+fn seek_data(file: &File, base: u64, range: Range<u64>, mut each: impl FnMut(u64, u64)) -> io::Result<()> {
+    let end = base + range.end;
+    let mut at = base + range.start;
+    while at < end {
+        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            Err(Errno::NXIO) => break,
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+            Err(e) => return Err(e.into()),
+        };
+        if data >= end {
+            break;
+        }
+        let hole = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
+            Ok(hole) => hole.min(end),
+            Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP) => end,
+            Err(e) => return Err(e.into()),
+        };
+        // A hole that was punched between the two calls can be at `data` itself; that page is then said to be populated, which
+        // it was.
+        let hole = hole.max((data + 1).next_multiple_of(PAGE_SIZE as u64)).min(end);
+        each(data - base, hole - base);
+        at = hole;
+    }
+    Ok(())
+}
+
+/// A new, sealed memfd with room for the layout.
+fn memfd(layout: &Layout, extra: MemfdFlags) -> Result<File, BackendError> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | extra;
+    let fd = rustix::fs::memfd_create("pageferry-ram", flags).map_err(|e| {
+        let what = if extra.is_empty() {
+            "make a memfd".to_owned()
+        } else {
+            "make a memfd of 2 MiB pages: does this kernel have hugetlbfs, with pages of that size?"
+                .to_owned()
+        };
+        BackendError::new(what, e.into())
+    })?;
+    let file = File::from(fd);
+    file.set_len(layout.bytes())
+        .map_err(|e| BackendError::new(format!("give a memfd {} bytes", layout.bytes()), e))?;
+    // Nobody who gets the descriptor can then cut the memory off under our feet.
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+        .map_err(|e| BackendError::new("seal a memfd against a change of size", e.into()))?;
+    Ok(file)
+}
+
+/// Makes a file of the layout's size without any data.
+fn create_file(path: &Path, layout: &Layout) -> Result<File, BackendError> {
+    let failed = |doing: &str, e| BackendError::new(format!("{}: {doing}", path.display()), e);
+    // Not O_TRUNC: that would empty whatever this is before it is known to be a regular file.
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(|e| failed("make the RAM file", e))?;
+    require_regular(path, &file)?;
+    if let Kind::Hugetlb(size) = kind_of(&file)? {
+        check_huge_regions(layout, size)?;
+    }
+    file.set_len(0).map_err(|e| failed("empty the RAM file", e))?;
+    file.set_len(layout.bytes())
+        .map_err(|e| failed(&format!("give the RAM file {} bytes", layout.bytes()), e))?;
+    Ok(file)
+}
+
+/// Opens a file that holds RAM; returns it with its length in bytes.
+fn open_file(path: &Path, writable: bool) -> Result<(File, u64), BackendError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(writable)
+        .open(path)
+        .map_err(|e| BackendError::new(format!("{}: open the RAM file", path.display()), e))?;
+    let len = require_regular(path, &file)?;
+    if len == 0 || len % PAGE_SIZE as u64 != 0 {
+        return Err(BackendError::invalid(format!(
+            "{}: the file has {len} bytes; a RAM file has a multiple of {PAGE_SIZE}, and is not empty",
+            path.display()
+        )));
+    }
+    Ok((file, len))
+}
+
+/// Refuses what is not a regular file; returns its length in bytes.
+fn require_regular(path: &Path, file: &File) -> Result<u64, BackendError> {
+    let meta = file
+        .metadata()
+        .map_err(|e| BackendError::new(format!("{}: look at the RAM file", path.display()), e))?;
+    if meta.is_file() {
+        return Ok(meta.len());
+    }
+    Err(BackendError::invalid(format!(
+        "{}: not a regular file; RAM is kept in regular files only",
+        path.display()
+    )))
+}
+
+/// What file system a file is on.
+fn kind_of(file: &File) -> Result<Kind, BackendError> {
+    let fs = rustix::fs::fstatfs(file)
+        .map_err(|e| BackendError::new("ask what file system the RAM file is on", e.into()))?;
+    // The types differ between C libraries; all magic numbers are 32 bits.
+    Ok(match fs.f_type as u32 {
+        magic if magic == libc::TMPFS_MAGIC as u32 => Kind::Shmem,
+        magic if magic == libc::HUGETLBFS_MAGIC as u32 => Kind::Hugetlb(fs.f_bsize as u64),
+        _ => Kind::Disk,
+    })
+}
+
+/// Refuses a layout whose regions are not multiples of a huge page.
+fn check_huge_regions(layout: &Layout, size: u64) -> Result<(), BackendError> {
+    match layout.regions().iter().find(|r| r.len % size != 0) {
+        None => Ok(()),
+        Some(r) => Err(BackendError::invalid(format!(
+            "region {:?} has {} bytes, which is no multiple of the huge page size, {size} bytes: choose another size of \
+             guest or a backing of small pages",
+            r.name, r.len
+        ))),
+    }
+}
+
+/// Refuses hosts whose pages are not 4 KiB: there the unit of dirtiness is not the unit of mapping.
+fn check_page_size() -> Result<(), BackendError> {
+    let size = rustix::param::page_size();
+    if size == PAGE_SIZE {
+        return Ok(());
+    }
+    Err(BackendError::new(
+        format!("this host has pages of {size} bytes; only hosts with pages of {PAGE_SIZE} are supported"),
+        io::ErrorKind::Unsupported.into(),
+    ))
+}
+
+/// The error of a mapping that was refused.
+fn mapping_error(region: &str, len: u64, kind: Kind, e: io::Error) -> BackendError {
+    let hint = match kind {
+        Kind::Hugetlb(size) => format!(
+            ": it takes {} free huge pages of {size} bytes; reserve them with /proc/sys/vm/nr_hugepages (or, for other \
+             sizes than the default, in /sys/kernel/mm/hugepages), or use a backing of small pages",
+            len.div_ceil(size)
+        ),
+        _ => String::new(),
+    };
+    BackendError::new(format!("map region {region:?}, {len} bytes{hint}"), e)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn set_pages_rounds_outwards_and_stays_in_the_words() {
+        let mut words = [0u64; 3];
+        set_pages(&mut words, 63 * 4096 + 1, 65 * 4096 + 1);
+        assert_eq!(words, [1 << 63, 0b11, 0]);
+        set_pages(&mut words, 64 * 4096, 128 * 4096);
+        assert_eq!(words, [1 << 63, u64::MAX, 0]);
+        set_pages(&mut words, 191 * 4096, 400 * 4096);
+        assert_eq!(words[2], 1 << 63);
+    }
+
+    #[test]
+    fn mappings_are_congruent_to_guest_addresses() {
+        let layout = Layout::new(vec![
+            pagecopy::layout::Region { name: "low".into(), gpa: 0x10_0000, len: 0x30_0000 },
+            pagecopy::layout::Region { name: "high".into(), gpa: 1 << 32, len: 0x1000 },
+        ])
+        .unwrap();
+        for backing in [Backing::Anonymous { huge: true }, Backing::Memfd] {
+            let memory = GuestMemory::create(layout.clone(), &backing).unwrap();
+            assert_eq!(memory.host_range(0).start % HUGE_SIZE, 0x10_0000, "{backing:?}");
+            assert_eq!(memory.host_range(1).start % HUGE_SIZE, 0, "{backing:?}");
+        }
+    }
+}
