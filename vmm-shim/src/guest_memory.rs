@@ -144,6 +144,11 @@ impl GuestMemory {
         self.kind == Kind::Anonymous
     }
 
+    /// Whether the memory is a file that was opened for reading only.
+    pub(crate) fn is_read_only_file(&self) -> bool {
+        self.private_file
+    }
+
     /// The addresses of a region's mapping in this process.
     pub(crate) fn host_range(&self, region: usize) -> Range<u64> {
         let mapping = &self.regions[region];

@@ -4,6 +4,8 @@
 //! migration policy: it hands out guest memory, dirty sets and control over a guest through the traits of
 //! [`pagecopy::backend`], and nothing else.
 
+pub mod conformance;
 pub mod guest_memory;
 mod pagemap;
 mod sys;
+pub mod uffd_log;

@@ -1,9 +1,11 @@
-//! Raw system calls that no library wraps: `PAGEMAP_SCAN`.
+//! Raw system calls: `PAGEMAP_SCAN` and userfaultfd's asynchronous write-protect.
 //!
 //! Nothing here changes the content of memory or what is mapped; that is in `guest_memory`.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// Categories and flags of `PAGEMAP_SCAN`. Source: Documentation/admin-guide/mm/pagemap.rst and linux/fs.h.
 pub(crate) mod scan {
@@ -73,4 +75,143 @@ pub(crate) fn pagemap_scan(
     // only inspected and, at most, write-protected against tracking faults: memory content and mappings do not change.
     let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN as _, std::ptr::from_mut(arg)) };
     if count < 0 { Err(io::Error::last_os_error()) } else { Ok((count as usize).min(out.len())) }
+}
+
+/// `PAGEMAP_SCAN`: write-protect the pages that match.
+pub(crate) const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
+/// `PAGEMAP_SCAN`: fail where the memory is not registered for asynchronous write-protect.
+pub(crate) const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
+
+/// userfaultfd: markers keep the protection of pages that have no page table entry.
+pub(crate) const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
+/// userfaultfd: pages that were never touched can be protected too.
+pub(crate) const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+/// userfaultfd: a write to a protected page is resolved by the kernel, which only takes the protection away.
+pub(crate) const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
+
+/// `struct uffdio_range`. Source of this and the next three: linux/userfaultfd.h.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct UffdRange {
+    start: u64,
+    len: u64,
+}
+
+/// `struct uffdio_api`.
+#[repr(C)]
+struct UffdApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// `struct uffdio_register`.
+#[repr(C)]
+struct UffdRegister {
+    range: UffdRange,
+    mode: u64,
+    ioctls: u64,
+}
+
+/// `struct uffdio_writeprotect`.
+#[repr(C)]
+struct UffdWriteProtect {
+    range: UffdRange,
+    mode: u64,
+}
+
+const _: () = assert!(
+    size_of::<UffdRange>() == 16
+        && size_of::<UffdApi>() == 24
+        && size_of::<UffdRegister>() == 32
+        && size_of::<UffdWriteProtect>() == 24
+);
+
+/// `_IO(0xaa, 0)`, of /dev/userfaultfd.
+const USERFAULTFD_IOC_NEW: u64 = 0xaa00;
+/// `_IOWR(0xaa, 0x3f, struct uffdio_api)`
+const UFFDIO_API: u64 = 0xc018_aa3f;
+/// `_IOWR(0xaa, 0, struct uffdio_register)`
+const UFFDIO_REGISTER: u64 = 0xc020_aa00;
+/// `_IOR(0xaa, 1, struct uffdio_range)`
+const UFFDIO_UNREGISTER: u64 = 0x8010_aa01;
+/// `_IOWR(0xaa, 6, struct uffdio_writeprotect)`
+const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
+/// Flag of userfaultfd(2): faults by the kernel are not handed out; needs no privilege.
+const UFFD_USER_MODE_ONLY: libc::c_int = 1;
+
+/// A userfaultfd that can only track writes, never stop them: see [`Self::register_wp`].
+#[derive(Debug)]
+pub(crate) struct Userfaultfd(OwnedFd);
+
+impl Userfaultfd {
+    /// Opens one: by the system call where that is allowed, else from /dev/userfaultfd.
+    ///
+    /// Faults in kernel mode are never asked for, which would need a privilege: asynchronous write-protect hands no
+    /// fault out, and tracks writes by the kernel all the same.
+    pub(crate) fn open() -> io::Result<Self> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
+        // SAFETY: takes flags only.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+        if fd >= 0 {
+            // SAFETY: a descriptor that the kernel just made for us.
+            return Ok(Self(unsafe { OwnedFd::from_raw_fd(fd as RawFd) }));
+        }
+        let refused = io::Error::last_os_error();
+        let Ok(device) = File::open("/dev/userfaultfd") else { return Err(refused) };
+        // SAFETY: takes the same flags, by value.
+        let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW as _, flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a descriptor that the kernel just made for us.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Agrees on features, once a descriptor; returns those the kernel has. `EINVAL`: it has not all of them.
+    pub(crate) fn api(&self, features: u64) -> io::Result<u64> {
+        let mut arg = UffdApi { api: 0xaa, features, ioctls: 0 };
+        self.ioctl(UFFDIO_API, &mut arg)?;
+        Ok(arg.features)
+    }
+
+    /// Registers a range for write-protect. The descriptor must have agreed on [`UFFD_FEATURE_WP_ASYNC`].
+    pub(crate) fn register_wp(&self, range: Range<u64>) -> io::Result<()> {
+        let mut arg = UffdRegister { range: UffdRange::of(range), mode: 1 << 1, ioctls: 0 };
+        self.ioctl(UFFDIO_REGISTER, &mut arg)
+    }
+
+    /// Protects a registered range, including what is not populated.
+    pub(crate) fn write_protect(&self, range: Range<u64>) -> io::Result<()> {
+        let mut arg = UffdWriteProtect { range: UffdRange::of(range), mode: 1 };
+        self.ioctl(UFFDIO_WRITEPROTECT, &mut arg)
+    }
+
+    /// Ends the registration of a range and takes its protection away.
+    pub(crate) fn unregister(&self, range: Range<u64>) -> io::Result<()> {
+        self.ioctl(UFFDIO_UNREGISTER, &mut UffdRange::of(range))
+    }
+
+    fn ioctl<T>(&self, request: u64, arg: &mut T) -> io::Result<()> {
+        loop {
+            // SAFETY: every caller passes the `repr(C)` struct of its request, whose size is in the request's number; the kernel
+            // reads and writes only that. No request here changes memory content, and with WP_ASYNC none can make an access to
+            // the range block.
+            let result = unsafe { libc::ioctl(self.0.as_raw_fd(), request as _, std::ptr::from_mut(arg)) };
+            if result >= 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            // EAGAIN: the memory map is being changed by another thread.
+            if !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) {
+                return Err(error);
+            }
+        }
+    }
+}
+
+impl UffdRange {
+    fn of(range: Range<u64>) -> Self {
+        Self { start: range.start, len: range.end - range.start }
+    }
 }
