@@ -9,3 +9,4 @@ pub mod guest_memory;
 mod pagemap;
 mod sys;
 pub mod uffd_log;
+pub mod writer;

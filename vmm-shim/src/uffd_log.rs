@@ -6,7 +6,7 @@
 //!
 //! What it does not see: writes through *another* mapping of the same memfd or file, which includes other
 //! processes (vhost-user) and `pwrite(2)` to the descriptor; and discarded pages
-//! ([`GuestRam::discard`](pagecopy::backend::GuestRam::discard)), which whoever discards them has to report.
+//! ([`GuestRam::discard`]), which whoever discards them has to report.
 //!
 //! What it reports beyond what was written:
 //! * Transparent huge pages: the first write into untouched memory brings a huge page in, and all its 512 pages are reported. After that

@@ -51,6 +51,11 @@ impl<L: DirtyLog> Subject for Written<L> {
     }
 }
 
+/// One region of four huge pages.
+fn huge_layout() -> Layout {
+    Layout::flat(8 << 20).unwrap()
+}
+
 /// Memory tracked by userfaultfd, or `None`, with the reason printed, where the host cannot.
 fn tracked(backing: &Backing, exact: bool) -> Option<Written<UffdLog>> {
     let memory = Arc::new(GuestMemory::create(layout(), backing).unwrap());
@@ -102,6 +107,18 @@ fn files_conform() {
     for dir in [PathBuf::from("/dev/shm"), std::env::temp_dir()] {
         let file = tempfile::NamedTempFile::new_in(dir).unwrap();
         conforms(&Backing::File { path: file.path().into(), create: true }, true, false);
+    }
+}
+
+#[test]
+fn memfds_of_huge_pages_conform() {
+    let memory = match GuestMemory::create(huge_layout(), &Backing::MemfdHuge) {
+        Ok(memory) => Arc::new(memory),
+        Err(e) => return println!("skipped: {e}: {}", e.source),
+    };
+    match UffdLog::new(memory.clone()) {
+        Ok(log) => check(&Written { memory, log, counter: AtomicU64::new(0), exact: false }),
+        Err(e) => println!("skipped: {e}: {}", e.source),
     }
 }
 
