@@ -1,7 +1,8 @@
 //! The properties that every dirty tracker must have, as one suite that runs over each of them.
 //!
-//! It belongs in tests: like them, it panics at what it finds. A tracker is put under test as a [`Subject`], which joins
-//! it with its memory and with something that writes that memory in the way the tracker watches (a thread, a vCPU).
+//! It belongs in tests: like them, it panics at what it finds. A tracker is put under test as a [`Subject`], which
+//! joins it with its memory and with something that writes that memory in the way the tracker watches (a thread, a
+//! vCPU).
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -21,8 +22,8 @@ pub trait Subject: Sync {
     /// The tracker, not started.
     fn log(&self) -> &dyn DirtyLog;
 
-    /// Changes each of these pages, which are some of [`writable`](Self::writable), and returns when the changes are in memory. Called
-    /// from one thread at a time, but while another one uses the log and reads the memory.
+    /// Changes each of these pages, which are some of [`writable`](Self::writable), and returns when the changes are
+    /// in memory. Called from one thread at a time, but while another one uses the log and reads the memory.
     fn write(&self, pages: &[Page]);
 
     /// The pages that the writer can write; at least 64. All of them, unless a guest needs some for itself.

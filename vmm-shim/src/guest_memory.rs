@@ -47,8 +47,8 @@ pub enum Backing {
     File {
         /// Its path.
         path: PathBuf,
-        /// Whether the file is made, or emptied if it exists, and then set to the layout's size, so that it is all holes.
-        /// Otherwise it must exist and have exactly the layout's size.
+        /// Whether the file is made, or emptied if it exists, and then set to the layout's size, so that it is all
+        /// holes. Otherwise it must exist and have exactly the layout's size.
         create: bool,
     },
 }
@@ -68,9 +68,9 @@ enum Kind {
 
 /// Guest RAM: one mapping a region. See the [module](self) for what it is made of.
 ///
-/// Regions lie one after another in a file, in the order of the layout. Mappings lie at addresses that are equal to the
-/// guest-physical ones modulo 2 MiB, so that KVM can map huge pages as such. They are not inherited by child processes, which
-/// would make the kernel copy the guest's pages.
+/// Regions lie one after another in a file, in the order of the layout. Mappings lie at addresses that are equal to
+/// the guest-physical ones modulo 2 MiB, so that KVM can map huge pages as such. They are not inherited by child
+/// processes, which would make the kernel copy the guest's pages.
 #[derive(Debug)]
 pub struct GuestMemory {
     layout: Layout,
@@ -90,8 +90,8 @@ impl GuestMemory {
     /// Makes or opens guest memory and maps it.
     ///
     /// # Errors
-    /// When the system refuses, when a file is not what the layout needs, or when a huge page backing cannot hold the layout's regions; the text
-    /// names the region or path, the sizes in bytes, and what to do.
+    /// When the system refuses, when a file is not what the layout needs, or when a huge page backing cannot hold the
+    /// layout's regions; the text names the region or path, the sizes in bytes, and what to do.
     pub fn create(layout: Layout, backing: &Backing) -> Result<Self, BackendError> {
         let (file, created) = match backing {
             Backing::Anonymous { huge } => return Self::anonymous(layout, *huge),
@@ -118,8 +118,8 @@ impl GuestMemory {
 
     /// Opens a file as a guest of one region, `ram`, as long as the file.
     ///
-    /// With `writable` false, the file is opened for reading only and mapped privately: what is written to the memory then
-    /// stays in this process and never reaches the file, and [`discard`](GuestRam::discard) is refused.
+    /// With `writable` false, the file is opened for reading only and mapped privately: what is written to the memory
+    /// then stays in this process and never reaches the file, and [`discard`](GuestRam::discard) is refused.
     ///
     /// # Errors
     /// When the path is not a regular file, is empty, or its length is not a multiple of 4096 bytes.
@@ -131,8 +131,8 @@ impl GuestMemory {
         Self::over_file(layout, file, None, !writable)
     }
 
-    /// The file behind a region (an index into `layout().regions()`) and the offset in bytes of the region in it, to pass to
-    /// another process; `None` for anonymous memory and where there is no such region.
+    /// The file behind a region (an index into `layout().regions()`) and the offset in bytes of the region in it, to
+    /// pass to another process; `None` for anonymous memory and where there is no such region.
     pub fn fd_of(&self, region: usize) -> Option<(BorrowedFd<'_>, u64)> {
         let file = self.file.as_ref()?;
         let before = self.layout.regions().get(..=region)?;
@@ -199,8 +199,8 @@ impl GuestMemory {
                 Mapping::new(Some((&file, offset)), region.len, align, skew_of(region.gpa), private_file)
                     .map_err(|e| mapping_error(&region.name, region.len, kind, e))?;
             if kind == Kind::Shmem {
-                // Dirtiness is tracked by pages of 4 KiB, which huge shmem pages would blur to 2 MiB. A tmpfs mounted with
-                // huge=always keeps huge pages all the same.
+                // Dirtiness is tracked by pages of 4 KiB, which huge shmem pages would blur to 2 MiB. A tmpfs mounted
+                // with huge=always keeps huge pages all the same.
                 mapping.advise_size(false);
             }
             regions.push(mapping);
@@ -306,9 +306,9 @@ impl GuestRam for GuestMemory {
         self.regions[region].slice()
     }
 
-    /// Files and memfds: from the file system, so pages that other processes wrote count too; file systems other than tmpfs may
-    /// tell data from holes by blocks larger than a page. Anonymous memory: from this process's page table. Memory of huge pages from
-    /// hugetlbfs: all of it, unless nothing was ever touched.
+    /// Files and memfds: from the file system, so pages that other processes wrote count too; file systems other than
+    /// tmpfs may tell data from holes by blocks larger than a page. Anonymous memory: from this process's page table.
+    /// Memory of huge pages from hugetlbfs: all of it, unless nothing was ever touched.
     fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> {
         pages.fill(0);
         for span in self.spans(first, pages.len())? {
@@ -379,7 +379,8 @@ impl GuestRam for GuestMemory {
         Ok(())
     }
 
-    /// A file on a disk is synced, and so is the directory of one that was made here. Other memory has nothing durable.
+    /// A file on a disk is synced, and so is the directory of one that was made here. Other memory has nothing
+    /// durable.
     fn persist(&self) -> Result<(), BackendError> {
         let Some(file) = self.file.as_ref().filter(|_| self.kind == Kind::Disk && !self.private_file) else {
             return Ok(());
@@ -413,15 +414,15 @@ struct Mapping {
     len: usize,
 }
 
-// SAFETY: a mapping is memory of the process, not of a thread; it is only accessed through `VolatileSlice`, whose accesses
-// are volatile and never make references, and through system calls, which are atomic towards each other.
+// SAFETY: a mapping is memory of the process, not of a thread; it is only accessed through `VolatileSlice`, whose
+// accesses are volatile and never make references, and through system calls, which are atomic towards each other.
 unsafe impl Send for Mapping {}
 // SAFETY: as above; no method changes `base` or `len` through a shared reference.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `len` bytes of a file from an offset, or of new anonymous memory, at an address that is `skew` past a multiple of
-    /// `align`. A file is mapped privately if `private`, else shared.
+    /// Maps `len` bytes of a file from an offset, or of new anonymous memory, at an address that is `skew` past a
+    /// multiple of `align`. A file is mapped privately if `private`, else shared.
     fn new(file: Option<(&File, u64)>, len: u64, align: u64, skew: u64, private: bool) -> io::Result<Self> {
         let too_large = || io::Error::from(Errno::NOMEM);
         let room = len.checked_add(2 * align).ok_or_else(too_large)?;
@@ -437,7 +438,8 @@ impl Mapping {
         debug_assert!(lead + len <= room && lead.is_multiple_of(PAGE_SIZE));
         // SAFETY: `lead < 2 * align`, so the address is in the range just reserved.
         let base = unsafe { start.byte_add(lead) };
-        // SAFETY: `base..base + len` lies in the range reserved above, which nobody else knows of: FIXED replaces only that.
+        // SAFETY: `base..base + len` lies in the range reserved above, which nobody else knows of: FIXED replaces
+        // only that.
         let mapped = unsafe {
             match file {
                 None => rustix::mm::mmap_anonymous(base, len, access, reserve | MapFlags::FIXED),
@@ -453,8 +455,8 @@ impl Mapping {
                 unsafe { rustix::mm::munmap(at, bytes) }?;
             }
         }
-        // Where FIXED failed, the kernel may or may not have removed the reservation, and another thread may have mapped
-        // something there since: so its addresses are given up rather than unmapped.
+        // Where FIXED failed, the kernel may or may not have removed the reservation, and another thread may have
+        // mapped something there since: so its addresses are given up rather than unmapped.
         mapped?;
         let this = Self { base: NonNull::new(base.cast()).ok_or_else(too_large)?, len };
         // A hint: without it, a fork would only cost copies of pages.
@@ -464,8 +466,9 @@ impl Mapping {
 
     /// The whole mapping.
     fn slice(&self) -> VolatileSlice<'_> {
-        // SAFETY: `base` points to `len` mapped bytes, readable and writable, until `self` is dropped, which the lifetime of the
-        // slice excludes. Guest memory is only ever accessed by volatile or raw copies, never by reference.
+        // SAFETY: `base` points to `len` mapped bytes, readable and writable, until `self` is dropped, which the
+        // lifetime of the slice excludes. Guest memory is only ever accessed by volatile or raw copies, never by
+        // reference.
         unsafe { VolatileSlice::new(self.base.as_ptr(), self.len) }
     }
 
@@ -474,8 +477,8 @@ impl Mapping {
         let in_range = offset.checked_add(len).is_some_and(|end| end <= self.len as u64);
         assert!(in_range, "advice for {len} bytes at {offset:#x} of a mapping of {} bytes", self.len);
         loop {
-            // SAFETY: the range lies in the mapping. No advice used here unmaps anything; `DONTNEED` makes pages read as zero
-            // (and only anonymous memory is given it), which is a write like any other to a volatile reader.
+            // SAFETY: the range lies in the mapping. No advice used here unmaps anything; `DONTNEED` makes pages read
+            // as zero (and only anonymous memory is given it), which is a write like any other to a volatile reader.
             let result = unsafe {
                 rustix::mm::madvise(self.base.as_ptr().add(offset as usize).cast(), len as usize, advice)
             };
@@ -523,7 +526,8 @@ fn set_pages(words: &mut [u64], from: u64, to: u64) {
     }
 }
 
-/// Calls `each` with the runs of data in `range`, counted from `base` in the file. A file system that knows no holes has one run.
+/// Calls `each` with the runs of data in `range`, counted from `base` in the file. A file system that knows no holes
+/// has one run.
 fn seek_data(file: &File, base: u64, range: Range<u64>, mut each: impl FnMut(u64, u64)) -> io::Result<()> {
     let end = base + range.end;
     let mut at = base + range.start;
@@ -542,8 +546,8 @@ fn seek_data(file: &File, base: u64, range: Range<u64>, mut each: impl FnMut(u64
             Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP) => end,
             Err(e) => return Err(e.into()),
         };
-        // A hole that was punched between the two calls can be at `data` itself; that page is then said to be populated, which
-        // it was.
+        // A hole that was punched between the two calls can be at `data` itself; that page is then said to be
+        // populated, which it was.
         let hole = hole.max((data + 1).next_multiple_of(PAGE_SIZE as u64)).min(end);
         each(data - base, hole - base);
         at = hole;

@@ -70,9 +70,10 @@ pub(crate) fn pagemap_scan(
     arg.size = size_of::<PmScanArg>() as u64;
     arg.vec = out.as_mut_ptr() as u64;
     arg.vec_len = out.len() as u64;
-    // SAFETY: the kernel reads and writes `arg` within its stated size and writes at most `vec_len` whole `PageRegion`s
-    // to `out`, which is borrowed mutably for the call and for which any bits are valid values. The walked addresses are
-    // only inspected and, at most, write-protected against tracking faults: memory content and mappings do not change.
+    // SAFETY: the kernel reads and writes `arg` within its stated size and writes at most `vec_len` whole
+    // `PageRegion`s to `out`, which is borrowed mutably for the call and for which any bits are valid values. The
+    // walked addresses are only inspected and, at most, write-protected against tracking faults: memory content and
+    // mappings do not change.
     let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN as _, std::ptr::from_mut(arg)) };
     if count < 0 { Err(io::Error::last_os_error()) } else { Ok((count as usize).min(out.len())) }
 }
@@ -194,9 +195,9 @@ impl Userfaultfd {
 
     fn ioctl<T>(&self, request: u64, arg: &mut T) -> io::Result<()> {
         loop {
-            // SAFETY: every caller passes the `repr(C)` struct of its request, whose size is in the request's number; the kernel
-            // reads and writes only that. No request here changes memory content, and with WP_ASYNC none can make an access to
-            // the range block.
+            // SAFETY: every caller passes the `repr(C)` struct of its request, whose size is in the request's number;
+            // the kernel reads and writes only that. No request here changes memory content, and with WP_ASYNC none
+            // can make an access to the range block.
             let result = unsafe { libc::ioctl(self.0.as_raw_fd(), request as _, std::ptr::from_mut(arg)) };
             if result >= 0 {
                 return Ok(());

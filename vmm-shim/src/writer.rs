@@ -1,18 +1,19 @@
 //! A guest without KVM: threads of this process that write guest memory, and prove that nothing of it was lost.
 //!
-//! It does what the KVM counter guest does, and prints the same lines. The working set is cut into one slice of
-//! equal size for each thread (vCPU). At *step* `k` = 0, 1, 2 ... a thread writes page `k mod pages` of its slice; `pages`
+//! It does what the KVM counter guest does, and prints the same lines. The working set is cut into one slice of equal
+//! size for each thread (vCPU). At *step* `k` = 0, 1, 2 ... a thread writes page `k mod pages` of its slice; `pages`
 //! steps are a *pass*. A page then holds, in 64-bit words of the host's byte order: [`MAGIC`], `k`, `chain(k)`, 508
-//! times the pattern `chain(k) xor (k + 1)`, and in the last word `k` again: so a page of which parts are of different steps shows.
+//! times the pattern `chain(k) xor (k + 1)`, and in the last word `k` again: so a page of which parts are of
+//! different steps shows.
 //!
-//! `chain(0) = SEED xor (cpu + 1) * ODD` and `chain(k + 1) = rotate_left((chain(k) xor k) * ODD, 29)`, all modulo 2^64, with
-//! `SEED` = 0x70616765666572ff and `ODD` = 0x9e3779b97f4a7c15: see [`first_chain`] and [`mix`]. From the second pass on, before a page is written,
-//! all of it is verified for step `k - pages`; a difference is printed as `E c<cpu> p<page> want <x> got <x>`, once a page. At
-//! a pass' end `c<cpu> p<pass> s<chain>` is printed, with the pass from 0 and the chain value after its last step. Numbers are
-//! hexadecimal without leading zeros.
+//! `chain(0) = SEED xor (cpu + 1) * ODD` and `chain(k + 1) = rotate_left((chain(k) xor k) * ODD, 29)`, all modulo
+//! 2^64, with `SEED` = 0x70616765666572ff and `ODD` = 0x9e3779b97f4a7c15: see [`first_chain`] and [`mix`]. From the
+//! second pass on, before a page is written, all of it is verified for step `k - pages`; a difference is printed as
+//! `E c<cpu> p<page> want <x> got <x>`, once a page. At a pass' end `c<cpu> p<pass> s<chain>` is printed, with the
+//! pass from 0 and the chain value after its last step. Numbers are hexadecimal without leading zeros.
 //!
-//! The chain depends on every step before it. So lines whose passes go up by one with the right chain show that the guest never went back and
-//! never skipped, and the absence of `E` lines that its memory came along.
+//! The chain depends on every step before it. So lines whose passes go up by one with the right chain show that the
+//! guest never went back and never skipped, and the absence of `E` lines that its memory came along.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -92,8 +93,8 @@ impl WriterOptions {
     }
 }
 
-/// Where a writer's lines go: called with one whole line at a time, by the threads in turn. It must not call the writer,
-/// and while it blocks, a pause waits.
+/// Where a writer's lines go: called with one whole line at a time, by the threads in turn. It must not call the
+/// writer, and while it blocks, a pause waits.
 pub type Sink = Box<dyn FnMut(&[u8]) + Send>;
 
 /// The guest. See the [module](self) for what its threads do. Made paused; [`resume`](Guest::resume) starts it.
@@ -159,7 +160,8 @@ impl MemoryWriter {
     /// A writer that has not run yet.
     ///
     /// # Errors
-    /// When the working set does not lie in a region, is less than a page for each thread, or the number of threads is out of range.
+    /// When the working set does not lie in a region, is less than a page for each thread, or the number of threads
+    /// is out of range.
     pub fn new(ram: Arc<dyn GuestRam>, options: WriterOptions, sink: Sink) -> Result<Self, BackendError> {
         options.place(&*ram)?;
         let control = Control {

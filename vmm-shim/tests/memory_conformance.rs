@@ -1,4 +1,5 @@
-//! The conformance suite over userfaultfd tracking of every kind of memory, and over trackers that are broken on purpose.
+//! The conformance suite over userfaultfd tracking of every kind of memory, and over trackers that are broken on
+//! purpose.
 
 use std::io::{Seek, SeekFrom};
 use std::path::PathBuf;

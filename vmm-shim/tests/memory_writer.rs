@@ -212,7 +212,8 @@ fn a_paused_guest_writes_nothing() {
 
 #[test]
 fn paced_and_throttled_guests_pause_and_go_on() {
-    // One page is a whole pass, so every round but the first begins in a sleep of a second, or of a throttle's 99 parts.
+    // One page is a whole pass, so every round but the first begins in a sleep of a second, or of a throttle's 99
+    // parts.
     let slow = WriterOptions { threads: 2, pages_per_s: 1, bytes: 2 << 12, ..OPTIONS };
     let memory = memory();
     let (guest, lines) = writer(&memory, slow);
