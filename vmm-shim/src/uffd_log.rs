@@ -132,7 +132,7 @@ impl DirtyLog for UffdLog {
         }
         let mut count = 0;
         // By one thread: two were no faster over 4 GiB without writes, and up to five times slower where one page of
-        // ten was written, for each protection must then be flushed from the other's CPU.
+        // ten was written (presumably because protections must then be flushed from the other's CPU too).
         for (region, name, range) in self.regions() {
             let first = layout.region_chunks(region).start;
             let base = range.start;
