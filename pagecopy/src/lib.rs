@@ -16,6 +16,7 @@ pub mod chunk;
 pub mod compress;
 pub mod digest;
 pub mod layout;
+pub mod policy;
 #[allow(unsafe_code)]
 pub mod simd;
 pub mod table;
