@@ -1,0 +1,500 @@
+//! The precopy policy: after each dirty sync, whether to go on, to switch over, or to give up.
+//!
+//! A pure state machine: times and counters come in, a decision goes out. What it predicts, it predicts like with like:
+//! *logical* bytes that remain against the *logical* rate that was acknowledged, because a compressed or delta round
+//! moves more logical bytes than wire bytes, and comparing the one with the other never finishes or finishes wrongly.
+//! Only acknowledged bytes count; what lies in buffers has not arrived.
+//!
+//! ```text
+//! first pass ──on_sync──▶ round 2 ──on_sync──▶ ... ──▶ SwitchOver   predicted downtime within the limit
+//!                                                  ├─▶ SwitchOver   forced, or out of rounds and at a local minimum
+//!                                                  └─▶ GiveUp       out of time, or forced to stop at too long a downtime
+//! ```
+
+use std::collections::VecDeque;
+
+/// Rates are taken over at least this much time where the rounds after the first pass give it, in microseconds.
+const RATE_WINDOW_US: u64 = 200_000;
+/// Most syncs that are remembered for rates.
+const HISTORY_MAX: usize = 32;
+/// Rounds whose smallest remainder counts as a local minimum.
+const MINIMUM_ROUNDS: usize = 8;
+/// Rounds after the last allowed one in which a local minimum is waited for.
+const GRACE_ROUNDS: u32 = 8;
+
+/// What the user allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest downtime at which the policy switches over by itself, in milliseconds.
+    pub downtime_ms: u64,
+    /// Rounds after which it switches over at the next local minimum, whatever the downtime.
+    pub max_rounds: u32,
+    /// Longest downtime at which running out of rounds still switches over, in milliseconds; beyond it the migration is given up.
+    /// `None`: no limit.
+    pub last_resort_downtime_ms: Option<u64>,
+    /// Longest time that precopy may take, in milliseconds; then the migration is given up. `None`: no limit.
+    pub total_ms: Option<u64>,
+    /// Rounds without progress after which [`Precopy::stalled`] says so.
+    pub stall_rounds: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            downtime_ms: 300,
+            max_rounds: 1000,
+            last_resort_downtime_ms: None,
+            total_ms: None,
+            stall_rounds: 5,
+        }
+    }
+}
+
+/// What is known right after a dirty sync. Totals count from the start of the migration and never go down.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    /// Logical bytes yet to arrive: dirty pages, and pages that were sent and are not acknowledged.
+    pub remaining_logical_bytes: u64,
+    /// Pages that the guest wrote since the sync before (since the start of logging, at the first).
+    pub dirtied_pages: u64,
+    /// Logical bytes that the destination acknowledged.
+    pub acked_logical_bytes: u64,
+    /// Wire bytes that the destination acknowledged.
+    pub acked_wire_bytes: u64,
+    /// How long saving, moving and loading the state of the devices is expected to take, in microseconds.
+    pub state_time_us: u64,
+}
+
+/// Why the policy switches over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SwitchReason {
+    /// The predicted downtime is within the limit.
+    WithinLimit,
+    /// The user asked for it.
+    Forced,
+    /// No more rounds are allowed, and there is no better moment in sight.
+    OutOfRounds,
+}
+
+/// Why the policy gives up. The guest runs on at the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GiveUpReason {
+    /// Precopy took longer than allowed.
+    #[error(
+        "precopy has run for {elapsed_us} us, {limit_us} us are allowed; allow more time, a longer downtime, or throttle the guest"
+    )]
+    OutOfTime {
+        /// How long it ran, in microseconds.
+        elapsed_us: u64,
+        /// What was allowed, in microseconds.
+        limit_us: u64,
+    },
+    /// Out of rounds, with a downtime ahead that is longer than even the last resort allows.
+    #[error(
+        "after {rounds} rounds switching over would still stop the guest for {predicted_us} us, {limit_us} us are allowed; allow a longer downtime, or throttle the guest"
+    )]
+    DowntimeTooLong {
+        /// Rounds so far.
+        rounds: u32,
+        /// The predicted downtime, in microseconds.
+        predicted_us: u64,
+        /// What was allowed, in microseconds.
+        limit_us: u64,
+    },
+}
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Send what is dirty, with the guest running, and sync again.
+    NextRound,
+    /// Stop the guest and send the rest.
+    SwitchOver {
+        /// How long the guest is expected to stand still, in microseconds; `u64::MAX` when it cannot be told.
+        predicted_downtime_us: u64,
+        /// Why now.
+        reason: SwitchReason,
+    },
+    /// End the migration.
+    GiveUp {
+        /// Why.
+        reason: GiveUpReason,
+    },
+}
+
+/// One remembered sync.
+#[derive(Clone, Copy, Debug)]
+struct Mark {
+    at_us: u64,
+    sample: Sample,
+}
+
+/// Amounts over a time, as a rate that is kept exact until it is asked for.
+#[derive(Clone, Copy, Debug)]
+struct Rate {
+    amount: u64,
+    us: u64,
+}
+
+impl Rate {
+    fn per_s(self) -> u64 {
+        to_u64(u128::from(self.amount) * 1_000_000 / u128::from(self.us))
+    }
+
+    /// Microseconds that `amount` takes at this rate, rounded up; `u64::MAX` at a rate of 0.
+    fn us_for(self, amount: u64) -> u64 {
+        match (amount, self.amount) {
+            (0, _) => 0,
+            (_, 0) => u64::MAX,
+            (amount, done) => to_u64((u128::from(amount) * u128::from(self.us)).div_ceil(u128::from(done))),
+        }
+    }
+}
+
+fn to_u64(value: u128) -> u64 {
+    u64::try_from(value).unwrap_or(u64::MAX)
+}
+
+/// The policy of one migration's precopy phase.
+#[derive(Clone, Debug)]
+pub struct Precopy {
+    limits: Limits,
+    started_us: u64,
+    /// Syncs so far: rounds that are complete.
+    rounds: u32,
+    forced: bool,
+    /// The last syncs, oldest first; the start of the first pass is in front until rounds after it give a rate.
+    history: VecDeque<Mark>,
+    /// Smallest remainder so far, and the rounds since it was reached.
+    least_remaining: u64,
+    rounds_since_least: u32,
+    expected_downtime_us: u64,
+}
+
+impl Precopy {
+    /// Starts the first pass at `now_us`, with nothing acknowledged yet.
+    pub fn new(limits: Limits, now_us: u64) -> Self {
+        Self {
+            limits,
+            started_us: now_us,
+            rounds: 0,
+            forced: false,
+            history: VecDeque::from([Mark { at_us: now_us, sample: Sample::default() }]),
+            least_remaining: u64::MAX,
+            rounds_since_least: 0,
+            expected_downtime_us: u64::MAX,
+        }
+    }
+
+    /// The limits.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Changes the limits; they apply from the next sync on.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+    }
+
+    /// Asks to switch over at the next sync, whatever the downtime. The first pass is completed all the same.
+    pub fn force_switchover(&mut self) {
+        self.forced = true;
+    }
+
+    /// Takes in a dirty sync that ends a round (the first one ends the first pass), and decides.
+    pub fn on_sync(&mut self, now_us: u64, sample: Sample) -> Decision {
+        self.rounds = self.rounds.saturating_add(1);
+        if self.rounds == 3 {
+            // From here on rounds after the first pass give the rate: the first pass held zeros and holes, which are quick.
+            self.history.pop_front();
+        }
+        if self.history.len() == HISTORY_MAX {
+            self.history.pop_front();
+        }
+        // A clock that goes back counts as one that stands.
+        let at_us = self.history.back().map_or(now_us, |last| now_us.max(last.at_us));
+        self.history.push_back(Mark { at_us, sample });
+        let remaining = sample.remaining_logical_bytes;
+        if remaining < self.least_remaining {
+            (self.least_remaining, self.rounds_since_least) = (remaining, 0);
+        } else {
+            self.rounds_since_least = self.rounds_since_least.saturating_add(1);
+        }
+        let transfer_us = self.rate(|s| s.acked_logical_bytes).us_for(remaining);
+        self.expected_downtime_us = transfer_us.saturating_add(sample.state_time_us);
+        self.decide(remaining, at_us)
+    }
+
+    fn decide(&self, remaining: u64, now_us: u64) -> Decision {
+        let predicted = self.expected_downtime_us;
+        let switch = |reason| Decision::SwitchOver { predicted_downtime_us: predicted, reason };
+        if self.forced {
+            return switch(SwitchReason::Forced);
+        }
+        // After the first pass alone the rate is that of zeros and holes too, unless there is nothing to predict.
+        let may_predict = self.rounds >= 2 || remaining == 0;
+        if may_predict && predicted <= self.limits.downtime_ms.saturating_mul(1000) {
+            return switch(SwitchReason::WithinLimit);
+        }
+        let elapsed_us = now_us.saturating_sub(self.started_us);
+        if let Some(limit_us) = self.limits.total_ms.map(|ms| ms.saturating_mul(1000))
+            && elapsed_us > limit_us
+        {
+            return Decision::GiveUp { reason: GiveUpReason::OutOfTime { elapsed_us, limit_us } };
+        }
+        let last_round = self.limits.max_rounds.max(2);
+        if self.rounds < last_round {
+            return Decision::NextRound;
+        }
+        let out_of_grace = self.rounds >= last_round.saturating_add(GRACE_ROUNDS);
+        if !out_of_grace && !self.at_local_minimum(remaining) {
+            return Decision::NextRound;
+        }
+        match self.limits.last_resort_downtime_ms.map(|ms| ms.saturating_mul(1000)) {
+            Some(limit_us) if predicted > limit_us => {
+                if out_of_grace {
+                    let rounds = self.rounds;
+                    let reason = GiveUpReason::DowntimeTooLong { rounds, predicted_us: predicted, limit_us };
+                    Decision::GiveUp { reason }
+                } else {
+                    Decision::NextRound
+                }
+            }
+            _ => switch(SwitchReason::OutOfRounds),
+        }
+    }
+
+    fn at_local_minimum(&self, remaining: u64) -> bool {
+        let recent = self.history.iter().skip(usize::from(self.rounds <= 2)).rev().take(MINIMUM_ROUNDS);
+        recent.map(|mark| mark.sample.remaining_logical_bytes).min().is_none_or(|least| remaining <= least)
+    }
+
+    /// Growth of a total over the last rounds: back to the youngest sync that is [`RATE_WINDOW_US`] away, or else the oldest.
+    fn rate(&self, total: impl Fn(&Sample) -> u64) -> Rate {
+        let mut back = self.history.iter().rev();
+        let Some(last) = back.next() else { return Rate { amount: 0, us: 1 } };
+        let far = |mark: &&Mark| last.at_us - mark.at_us >= RATE_WINDOW_US;
+        let Some(before) = back.find(far).or(self.history.front()) else { return Rate { amount: 0, us: 1 } };
+        Rate {
+            amount: total(&last.sample).saturating_sub(total(&before.sample)),
+            us: (last.at_us - before.at_us).max(1),
+        }
+    }
+
+    /// Complete rounds, the first pass included.
+    pub fn rounds(&self) -> u32 {
+        self.rounds
+    }
+
+    /// The downtime of switching over at the last sync, in microseconds; `u64::MAX` while it cannot be told.
+    pub fn expected_downtime_us(&self) -> u64 {
+        self.expected_downtime_us
+    }
+
+    /// Pages that the guest wrote per second, between the last two syncs.
+    pub fn dirty_pages_per_s(&self) -> u64 {
+        let mut latest = self.history.iter().rev();
+        match (latest.next(), latest.next()) {
+            (Some(last), Some(before)) => {
+                Rate { amount: last.sample.dirtied_pages, us: (last.at_us - before.at_us).max(1) }.per_s()
+            }
+            _ => 0,
+        }
+    }
+
+    /// Logical bytes per second that were acknowledged over the last rounds.
+    pub fn logical_bytes_per_s(&self) -> u64 {
+        self.rate(|sample| sample.acked_logical_bytes).per_s()
+    }
+
+    /// Wire bytes per second that were acknowledged over the last rounds.
+    pub fn wire_bytes_per_s(&self) -> u64 {
+        self.rate(|sample| sample.acked_wire_bytes).per_s()
+    }
+
+    /// Whether the remainder reached no new low for [`Limits::stall_rounds`] rounds: the guest writes as fast as it is copied.
+    pub fn stalled(&self) -> bool {
+        self.rounds_since_least >= self.limits.stall_rounds.max(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sample(remaining: u64, acked: u64) -> Sample {
+        Sample {
+            remaining_logical_bytes: remaining,
+            dirtied_pages: remaining / 4096,
+            acked_logical_bytes: acked,
+            acked_wire_bytes: acked / 4,
+            state_time_us: 20_000,
+        }
+    }
+
+    #[test]
+    fn predicts_logical_from_logical() {
+        let mut policy = Precopy::new(Limits::default(), 1_000_000);
+        // 1 GB/s of logical bytes, a quarter of that on the wire; 400 MB remain.
+        assert_eq!(policy.on_sync(2_000_000, sample(500_000_000, 1_000_000_000)), Decision::NextRound);
+        assert_eq!(policy.on_sync(2_500_000, sample(400_000_000, 1_500_000_000)), Decision::NextRound);
+        assert_eq!(policy.expected_downtime_us(), 420_000);
+        assert_eq!(policy.logical_bytes_per_s(), 1_000_000_000);
+        assert_eq!(policy.wire_bytes_per_s(), 250_000_000);
+        assert_eq!(policy.dirty_pages_per_s(), 2 * (400_000_000 / 4096));
+        let decision = policy.on_sync(2_900_000, sample(280_000_000, 1_900_000_000));
+        let reason = SwitchReason::WithinLimit;
+        assert_eq!(decision, Decision::SwitchOver { predicted_downtime_us: 300_000, reason });
+    }
+
+    #[test]
+    fn the_first_pass_alone_does_not_decide() {
+        let mut policy = Precopy::new(Limits::default(), 0);
+        assert_eq!(policy.on_sync(1_000_000, sample(4096, 1 << 30)), Decision::NextRound);
+        let mut policy = Precopy::new(Limits::default(), 0);
+        assert!(matches!(policy.on_sync(1_000_000, sample(0, 1 << 30)), Decision::SwitchOver { .. }));
+    }
+
+    #[test]
+    fn forcing_waits_for_the_first_pass_only() {
+        let mut policy = Precopy::new(Limits::default(), 0);
+        policy.force_switchover();
+        let decision = policy.on_sync(1_000_000, sample(1 << 40, 1 << 20));
+        assert!(matches!(decision, Decision::SwitchOver { reason: SwitchReason::Forced, .. }));
+    }
+
+    #[test]
+    fn without_acknowledgements_nothing_is_predicted() {
+        let mut policy = Precopy::new(Limits { downtime_ms: 1 << 40, ..Limits::default() }, 0);
+        for i in 1..20 {
+            assert_eq!(policy.on_sync(i * 1000, sample(4096, 0)), Decision::NextRound);
+            assert_eq!(policy.expected_downtime_us(), u64::MAX);
+        }
+    }
+
+    /// Remainders as (multiples of 1 GiB); the decisions' rounds and what they were.
+    fn until_end(limits: Limits, remaining: impl Fn(u64) -> u64) -> (u64, Decision) {
+        let mut policy = Precopy::new(limits, 0);
+        (1..10_000)
+            .map(|i| (i, policy.on_sync(i * 1_000_000, sample(remaining(i) << 30, i << 30))))
+            .find(|(_, decision)| *decision != Decision::NextRound)
+            .expect("every migration ends")
+    }
+
+    #[test]
+    fn out_of_rounds_switches_at_a_local_minimum() {
+        let limits = Limits { max_rounds: 10, ..Limits::default() };
+        // Round 12 is the next dip.
+        let (round, decision) = until_end(limits, |i| if i % 4 == 0 { 2 } else { 5 });
+        assert!(matches!(decision, Decision::SwitchOver { reason: SwitchReason::OutOfRounds, .. }));
+        assert_eq!(round, 12);
+        // Ever growing: only the grace ends it.
+        assert_eq!(until_end(limits, |i| i).0, 10 + u64::from(GRACE_ROUNDS));
+    }
+
+    #[test]
+    fn gives_up_where_told_to() {
+        let limits = Limits { max_rounds: 10, last_resort_downtime_ms: Some(2000), ..Limits::default() };
+        let (_, decision) = until_end(limits, |_| 3);
+        assert!(matches!(
+            decision,
+            Decision::GiveUp {
+                reason: GiveUpReason::DowntimeTooLong { predicted_us: 3_020_000, limit_us: 2_000_000, .. }
+            }
+        ));
+        let limits = Limits { total_ms: Some(5000), ..Limits::default() };
+        let (round, decision) = until_end(limits, |_| 3);
+        assert_eq!(round, 6);
+        assert!(matches!(decision, Decision::GiveUp { reason: GiveUpReason::OutOfTime { .. } }));
+    }
+
+    #[test]
+    fn stalls_when_nothing_shrinks() {
+        let mut policy = Precopy::new(Limits::default(), 0);
+        for i in 1..=6 {
+            assert!(!policy.stalled());
+            policy.on_sync(i * 1_000_000, sample(1 << 34, i << 30));
+        }
+        assert!(policy.stalled());
+        policy.on_sync(7_000_000, sample(1 << 33, 7 << 30));
+        assert!(!policy.stalled());
+    }
+
+    fn any_sample() -> impl Strategy<Value = (u64, Sample)> {
+        let number = || prop_oneof![any::<u64>(), 0u64..1 << 36, Just(0), Just(u64::MAX)];
+        (number(), number(), number(), number(), number(), number()).prop_map(|(now, a, b, c, d, e)| {
+            let sample = Sample {
+                remaining_logical_bytes: a,
+                dirtied_pages: b,
+                acked_logical_bytes: c,
+                acked_wire_bytes: d,
+                state_time_us: e,
+            };
+            (now, sample)
+        })
+    }
+
+    proptest! {
+        /// Whatever comes in: no panic, and no switchover beyond the limit unless forced or out of rounds; and a longer
+        /// limit never waits where a shorter one switches.
+        #[test]
+        fn keeps_to_the_limit(
+            start: u64,
+            limit in prop_oneof![any::<u64>(), 0u64..10_000],
+            more: u64,
+            max_rounds in 0u32..40,
+            samples in prop::collection::vec(any_sample(), 1..60),
+            force_at in prop::option::of(0usize..60),
+        ) {
+            let limits = Limits { downtime_ms: limit, max_rounds, ..Limits::default() };
+            let mut policy = Precopy::new(limits, start);
+            let wider = Limits { downtime_ms: limit.saturating_add(more), ..limits };
+            let mut wide = Precopy::new(wider, start);
+            for (i, (now, sample)) in samples.into_iter().enumerate() {
+                if force_at == Some(i) { policy.force_switchover(); wide.force_switchover(); }
+                let decision = policy.on_sync(now, sample);
+                let wide_decision = wide.on_sync(now, sample);
+                if let Decision::SwitchOver { predicted_downtime_us, reason } = decision {
+                    match reason {
+                        SwitchReason::WithinLimit => {
+                            prop_assert!(predicted_downtime_us <= limit.saturating_mul(1000));
+                            prop_assert!(i >= 1 || sample.remaining_logical_bytes == 0);
+                        }
+                        SwitchReason::Forced => prop_assert!(force_at.is_some_and(|at| at <= i)),
+                        SwitchReason::OutOfRounds => prop_assert!(i + 1 >= max_rounds as usize),
+                    }
+                    let switches = matches!(wide_decision, Decision::SwitchOver { .. });
+                    prop_assert!(switches);
+                }
+                let _ = (policy.stalled(), policy.dirty_pages_per_s(), policy.logical_bytes_per_s());
+                prop_assert_eq!(policy.rounds() as usize, i + 1);
+            }
+        }
+
+        /// A guest that dirties at most half of what the link moves comes to an end within the limit.
+        #[test]
+        fn a_converging_guest_ends(
+            bytes in 1u64 << 28..1 << 40,
+            rate in 1u64 << 24..1 << 34,
+            percent in 0u64..50,
+        ) {
+            let mut policy = Precopy::new(Limits::default(), 0);
+            let (mut now, mut acked, mut remaining) = (0u64, 0, bytes);
+            for round in 0..80 {
+                let us = (u128::from(remaining) * 1_000_000 / u128::from(rate)) as u64 + 1000;
+                now += us;
+                acked += remaining;
+                remaining = ((u128::from(us) * u128::from(rate * percent / 100) / 1_000_000) as u64).min(bytes);
+                match policy.on_sync(now, sample(remaining, acked)) {
+                    Decision::NextRound => prop_assert!(round < 79, "does not end"),
+                    Decision::SwitchOver { reason, .. } => {
+                        prop_assert_eq!(reason, SwitchReason::WithinLimit);
+                        break;
+                    }
+                    Decision::GiveUp { reason } => prop_assert!(false, "gave up: {}", reason),
+                }
+            }
+        }
+    }
+}
