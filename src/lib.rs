@@ -1,1 +1,13 @@
-//! pageferry
+//! pageferry moves the RAM of a running virtual machine between hosts.
+//!
+//! The library joins three crates: [`pagecopy`] (what is sent), [`transport`] (how it travels) and [`vmm_shim`] (where
+//! memory lives). A VMM implements the traits of [`pagecopy::backend`] and calls [`engine::source::migrate`] on one host and
+//! [`engine::destination::Destination`] on the other.
+//!
+//! See `docs/design.md` for the rules that hold throughout and `docs/protocol.md` for the wire format.
+
+pub mod engine;
+
+pub use pagecopy;
+pub use transport;
+pub use vmm_shim;

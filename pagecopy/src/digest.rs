@@ -4,7 +4,7 @@
 //! alike cannot be built in advance. Source: xxHash, <https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md>.
 
 use xxhash_rust::const_xxh3::const_custom_default_secret;
-use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_secret};
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_64_with_seed, xxh3_128_with_secret};
 
 use crate::layout::PAGE_SIZE;
 
@@ -48,6 +48,25 @@ impl PageHasher {
     /// Checksum of a frame or message, under the session's seed.
     pub fn checksum(&self, bytes: &[u8]) -> u64 {
         xxh3_64_with_seed(bytes, self.seed)
+    }
+}
+
+/// xxh3-128 of content that comes in pieces, unseeded: what `xxhsum -H128` prints.
+#[derive(Clone, Default)]
+pub struct ContentHasher(Xxh3Default);
+
+impl ContentHasher {
+    /// A hasher that has seen nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+    /// Adds bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+    /// The hash of all bytes so far.
+    pub fn digest(&self) -> u128 {
+        self.0.digest128()
     }
 }
 

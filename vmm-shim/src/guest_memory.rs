@@ -334,7 +334,12 @@ impl GuestRam for GuestMemory {
     }
 
     fn populate(&self, first: u32, count: u32) -> Result<(), BackendError> {
-        // A privately mapped file would be copied whole by write faults.
+        // Small pages of a file cost more to bring in ahead of the data than along with it, and what is a hole at the
+        // source would no longer be one here.
+        if self.kind == Kind::Shmem || self.kind == Kind::Disk {
+            return Ok(());
+        }
+        // Privately mapped huge pages would be copied whole by write faults.
         let advice = if self.private_file { Advice::LinuxPopulateRead } else { Advice::LinuxPopulateWrite };
         for span in self.spans(first, count as usize)? {
             let (offset, len) = (span.bytes.start, span.bytes.end - span.bytes.start);

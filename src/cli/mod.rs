@@ -1,0 +1,96 @@
+//! The command line.
+
+mod output;
+mod recv;
+mod send;
+mod stop;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use pageferry::engine::Options;
+use pageferry::pagecopy::choose::CodecMode;
+
+/// Moves the RAM of a running virtual machine between hosts.
+#[derive(Debug, Parser)]
+#[command(version, about, after_help = EXIT_CODES, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 the migration failed and the source has the guest; 2 wrong arguments; \
+3 could not start (file, port, permission); 4 the handover was not confirmed: look at both sides before resuming; 130 cancelled.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Send(send::SendArgs),
+    Recv(recv::RecvArgs),
+}
+
+/// How a command ends when it does not succeed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Exit {
+    /// The migration failed; nothing is lost.
+    Failed = 1,
+    /// Nothing was begun.
+    CannotStart = 3,
+    /// Nobody knows who has the guest.
+    Unknown = 4,
+    /// Somebody asked.
+    Cancelled = 130,
+}
+
+/// A command's failure: printed, and the process's exit code.
+#[derive(Debug)]
+struct CliError {
+    exit: Exit,
+    text: String,
+}
+
+impl CliError {
+    fn cannot_start(error: &dyn std::error::Error) -> Self {
+        Self { exit: Exit::CannotStart, text: pageferry::engine::explain(error) }
+    }
+}
+
+pub(crate) fn run() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Send(args) => send::run(&args),
+        Command::Recv(args) => recv::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("pageferry: {}", error.text);
+            ExitCode::from(error.exit as u8)
+        }
+    }
+}
+
+/// Options of every command that migrates.
+#[derive(Clone, Debug, Args)]
+struct TransferArgs {
+    /// Data streams
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256))]
+    streams: u16,
+    /// How pages are encoded: auto, raw, zstd[:LEVEL], delta
+    #[arg(long, default_value = "auto")]
+    codec: CodecMode,
+    /// Give a silent peer or stream up after this many seconds
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    timeout: u64,
+}
+
+impl TransferArgs {
+    fn options(&self) -> Options {
+        Options {
+            streams: self.streams,
+            codec: self.codec,
+            timeout: Duration::from_secs(self.timeout),
+            ..Options::default()
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! `pageferry send`: moves the content of a RAM file.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use pageferry::engine::progress::Progress;
+use pageferry::engine::source::{Cause, Fate, SourceBackend, migrate};
+use pageferry::engine::{content_digest, explain};
+use pageferry::pagecopy::backend::{GuestRam, StaticLog};
+use pageferry::transport::uri::Uri;
+use pageferry::vmm_shim::guest_memory::GuestMemory;
+
+use super::{CliError, Exit, TransferArgs, output, stop};
+
+/// Sends the content of a RAM file to `pageferry recv`
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  pageferry send tcp:node7:4444 --ram-file /dev/shm/ram.img --streams 4")]
+pub(super) struct SendArgs {
+    /// Where the destination listens: tcp:HOST:PORT or unix:PATH
+    uri: Uri,
+    /// The file; its size must be a multiple of 4096
+    #[arg(long, value_name = "FILE")]
+    ram_file: PathBuf,
+    #[command(flatten)]
+    transfer: TransferArgs,
+    /// Print an xxh3-128 of the content (reads all of it once more)
+    #[arg(long)]
+    digest: bool,
+    /// Print one JSON object at the end instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
+    let ram = GuestMemory::open_ram_file(&args.ram_file, false).map_err(|e| CliError::cannot_start(&e))?;
+    let ram: Arc<dyn GuestRam> = Arc::new(ram);
+    let backend = SourceBackend {
+        ram: ram.clone(),
+        log: Arc::new(StaticLog),
+        guest: None,
+        paused: false,
+        machine: String::new(),
+    };
+    let progress = Progress::default();
+    stop::on_signals(&progress);
+    let bar = output::Bar::start(&progress, args.json);
+    let result = migrate(&backend, &args.uri, &args.transfer.options(), &progress);
+    bar.finish();
+    let mut report = progress.report();
+    if args.digest && result.is_ok() {
+        report.digest = Some(content_digest(&*ram).map_err(|e| CliError::cannot_start(&e))?);
+    }
+    output::print(&report, args.json);
+    result.map(drop).map_err(|failure| {
+        let exit = match (failure.fate, &failure.cause) {
+            (Fate::Unknown, _) => Exit::Unknown,
+            (_, Cause::Cancelled) => Exit::Cancelled,
+            (_, Cause::Socket(_)) => Exit::CannotStart,
+            _ => Exit::Failed,
+        };
+        CliError { exit, text: explain(&failure) }
+    })
+}

@@ -1,0 +1,632 @@
+//! The destination: listens, takes one session in, and owns the guest from GO on.
+//!
+//! One listening socket serves control, streams and queries. A connection that never becomes a session (a stranger, another
+//! version, a guest that does not fit) is refused with a reason on both sides, and the destination goes on listening; once
+//! a session has touched memory, its failure is the destination's end.
+
+mod front;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender};
+use pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
+use pagecopy::digest::PageHasher;
+use pagecopy::layout::{Layout, PAGE_SIZE};
+use transport::destination::{PageSink, ReceiveError, receive_stream};
+use transport::link::{Link, LinkError, LinkEvent};
+use transport::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
+use transport::socket::{Connection, Listener, SocketError};
+use transport::uri::Uri;
+use transport::wire::WireError;
+use transport::wire::control::{
+    ErrorCode, Hello, Message, PRESENCE_CHUNKS, SessionStatus, StreamEnd, Totals, Welcome, capability,
+    state_digest,
+};
+
+use super::progress::Progress;
+use super::report::{Report, Status};
+use super::source::RUN_STATE;
+use super::{Options, explain, usage};
+use front::{Event, Front};
+
+/// How often somebody who waits looks at everything that may have happened.
+const TICK: Duration = Duration::from_millis(20);
+
+/// The VMM's side of a destination: makes the memory for a guest that is offered, or refuses it.
+pub trait Incoming {
+    /// Memory for this guest, all zeros, or why not. Called once a source has said what it brings; may be called again after a refusal.
+    fn open(&mut self, hello: &Hello, layout: Layout) -> Result<Arc<dyn GuestRam>, String>;
+    /// The guest whose state is to be loaded and that is to run, for a live migration.
+    fn guest(&self) -> Option<Arc<dyn Guest>>;
+}
+
+/// Why a destination ended without the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum IncomingError {
+    /// No socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The control connection ended before READY.
+    #[error("the source is gone; what arrived is incomplete and was given up")]
+    Link(#[source] LinkError),
+    /// The source gave up, or broke the protocol.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// The VMM failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// A stream that should have ended in order did not.
+    #[error("stream {stream} did not end in order")]
+    Stream {
+        /// Which.
+        stream: u16,
+    },
+    /// The source vanished between READY and GO.
+    #[error(
+        "the source did not say GO within {seconds} s after it was lost; the guest was never run here and never will be"
+    )]
+    NoGo {
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// The system lacks something.
+    #[error("this host lacks a resource")]
+    System(#[from] io::Error),
+    /// Somebody asked.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl IncomingError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Session(SessionError::TotalsDiffer { .. }) => ErrorCode::Integrity,
+            Self::Session(_) => ErrorCode::Protocol,
+            Self::Cancelled => ErrorCode::Cancelled,
+            _ => ErrorCode::Local,
+        }
+    }
+}
+
+/// A destination that listens.
+pub struct Destination {
+    front: Front,
+    events: Receiver<Event>,
+    event_sender: Sender<Event>,
+    uri: Uri,
+    options: Options,
+    progress: Progress,
+    notice: Box<dyn Fn(&str) + Send + Sync>,
+}
+
+impl Destination {
+    /// Listens at `uri`. `notice` is told, in a line each, about connections that were refused.
+    pub fn bind(
+        uri: &Uri,
+        options: &Options,
+        progress: &Progress,
+        notice: impl Fn(&str) + Send + Sync + 'static,
+    ) -> Result<Self, IncomingError> {
+        let listener = Listener::bind(uri)?;
+        let uri = listener.uri();
+        let (event_sender, events) = crossbeam_channel::bounded(4096);
+        let front = Front::start(listener, options.timeout, event_sender.clone())?;
+        Ok(Self {
+            front,
+            events,
+            event_sender,
+            uri,
+            options: options.clone(),
+            progress: progress.clone(),
+            notice: Box::new(notice),
+        })
+    }
+
+    /// Where a source connects: with the port that the system chose.
+    pub fn uri(&self) -> &Uri {
+        &self.uri
+    }
+
+    /// Takes a session in. Blocks until the guest is here and runs, or the session has failed.
+    pub fn receive(mut self, incoming: &mut dyn Incoming) -> Result<Report, IncomingError> {
+        loop {
+            let Some(opening) = self.opening()? else { continue };
+            let Some(mut session) = self.accept(opening, incoming) else { continue };
+            let cpu = usage::cpu_seconds();
+            let result = session.run(&self, incoming);
+            if let Err(error) = &result {
+                session.fail(error);
+            }
+            session.report(&self.progress, cpu, result.as_ref().err());
+            result?;
+            return Ok(self.progress.report());
+        }
+    }
+
+    /// Waits for a HELLO.
+    fn opening(&self) -> Result<Option<Opening>, IncomingError> {
+        loop {
+            if self.progress.is_cancelled() {
+                return Err(IncomingError::Cancelled);
+            }
+            let Ok(event) = self.events.recv_timeout(TICK) else { continue };
+            match event {
+                Event::Control { link, peer, version, generation } => {
+                    return Ok(self.hello(link, &peer, version, generation));
+                }
+                Event::Refused { peer, reason } => {
+                    (self.notice)(&format!("refused a connection from {peer}: {reason}"));
+                }
+                // Of a session that is over.
+                Event::Link { .. }
+                | Event::Stream { .. }
+                | Event::Query { .. }
+                | Event::StreamEnded { .. } => {}
+            }
+        }
+    }
+
+    /// The first message of a control connection must be HELLO, and soon.
+    fn hello(&self, link: Link, peer: &str, version: u16, generation: u64) -> Option<Opening> {
+        let deadline = Instant::now() + self.options.timeout;
+        let mut session = DestinationSession::new();
+        let refuse = |code, reason: String| {
+            (self.notice)(&format!("refused a connection from {peer}: {reason}"));
+            link.send(Message::Error { code, text: reason });
+            self.front.end_session();
+        };
+        loop {
+            match self.events.recv_deadline(deadline) {
+                Ok(Event::Link { generation: g, event }) if g == generation => match event {
+                    LinkEvent::Message(message) => match session.handle(message) {
+                        Ok(DestinationEvent::Hello(hello)) => {
+                            return Some(Opening {
+                                link,
+                                peer: peer.into(),
+                                version,
+                                generation,
+                                session,
+                                hello,
+                            });
+                        }
+                        Ok(_) => {}
+                        Err(error) => {
+                            refuse(ErrorCode::Protocol, explain(&error));
+                            return None;
+                        }
+                    },
+                    LinkEvent::Dead(error) => {
+                        refuse(ErrorCode::Protocol, format!("no HELLO came: {}", explain(&error)));
+                        return None;
+                    }
+                },
+                Ok(Event::Refused { peer, reason }) => {
+                    (self.notice)(&format!("refused a connection from {peer}: {reason}"));
+                }
+                Ok(_) => {}
+                Err(_) => {
+                    let text = format!("no HELLO came within {} s", self.options.timeout.as_secs());
+                    refuse(ErrorCode::Timeout, text);
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Decides on an offer; `None` when it was refused.
+    fn accept(&mut self, opening: Opening, incoming: &mut dyn Incoming) -> Option<Session> {
+        let Opening { link, peer, version, generation, session, hello } = opening;
+        let opened = Layout::new(hello.regions.clone())
+            .map_err(|e| e.to_string())
+            .and_then(|layout| incoming.open(&hello, layout))
+            .and_then(|ram| match (hello.live, incoming.guest()) {
+                (true, None) => Err(
+                    "this destination takes memory alone, not a running guest; use `pageferry vm --incoming`"
+                        .into(),
+                ),
+                (false, Some(_)) => Err(
+                    "this destination waits for a running guest, not for memory alone; use `pageferry recv`"
+                        .into(),
+                ),
+                (_, guest) => Ok((ram, guest)),
+            });
+        let (ram, guest) = match opened {
+            Ok(opened) => opened,
+            Err(reason) => {
+                (self.notice)(&format!("refused the guest offered by {peer}: {reason}"));
+                link.send(Message::Error { code: ErrorCode::Layout, text: reason });
+                self.front.end_session();
+                return None;
+            }
+        };
+        let capabilities = hello.capabilities & capability::ALL;
+        let sink =
+            PageSink::new(ram.clone(), PageHasher::new(hello.seed), capabilities, self.options.timeout);
+        link.send(Message::Welcome(Welcome {
+            version,
+            capabilities,
+            streams: hello.streams,
+            timeout_ms: self.options.timeout.as_millis().try_into().unwrap_or(u32::MAX),
+        }));
+        self.progress.update(|r| {
+            *r = Report { status: Status::Setup, page_size: PAGE_SIZE as u32, ..Report::default() };
+            r.pages.total = ram.layout().pages();
+            r.streams = hello.streams;
+        });
+        Some(Session {
+            machine: session,
+            link: Some(link),
+            generation,
+            hello,
+            ram,
+            guest,
+            sink: Arc::new(sink),
+            streams: BTreeMap::new(),
+            state: Vec::new(),
+            began: Instant::now(),
+            setup: Duration::ZERO,
+            event_sender: self.event_sender.clone(),
+        })
+    }
+}
+
+/// A source that said HELLO.
+struct Opening {
+    link: Link,
+    peer: String,
+    version: u16,
+    generation: u64,
+    session: DestinationSession,
+    hello: Hello,
+}
+
+/// A data stream's worker.
+struct Stream {
+    connection: Arc<Connection>,
+    thread: Option<std::thread::JoinHandle<()>>,
+    /// Set when the worker has ended.
+    result: Option<Result<StreamEnd, ReceiveError>>,
+    /// The source calls it dead: its account does not count.
+    lost: bool,
+}
+
+/// One session.
+struct Session {
+    machine: DestinationSession,
+    /// `None` once it broke.
+    link: Option<Link>,
+    generation: u64,
+    hello: Hello,
+    ram: Arc<dyn GuestRam>,
+    guest: Option<Arc<dyn Guest>>,
+    sink: Arc<PageSink>,
+    streams: BTreeMap<u16, Stream>,
+    state: Vec<StateBlob>,
+    began: Instant,
+    setup: Duration,
+    event_sender: Sender<Event>,
+}
+
+impl Session {
+    /// The phases: populate, move, finish, hand over.
+    fn run(&mut self, listening: &Destination, incoming: &dyn Incoming) -> Result<(), IncomingError> {
+        let _ = incoming;
+        self.populate()?;
+        let prepared = self.machine.prepared();
+        self.send(prepared);
+        self.setup = self.began.elapsed();
+        listening.progress.update(|r| r.status = Status::Active);
+        let theirs = self.take_pages(listening)?;
+        let mine = self.finish(listening, &theirs)?;
+        let ready = self.machine.ready(mine);
+        listening.front.set_status(SessionStatus::Ready);
+        self.send(ready);
+        self.wait_go(listening)?;
+        // From here on the guest is this side's, whatever becomes of the source.
+        listening.front.set_status(SessionStatus::Running);
+        if let Some(guest) = &self.guest
+            && self.should_run()
+        {
+            guest.resume()?;
+        }
+        self.send(Message::Running);
+        self.linger(listening);
+        Ok(())
+    }
+
+    fn send(&self, message: Message) {
+        if let Some(link) = &self.link {
+            link.send(message);
+        }
+    }
+
+    /// Whether the guest ran at the source when it was moved.
+    fn should_run(&self) -> bool {
+        !self.state.iter().any(|blob| blob.name == RUN_STATE && blob.bytes == [0])
+    }
+
+    /// Faults in the memory that data will come for, with all cores, before it comes.
+    fn populate(&self) -> Result<(), BackendError> {
+        let chunks = self.ram.layout().chunks();
+        let pieces: Vec<u32> = (0..chunks)
+            .step_by(PRESENCE_CHUNKS as usize)
+            .filter(|&chunk| self.hello.present(chunk))
+            .collect();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from).min(16);
+        let next = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..cores)
+                .map(|_| {
+                    scope.spawn(|| {
+                        while let Some(&first) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                            self.ram.populate(first, PRESENCE_CHUNKS.min(chunks - first))?;
+                        }
+                        Ok(())
+                    })
+                })
+                .collect();
+            workers.into_iter().try_for_each(|w| w.join().expect("populate does not panic"))
+        })
+    }
+
+    /// Serves streams and messages until FINISH.
+    fn take_pages(&mut self, listening: &Destination) -> Result<Totals, IncomingError> {
+        loop {
+            let Some(event) = self.next(listening)? else { continue };
+            let event = match event {
+                LinkEvent::Message(message) => self.machine.handle(message)?,
+                LinkEvent::Dead(error) => return Err(IncomingError::Link(error)),
+            };
+            match event {
+                DestinationEvent::StreamLost(stream) => self.stop_stream(stream, listening)?,
+                DestinationEvent::State(blobs) => self.state = blobs,
+                DestinationEvent::Finish(totals) => return Ok(totals),
+                DestinationEvent::Reply(reply) => self.send(reply),
+                DestinationEvent::Nothing | DestinationEvent::Hello(_) | DestinationEvent::Go => {}
+            }
+        }
+    }
+
+    /// Handles what is not the control link's; returns what is.
+    fn next(&mut self, listening: &Destination) -> Result<Option<LinkEvent>, IncomingError> {
+        if listening.progress.is_cancelled() && self.machine.status() != SessionStatus::Running {
+            return Err(IncomingError::Cancelled);
+        }
+        self.show(&listening.progress);
+        let Ok(event) = listening.events.recv_timeout(TICK) else { return Ok(None) };
+        match event {
+            Event::Link { generation, event } if generation == self.generation => return Ok(Some(event)),
+            Event::Stream { connection, stream } => self.attach(connection, stream)?,
+            Event::StreamEnded { stream, result } => self.stream_ended(stream, result),
+            Event::Refused { peer, reason } => {
+                (listening.notice)(&format!("refused a connection from {peer}: {reason}"));
+            }
+            Event::Query { link, generation } => {
+                // A source that lost its link and asks: this is its link from now on.
+                link.send(Message::Status(self.machine.status()));
+                if self.link.is_none() {
+                    (self.link, self.generation) = (Some(link), generation);
+                }
+            }
+            Event::Link { .. } => {}
+            Event::Control { link, .. } => {
+                let text = "this destination already serves a session".into();
+                link.send(Message::Error { code: ErrorCode::Busy, text });
+            }
+        }
+        Ok(None)
+    }
+
+    /// A data stream of this session was opened.
+    fn attach(&mut self, connection: Connection, stream: u16) -> Result<(), IncomingError> {
+        let known = self.streams.get(&stream).is_some_and(|s| s.result.is_none());
+        let moving = self.machine.status() == SessionStatus::Moving;
+        let refusal = if stream >= self.hello.streams {
+            Some("it was not agreed on")
+        } else if known {
+            Some("it is already connected")
+        } else if !moving || self.setup.is_zero() {
+            Some("pages are not moving")
+        } else {
+            None
+        };
+        let answer = match refusal {
+            Some(why) => {
+                let text = format!("stream {stream} is refused: {why}");
+                Message::Error { code: ErrorCode::Protocol, text }
+            }
+            None => Message::Attached { stream },
+        };
+        if io::Write::write_all(&mut &connection, &answer.encode()).is_err() || refusal.is_some() {
+            return Ok(());
+        }
+        let connection = Arc::new(connection);
+        let (sink, events, socket) = (self.sink.clone(), self.event_sender.clone(), connection.clone());
+        let thread = std::thread::Builder::new().name(format!("recv-{stream}")).spawn(move || {
+            let result = receive_stream(&sink, &socket, stream);
+            if result.is_err() {
+                socket.shutdown();
+            }
+            let _ = events.send(Event::StreamEnded { stream, result });
+        })?;
+        let entry = Stream { connection, thread: Some(thread), result: None, lost: false };
+        self.streams.insert(stream, entry);
+        Ok(())
+    }
+
+    fn stream_ended(&mut self, stream: u16, result: Result<StreamEnd, ReceiveError>) {
+        let Some(entry) = self.streams.get_mut(&stream) else { return };
+        if let Some(thread) = entry.thread.take() {
+            let _ = thread.join();
+        }
+        if entry.result.is_some() {
+            return;
+        }
+        let failed = result.as_ref().err().map(|e| explain(e));
+        entry.result = Some(result);
+        if let Some(reason) = failed {
+            // Nothing of it reaches memory any more; a connection that broke is no news to the source.
+            entry.lost = true;
+            self.send(Message::StreamStopped { stream, reason });
+        }
+    }
+
+    /// The source calls a stream dead: stops its worker, and says so once nothing more of it can reach memory.
+    fn stop_stream(&mut self, stream: u16, listening: &Destination) -> Result<(), IncomingError> {
+        if let Some(entry) = self.streams.get_mut(&stream) {
+            let told = entry.lost;
+            entry.lost = true;
+            entry.connection.shutdown();
+            while self.streams.get(&stream).is_some_and(|s| s.result.is_none()) {
+                // The link's messages wait meanwhile; the worker ends as soon as it sees the closed socket.
+                match listening.events.recv_timeout(TICK) {
+                    Ok(Event::StreamEnded { stream: ended, result }) => self.stream_ended(ended, result),
+                    Ok(Event::Link { generation, event }) if generation == self.generation => {
+                        // Put back in order behind what is queued: nothing that follows depends on it.
+                        let _ = self.event_sender.try_send(Event::Link { generation, event });
+                    }
+                    Ok(Event::Stream { connection, stream }) => self.attach(connection, stream)?,
+                    _ => {}
+                }
+            }
+            if told {
+                return Ok(());
+            }
+            if self.streams.get(&stream).is_some_and(|s| matches!(s.result, Some(Err(_)))) {
+                // stream_ended() said so.
+                return Ok(());
+            }
+        }
+        self.send(Message::StreamStopped { stream, reason: String::new() });
+        Ok(())
+    }
+
+    /// Waits for the streams' ends, compares accounts, loads device state, makes memory durable.
+    fn finish(&mut self, listening: &Destination, theirs: &Totals) -> Result<Totals, IncomingError> {
+        let deadline = Instant::now() + listening.options.timeout;
+        while let Some((&stream, _)) = self.streams.iter().find(|(_, s)| s.result.is_none()) {
+            if Instant::now() > deadline {
+                return Err(IncomingError::Stream { stream });
+            }
+            if let Some(LinkEvent::Dead(error)) = self.next(listening)? {
+                return Err(IncomingError::Link(error));
+            }
+        }
+        let ended = self.streams.values().filter(|s| !s.lost);
+        let streams = ended.filter_map(|s| s.result.as_ref()?.as_ref().ok().copied()).collect();
+        let mine = Totals { streams, pages: self.sink.carried_pages(), state: state_digest(&self.state) };
+        compare_totals(&mine, theirs)?;
+        if let Some(guest) = &self.guest {
+            let state: Vec<_> = self.state.iter().filter(|blob| blob.name != RUN_STATE).cloned().collect();
+            guest.load_state(&state)?;
+        }
+        self.ram.persist()?;
+        Ok(mine)
+    }
+
+    /// Waits for GO, over whatever link the source has.
+    fn wait_go(&mut self, listening: &Destination) -> Result<(), IncomingError> {
+        let timeout = listening.options.handover_timeout;
+        let mut lost = None::<Instant>;
+        loop {
+            if lost.is_some_and(|at| at.elapsed() > timeout) {
+                return Err(IncomingError::NoGo { seconds: timeout.as_secs() });
+            }
+            match self.next(listening)? {
+                Some(LinkEvent::Message(Message::Query)) => {
+                    self.send(Message::Status(self.machine.status()));
+                }
+                Some(LinkEvent::Message(message)) => match self.machine.handle(message)? {
+                    DestinationEvent::Go => return Ok(()),
+                    DestinationEvent::Reply(reply) => self.send(reply),
+                    _ => {}
+                },
+                Some(LinkEvent::Dead(_)) => {
+                    self.link = None;
+                    lost = Some(Instant::now());
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// The guest runs. Stays for a source that has not heard so yet: until it closes its link, for a while.
+    fn linger(&mut self, listening: &Destination) {
+        let deadline = Instant::now() + listening.options.timeout;
+        while Instant::now() < deadline {
+            match self.next(listening) {
+                Ok(Some(LinkEvent::Dead(LinkError::Closed))) | Err(_) => return,
+                Ok(Some(LinkEvent::Dead(_))) => self.link = None,
+                Ok(Some(LinkEvent::Message(Message::Query))) => {
+                    self.send(Message::Status(self.machine.status()));
+                }
+                Ok(Some(LinkEvent::Message(message))) => {
+                    if let Ok(DestinationEvent::Reply(reply)) = self.machine.handle(message) {
+                        self.send(reply);
+                    }
+                }
+                Ok(None) => {}
+            }
+        }
+    }
+
+    /// Ends a session that failed: the guest is not this side's and never will be, unless it already was.
+    fn fail(&mut self, error: &IncomingError) {
+        self.machine.abandon();
+        self.sink.stop();
+        for stream in self.streams.values_mut() {
+            stream.connection.shutdown();
+            if let Some(thread) = stream.thread.take() {
+                let _ = thread.join();
+            }
+        }
+        let peer_knows = matches!(error, IncomingError::Session(SessionError::Peer { .. }));
+        if !peer_knows {
+            self.send(Message::Error { code: error.code(), text: explain(error) });
+        }
+    }
+
+    /// Shows how far it is.
+    fn show(&self, progress: &Progress) {
+        let received = self.sink.received();
+        let get = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        progress.update(|r| {
+            r.logical_bytes = get(&received.logical);
+            r.wire_bytes = get(&received.wire);
+            r.pages.zero = get(&received.zero);
+            r.pages.raw = get(&received.raw);
+            r.pages.delta = get(&received.delta);
+            r.pages.compressed = get(&received.compressed);
+        });
+    }
+
+    fn report(&self, progress: &Progress, cpu: f64, error: Option<&IncomingError>) {
+        self.show(progress);
+        let (total, setup) = (self.began.elapsed(), self.setup);
+        let untouched = self.ram.layout().pages() - self.sink.carried_pages();
+        progress.update(|r| {
+            r.setup_ms = setup.as_secs_f64() * 1e3;
+            r.pages.hole = untouched;
+            r.cpu_s = usage::cpu_seconds() - cpu;
+            r.max_rss_bytes = usage::max_rss_bytes();
+            r.rates(total);
+            r.verified = error.is_none();
+            r.status = match error {
+                None => Status::Completed,
+                Some(IncomingError::Cancelled) => Status::Cancelled,
+                Some(_) => Status::Failed,
+            };
+            r.error = error.map(|e| explain(e));
+        });
+    }
+}
+
+impl From<WireError> for IncomingError {
+    fn from(error: WireError) -> Self {
+        Self::Link(LinkError::Wire(error))
+    }
+}

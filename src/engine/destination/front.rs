@@ -1,0 +1,214 @@
+//! The listening socket: reads preambles and hands connections to the session they belong to.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+use tokio::runtime::Runtime;
+use transport::destination::ReceiveError;
+use transport::link::{AsyncConnection, AsyncListener, Link, LinkEvent};
+use transport::socket::{Connection, Listener};
+use transport::wire::control::{ErrorCode, Message, SessionStatus, StreamEnd};
+use transport::wire::{Preamble, Role, SessionId, WireError};
+
+/// Connections whose preamble is awaited at a time; more are closed at once.
+const STRANGERS_MAX: usize = 1024;
+
+/// What the session's thread hears.
+pub(super) enum Event {
+    /// A control connection; its messages follow as [`Event::Link`] with this generation.
+    Control { link: Link, peer: String, version: u16, generation: u64 },
+    /// Something came over a link.
+    Link { generation: u64, event: LinkEvent },
+    /// A data stream of the session, unanswered yet.
+    Stream { connection: Connection, stream: u16 },
+    /// A source asks what became of the session.
+    Query { link: Link, generation: u64 },
+    /// A stream's worker has ended.
+    StreamEnded { stream: u16, result: Result<StreamEnd, ReceiveError> },
+    /// A connection was refused.
+    Refused { peer: String, reason: String },
+}
+
+/// What is known of the session, for those who knock.
+struct Session {
+    id: Option<SessionId>,
+    version: u16,
+    status: SessionStatus,
+    generation: u64,
+}
+
+/// The running front; dropping it stops listening.
+pub(super) struct Front {
+    session: Arc<Mutex<Session>>,
+    _runtime: Runtime,
+}
+
+impl Front {
+    pub(super) fn start(listener: Listener, timeout: Duration, events: Sender<Event>) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let session = Arc::new(Mutex::new(Session {
+            id: None,
+            version: 0,
+            status: SessionStatus::Moving,
+            generation: 0,
+        }));
+        let listener = {
+            let _guard = runtime.enter();
+            AsyncListener::new(listener)?
+        };
+        let shared = session.clone();
+        runtime.spawn(async move {
+            let strangers = Arc::new(tokio::sync::Semaphore::new(STRANGERS_MAX));
+            loop {
+                let Ok((connection, peer)) = listener.accept().await else {
+                    // Out of descriptors, or a peer that went away while it waited: the others still want in.
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                };
+                let Ok(permit) = strangers.clone().try_acquire_owned() else { continue };
+                let door = Door { session: shared.clone(), timeout, events: events.clone() };
+                tokio::spawn(async move {
+                    door.greet(connection, peer).await;
+                    drop(permit);
+                });
+            }
+        });
+        Ok(Self { session, _runtime: runtime })
+    }
+
+    /// What a query is answered with when the session's thread does not answer itself.
+    pub(super) fn set_status(&self, status: SessionStatus) {
+        lock(&self.session).status = status;
+    }
+
+    /// The session is over before it began: another may open one.
+    pub(super) fn end_session(&self) {
+        lock(&self.session).id = None;
+    }
+}
+
+fn lock(session: &Mutex<Session>) -> std::sync::MutexGuard<'_, Session> {
+    session.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// What one connection needs to be let in.
+struct Door {
+    session: Arc<Mutex<Session>>,
+    timeout: Duration,
+    events: Sender<Event>,
+}
+
+impl Door {
+    async fn greet(self, connection: AsyncConnection, peer: String) {
+        if let Err((mut connection, code, reason)) = self.admit(connection, &peer).await {
+            if let Some(connection) = &mut connection {
+                // Non-blocking, and far smaller than a fresh socket's buffer.
+                let message = Message::Error { code, text: reason.clone() }.encode();
+                let _ = io::Write::write_all(&mut &*connection, &message);
+            }
+            let _ = self.events.try_send(Event::Refused { peer, reason });
+        }
+    }
+
+    async fn admit(
+        &self,
+        connection: AsyncConnection,
+        peer: &str,
+    ) -> Result<(), (Option<Connection>, ErrorCode, String)> {
+        let (connection, preamble) = self.preamble(connection).await?;
+        let refuse = |connection, code, reason: &str| Err((Some(connection), code, reason.to_owned()));
+        let version = match preamble.agree() {
+            Ok(version) => version,
+            Err(e) => return refuse(connection, ErrorCode::Version, &e.to_string()),
+        };
+        if let Err(e) = connection.tune(self.timeout) {
+            return refuse(connection, ErrorCode::Local, &format!("its socket takes no options: {e}"));
+        }
+        let known = {
+            let mut session = lock(&self.session);
+            match preamble.role {
+                Role::Control if session.id.is_some() => {
+                    drop(session);
+                    return refuse(connection, ErrorCode::Busy, "this destination already serves a session");
+                }
+                Role::Control => {
+                    session.id = Some(preamble.session);
+                    session.version = version;
+                    session.status = SessionStatus::Moving;
+                    session.generation += 1;
+                    true
+                }
+                Role::Stream | Role::Query => session.id == Some(preamble.session),
+            }
+        };
+        if !known {
+            return refuse(connection, ErrorCode::UnknownSession, "there is no such session here");
+        }
+        match preamble.role {
+            Role::Stream => {
+                let blocking = connection.set_nonblocking(false);
+                let timeouts = connection.set_timeouts(Some(self.timeout), Some(self.timeout));
+                if blocking.and(timeouts).is_err() {
+                    return refuse(connection, ErrorCode::Local, "its socket takes no options");
+                }
+                let _ = self.events.try_send(Event::Stream { connection, stream: preamble.stream });
+            }
+            Role::Control => {
+                let generation = lock(&self.session).generation;
+                if let Some(link) = self.link(connection, generation) {
+                    let peer = peer.to_owned();
+                    let _ = self.events.try_send(Event::Control { link, peer, version, generation });
+                }
+            }
+            Role::Query => {
+                let generation = {
+                    let mut session = lock(&self.session);
+                    session.generation += 1;
+                    session.generation
+                };
+                if let Some(link) = self.link(connection, generation) {
+                    let _ = self.events.try_send(Event::Query { link, generation });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the preamble; whoever says nothing, or something else, is refused.
+    async fn preamble(
+        &self,
+        mut connection: AsyncConnection,
+    ) -> Result<(Connection, Preamble), (Option<Connection>, ErrorCode, String)> {
+        let mut bytes = [0; Preamble::LEN];
+        let result = tokio::time::timeout(self.timeout, connection.read_exact(&mut bytes)).await;
+        let connection = connection
+            .into_connection()
+            .map_err(|e| (None, ErrorCode::Local, format!("its socket failed: {e}")))?;
+        match result {
+            Err(_) => {
+                let reason = format!("it said nothing for {} s", self.timeout.as_secs());
+                Err((Some(connection), ErrorCode::Timeout, reason))
+            }
+            Ok(Err(e)) => Err((None, ErrorCode::Protocol, format!("it closed the connection: {e}"))),
+            Ok(Ok(())) => match Preamble::decode(&bytes) {
+                Ok(preamble) => Ok((connection, preamble)),
+                Err(e) => Err((Some(connection), code_of(&e), e.to_string())),
+            },
+        }
+    }
+
+    fn link(&self, connection: Connection, generation: u64) -> Option<Link> {
+        let events = self.events.clone();
+        let deliver = move |event| events.try_send(Event::Link { generation, event }).is_ok();
+        Link::spawn(&tokio::runtime::Handle::current(), connection, self.timeout, deliver).ok()
+    }
+}
+
+fn code_of(error: &WireError) -> ErrorCode {
+    match error {
+        WireError::NoCommonVersion { .. } => ErrorCode::Version,
+        _ => ErrorCode::Protocol,
+    }
+}

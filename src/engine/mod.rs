@@ -1,0 +1,82 @@
+//! The engine: drives a migration from end to end over the three crates.
+
+pub mod destination;
+pub mod progress;
+pub mod report;
+pub mod source;
+mod usage;
+
+use std::time::Duration;
+
+use pagecopy::backend::{BackendError, GuestRam};
+use pagecopy::bitmap::runs;
+use pagecopy::choose::CodecMode;
+use pagecopy::digest::ContentHasher;
+use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
+
+/// What a user may set; the defaults serve.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Data streams, 1 to 256.
+    pub streams: u16,
+    /// Codec choice.
+    pub codec: CodecMode,
+    /// Longest downtime to aim for.
+    pub downtime_limit: Duration,
+    /// Rounds after which the switchover comes at the next local minimum of what remains.
+    pub max_rounds: u32,
+    /// Silence after which a peer, or a stream, is given up.
+    pub timeout: Duration,
+    /// Bound of the delta cache, in bytes.
+    pub cache_bytes: u64,
+    /// How long a destination that is READY waits for GO after it lost its source.
+    pub handover_timeout: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            streams: 4,
+            codec: CodecMode::Auto,
+            downtime_limit: Duration::from_millis(300),
+            max_rounds: 1000,
+            timeout: Duration::from_secs(10),
+            cache_bytes: 64 << 20,
+            handover_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// xxh3-128 of all of guest memory, region after region, as `xxhsum -H128` of a RAM file gives it. Holes count as zeros and are
+/// not touched. Only for memory that nobody writes meanwhile.
+pub fn content_digest(ram: &dyn GuestRam) -> Result<String, BackendError> {
+    let mut hash = ContentHasher::new();
+    let mut buffer = vec![0u8; CHUNK_SIZE];
+    for chunk in 0..ram.layout().chunks() {
+        let mut pages = [0];
+        ram.populated(chunk, &mut pages)?;
+        let memory = ram.chunk(chunk);
+        buffer.fill(0);
+        for (first, count) in runs(pages[0]) {
+            let (at, len) = (first as usize * PAGE_SIZE, count as usize * PAGE_SIZE);
+            let piece = memory.subslice(at, len).expect("pages of a chunk lie in its mapping");
+            piece.copy_to(&mut buffer[at..at + len]);
+        }
+        hash.update(&buffer[..memory.len()]);
+    }
+    Ok(format!("{:032x}", hash.digest()))
+}
+
+/// The text of an error with all its causes.
+pub fn explain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.ends_with(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        cause = inner.source();
+    }
+    text
+}

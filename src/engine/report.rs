@@ -1,0 +1,169 @@
+//! What a migration came to: the numbers of `info migrate`, and ours.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// How it ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Nothing has begun.
+    #[default]
+    None,
+    /// Connecting and preparing.
+    Setup,
+    /// Pages move; the guest runs at the source.
+    Active,
+    /// The guest is paused for the last pages and its state.
+    Device,
+    /// It is at the destination.
+    Completed,
+    /// It failed; the guest is where the error says.
+    Failed,
+    /// Somebody cancelled it; the guest runs at the source.
+    Cancelled,
+    /// GO was said and not answered: the source asks until it knows who has the guest.
+    Unknown,
+}
+
+/// Pages by what became of them. `zero` to `raw` count every time a page was handled; a page that was dirtied again counts again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pages {
+    /// Pages of the guest.
+    pub total: u64,
+    /// Never touched, never read, never sent.
+    pub hole: u64,
+    /// All zeros (QEMU: duplicate).
+    pub zero: u64,
+    /// Written again with the content sent last: not sent.
+    pub unchanged: u64,
+    /// Sent as XBZRLE deltas.
+    pub delta: u64,
+    /// Sent in zstd frames.
+    pub compressed: u64,
+    /// Sent as they are (QEMU: normal, together with the two before).
+    pub raw: u64,
+}
+
+/// A migration's numbers, while it runs and at its end.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// How it stands.
+    pub status: Status,
+    /// From the request to the end, in milliseconds.
+    pub total_ms: f64,
+    /// Guest not running anywhere, in milliseconds: from its pause at the source to the destination's word that it runs.
+    pub downtime_ms: f64,
+    /// What the downtime was predicted to be at the switchover, in milliseconds.
+    pub expected_downtime_ms: f64,
+    /// Connecting, layout, destination memory, in milliseconds.
+    pub setup_ms: f64,
+    /// Passes over a dirty set (QEMU: dirty sync count).
+    pub rounds: u64,
+    /// Data streams.
+    pub streams: u16,
+    /// Page bytes delivered, unchanged pages included.
+    pub logical_bytes: u64,
+    /// Bytes on the wire for them.
+    pub wire_bytes: u64,
+    /// Bytes of pages that wait or are under way.
+    pub remaining_bytes: u64,
+    /// Pages by what became of them.
+    pub pages: Pages,
+    /// Page size in bytes.
+    pub page_size: u32,
+    /// Pages the guest dirties in a second, by the last syncs.
+    pub dirty_pages_per_s: f64,
+    /// Guest memory moved in a second, in 10^9 bytes: logical bytes, and holes, over the time after setup.
+    pub logical_gb_s: f64,
+    /// Wire bytes in a second, in 10^9 bytes, over the time after setup.
+    pub wire_gb_s: f64,
+    /// CPU time of this process during the migration, in seconds.
+    pub cpu_s: f64,
+    /// Largest resident set of this process, in bytes.
+    pub max_rss_bytes: u64,
+    /// Pages whose receipt did not match and that were sent again.
+    pub mismatches: u64,
+    /// Streams that were lost on the way.
+    pub streams_lost: u32,
+    /// Every page was receipted with the digest of what was sent, and both sides' accounts are equal.
+    pub verified: bool,
+    /// xxh3-128 of the content, where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub digest: Option<String>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
+}
+
+impl Report {
+    /// Fills in what follows from bytes and times.
+    pub(crate) fn rates(&mut self, total: Duration) {
+        self.total_ms = total.as_secs_f64() * 1e3;
+        let moving = (self.total_ms - self.setup_ms).max(1e-3) * 1e6;
+        let holes = self.pages.hole * u64::from(self.page_size);
+        self.logical_gb_s = (self.logical_bytes + holes) as f64 / moving;
+        self.wire_gb_s = self.wire_bytes as f64 / moving;
+    }
+
+    /// The lines that a reader of `info migrate` knows.
+    pub fn summary(&self) -> String {
+        use std::fmt::Write;
+        let mut out = String::new();
+        let mut line = |name: &str, value: String| {
+            // Writing to a String cannot fail.
+            let _ = writeln!(out, "{name:<18}{value}");
+        };
+        let status = serde_json::to_value(self.status).unwrap_or_default();
+        line("Migration status:", status.as_str().unwrap_or("?").into());
+        if let Some(error) = &self.error {
+            line("error:", error.clone());
+        }
+        line("total time:", format!("{:.0} ms", self.total_ms));
+        line(
+            "downtime:",
+            format!("{:.1} ms (expected {:.1} ms)", self.downtime_ms, self.expected_downtime_ms),
+        );
+        line("setup:", format!("{:.1} ms", self.setup_ms));
+        line("transferred ram:", format!("{} kbytes", self.wire_bytes / 1024));
+        line(
+            "throughput:",
+            format!(
+                "{:.0} mbps ({:.2} GB/s wire, {:.2} GB/s logical)",
+                self.wire_gb_s * 8e3,
+                self.wire_gb_s,
+                self.logical_gb_s
+            ),
+        );
+        line("remaining ram:", format!("{} kbytes", self.remaining_bytes / 1024));
+        line("total ram:", format!("{} kbytes", self.pages.total * u64::from(self.page_size) / 1024));
+        line("holes:", format!("{} pages", self.pages.hole));
+        line("duplicate:", format!("{} pages (zero)", self.pages.zero));
+        line("unchanged:", format!("{} pages", self.pages.unchanged));
+        let normal = self.pages.raw + self.pages.compressed + self.pages.delta;
+        line(
+            "normal:",
+            format!(
+                "{normal} pages ({} raw, {} compressed, {} delta)",
+                self.pages.raw, self.pages.compressed, self.pages.delta
+            ),
+        );
+        line("dirty sync count:", format!("{} (rounds)", self.rounds));
+        line("dirty pages rate:", format!("{:.0} pages/s", self.dirty_pages_per_s));
+        line("page size:", format!("{} kbytes", self.page_size / 1024));
+        line(
+            "streams:",
+            if self.streams_lost == 0 {
+                self.streams.to_string()
+            } else {
+                format!("{} ({} lost)", self.streams, self.streams_lost)
+            },
+        );
+        line(
+            "verified:",
+            if self.verified { "yes: every page receipted, accounts equal".into() } else { "no".into() },
+        );
+        out
+    }
+}

@@ -1,0 +1,511 @@
+//! The source: moves a guest, or memory alone, to a destination.
+//!
+//! [`migrate`] reads as the list of its phases. Whatever fails before GO unwinds in one place: the workers stop, the
+//! dirty log stops, and a guest that was paused runs on. A failed attempt costs only what it sent: the next one starts anew.
+
+mod watch;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, StateBlob};
+use pagecopy::bitmap::PageBitmap;
+use pagecopy::choose::CodecMode;
+use pagecopy::digest::PageHasher;
+use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
+use pagecopy::policy::{Decision, Limits, Precopy, Sample};
+use transport::link::{Exchange, LinkError, attach_stream};
+use transport::session::{Learnt, SessionError};
+use transport::socket::{Connection, SocketError};
+use transport::source::{FatalError, Feeder, Lane, PageSource, SourceOptions};
+use transport::uri::Uri;
+use transport::wire::control::{ErrorCode, Hello, Message, Totals, capability, state_digest};
+use transport::wire::{Preamble, Role, VERSION_MAX, VERSION_MIN};
+
+use super::Options;
+use super::progress::Progress;
+use super::report::{Report, Status};
+use super::usage;
+use watch::Watch;
+
+/// Receipts that may mismatch before the migration fails.
+const MISMATCHES_MAX: u64 = 64;
+/// Name of the piece of state that says whether the guest ran: one byte, 0 or 1.
+pub(crate) const RUN_STATE: &str = "pageferry/run-state";
+/// Chunks whose presence is learnt at a time.
+const PRESENCE_STEP: u32 = 4096;
+
+/// What is to be moved.
+#[derive(Clone)]
+pub struct SourceBackend {
+    /// Guest memory.
+    pub ram: Arc<dyn GuestRam>,
+    /// Which pages were written.
+    pub log: Arc<dyn DirtyLog>,
+    /// The guest, unless it is memory alone.
+    pub guest: Option<Arc<dyn Guest>>,
+    /// The guest is paused before the migration and is to stay so, wherever it ends.
+    pub paused: bool,
+    /// Describes the machine; the destination compares it with its own.
+    pub machine: String,
+}
+
+/// Who has the guest after a migration that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Memory alone was to be moved: it is where it was.
+    Unmoved,
+    /// It was paused before the migration and still is.
+    StaysPaused,
+    /// It runs on at the source.
+    RunsOn,
+    /// It could not be resumed at the source, whose it is.
+    Stuck,
+    /// GO was said and nothing heard: the source must not resume it before somebody has looked at the destination.
+    Unknown,
+}
+
+impl fmt::Display for Fate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unmoved => "the transfer failed; the source is unchanged",
+            Self::StaysPaused => "the migration failed; the guest stays paused at the source",
+            Self::RunsOn => "the migration failed; the guest runs on at the source",
+            Self::Stuck => "the migration failed, and the guest could not be resumed at the source, where it is whole",
+            Self::Unknown => {
+                "the handover was not confirmed; the guest stays paused at the source until you know that the destination does not run it"
+            }
+        })
+    }
+}
+
+/// A migration that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{fate}")]
+pub struct Failure {
+    /// Who has the guest.
+    pub fate: Fate,
+    /// Why it failed.
+    #[source]
+    pub cause: Cause,
+}
+
+/// Why a migration failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Cause {
+    /// No connection.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The control connection ended.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The destination refused, gave up, or disagrees.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// The VMM failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The data plane cannot go on.
+    #[error(transparent)]
+    Fatal(#[from] FatalError),
+    /// A stream could not be opened.
+    #[error("data stream {stream} could not be opened")]
+    Stream {
+        /// Which.
+        stream: u16,
+        /// Why.
+        #[source]
+        source: LinkError,
+    },
+    /// Every stream died.
+    #[error("all data streams are lost; the last one: {last}")]
+    NoStreams {
+        /// Why the last one did.
+        last: String,
+    },
+    /// The policy gave up.
+    #[error("{0}")]
+    Policy(String),
+    /// The pinned codec needs what the destination cannot do.
+    #[error("codec {codec} was asked for and the destination does not support it; use --codec auto")]
+    Codec {
+        /// What was pinned.
+        codec: CodecMode,
+    },
+    /// Somebody asked.
+    #[error("cancelled")]
+    Cancelled,
+    /// The destination gave up after GO was said and before it arrived.
+    #[error("the destination gave the session up before it was told to go")]
+    Abandoned,
+    /// The system has no threads or randomness.
+    #[error("this host lacks a resource")]
+    System(#[from] std::io::Error),
+}
+
+/// Moves `backend` to the destination at `uri`. Blocks until the guest is there, or the attempt has failed and was unwound.
+pub fn migrate(
+    backend: &SourceBackend,
+    uri: &Uri,
+    options: &Options,
+    progress: &Progress,
+) -> Result<Report, Failure> {
+    let began = Instant::now();
+    let cpu = usage::cpu_seconds();
+    progress.update(|r| {
+        *r = Report { status: Status::Setup, page_size: PAGE_SIZE as u32, ..Report::default() };
+        r.pages.total = backend.ram.layout().pages();
+    });
+    let mut attempt = Attempt { backend, uri, options, progress, began, paused_at: None, running: None };
+    let result = attempt.run();
+    let downtime = attempt.paused_at.map_or(Duration::ZERO, |at| at.elapsed());
+    let failure = result.err().map(|cause| attempt.unwind(cause));
+    // The workers are gone: the numbers are final.
+    attempt.running = None;
+    let total = began.elapsed();
+    progress.update(|r| {
+        r.cpu_s = usage::cpu_seconds() - cpu;
+        r.max_rss_bytes = usage::max_rss_bytes();
+        r.rates(total);
+        match &failure {
+            None => {
+                r.status = Status::Completed;
+                r.downtime_ms = downtime.as_secs_f64() * 1e3;
+                r.remaining_bytes = 0;
+                r.verified = true;
+            }
+            Some(failure) => {
+                r.status = match (failure.fate, &failure.cause) {
+                    (Fate::Unknown, _) => Status::Unknown,
+                    (_, Cause::Cancelled) => Status::Cancelled,
+                    _ => Status::Failed,
+                };
+                r.error = Some(super::explain(failure));
+            }
+        }
+    });
+    failure.map_or_else(|| Ok(progress.report()), Err)
+}
+
+/// One attempt, and what it must undo.
+struct Attempt<'a> {
+    backend: &'a SourceBackend,
+    uri: &'a Uri,
+    options: &'a Options,
+    progress: &'a Progress,
+    began: Instant,
+    paused_at: Option<Instant>,
+    running: Option<Running>,
+}
+
+/// What exists once the destination has answered.
+struct Running {
+    watch: Watch,
+    source: Arc<PageSource>,
+    lanes: Vec<Lane>,
+}
+
+impl Attempt<'_> {
+    fn run(&mut self) -> Result<(), Cause> {
+        let mut watch = Watch::connect(self.uri, self.options, self.progress)?;
+        self.backend.log.start()?;
+        let populated = self.populated()?;
+        let (welcome, hasher) = self.hello(&mut watch, &populated)?;
+        let source = self.page_source(hasher, welcome.capabilities, populated)?;
+        let feeder = Feeder::new(source.clone());
+        watch.observe(source.clone());
+        self.running = Some(Running { watch, source, lanes: Vec::new() });
+        self.open_streams(welcome.version, welcome.streams, &feeder)?;
+        self.progress.update(|r| {
+            r.status = Status::Active;
+            r.setup_ms = self.began.elapsed().as_secs_f64() * 1e3;
+        });
+        let rounds = self.precopy(&feeder)?;
+        let state = self.switchover(&feeder, rounds)?;
+        drop(feeder);
+        self.hand_over(state)
+    }
+
+    fn parts(&mut self) -> (&mut Watch, &Arc<PageSource>) {
+        let running = self.running.as_mut().expect("set before any phase that needs it");
+        (&mut running.watch, &running.source)
+    }
+
+    /// Which pages are not holes. Read after the dirty log was started, so that no page falls between the two.
+    fn populated(&self) -> Result<PageBitmap, BackendError> {
+        let chunks = self.backend.ram.layout().chunks();
+        let bitmap = PageBitmap::new(chunks);
+        let mut words = vec![0; PRESENCE_STEP as usize];
+        for first in (0..chunks).step_by(PRESENCE_STEP as usize) {
+            let words = &mut words[..PRESENCE_STEP.min(chunks - first) as usize];
+            words.fill(0);
+            self.backend.ram.populated(first, words)?;
+            for (chunk, &pages) in (first..).zip(words.iter()) {
+                bitmap.insert(chunk, pages);
+            }
+        }
+        Ok(bitmap)
+    }
+
+    /// HELLO, WELCOME, PREPARED.
+    fn hello(
+        &self,
+        watch: &mut Watch,
+        populated: &PageBitmap,
+    ) -> Result<(transport::wire::control::Welcome, PageHasher), Cause> {
+        let layout = self.backend.ram.layout();
+        let seed = u64::from_le_bytes(random()?);
+        let mut presence = vec![0u8; Hello::presence_len(layout)];
+        for (chunk, _) in populated.iter() {
+            let bit = chunk / transport::wire::control::PRESENCE_CHUNKS;
+            presence[bit as usize / 8] |= 1 << (bit % 8);
+        }
+        watch.send(Message::Hello(Hello {
+            seed,
+            capabilities: capability::ALL,
+            streams: self.options.streams,
+            live: self.backend.guest.is_some(),
+            timeout_ms: self.options.timeout.as_millis().try_into().unwrap_or(u32::MAX),
+            regions: layout.regions().to_vec(),
+            presence,
+            machine: self.backend.machine.clone(),
+        }));
+        let welcome = watch.welcome()?;
+        Ok((welcome, PageHasher::new(seed)))
+    }
+
+    fn page_source(
+        &self,
+        hasher: PageHasher,
+        capabilities: u64,
+        populated: PageBitmap,
+    ) -> Result<Arc<PageSource>, Cause> {
+        let codec = self.options.codec;
+        let needs = match codec {
+            CodecMode::Auto | CodecMode::Raw => 0,
+            CodecMode::Zstd { .. } => capability::ZSTD,
+            CodecMode::Delta => capability::DELTA,
+        };
+        if needs & !capabilities != 0 {
+            return Err(Cause::Codec { codec });
+        }
+        let codec =
+            if codec == CodecMode::Auto && capabilities != capability::ALL { CodecMode::Raw } else { codec };
+        let options = SourceOptions {
+            codec,
+            cache_bytes: self.options.cache_bytes,
+            timeout: self.options.timeout,
+            mismatches_max: MISMATCHES_MAX,
+        };
+        let (ram, log) = (self.backend.ram.clone(), self.backend.log.clone());
+        self.progress.update(|r| r.pages.hole = ram.layout().pages() - populated.count());
+        Ok(Arc::new(PageSource::new(ram, log, hasher, options, populated)))
+    }
+
+    fn open_streams(&mut self, version: u16, streams: u16, feeder: &Feeder) -> Result<(), Cause> {
+        let (uri, options) = (self.uri, self.options);
+        for stream in 0..streams {
+            let (watch, source) = self.parts();
+            let source = source.clone();
+            watch.check()?;
+            let connection = Connection::connect(uri, options.timeout)?;
+            connection.tune(options.timeout)?;
+            attach_stream(&connection, watch.session_id(), version, stream, options.timeout)
+                .map_err(|source| Cause::Stream { stream, source })?;
+            let lane = Lane::spawn(source, connection, stream, feeder.work(), watch.lane_started())?;
+            self.running.as_mut().expect("parts() used it").lanes.push(lane);
+        }
+        self.progress.update(|r| r.streams = streams);
+        Ok(())
+    }
+
+    /// Rounds, until what remains fits into the downtime limit. Returns how many there were.
+    fn precopy(&mut self, feeder: &Feeder) -> Result<u64, Cause> {
+        let live = self.backend.guest.is_some();
+        let (began, progress) = (self.began, self.progress);
+        let limits = Limits {
+            downtime_ms: self.options.downtime_limit.as_millis() as u64,
+            max_rounds: self.options.max_rounds,
+            ..Limits::default()
+        };
+        let mut policy = Precopy::new(limits, began.elapsed().as_micros() as u64);
+        let mut rounds = 0;
+        let (watch, source) = self.parts();
+        loop {
+            rounds += 1;
+            progress.update(|r| r.rounds = rounds);
+            feeder.pass(|| watch.check())?;
+            if !live {
+                feeder.settle(|| watch.check())?;
+                return Ok(rounds);
+            }
+            // Sync when the round is all but delivered: the streams still have work, and what was dirtied early is not sent
+            // once more for nothing.
+            let under_way = source.counters().logical_under_way.load(Ordering::Relaxed);
+            feeder.drain_to((under_way / 4).max(CHUNK_SIZE as u64), || watch.check())?;
+            let dirtied = source.dirty_sync()?;
+            let counters = source.counters();
+            let sample = Sample {
+                remaining_logical_bytes: source.remaining_bytes(),
+                dirtied_pages: dirtied,
+                acked_logical_bytes: counters.logical_acked.load(Ordering::Relaxed),
+                acked_wire_bytes: counters.wire_acked.load(Ordering::Relaxed),
+                state_time_us: STATE_TIME_GUESS.as_micros() as u64,
+            };
+            let decision = policy.on_sync(began.elapsed().as_micros() as u64, sample);
+            progress.update(|r| r.dirty_pages_per_s = policy.dirty_pages_per_s() as f64);
+            match decision {
+                Decision::NextRound => {}
+                Decision::SwitchOver { predicted_downtime_us, .. } => {
+                    progress.update(|r| r.expected_downtime_ms = predicted_downtime_us as f64 / 1e3);
+                    return Ok(rounds);
+                }
+                Decision::GiveUp { reason } => return Err(Cause::Policy(reason.to_string())),
+            }
+        }
+    }
+
+    /// Pauses the guest, sends the last pages and its state, and ends the streams. Returns the state's digest.
+    fn switchover(&mut self, feeder: &Feeder, rounds: u64) -> Result<u64, Cause> {
+        let mut digest = 0;
+        if let Some(guest) = &self.backend.guest {
+            let (guest, ran) = (guest.clone(), u8::from(!self.backend.paused));
+            self.progress.update(|r| r.status = Status::Device);
+            self.paused_at = Some(Instant::now());
+            guest.pause()?;
+            let (watch, source) = self.parts();
+            source.dirty_sync()?;
+            // The pages are on their way while the state is saved.
+            feeder.pass(|| watch.check())?;
+            let mut state = guest.save_state()?;
+            state.push(StateBlob { name: RUN_STATE.into(), version: 1, bytes: vec![ran] });
+            digest = state_digest(&state);
+            watch.send(Message::State(state));
+            feeder.settle(|| watch.check())?;
+            self.progress.update(|r| r.rounds = rounds + 1);
+        }
+        Ok(digest)
+    }
+
+    /// FINISH, READY, GO, RUNNING.
+    fn hand_over(&mut self, state: u64) -> Result<(), Cause> {
+        let options = self.options;
+        let progress = self.progress;
+        let (watch, source) = self.parts();
+        let streams = watch.streams_ended()?;
+        let totals = Totals { streams, pages: source.carried_pages(), state };
+        watch.finish(totals)?;
+        progress.is_cancelled().then_some(()).map_or(Ok(()), |()| Err(Cause::Cancelled))?;
+        // The point of no return: whatever happens from here on, only the destination's word ends this.
+        watch.go();
+        match watch.running() {
+            Ok(()) => Ok(()),
+            Err(cause) => self.ask(options, cause),
+        }
+    }
+
+    /// Asks the destination what became of the session, until it is known. Cancelling ends the asking, not the uncertainty.
+    fn ask(&mut self, options: &Options, first: Cause) -> Result<(), Cause> {
+        self.progress.update(|r| {
+            r.status = Status::Unknown;
+            r.error = Some(super::explain(&first));
+        });
+        let uri = self.uri;
+        let progress = self.progress;
+        let (watch, _) = self.parts();
+        let mut pause = Duration::from_millis(50);
+        loop {
+            if let Ok(learnt) = ask_once(uri, watch, options.timeout) {
+                match learnt {
+                    Learnt::Running => {
+                        progress.update(|r| r.error = None);
+                        return Ok(());
+                    }
+                    Learnt::Abandoned => return Err(Cause::Abandoned),
+                    Learnt::SayGoAgain | Learnt::Unknown => {}
+                }
+            }
+            if progress.is_cancelled() {
+                return Err(first);
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_secs(2));
+        }
+    }
+
+    /// Undoes what a failed attempt did, and says who has the guest.
+    fn unwind(&mut self, cause: Cause) -> Failure {
+        let live = self.backend.guest.is_some();
+        let mut owns = true;
+        if let Some(running) = &mut self.running {
+            owns = running.watch.owns_guest() || matches!(cause, Cause::Abandoned);
+            running.watch.say_error(&cause);
+            running.source.stop();
+            for lane in running.lanes.drain(..) {
+                lane.join();
+            }
+        }
+        let stopped = self.backend.log.stop();
+        let fate = match (&self.backend.guest, self.paused_at) {
+            _ if !owns => Fate::Unknown,
+            _ if self.backend.paused => Fate::StaysPaused,
+            (Some(guest), Some(_)) => match guest.resume() {
+                Ok(()) => Fate::RunsOn,
+                Err(_) => Fate::Stuck,
+            },
+            _ if live => Fate::RunsOn,
+            _ => Fate::Unmoved,
+        };
+        drop(stopped);
+        Failure { fate, cause }
+    }
+}
+
+/// How long saving, sending and loading device state is taken to need until it is measured.
+const STATE_TIME_GUESS: Duration = Duration::from_millis(5);
+
+/// One question on a connection of its own; says GO again where it did not arrive.
+fn ask_once(uri: &Uri, watch: &mut Watch, timeout: Duration) -> Result<Learnt, Cause> {
+    let connection = Connection::connect(uri, timeout)?;
+    let preamble = Preamble {
+        version_min: VERSION_MIN,
+        version_max: VERSION_MAX,
+        role: Role::Query,
+        stream: 0,
+        session: watch.session_id(),
+    };
+    let exchange = Exchange::open(&connection, &preamble, timeout)?;
+    exchange.send(&Message::Query)?;
+    loop {
+        match exchange.receive()? {
+            Message::Ping(nonce) => exchange.send(&Message::Pong(nonce))?,
+            Message::Status(status) => match watch.learn(status) {
+                Learnt::SayGoAgain => exchange.send(&Message::Go)?,
+                learnt => return Ok(learnt),
+            },
+            Message::Running => return Ok(Learnt::Running),
+            _ => {}
+        }
+    }
+}
+
+fn random<const N: usize>() -> std::io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(std::io::Error::other)?;
+    Ok(bytes)
+}
+
+impl Cause {
+    /// The number the destination is told.
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Cancelled => ErrorCode::Cancelled,
+            Self::Fatal(FatalError::Integrity { .. }) => ErrorCode::Integrity,
+            Self::Link(LinkError::Timeout(_)) => ErrorCode::Timeout,
+            Self::Session(_) | Self::Link(LinkError::Wire(_)) => ErrorCode::Protocol,
+            _ => ErrorCode::Local,
+        }
+    }
+}

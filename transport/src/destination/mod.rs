@@ -1,0 +1,81 @@
+//! The destination's data plane: stream workers that validate, apply and receipt frames.
+
+mod receiver;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use pagecopy::backend::GuestRam;
+use pagecopy::bitmap::PageBitmap;
+use pagecopy::digest::PageHasher;
+
+pub use receiver::{ReceiveError, receive_stream};
+
+/// What arrived so far; all counters only rise.
+#[derive(Debug, Default)]
+pub struct Received {
+    /// Bytes read from the streams.
+    pub wire: AtomicU64,
+    /// Page bytes applied.
+    pub logical: AtomicU64,
+    /// Pages by how they came.
+    pub raw: AtomicU64,
+    /// Pages of zeros.
+    pub zero: AtomicU64,
+    /// Pages that came as deltas.
+    pub delta: AtomicU64,
+    /// Pages that came in zstd frames.
+    pub compressed: AtomicU64,
+}
+
+/// The memory of a guest on its way in, shared by all stream workers of a session.
+///
+/// Its memory must be fresh: all zeros. A page that no frame ever carried is a hole at the source, and stays one here.
+pub struct PageSink {
+    ram: Arc<dyn GuestRam>,
+    hasher: PageHasher,
+    capabilities: u64,
+    timeout: Duration,
+    /// Pages that may hold something other than zeros.
+    touched: PageBitmap,
+    carried: PageBitmap,
+    received: Received,
+    stop: AtomicBool,
+}
+
+impl PageSink {
+    /// A sink over fresh memory. `capabilities` is what both sides agreed on: other encodings are refused.
+    pub fn new(ram: Arc<dyn GuestRam>, hasher: PageHasher, capabilities: u64, timeout: Duration) -> Self {
+        let chunks = ram.layout().chunks();
+        Self {
+            touched: PageBitmap::new(chunks),
+            carried: PageBitmap::new(chunks),
+            received: Received::default(),
+            stop: AtomicBool::new(false),
+            ram,
+            hasher,
+            capabilities,
+            timeout,
+        }
+    }
+
+    /// The counters.
+    pub fn received(&self) -> &Received {
+        &self.received
+    }
+
+    /// Distinct pages that frames carried.
+    pub fn carried_pages(&self) -> u64 {
+        self.carried.count()
+    }
+
+    /// Tells the workers to stop between frames.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}

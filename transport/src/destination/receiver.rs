@@ -1,0 +1,386 @@
+//! One stream's worker at the destination.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use pagecopy::bitmap::{bits, runs};
+use pagecopy::chunk::{ChunkDecoder, DecodeError};
+use pagecopy::digest::receipt;
+use pagecopy::layout::PAGE_SIZE;
+
+use super::PageSink;
+use crate::socket::Connection;
+use crate::sys::ReceiveList;
+use crate::wire::WireError;
+use crate::wire::control::{StreamEnd, capability};
+use crate::wire::frame::{self, ENCODED_MAX, FrameHeader, FrameKind};
+
+/// Headers and encoded sections are read through a buffer of this size.
+const BUFFER_BYTES: usize = ENCODED_MAX + FrameHeader::LEN + AHEAD_BYTES;
+/// How much is read ahead behind raw pages: the next headers, and not so much that raw pages are copied twice.
+const AHEAD_BYTES: usize = 4096;
+/// Receipts are sent when this many bytes of them wait, or when there is nothing to read.
+const RECEIPTS_BYTES: usize = 4096;
+/// How often an idle worker looks whether it should stop.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Why a stream ended out of order.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// The socket failed.
+    #[error("stream {stream}: the connection from the source broke")]
+    Io {
+        /// Which stream.
+        stream: u16,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// The source closed the stream without ending it.
+    #[error("stream {stream}: the source closed the connection in the middle of {place}")]
+    Closed {
+        /// Which stream.
+        stream: u16,
+        /// `the session` or `a frame`.
+        place: &'static str,
+    },
+    /// The rest of a frame did not come.
+    #[error("stream {stream}: the source stopped in the middle of a frame for {seconds} s")]
+    Timeout {
+        /// Which stream.
+        stream: u16,
+        /// How long.
+        seconds: u64,
+    },
+    /// A frame that is not one.
+    #[error("stream {stream}, frame {seq}")]
+    Frame {
+        /// Which stream.
+        stream: u16,
+        /// Number of the frame that was expected.
+        seq: u64,
+        /// What is wrong with it.
+        #[source]
+        source: WireError,
+    },
+    /// An encoded section that does not decode.
+    #[error("stream {stream}, frame {seq}, chunk {chunk}")]
+    Decode {
+        /// Which stream.
+        stream: u16,
+        /// The frame.
+        seq: u64,
+        /// Its chunk.
+        chunk: u32,
+        /// What is wrong with it.
+        #[source]
+        source: DecodeError,
+    },
+    /// Told to stop.
+    #[error("stream {stream}: stopped")]
+    Stopped {
+        /// Which stream.
+        stream: u16,
+    },
+}
+
+/// Receives the frames of stream `stream` into `sink` until the source ends it. Blocks; returns early when the sink is stopped or the
+/// connection is shut down.
+pub fn receive_stream(
+    sink: &PageSink,
+    connection: &Connection,
+    stream: u16,
+) -> Result<StreamEnd, ReceiveError> {
+    connection
+        .set_timeouts(Some(TICK), Some(sink.timeout))
+        .map_err(|source| ReceiveError::Io { stream, source })?;
+    let worker = Worker {
+        sink,
+        input: Input {
+            connection,
+            sink,
+            stream,
+            buffer: vec![0; BUFFER_BYTES].into(),
+            start: 0,
+            end: 0,
+            receipts: Vec::with_capacity(2 * RECEIPTS_BYTES),
+        },
+        decoder: ChunkDecoder::new(),
+        page: [0; PAGE_SIZE],
+        frames: 0,
+        fold: 0,
+    };
+    worker.run()
+}
+
+/// The connection with its read buffer and the receipts that wait to be sent.
+struct Input<'a> {
+    connection: &'a Connection,
+    sink: &'a PageSink,
+    stream: u16,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    receipts: Vec<u8>,
+}
+
+impl Input<'_> {
+    /// Makes sure that `len` bytes are buffered and returns where they start. `in_frame` tells whether a wait for them is one in
+    /// the middle of a frame, which has a limit.
+    fn need(&mut self, len: usize, in_frame: bool) -> Result<usize, ReceiveError> {
+        if self.end - self.start < len && self.buffer.len() - self.start < len {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        let mut waited = Instant::now();
+        while self.end - self.start < len {
+            if self.start == self.end {
+                (self.start, self.end) = (0, 0);
+            }
+            let end = self.end;
+            let mut buffer = std::mem::take(&mut self.buffer);
+            let mut list = ReceiveList::new();
+            list.push(&mut buffer[end..]);
+            let got = self.receive(&mut list, in_frame || self.start != self.end, &mut waited);
+            drop(list);
+            self.buffer = buffer;
+            self.end += got?;
+        }
+        let start = self.start;
+        self.start += len;
+        Ok(start)
+    }
+
+    /// One read. Receipts that wait are sent before it blocks.
+    fn receive(
+        &mut self,
+        list: &mut ReceiveList<'_>,
+        in_frame: bool,
+        waited: &mut Instant,
+    ) -> Result<usize, ReceiveError> {
+        let stream = self.stream;
+        let mut wait = false;
+        loop {
+            match list.receive(self.connection.as_fd(), wait) {
+                Ok(0) => {
+                    let place = if in_frame { "a frame" } else { "the session" };
+                    return Err(ReceiveError::Closed { stream, place });
+                }
+                Ok(got) => {
+                    *waited = Instant::now();
+                    self.sink.received.wire.fetch_add(got as u64, Ordering::Relaxed);
+                    return Ok(got);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    if self.sink.stopped() {
+                        return Err(ReceiveError::Stopped { stream });
+                    }
+                    if in_frame && waited.elapsed() > self.sink.timeout {
+                        return Err(ReceiveError::Timeout { stream, seconds: self.sink.timeout.as_secs() });
+                    }
+                    self.send_receipts()?;
+                    wait = true;
+                }
+                Err(source) => return Err(ReceiveError::Io { stream, source }),
+            }
+        }
+    }
+
+    fn send_receipts(&mut self) -> Result<(), ReceiveError> {
+        if !self.receipts.is_empty() {
+            io::Write::write_all(&mut &*self.connection, &self.receipts)
+                .map_err(|source| ReceiveError::Io { stream: self.stream, source })?;
+            self.receipts.clear();
+        }
+        Ok(())
+    }
+}
+
+struct Worker<'a> {
+    sink: &'a PageSink,
+    input: Input<'a>,
+    decoder: ChunkDecoder,
+    page: [u8; PAGE_SIZE],
+    frames: u64,
+    fold: u64,
+}
+
+impl Worker<'_> {
+    fn run(mut self) -> Result<StreamEnd, ReceiveError> {
+        let stream = self.input.stream;
+        loop {
+            let header = self.header()?;
+            if header.kind == FrameKind::End {
+                self.input.send_receipts()?;
+                // The source waits for this: all receipts are on their way.
+                self.input.connection.shutdown_write();
+                return Ok(StreamEnd { stream, frames: self.frames, fold: self.fold });
+            }
+            self.sink.touched.insert(header.chunk, header.pages() & !header.zero);
+            self.apply_encoded(&header)?;
+            self.read_raw(&header)?;
+            self.apply_zero(&header);
+            self.sink.carried.insert(header.chunk, header.pages());
+            self.count(&header);
+            self.receipt(&header);
+            self.frames += 1;
+            if self.input.receipts.len() >= RECEIPTS_BYTES {
+                self.input.send_receipts()?;
+            }
+        }
+    }
+
+    /// The next header, validated against itself, the stream, the session's agreement and the layout.
+    fn header(&mut self) -> Result<FrameHeader, ReceiveError> {
+        let at = self.input.need(FrameHeader::LEN, false)?;
+        let bytes = self.input.buffer[at..].first_chunk().expect("need() buffered a header");
+        let wrong = |source| ReceiveError::Frame { stream: self.input.stream, seq: self.frames, source };
+        let header = FrameHeader::decode(bytes, &self.sink.hasher).map_err(wrong)?;
+        header.check_layout(self.sink.ram.layout()).map_err(wrong)?;
+        if header.seq != self.frames {
+            return Err(wrong(WireError::BadValue { field: "seq", value: header.seq }));
+        }
+        for (pages, bit, field) in [
+            (header.delta, capability::DELTA, "delta pages (not agreed on)"),
+            (header.zstd, capability::ZSTD, "zstd pages (not agreed on)"),
+        ] {
+            if pages != 0 && self.sink.capabilities & bit == 0 {
+                return Err(wrong(WireError::BadValue { field, value: pages }));
+            }
+        }
+        Ok(header)
+    }
+
+    /// Reads the encoded section, checks it, decodes all of it, and only then writes guest memory.
+    fn apply_encoded(&mut self, header: &FrameHeader) -> Result<(), ReceiveError> {
+        if header.encoded_len == 0 {
+            return Ok(());
+        }
+        let len = header.encoded_len as usize;
+        let at = self.input.need(len, true)?;
+        let encoded = &self.input.buffer[at..at + len];
+        let found = self.sink.hasher.checksum(encoded);
+        if found != header.encoded_checksum {
+            return Err(ReceiveError::Frame {
+                stream: self.input.stream,
+                seq: header.seq,
+                source: WireError::Checksum {
+                    what: "encoded section",
+                    expected: header.encoded_checksum,
+                    found,
+                },
+            });
+        }
+        let memory = self.sink.ram.chunk(header.chunk);
+        let page_at = |bit: u32| {
+            memory
+                .subslice(bit as usize * PAGE_SIZE, PAGE_SIZE)
+                .expect("the header was checked by the layout")
+        };
+        let decoded = self
+            .decoder
+            .decode(header.delta, header.zstd, encoded, |bit, base| {
+                page_at(bit).copy_to(&mut base[..]);
+            })
+            .map_err(|source| ReceiveError::Decode {
+                stream: self.input.stream,
+                seq: header.seq,
+                chunk: header.chunk,
+                source,
+            })?;
+        for bit in bits(header.delta | header.zstd) {
+            let page = decoded.page(bit).expect("what was asked for is decoded");
+            page_at(bit).copy_from(&page[..]);
+        }
+        Ok(())
+    }
+
+    /// Reads raw pages straight into guest memory.
+    fn read_raw(&mut self, header: &FrameHeader) -> Result<(), ReceiveError> {
+        let mut left = header.raw_len();
+        if left == 0 {
+            return Ok(());
+        }
+        let memory = self.sink.ram.chunk(header.chunk);
+        let mut list = ReceiveList::new();
+        for (first, count) in runs(header.raw) {
+            let (at, len) = (first as usize * PAGE_SIZE, count as usize * PAGE_SIZE);
+            let run = memory.subslice(at, len).expect("the header was checked by the layout");
+            // What was read ahead comes first.
+            let buffered = len.min(self.input.end - self.input.start);
+            run.copy_from(&self.input.buffer[self.input.start..self.input.start + buffered]);
+            self.input.start += buffered;
+            left -= buffered;
+            list.push_guest(&run.offset(buffered).expect("not beyond the run's end"));
+        }
+        if left == 0 {
+            return Ok(());
+        }
+        let mut buffer = std::mem::take(&mut self.input.buffer);
+        list.push(&mut buffer[..AHEAD_BYTES]);
+        let mut waited = Instant::now();
+        let result = loop {
+            match self.input.receive(&mut list, true, &mut waited) {
+                Ok(got) if got < left => left -= got,
+                Ok(got) => break Ok(got - left),
+                Err(e) => break Err(e),
+            }
+        };
+        drop(list);
+        self.input.buffer = buffer;
+        (self.input.start, self.input.end) = (0, result?);
+        Ok(())
+    }
+
+    /// Pages of zeros: memory that was never written is zero already and stays a hole.
+    fn apply_zero(&self, header: &FrameHeader) {
+        let written = header.zero & self.sink.touched.get(header.chunk);
+        if written != 0 {
+            let memory = self.sink.ram.chunk(header.chunk);
+            for bit in bits(written) {
+                let page = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
+                page.expect("the header was checked by the layout").copy_from(&[0u8; PAGE_SIZE][..]);
+            }
+        }
+    }
+
+    /// Hashes what memory now holds, page by page, through a private copy.
+    fn receipt(&mut self, header: &FrameHeader) {
+        let memory = self.sink.ram.chunk(header.chunk);
+        let touched = self.sink.touched.get(header.chunk);
+        let mut digests = [0u64; 64];
+        let mut count = 0;
+        for bit in bits(header.pages()) {
+            digests[count] = if touched & (1 << bit) == 0 {
+                receipt(self.sink.hasher.zero())
+            } else {
+                let page = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
+                page.expect("the header was checked by the layout").copy_to(&mut self.page[..]);
+                receipt(self.sink.hasher.page(&self.page))
+            };
+            count += 1;
+        }
+        let at = self.input.receipts.len();
+        frame::encode_receipt(&mut self.input.receipts, header.seq, &digests[..count], &self.sink.hasher);
+        self.fold = frame::fold_receipt(self.fold, &self.input.receipts[at..], &self.sink.hasher);
+    }
+
+    fn count(&self, header: &FrameHeader) {
+        let received = &self.sink.received;
+        let add = |counter: &AtomicU64, pages: u64| {
+            if pages != 0 {
+                counter.fetch_add(pages.count_ones().into(), Ordering::Relaxed);
+            }
+        };
+        add(&received.raw, header.raw);
+        add(&received.zero, header.zero);
+        add(&received.delta, header.delta);
+        add(&received.compressed, header.zstd);
+        let bytes = u64::from(header.pages().count_ones()) * PAGE_SIZE as u64;
+        received.logical.fetch_add(bytes, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,451 @@
+//! The control session as two pure state machines: which message may come when, and who owns the guest.
+//!
+//! ```text
+//! source                                   destination
+//! ExpectWelcome   -- HELLO -------------->  ExpectHello
+//!                 <------------- WELCOME --  Preparing
+//! ExpectPrepared  <------------ PREPARED --  Moving
+//! Moving          == frames / receipts ==>  Moving
+//!                 -- STREAM_LOST -------->
+//!                 <------ STREAM_STOPPED --
+//!                 -- STATE, FINISH ------>  Moving -> applies, compares
+//! ExpectReady     <--------------- READY --  Ready
+//! Ready -> Gone   -- GO ----------------->  Running
+//! Gone            <------------- RUNNING --
+//! Done
+//! ```
+//! The machines hold rule 5: until [`SourceSession::go`] was called the source owns the guest, whatever happens; from that
+//! call on it never resumes it unless the destination says it abandoned the session. The destination owns it from the
+//! moment it accepts GO, which it does only in `Ready`.
+
+use crate::wire::control::{ErrorCode, Hello, Message, SessionStatus, Totals, Welcome};
+
+/// What ended a session, or made a message impossible.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SessionError {
+    /// The peer said so.
+    #[error("the {peer} reports: {text}")]
+    Peer {
+        /// `source` or `destination`.
+        peer: &'static str,
+        /// For programs.
+        code: ErrorCode,
+        /// Its words.
+        text: String,
+    },
+    /// A message that may not come now.
+    #[error("the {peer} sent {message} while this side was in state {state}")]
+    OutOfOrder {
+        /// `source` or `destination`.
+        peer: &'static str,
+        /// The message's name.
+        message: &'static str,
+        /// The state's name.
+        state: &'static str,
+    },
+    /// The destination's account of the transfer is not the source's.
+    #[error(
+        "the destination's account of the transfer differs from the source's ({what}): nothing was handed over"
+    )]
+    TotalsDiffer {
+        /// What differs.
+        what: &'static str,
+    },
+}
+
+/// Says in which part the accounts of both sides differ.
+pub fn compare_totals(mine: &Totals, theirs: &Totals) -> Result<(), SessionError> {
+    let what = if mine.streams != theirs.streams {
+        "frames and receipts of the streams"
+    } else if mine.pages != theirs.pages {
+        "number of pages carried"
+    } else if mine.state != theirs.state {
+        "device state"
+    } else {
+        return Ok(());
+    };
+    Err(SessionError::TotalsDiffer { what })
+}
+
+/// Where the source stands; named for what it waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum SourceState {
+    ExpectWelcome,
+    ExpectPrepared,
+    Moving,
+    ExpectReady(Totals),
+    Ready,
+    Gone,
+    Done,
+}
+
+/// What a message means to the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceEvent {
+    /// Nothing to do.
+    Nothing,
+    /// Send this back.
+    Reply(Message),
+    /// The destination accepted the session.
+    Welcome(Welcome),
+    /// Streams may connect.
+    Prepared,
+    /// The destination has stopped this stream's worker, by itself or because it was told to.
+    StreamStopped {
+        /// Which stream.
+        stream: u16,
+        /// Why, if it was by itself; else empty.
+        reason: String,
+    },
+    /// The destination holds everything: the source may say GO.
+    Ready,
+    /// The destination owns the guest.
+    Running,
+}
+
+/// The source's side of a session.
+#[derive(Clone, Debug)]
+pub struct SourceSession {
+    state: SourceState,
+}
+
+impl SourceSession {
+    /// A session whose HELLO is about to be sent.
+    pub fn new() -> Self {
+        Self { state: SourceState::ExpectWelcome }
+    }
+
+    /// Takes a message from the destination.
+    pub fn handle(&mut self, message: Message) -> Result<SourceEvent, SessionError> {
+        use SourceState as S;
+        let event = match (&self.state, message) {
+            (_, Message::Ping(nonce)) => SourceEvent::Reply(Message::Pong(nonce)),
+            (_, Message::Pong(_)) => SourceEvent::Nothing,
+            (_, Message::Error { code, text }) => {
+                return Err(SessionError::Peer { peer: "destination", code, text });
+            }
+            (S::ExpectWelcome, Message::Welcome(welcome)) => {
+                self.state = S::ExpectPrepared;
+                SourceEvent::Welcome(welcome)
+            }
+            (S::ExpectPrepared, Message::Prepared) => {
+                self.state = S::Moving;
+                SourceEvent::Prepared
+            }
+            (S::Moving | S::ExpectReady(_), Message::StreamStopped { stream, reason }) => {
+                SourceEvent::StreamStopped { stream, reason }
+            }
+            (S::ExpectReady(mine), Message::Ready(theirs)) => {
+                compare_totals(mine, &theirs)?;
+                self.state = S::Ready;
+                SourceEvent::Ready
+            }
+            (S::Gone, Message::Running) => {
+                self.state = S::Done;
+                SourceEvent::Running
+            }
+            (_, message) => {
+                return Err(SessionError::OutOfOrder {
+                    peer: "destination",
+                    message: message.name(),
+                    state: self.state_name(),
+                });
+            }
+        };
+        Ok(event)
+    }
+
+    /// Everything is sent and receipted: the message that says so.
+    ///
+    /// # Panics
+    /// When pages are not moving: the caller's order of steps is wrong.
+    pub fn finish(&mut self, totals: Totals) -> Message {
+        assert_eq!(self.state, SourceState::Moving, "FINISH follows PREPARED");
+        self.state = SourceState::ExpectReady(totals.clone());
+        Message::Finish(totals)
+    }
+
+    /// Gives up the right to run the guest. The point of no return: from here on the source never resumes it by itself.
+    ///
+    /// # Panics
+    /// When READY has not come: without it nobody else could run the guest.
+    pub fn go(&mut self) -> Message {
+        assert_eq!(self.state, SourceState::Ready, "GO follows READY");
+        self.state = SourceState::Gone;
+        Message::Go
+    }
+
+    /// Takes the answer to a query that followed GO; says whether the session has come to its end.
+    pub fn learn(&mut self, status: SessionStatus) -> Learnt {
+        match (&self.state, status) {
+            (SourceState::Gone | SourceState::Done, SessionStatus::Running) => {
+                self.state = SourceState::Done;
+                Learnt::Running
+            }
+            (SourceState::Gone, SessionStatus::Ready) => Learnt::SayGoAgain,
+            // The destination promises never to run it: the guest is the source's again.
+            (SourceState::Gone, SessionStatus::Abandoned) => Learnt::Abandoned,
+            // A destination that said READY cannot be moving: it is another one, so nothing is known.
+            _ => Learnt::Unknown,
+        }
+    }
+
+    /// Whether the source may resume the guest by itself.
+    pub fn owns_guest(&self) -> bool {
+        !matches!(self.state, SourceState::Gone | SourceState::Done)
+    }
+
+    fn state_name(&self) -> &'static str {
+        match self.state {
+            SourceState::ExpectWelcome => "ExpectWelcome",
+            SourceState::ExpectPrepared => "ExpectPrepared",
+            SourceState::Moving => "Moving",
+            SourceState::ExpectReady(_) => "ExpectReady",
+            SourceState::Ready => "Ready",
+            SourceState::Gone => "Gone",
+            SourceState::Done => "Done",
+        }
+    }
+}
+
+impl Default for SourceSession {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What a query after GO brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Learnt {
+    /// The guest is the destination's.
+    Running,
+    /// GO never arrived: say it again.
+    SayGoAgain,
+    /// The destination gave up without running the guest: the source may resume it.
+    Abandoned,
+    /// Ask again later.
+    Unknown,
+}
+
+/// Where the destination stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DestinationState {
+    ExpectHello,
+    Preparing,
+    Moving,
+    Finishing,
+    Ready,
+    Running,
+    Abandoned,
+}
+
+/// What a message means to the destination.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DestinationEvent {
+    /// Nothing to do.
+    Nothing,
+    /// Send this back.
+    Reply(Message),
+    /// A source opens the session: prepare memory.
+    Hello(Hello),
+    /// Stop this stream's worker, then say so.
+    StreamLost(u16),
+    /// Device state: keep it for the finish.
+    State(Vec<pagecopy::backend::StateBlob>),
+    /// Apply the rest, compare, then [`DestinationSession::ready`].
+    Finish(Totals),
+    /// Run the guest.
+    Go,
+}
+
+/// The destination's side of a session.
+#[derive(Clone, Debug)]
+pub struct DestinationSession {
+    state: DestinationState,
+    have_state: bool,
+}
+
+impl DestinationSession {
+    /// A destination that waits for HELLO.
+    pub fn new() -> Self {
+        Self { state: DestinationState::ExpectHello, have_state: false }
+    }
+
+    /// Takes a message from the source.
+    pub fn handle(&mut self, message: Message) -> Result<DestinationEvent, SessionError> {
+        use DestinationState as S;
+        let event = match (self.state, message) {
+            (_, Message::Ping(nonce)) => DestinationEvent::Reply(Message::Pong(nonce)),
+            (_, Message::Pong(_)) => DestinationEvent::Nothing,
+            (_, Message::Error { code, text }) => {
+                return Err(SessionError::Peer { peer: "source", code, text });
+            }
+            (S::ExpectHello, Message::Hello(hello)) => {
+                self.state = S::Preparing;
+                DestinationEvent::Hello(hello)
+            }
+            (S::Moving, Message::StreamLost { stream }) => DestinationEvent::StreamLost(stream),
+            (S::Moving, Message::State(blobs)) if !self.have_state => {
+                self.have_state = true;
+                DestinationEvent::State(blobs)
+            }
+            (S::Moving, Message::Finish(totals)) => {
+                self.state = S::Finishing;
+                DestinationEvent::Finish(totals)
+            }
+            (S::Ready, Message::Go) => {
+                self.state = S::Running;
+                DestinationEvent::Go
+            }
+            // GO said again after an answer was lost.
+            (S::Running, Message::Go) => DestinationEvent::Reply(Message::Running),
+            (_, message) => {
+                return Err(SessionError::OutOfOrder {
+                    peer: "source",
+                    message: message.name(),
+                    state: self.state_name(),
+                });
+            }
+        };
+        Ok(event)
+    }
+
+    /// Memory is prepared: pages may come.
+    pub fn prepared(&mut self) -> Message {
+        assert_eq!(self.state, DestinationState::Preparing, "PREPARED follows HELLO");
+        self.state = DestinationState::Moving;
+        Message::Prepared
+    }
+
+    /// Everything is applied and equal.
+    pub fn ready(&mut self, totals: Totals) -> Message {
+        assert_eq!(self.state, DestinationState::Finishing, "READY follows FINISH");
+        self.state = DestinationState::Ready;
+        Message::Ready(totals)
+    }
+
+    /// Gives the session up, unless the guest is already this side's; returns whether it is given up. Final: GO is refused
+    /// from here on.
+    pub fn abandon(&mut self) -> bool {
+        if self.state != DestinationState::Running {
+            self.state = DestinationState::Abandoned;
+        }
+        self.state == DestinationState::Abandoned
+    }
+
+    /// What a query is answered with.
+    pub fn status(&self) -> SessionStatus {
+        match self.state {
+            DestinationState::Ready => SessionStatus::Ready,
+            DestinationState::Running => SessionStatus::Running,
+            DestinationState::Abandoned => SessionStatus::Abandoned,
+            _ => SessionStatus::Moving,
+        }
+    }
+
+    fn state_name(&self) -> &'static str {
+        match self.state {
+            DestinationState::ExpectHello => "ExpectHello",
+            DestinationState::Preparing => "Preparing",
+            DestinationState::Moving => "Moving",
+            DestinationState::Finishing => "Finishing",
+            DestinationState::Ready => "Ready",
+            DestinationState::Running => "Running",
+            DestinationState::Abandoned => "Abandoned",
+        }
+    }
+}
+
+impl Default for DestinationSession {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn totals(pages: u64) -> Totals {
+        Totals { streams: vec![], pages, state: 0 }
+    }
+
+    fn moving() -> (SourceSession, DestinationSession) {
+        let (mut source, mut destination) = (SourceSession::new(), DestinationSession::new());
+        let hello = Hello {
+            seed: 0,
+            capabilities: 0,
+            streams: 1,
+            live: true,
+            timeout_ms: 1,
+            regions: vec![],
+            presence: vec![],
+            machine: String::new(),
+        };
+        destination.handle(Message::Hello(hello)).unwrap();
+        let welcome = Welcome { version: 1, capabilities: 0, streams: 1, timeout_ms: 1 };
+        source.handle(Message::Welcome(welcome)).unwrap();
+        source.handle(destination.prepared()).unwrap();
+        (source, destination)
+    }
+
+    #[test]
+    fn ownership_passes_at_go_and_only_there() {
+        let (mut source, mut destination) = moving();
+        assert!(source.owns_guest());
+        // GO out of turn is refused: without READY the destination never runs the guest.
+        assert!(matches!(destination.clone().handle(Message::Go), Err(SessionError::OutOfOrder { .. })));
+        let finish = source.finish(totals(3));
+        assert!(source.owns_guest());
+        assert!(matches!(destination.handle(finish), Ok(DestinationEvent::Finish(_))));
+        assert!(matches!(destination.clone().handle(Message::Go), Err(SessionError::OutOfOrder { .. })));
+        let ready = destination.ready(totals(3));
+        assert_eq!(source.handle(ready), Ok(SourceEvent::Ready));
+        assert!(source.owns_guest(), "READY alone takes nothing from the source");
+        let go = source.go();
+        assert!(!source.owns_guest());
+        assert_eq!(destination.status(), SessionStatus::Ready);
+        assert_eq!(destination.handle(go.clone()), Ok(DestinationEvent::Go));
+        assert_eq!(destination.status(), SessionStatus::Running);
+        assert!(!destination.abandon(), "a guest that runs is not given up");
+        assert_eq!(destination.handle(go), Ok(DestinationEvent::Reply(Message::Running)));
+        assert_eq!(source.handle(Message::Running), Ok(SourceEvent::Running));
+        assert!(!source.owns_guest());
+    }
+
+    #[test]
+    fn an_abandoned_destination_never_runs() {
+        let (mut source, mut destination) = moving();
+        let finish = source.finish(totals(3));
+        destination.handle(finish).unwrap();
+        let ready = destination.ready(totals(3));
+        source.handle(ready).unwrap();
+        let go = source.go();
+        assert!(destination.abandon());
+        assert!(destination.handle(go).is_err());
+        assert_eq!(source.learn(destination.status()), Learnt::Abandoned);
+        assert_eq!(source.learn(SessionStatus::Moving), Learnt::Unknown);
+    }
+
+    #[test]
+    fn differing_totals_stop_the_handover() {
+        let (mut source, _) = moving();
+        source.finish(totals(3));
+        let error = source.handle(Message::Ready(totals(4))).unwrap_err();
+        assert!(error.to_string().contains("number of pages"), "{error}");
+        assert!(source.owns_guest());
+    }
+
+    #[test]
+    #[should_panic(expected = "GO follows READY")]
+    fn go_before_ready_is_a_programming_error() {
+        moving().0.go();
+    }
+
+    #[test]
+    fn pings_are_answered_in_every_state() {
+        let (mut source, mut destination) = moving();
+        assert_eq!(source.handle(Message::Ping(7)), Ok(SourceEvent::Reply(Message::Pong(7))));
+        assert_eq!(destination.handle(Message::Ping(8)), Ok(DestinationEvent::Reply(Message::Pong(8))));
+    }
+}

@@ -1,0 +1,333 @@
+//! Sockets of a session: listening, connecting, and the options that data streams want.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use socket2::{SockRef, Socket};
+
+use crate::uri::Uri;
+
+/// A socket operation that failed, with the address and what can be done.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct SocketError {
+    what: String,
+    #[source]
+    source: io::Error,
+}
+
+impl SocketError {
+    fn new(what: String, source: io::Error) -> Self {
+        Self { what, source }
+    }
+    /// The system's error.
+    pub fn io(&self) -> &io::Error {
+        &self.source
+    }
+}
+
+/// A connected socket.
+#[derive(Debug)]
+pub enum Connection {
+    /// Over TCP.
+    Tcp(TcpStream),
+    /// Over a Unix socket.
+    Unix(UnixStream),
+}
+
+impl Connection {
+    /// Connects to a destination within `timeout`, trying every address the name has.
+    pub fn connect(uri: &Uri, timeout: Duration) -> Result<Self, SocketError> {
+        let fail = |hint: &str, source: io::Error| {
+            SocketError::new(format!("cannot connect to {uri}{hint}"), source)
+        };
+        match uri {
+            Uri::Unix(path) => UnixStream::connect(path).map(Self::Unix).map_err(|e| {
+                let hint = match e.kind() {
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                        ": no destination listens there; start `pageferry recv` or `vm --incoming` first"
+                    }
+                    _ => "",
+                };
+                fail(hint, e)
+            }),
+            Uri::Tcp { host, port } => {
+                let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+                for address in
+                    resolve(host, *port, false).map_err(|e| fail(": the name does not resolve", e))?
+                {
+                    match TcpStream::connect_timeout(&address, timeout) {
+                        Ok(stream) => return Ok(Self::Tcp(stream)),
+                        Err(e) => last = e,
+                    }
+                }
+                let hint = match last.kind() {
+                    io::ErrorKind::ConnectionRefused => {
+                        ": no destination listens there; start `pageferry recv` or `vm --incoming` first"
+                    }
+                    io::ErrorKind::TimedOut => ": no answer; is a firewall in the way?",
+                    _ => "",
+                };
+                Err(fail(hint, last))
+            }
+        }
+    }
+
+    /// Sets what a session's connections want: no delay, death within `timeout` of silence from the peer's kernel, and cubic
+    /// on loopback, where bbr's pacing halves the rate.
+    pub fn tune(&self, timeout: Duration) -> io::Result<()> {
+        if let Self::Tcp(stream) = self {
+            stream.set_nodelay(true)?;
+            let socket = SockRef::from(stream);
+            socket.set_tcp_user_timeout(Some(timeout))?;
+            if stream.peer_addr()?.ip().is_loopback() {
+                // A hint: a kernel without cubic keeps its default.
+                let _ = socket.set_tcp_congestion(b"cubic");
+            }
+        }
+        Ok(())
+    }
+
+    /// How long blocking reads and writes wait.
+    pub fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
+        let socket = self.socket();
+        socket.set_read_timeout(read)?;
+        socket.set_write_timeout(write)
+    }
+
+    /// Switches between blocking and not.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        self.socket().set_nonblocking(nonblocking)
+    }
+
+    /// Ends both directions; threads blocked on the socket wake up.
+    pub fn shutdown(&self) {
+        // Fails only when the peer closed first, which is what is wanted.
+        let _ = self.socket().shutdown(std::net::Shutdown::Both);
+    }
+
+    /// Says that nothing more will be sent.
+    pub fn shutdown_write(&self) {
+        // As above.
+        let _ = self.socket().shutdown(std::net::Shutdown::Write);
+    }
+
+    /// The peer, for messages.
+    pub fn peer(&self) -> String {
+        match self {
+            Self::Tcp(stream) => stream.peer_addr().map_or_else(|_| "tcp peer".into(), |a| a.to_string()),
+            Self::Unix(_) => "unix socket".into(),
+        }
+    }
+
+    fn socket(&self) -> SockRef<'_> {
+        match self {
+            Self::Tcp(stream) => SockRef::from(stream),
+            Self::Unix(stream) => SockRef::from(stream),
+        }
+    }
+}
+
+impl AsRawFd for Connection {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Unix(stream) => stream.as_fd(),
+        }
+    }
+}
+
+impl io::Read for &Connection {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Connection::Tcp(stream) => (&*stream).read(buf),
+            Connection::Unix(stream) => (&*stream).read(buf),
+        }
+    }
+}
+
+impl io::Write for &Connection {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        match self {
+            Connection::Tcp(stream) => (&*stream).write(buf),
+            Connection::Unix(stream) => (&*stream).write(buf),
+        }
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A listening socket; one for control and all streams.
+#[derive(Debug)]
+pub enum Listener {
+    /// On TCP.
+    Tcp(TcpListener),
+    /// On a Unix socket; the path is removed when the listener is dropped.
+    Unix(UnixListener, PathBuf),
+}
+
+impl Listener {
+    /// Listens. A Unix socket's path that nobody listens on any more is replaced; any other file there is left alone.
+    pub fn bind(uri: &Uri) -> Result<Self, SocketError> {
+        let fail =
+            |hint: &str, source: io::Error| SocketError::new(format!("cannot listen on {uri}{hint}"), source);
+        let hint = |e: &io::Error| match e.kind() {
+            io::ErrorKind::AddrInUse => ": it is in use; choose another, or stop what listens there",
+            io::ErrorKind::PermissionDenied => ": no permission; choose a port above 1023 or another path",
+            io::ErrorKind::AddrNotAvailable => ": this host has no such address",
+            io::ErrorKind::NotFound => ": its folder does not exist",
+            _ => "",
+        };
+        match uri {
+            Uri::Unix(path) => {
+                let stale = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket())
+                    && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
+                if stale {
+                    std::fs::remove_file(path).map_err(|e| fail(": cannot replace the old socket", e))?;
+                }
+                let listener = UnixListener::bind(path).map_err(|e| fail(hint(&e), e))?;
+                Ok(Self::Unix(listener, path.clone()))
+            }
+            Uri::Tcp { host, port } => {
+                let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+                for address in
+                    resolve(host, *port, true).map_err(|e| fail(": the name does not resolve", e))?
+                {
+                    match listen_tcp(address) {
+                        Ok(listener) => return Ok(Self::Tcp(listener)),
+                        Err(e) => last = e,
+                    }
+                }
+                Err(fail(hint(&last), last))
+            }
+        }
+    }
+
+    /// Waits for a connection.
+    pub fn accept(&self) -> io::Result<Connection> {
+        match self {
+            Self::Tcp(listener) => listener.accept().map(|(stream, _)| Connection::Tcp(stream)),
+            Self::Unix(listener, _) => listener.accept().map(|(stream, _)| Connection::Unix(stream)),
+        }
+    }
+
+    /// Whether `accept` waits.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        match self {
+            Self::Tcp(listener) => listener.set_nonblocking(nonblocking),
+            Self::Unix(listener, _) => listener.set_nonblocking(nonblocking),
+        }
+    }
+
+    /// The URI a source connects to: with the port that the system chose.
+    pub fn uri(&self) -> Uri {
+        match self {
+            Self::Tcp(listener) => match listener.local_addr() {
+                Ok(address) => Uri::Tcp { host: address.ip().to_string(), port: address.port() },
+                Err(_) => Uri::Tcp { host: String::new(), port: 0 },
+            },
+            Self::Unix(_, path) => Uri::Unix(path.clone()),
+        }
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd(),
+            Self::Unix(listener, _) => listener.as_fd(),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Self::Unix(_, path) = self {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() && address.ip().is_unspecified() {
+        socket.set_only_v6(false)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(256)?;
+    Ok(socket.into())
+}
+
+/// The addresses of a host; an empty name or `0` is every address (listening) or the loopback (connecting).
+fn resolve(host: &str, port: u16, listening: bool) -> io::Result<Vec<SocketAddr>> {
+    let host = match (host, listening) {
+        ("" | "0", true) => "0.0.0.0",
+        ("" | "0", false) => "127.0.0.1",
+        (host, _) => host,
+    };
+    (host, port).to_socket_addrs().map(Iterator::collect)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_busy_port_says_so() {
+        let first = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        let error = Listener::bind(&first.uri()).unwrap_err();
+        assert!(error.to_string().contains("in use"), "{error}");
+    }
+
+    #[test]
+    fn a_dead_unix_socket_is_replaced_and_a_file_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let uri = Uri::Unix(path.clone());
+        // A listener of std leaves its path behind.
+        drop(UnixListener::bind(&path).unwrap());
+        let listener = Listener::bind(&uri).unwrap();
+        assert!(Listener::bind(&uri).unwrap_err().to_string().contains("in use"));
+        drop(listener);
+        assert!(!path.exists());
+        std::fs::write(&path, "keep me").unwrap();
+        assert!(Listener::bind(&uri).is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"keep me");
+    }
+
+    #[test]
+    fn nobody_there_says_what_to_do() {
+        let free = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap().uri();
+        let error = Connection::connect(&free, Duration::from_secs(1)).unwrap_err();
+        assert!(error.to_string().contains("start `pageferry recv`"), "{error}");
+    }
+
+    #[test]
+    fn ipv6_loopback_works_where_there_is_one() {
+        match Listener::bind(&"tcp:[::1]:0".parse().unwrap()) {
+            Ok(listener) => {
+                Connection::connect(&listener.uri(), Duration::from_secs(1)).unwrap();
+            }
+            Err(error) => eprintln!("skipped: no IPv6 loopback here ({error})"),
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Gives pending chunks to the stream workers, pass after pass.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, SendTimeoutError, Sender, bounded};
+
+use super::{Batch, PageSource};
+
+/// Batches that may wait for a worker: few, so that a chunk is taken late and with its newest content.
+const WAITING_MAX: usize = 4;
+/// Longest wait before the caller's conditions are looked at again.
+const TICK: Duration = Duration::from_millis(20);
+
+/// The one thread that feeds a session's workers owns this; dropping it ends the streams in order.
+pub struct Feeder {
+    source: Arc<PageSource>,
+    work: Sender<Batch>,
+    taken: Receiver<Batch>,
+}
+
+impl Feeder {
+    /// A feeder for the workers of `source`.
+    pub fn new(source: Arc<PageSource>) -> Self {
+        let (work, taken) = bounded(WAITING_MAX);
+        Self { source, work, taken }
+    }
+
+    /// The end of the channel that workers take from.
+    pub fn work(&self) -> Receiver<Batch> {
+        self.taken.clone()
+    }
+
+    /// Gives out every chunk that is pending now or becomes so while the pass goes over it. `go_on` is asked now and then and
+    /// ends the pass by its error.
+    pub fn pass<E>(&self, mut go_on: impl FnMut() -> Result<(), E>) -> Result<(), E> {
+        let mut chunk = 0;
+        while let Some(mut batch) = self.source.next_batch(chunk) {
+            chunk = batch.first + batch.count;
+            self.source.outstanding.fetch_add(1, Ordering::AcqRel);
+            loop {
+                let checked = go_on();
+                if checked.is_err() {
+                    self.source.batch_done();
+                    return checked;
+                }
+                match self.work.send_timeout(batch, TICK) {
+                    Ok(()) => break,
+                    Err(SendTimeoutError::Timeout(back) | SendTimeoutError::Disconnected(back)) => {
+                        batch = back
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes until nothing is pending and nothing under way: every page that was dirty is delivered and receipted.
+    pub fn settle<E>(&self, mut go_on: impl FnMut() -> Result<(), E>) -> Result<(), E> {
+        while !self.source.is_settled() {
+            go_on()?;
+            self.pass(&mut go_on)?;
+            // Chunks that belong to a stream with frames under way stayed pending; a receipt frees them.
+            self.source.wait_progress(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Waits until at most `bytes` page bytes are under way, so that the next dirty sync finds a round's work done but the
+    /// streams not yet idle.
+    pub fn drain_to<E>(&self, bytes: u64, mut go_on: impl FnMut() -> Result<(), E>) -> Result<(), E> {
+        while self.source.counters.logical_under_way.load(Ordering::Acquire) > bytes
+            || self.source.outstanding.load(Ordering::Acquire) > 1
+        {
+            go_on()?;
+            self.source.wait_progress(TICK);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,561 @@
+//! A stream at the source: one thread that encodes and sends, one that takes receipts.
+
+use std::collections::VecDeque;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use pagecopy::backend::BackendError;
+use pagecopy::bitmap::{bits, runs};
+use pagecopy::chunk::{ChunkEncoder, EncodedChunk};
+use pagecopy::digest::receipt;
+use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
+
+use super::window::Window;
+use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, ReceiptError};
+use crate::socket::Connection;
+use crate::sys::SendList;
+use crate::wire::control::StreamEnd;
+use crate::wire::frame::{self, FrameHeader, FrameKind, RECEIPT_HEADER_LEN};
+
+/// Small frames are gathered up to this many bytes before they are written.
+const GATHER_BYTES: usize = 64 << 10;
+/// How often an idle thread looks whether it should stop.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Why a stream ended out of order.
+#[derive(Debug, thiserror::Error)]
+pub enum LaneError {
+    /// The socket failed.
+    #[error("stream {stream}: the connection to the destination broke")]
+    Io {
+        /// Which stream.
+        stream: u16,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// The destination closed the stream.
+    #[error("stream {stream}: the destination closed the connection")]
+    Closed {
+        /// Which stream.
+        stream: u16,
+    },
+    /// Nothing was receipted for too long.
+    #[error("stream {stream}: no receipt for {seconds} s")]
+    Timeout {
+        /// Which stream.
+        stream: u16,
+        /// How long.
+        seconds: u64,
+    },
+    /// Not the receipts the protocol wants.
+    #[error("stream {stream}")]
+    Receipt {
+        /// Which stream.
+        stream: u16,
+        /// What is wrong with it.
+        #[source]
+        source: ReceiptError,
+    },
+    /// Told to stop.
+    #[error("stream {stream}: stopped")]
+    Stopped {
+        /// Which stream.
+        stream: u16,
+    },
+    /// The whole session cannot go on.
+    #[error("stream {stream}")]
+    Fatal {
+        /// Which stream noticed.
+        stream: u16,
+        /// Why.
+        #[source]
+        source: FatalError,
+    },
+}
+
+/// A frame that was sent, or was to be sent, and has no receipt.
+#[derive(Debug)]
+pub struct Unreceipted {
+    pub(super) chunk: u32,
+    pub(super) pages: u64,
+    seq: u64,
+    wire_bytes: u64,
+    sent_at: Duration,
+    digests: [u64; 64],
+}
+
+/// How a stream ended.
+#[derive(Debug)]
+pub struct LaneEnd {
+    /// Which stream.
+    pub stream: u16,
+    /// Its account if it ended in order.
+    pub result: Result<StreamEnd, LaneError>,
+    /// Frames without receipt: for [`PageSource::take_back`], once the destination has stopped the stream's worker.
+    pub unreceipted: Vec<Unreceipted>,
+}
+
+/// Frames under way on a stream.
+struct Flight {
+    frames: VecDeque<Unreceipted>,
+    bytes: u64,
+    window: Window,
+    /// When the wait for the destination began: at its last receipt, the first frame sent after silence, or END.
+    waiting_since: Duration,
+    /// The sender has sent END: nothing will be added.
+    ended: bool,
+    /// Frames sent in all, once `ended`.
+    total: u64,
+    /// Set by whichever thread fails first.
+    error: Option<LaneError>,
+}
+
+struct Shared {
+    source: Arc<PageSource>,
+    connection: Connection,
+    stream: u16,
+    flight: Mutex<Flight>,
+    room: Condvar,
+}
+
+/// A running stream. Dropping it does not stop it; its end is reported on the channel given to [`Lane::spawn`].
+#[derive(Debug)]
+pub struct Lane {
+    /// The receipt thread, which ends last.
+    thread: JoinHandle<()>,
+}
+
+impl Lane {
+    /// Starts the two threads of stream `stream` over a connection on which frames may be sent. The sender takes batches from
+    /// `work` until the channel is disconnected and empty, then ends the stream. `ends` gets the end, in order or not.
+    pub fn spawn(
+        source: Arc<PageSource>,
+        connection: Connection,
+        stream: u16,
+        work: Receiver<Batch>,
+        ends: Sender<LaneEnd>,
+    ) -> io::Result<Self> {
+        connection.set_timeouts(Some(TICK), Some(source.options.timeout))?;
+        let flight = Flight {
+            frames: VecDeque::with_capacity(512),
+            bytes: 0,
+            window: Window::new(),
+            waiting_since: source.now(),
+            ended: false,
+            total: 0,
+            error: None,
+        };
+        let shared =
+            Arc::new(Shared { source, connection, stream, flight: Mutex::new(flight), room: Condvar::new() });
+        let sending = shared.clone();
+        let sender = std::thread::Builder::new().name(format!("send-{stream}")).spawn(move || {
+            if let Err(error) = LaneSender::new(&sending).run(&work) {
+                sending.fail(error);
+            }
+        })?;
+        let thread = std::thread::Builder::new().name(format!("receipts-{stream}")).spawn(move || {
+            let mut receipts = Receipts { shared: &shared, fold: 0, buffer: vec![0; 64 << 10], len: 0 };
+            let result = receipts.run();
+            let fold = receipts.fold;
+            if let Err(error) = result {
+                shared.fail(error);
+            }
+            let panicked = sender.join().is_err();
+            let _ = ends.send(shared.end(fold, panicked));
+            shared.source.notify();
+        })?;
+        Ok(Self { thread })
+    }
+
+    /// Waits until both threads have ended.
+    pub fn join(self) {
+        // A panic of the thread has been printed; its lane reported no end, which the session notices.
+        let _ = self.thread.join();
+    }
+}
+
+impl Shared {
+    fn flight(&self) -> MutexGuard<'_, Flight> {
+        self.flight.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Notes the first error and wakes the other thread.
+    fn fail(&self, error: LaneError) {
+        let mut flight = self.flight();
+        flight.error.get_or_insert(error);
+        drop(flight);
+        self.connection.shutdown();
+        self.room.notify_all();
+        self.source.notify();
+    }
+
+    fn io_error(&self, source: io::Error) -> LaneError {
+        match source.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.timeout(),
+            _ => LaneError::Io { stream: self.stream, source },
+        }
+    }
+
+    fn timeout(&self) -> LaneError {
+        LaneError::Timeout { stream: self.stream, seconds: self.source.options.timeout.as_secs() }
+    }
+
+    fn fatal(&self, source: impl Into<FatalError>) -> LaneError {
+        LaneError::Fatal { stream: self.stream, source: source.into() }
+    }
+
+    fn end(&self, fold: u64, panicked: bool) -> LaneEnd {
+        let mut flight = self.flight();
+        let stream = self.stream;
+        let result = match flight.error.take() {
+            Some(error) => Err(error),
+            None if panicked || !flight.frames.is_empty() => Err(LaneError::Stopped { stream }),
+            None => Ok(StreamEnd { stream, frames: flight.total, fold }),
+        };
+        LaneEnd { stream, result, unreceipted: flight.frames.drain(..).collect() }
+    }
+}
+
+/// The thread that encodes and sends.
+struct LaneSender<'a> {
+    shared: &'a Shared,
+    source: &'a PageSource,
+    encoder: ChunkEncoder,
+    snapshot: Box<[u8]>,
+    /// Headers and encoded sections that are not written yet.
+    out: Vec<u8>,
+    seq: u64,
+}
+
+impl<'a> LaneSender<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        let source = &*shared.source;
+        let options = &source.options;
+        Self {
+            shared,
+            source,
+            encoder: ChunkEncoder::new(options.codec, monotonic_nanos),
+            snapshot: vec![0; CHUNK_SIZE].into(),
+            out: Vec::with_capacity(2 * GATHER_BYTES + CHUNK_SIZE),
+            seq: 0,
+        }
+    }
+
+    fn run(&mut self, work: &Receiver<Batch>) -> Result<(), LaneError> {
+        loop {
+            match work.try_recv() {
+                Ok(batch) => {
+                    self.work_off(batch)?;
+                    continue;
+                }
+                Err(TryRecvError::Disconnected) => break,
+                Err(TryRecvError::Empty) => self.flush()?,
+            }
+            match work.recv_timeout(TICK) {
+                Ok(batch) => self.work_off(batch)?,
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => self.check()?,
+            }
+        }
+        self.out.extend_from_slice(&FrameHeader::end(self.seq).encode(&self.source.shared.hasher));
+        let mut flight = self.shared.flight();
+        (flight.ended, flight.total) = (true, self.seq);
+        flight.waiting_since = self.source.now();
+        drop(flight);
+        self.flush()
+    }
+
+    /// Fails when the other thread did, or the session stopped.
+    fn check(&self) -> Result<(), LaneError> {
+        if self.source.stopped() || self.shared.flight().error.is_some() {
+            return Err(LaneError::Stopped { stream: self.shared.stream });
+        }
+        Ok(())
+    }
+
+    fn work_off(&mut self, batch: Batch) -> Result<(), LaneError> {
+        let result = self.send_batch(batch);
+        self.source.batch_done();
+        result
+    }
+
+    /// Claims the batch's chunks, re-arms the dirty log for their pages, and sends them. Chunks that belong to another stream
+    /// stay pending.
+    fn send_batch(&mut self, batch: Batch) -> Result<(), LaneError> {
+        let mut taken = [0u64; BATCH_CHUNKS as usize];
+        let taken = &mut taken[..batch.count as usize];
+        for (chunk, pages) in (batch.first..).zip(taken.iter_mut()) {
+            if self.source.pending.get(chunk) != 0 && self.source.owners.claim(chunk, self.shared.stream) {
+                *pages = self.source.pending.take(chunk);
+                if *pages == 0 {
+                    self.source.owners.release(chunk);
+                }
+            }
+        }
+        // Only now that the log is armed again may the pages be read: a write from here on is reported again.
+        let cleared = self.source.log.clear(batch.first, taken);
+        let mut result = cleared.map_err(|e: BackendError| self.shared.fatal(e));
+        for (chunk, &pages) in (batch.first..).zip(taken.iter()) {
+            if pages == 0 {
+                continue;
+            }
+            if result.is_ok() {
+                result = self.send_chunk(chunk, pages);
+            } else {
+                // Taken but not sent: nothing of it is lost.
+                self.source.pending.insert(chunk, pages);
+                self.source.owners.release(chunk);
+            }
+        }
+        result
+    }
+
+    /// Sends the pages of a claimed chunk. On failure they are among the unreceipted frames.
+    fn send_chunk(&mut self, chunk: u32, pages: u64) -> Result<(), LaneError> {
+        self.take_snapshot(chunk, pages);
+        let first_pass = self.source.carried.get(chunk) & pages == 0;
+        let encoded = self.encoder.encode(&self.source.shared, chunk, &self.snapshot, pages, first_pass);
+        count_pages(&self.source.counters, &encoded);
+        let sent = pages & !encoded.unchanged;
+        if sent == 0 {
+            self.source.owners.release(chunk);
+            return Ok(());
+        }
+        let header = FrameHeader {
+            kind: FrameKind::Pages,
+            seq: self.seq,
+            chunk,
+            encoded_len: encoded.encoded.len() as u32,
+            raw: encoded.raw,
+            zero: encoded.zero,
+            delta: encoded.delta,
+            zstd: encoded.zstd,
+            encoded_checksum: checksum_of(&self.source.shared, encoded.encoded),
+        };
+        self.seq += 1;
+        self.out.extend_from_slice(&header.encode(&self.source.shared.hasher));
+        self.out.extend_from_slice(encoded.encoded);
+        let wire_bytes = (FrameHeader::LEN + encoded.encoded.len() + header.raw_len()) as u64;
+        let mut digests = [0; 64];
+        for (slot, bit) in digests.iter_mut().zip(bits(sent)) {
+            *slot = receipt(encoded.digests[bit as usize]);
+        }
+        let sent_at = self.source.now();
+        let frame = Unreceipted { chunk, pages: sent, seq: header.seq, wire_bytes, sent_at, digests };
+        self.source.carried.insert(chunk, sent);
+        let begun = Instant::now();
+        self.launch(frame)?;
+        if header.raw != 0 || self.out.len() >= GATHER_BYTES {
+            self.write(header.raw)?;
+        }
+        self.encoder.observe_link(wire_bytes, begun.elapsed().as_nanos() as u64);
+        Ok(())
+    }
+
+    /// Copies the pages, and only these, out of guest memory.
+    fn take_snapshot(&mut self, chunk: u32, pages: u64) {
+        let memory = self.source.ram.chunk(chunk);
+        for (first, count) in runs(pages) {
+            let (at, len) = (first as usize * PAGE_SIZE, count as usize * PAGE_SIZE);
+            let piece = memory.subslice(at, len).expect("pages of a chunk lie in its mapping");
+            piece.copy_to(&mut self.snapshot[at..at + len]);
+        }
+    }
+
+    /// Puts a frame among those under way, and waits until the window has room for it.
+    fn launch(&mut self, frame: Unreceipted) -> Result<(), LaneError> {
+        let (bytes, logical) = (frame.wire_bytes, u64::from(frame.pages.count_ones()) * PAGE_SIZE as u64);
+        Counters::add(&self.source.counters.logical_under_way, logical);
+        let mut flight = self.shared.flight();
+        if flight.frames.is_empty() {
+            flight.waiting_since = frame.sent_at;
+            flight.window.restart(frame.sent_at);
+        }
+        flight.frames.push_back(frame);
+        flight.bytes += bytes;
+        if flight.bytes <= flight.window.limit() {
+            return Ok(());
+        }
+        // What is gathered must be on its way, or the receipts waited for would never come. The newest frame's header goes
+        // ahead of its raw pages, for which the destination then waits; the others' receipts make the room.
+        drop(flight);
+        self.write(0)?;
+        let mut flight = self.shared.flight();
+        while flight.bytes > flight.window.limit() && flight.bytes > bytes {
+            if flight.error.is_some() || self.source.stopped() {
+                return Err(LaneError::Stopped { stream: self.shared.stream });
+            }
+            flight = self.shared.room.wait_timeout(flight, TICK).unwrap_or_else(|e| e.into_inner()).0;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), LaneError> {
+        if self.out.is_empty() { self.check() } else { self.write(0) }
+    }
+
+    /// Writes what is gathered and then the raw pages of the snapshot.
+    fn write(&mut self, raw: u64) -> Result<(), LaneError> {
+        let mut list = SendList::new();
+        list.push(&self.out);
+        for (first, count) in runs(raw) {
+            let at = first as usize * PAGE_SIZE;
+            list.push(&self.snapshot[at..at + count as usize * PAGE_SIZE]);
+        }
+        let mut bytes = 0;
+        while !list.is_empty() {
+            match list.send(self.shared.connection.as_fd()) {
+                Ok(sent) => bytes += sent as u64,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(self.shared.io_error(e)),
+            }
+        }
+        self.out.clear();
+        Counters::add(&self.source.counters.wire_sent, bytes);
+        Ok(())
+    }
+}
+
+/// Nanoseconds since the first call.
+fn monotonic_nanos() -> u64 {
+    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+}
+
+fn checksum_of(shared: &pagecopy::chunk::Shared, encoded: &[u8]) -> u64 {
+    if encoded.is_empty() { 0 } else { shared.hasher.checksum(encoded) }
+}
+
+fn count_pages(counters: &Counters, encoded: &EncodedChunk<'_>) {
+    for (counter, pages) in [
+        (&counters.zero, encoded.zero),
+        (&counters.unchanged, encoded.unchanged),
+        (&counters.delta, encoded.delta),
+        (&counters.compressed, encoded.zstd),
+        (&counters.raw, encoded.raw),
+    ] {
+        if pages != 0 {
+            Counters::add(counter, pages.count_ones().into());
+        }
+    }
+    Counters::add(&counters.logical_acked, u64::from(encoded.unchanged.count_ones()) * PAGE_SIZE as u64);
+}
+
+/// The thread that takes receipts.
+struct Receipts<'a> {
+    shared: &'a Shared,
+    fold: u64,
+    buffer: Vec<u8>,
+    len: usize,
+}
+
+impl Receipts<'_> {
+    fn run(&mut self) -> Result<(), LaneError> {
+        loop {
+            self.consume()?;
+            {
+                let flight = self.shared.flight();
+                if flight.error.is_some() {
+                    return Ok(());
+                }
+                let waited = self.shared.source.now().saturating_sub(flight.waiting_since);
+                if (!flight.frames.is_empty() || flight.ended) && waited > self.shared.source.options.timeout
+                {
+                    return Err(self.shared.timeout());
+                }
+            }
+            if self.shared.source.stopped() {
+                return Err(LaneError::Stopped { stream: self.shared.stream });
+            }
+            match (&self.shared.connection).read(&mut self.buffer[self.len..]) {
+                Ok(0) => {
+                    // After END and the last receipt the destination closes the stream.
+                    let flight = self.shared.flight();
+                    let in_order = flight.ended && flight.frames.is_empty();
+                    drop(flight);
+                    let closed = LaneError::Closed { stream: self.shared.stream };
+                    return if in_order { Ok(()) } else { Err(closed) };
+                }
+                Ok(read) => self.len += read,
+                // The socket's time-out is the tick at which the conditions above are looked at.
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e) => return Err(self.shared.io_error(e)),
+            }
+        }
+    }
+
+    /// Settles every receipt that is whole.
+    fn consume(&mut self) -> Result<(), LaneError> {
+        let mut at = 0;
+        let buffer = std::mem::take(&mut self.buffer);
+        let result = loop {
+            let Some(header) = buffer[at..self.len].first_chunk::<RECEIPT_HEADER_LEN>() else { break Ok(()) };
+            let (count, seq) = match frame::decode_receipt_header(header) {
+                Ok(header) => header,
+                Err(e) => break Err(e.into()),
+            };
+            let end = at + RECEIPT_HEADER_LEN + count * 8 + 8;
+            if end > self.len {
+                break Ok(());
+            }
+            if let Err(e) = self.settle(&buffer[at..end], count, seq) {
+                break Err(e);
+            }
+            at = end;
+        };
+        self.buffer = buffer;
+        self.buffer.copy_within(at..self.len, 0);
+        self.len -= at;
+        if at != 0 {
+            self.shared.room.notify_all();
+            self.shared.source.notify();
+        }
+        result.map_err(|source| LaneError::Receipt { stream: self.shared.stream, source })?;
+        let mismatches = self.shared.source.counters.mismatches.load(std::sync::atomic::Ordering::Relaxed);
+        if mismatches > self.shared.source.options.mismatches_max {
+            return Err(self.shared.fatal(FatalError::Integrity { count: mismatches }));
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self, bytes: &[u8], count: usize, seq: u64) -> Result<(), ReceiptError> {
+        let source = &self.shared.source;
+        let hasher = &source.shared.hasher;
+        let digests = frame::check_receipt(bytes, hasher)?;
+        self.fold = frame::fold_receipt(self.fold, bytes, hasher);
+        let now = source.now();
+        let mut flight = self.shared.flight();
+        let expected = flight.frames.front().map(|f| f.seq);
+        let Some(sent) = (if expected == Some(seq) { flight.frames.pop_front() } else { None }) else {
+            return Err(ReceiptError::OutOfOrder { found: seq, expected });
+        };
+        flight.bytes -= sent.wire_bytes;
+        flight.waiting_since = now;
+        let idle = flight.frames.is_empty();
+        flight.window.on_receipt(now, sent.wire_bytes, now.saturating_sub(sent.sent_at), idle);
+        drop(flight);
+        let pages = sent.pages.count_ones() as usize;
+        let mut wrong = if count == pages { 0 } else { sent.pages };
+        for ((theirs, ours), bit) in digests.as_chunks::<8>().0.iter().zip(sent.digests).zip(bits(sent.pages))
+        {
+            if u64::from_le_bytes(*theirs) != ours {
+                wrong |= 1 << bit;
+            }
+        }
+        if wrong != 0 {
+            // What lies there is not what was sent: it is no base for anything, and the pages are dirty again.
+            Counters::add(&source.counters.mismatches, wrong.count_ones().into());
+            source.shared.void(sent.chunk, wrong);
+            source.pending.insert(sent.chunk, wrong);
+        }
+        Counters::add(&source.counters.wire_acked, sent.wire_bytes);
+        Counters::add(&source.counters.logical_acked, (pages * PAGE_SIZE) as u64);
+        source.settle(&sent);
+        if count == pages { Ok(()) } else { Err(ReceiptError::Count { seq, found: count, expected: pages }) }
+    }
+}

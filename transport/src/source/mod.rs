@@ -1,0 +1,257 @@
+//! The source's data plane: pages that wait, stream workers that send them, receipts that settle them.
+//!
+//! One truth: the *pending* bitmap. A page is pending until a worker takes it into a frame; a frame that is sent and not
+//! receipted when its stream dies makes its pages pending again, and so does a receipt that does not match. There is no
+//! other retransmission.
+
+mod feeder;
+mod lane;
+mod owners;
+mod window;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use pagecopy::backend::{BackendError, DirtyLog, GuestRam};
+use pagecopy::bitmap::PageBitmap;
+use pagecopy::choose::CodecMode;
+use pagecopy::chunk::Shared;
+use pagecopy::digest::PageHasher;
+use pagecopy::layout::PAGE_SIZE;
+
+pub use feeder::Feeder;
+pub use lane::{Lane, LaneEnd, LaneError, Unreceipted};
+use owners::Owners;
+
+use crate::wire::WireError;
+
+/// Chunks that are claimed, re-armed in the dirty log and encoded together.
+pub const BATCH_CHUNKS: u32 = 16;
+
+/// A range of chunks that has pages pending: at most [`BATCH_CHUNKS`], from `first`.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch {
+    first: u32,
+    count: u32,
+}
+
+/// How the workers of a session behave.
+#[derive(Clone, Copy, Debug)]
+pub struct SourceOptions {
+    /// Codec choice.
+    pub codec: CodecMode,
+    /// Bound of the delta cache, in bytes.
+    pub cache_bytes: u64,
+    /// Silence after which a stream is given up.
+    pub timeout: Duration,
+    /// Receipts that may mismatch before the migration fails.
+    pub mismatches_max: u64,
+}
+
+/// What was sent and delivered so far; all counters only rise.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Pages by what became of them when they were sent.
+    pub zero: AtomicU64,
+    /// Pages whose content was the one sent last: not sent.
+    pub unchanged: AtomicU64,
+    /// Pages sent as deltas.
+    pub delta: AtomicU64,
+    /// Pages sent in zstd frames.
+    pub compressed: AtomicU64,
+    /// Pages sent as they are.
+    pub raw: AtomicU64,
+    /// Bytes written to the streams.
+    pub wire_sent: AtomicU64,
+    /// Bytes of frames whose receipt came.
+    pub wire_acked: AtomicU64,
+    /// Page bytes of frames whose receipt came, and of unchanged pages.
+    pub logical_acked: AtomicU64,
+    /// Page bytes of frames under way.
+    pub logical_under_way: AtomicU64,
+    /// Pages whose receipt did not match.
+    pub mismatches: AtomicU64,
+}
+
+impl Counters {
+    fn add(counter: &AtomicU64, value: u64) {
+        counter.fetch_add(value, Ordering::Relaxed);
+    }
+}
+
+/// The memory of a guest on its way out, shared by all stream workers of a session.
+pub struct PageSource {
+    ram: Arc<dyn GuestRam>,
+    log: Arc<dyn DirtyLog>,
+    options: SourceOptions,
+    shared: Shared,
+    pending: PageBitmap,
+    carried: PageBitmap,
+    owners: Owners,
+    counters: Counters,
+    started: Instant,
+    progress: (Mutex<()>, Condvar),
+    /// Batches given out and not yet worked off.
+    outstanding: AtomicU64,
+    stop: AtomicBool,
+}
+
+impl PageSource {
+    /// A source with these pages pending: all that are not holes, which the destination has already.
+    pub fn new(
+        ram: Arc<dyn GuestRam>,
+        log: Arc<dyn DirtyLog>,
+        hasher: PageHasher,
+        options: SourceOptions,
+        pending: PageBitmap,
+    ) -> Self {
+        let chunks = ram.layout().chunks();
+        Self {
+            shared: Shared::new(hasher, chunks, options.cache_bytes),
+            pending,
+            carried: PageBitmap::new(chunks),
+            owners: Owners::new(chunks),
+            counters: Counters::default(),
+            started: Instant::now(),
+            progress: (Mutex::new(()), Condvar::new()),
+            outstanding: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            ram,
+            log,
+            options,
+        }
+    }
+
+    /// Pages that wait to be sent.
+    pub fn pending(&self) -> &PageBitmap {
+        &self.pending
+    }
+
+    /// The counters.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Distinct pages that frames carried.
+    pub fn carried_pages(&self) -> u64 {
+        self.carried.count()
+    }
+
+    /// Adds what the dirty log holds to the pending pages; returns how many pages it held.
+    pub fn dirty_sync(&self) -> Result<u64, BackendError> {
+        self.log.sync(&self.pending)
+    }
+
+    /// Page bytes that are pending or under way.
+    pub fn remaining_bytes(&self) -> u64 {
+        self.pending.count() * PAGE_SIZE as u64 + self.counters.logical_under_way.load(Ordering::Relaxed)
+    }
+
+    /// Nothing is pending and nothing is under way. Only the thread that feeds may ask: it knows that no batch appears meanwhile.
+    fn is_settled(&self) -> bool {
+        // In this order. With no batch given out, nobody holds pages that he took and has not launched, and nobody will; then
+        // frames under way only get fewer, and one that fails makes its pages pending before it stops being under way.
+        self.outstanding.load(Ordering::Acquire) == 0
+            && self.counters.logical_under_way.load(Ordering::Acquire) == 0
+            && self.pending.is_empty()
+    }
+
+    fn batch_done(&self) {
+        self.outstanding.fetch_sub(1, Ordering::AcqRel);
+        self.notify();
+    }
+
+    /// The next batch at or after `chunk` that has pages pending.
+    fn next_batch(&self, chunk: u32) -> Option<Batch> {
+        let first = self.pending.next_chunk(chunk)?;
+        Some(Batch { first, count: BATCH_CHUNKS.min(self.pending.chunks() - first) })
+    }
+
+    /// Makes the pages of frames pending again whose stream has died on both sides, and voids what they would have been bases of.
+    pub fn take_back(&self, frames: Vec<Unreceipted>) {
+        for frame in frames {
+            self.shared.void(frame.chunk, frame.pages);
+            self.pending.insert(frame.chunk, frame.pages);
+            self.settle(&frame);
+        }
+        self.notify();
+    }
+
+    /// Tells the workers to stop where they stand; nothing more is delivered. For ends that are not in order.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.notify();
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Waits until a receipt comes in, at most `timeout`.
+    fn wait_progress(&self, timeout: Duration) {
+        let guard = self.progress.0.lock().unwrap_or_else(|e| e.into_inner());
+        // Spurious or early wake-ups only cost the caller one more look.
+        drop(self.progress.1.wait_timeout(guard, timeout));
+    }
+
+    fn notify(&self) {
+        self.progress.1.notify_all();
+    }
+
+    /// A frame is no longer under way.
+    fn settle(&self, frame: &Unreceipted) {
+        let bytes = u64::from(frame.pages.count_ones()) * PAGE_SIZE as u64;
+        self.owners.release(frame.chunk);
+        self.counters.logical_under_way.fetch_sub(bytes, Ordering::Release);
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+}
+
+/// Why a session's data plane cannot go on at all.
+#[derive(Debug, thiserror::Error)]
+pub enum FatalError {
+    /// Content keeps arriving other than it was sent.
+    #[error(
+        "{count} pages arrived other than they were sent; the network or the memory of a host damages data: \
+         check both hosts' memory and NIC error counters"
+    )]
+    Integrity {
+        /// Pages that mismatched.
+        count: u64,
+    },
+    /// The dirty log failed.
+    #[error("the dirty log failed: {0}")]
+    Backend(#[from] BackendError),
+}
+
+/// A receipt that is not the one that must come next.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiptError {
+    /// Not a receipt at all.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// A receipt for nothing.
+    #[error(
+        "the destination sent a receipt for frame {found} while frame {expected:?} was the oldest without one"
+    )]
+    OutOfOrder {
+        /// The frame it names.
+        found: u64,
+        /// The oldest frame under way, if any.
+        expected: Option<u64>,
+    },
+    /// A receipt with another number of pages.
+    #[error("the receipt of frame {seq} has {found} digests instead of {expected}")]
+    Count {
+        /// The frame.
+        seq: u64,
+        /// Digests in the receipt.
+        found: usize,
+        /// Pages in the frame.
+        expected: usize,
+    },
+}

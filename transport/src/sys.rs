@@ -1,0 +1,113 @@
+//! Vectored socket I/O straight from and into memory: the only unsafe code of this crate.
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use vm_memory::volatile_memory::VolatileSlice;
+
+/// Pieces of memory and how far a transfer over them has come.
+struct Parts {
+    parts: Vec<libc::iovec>,
+    /// First part that is not yet consumed.
+    next: usize,
+}
+
+impl Parts {
+    fn push(&mut self, base: *mut u8, len: usize) {
+        if len != 0 {
+            self.parts.push(libc::iovec { iov_base: base.cast(), iov_len: len });
+        }
+    }
+
+    fn advance(&mut self, mut bytes: usize) {
+        while let Some(part) = self.parts.get_mut(self.next) {
+            if bytes < part.iov_len {
+                // The rest of this part still lies in the memory it was made from.
+                part.iov_base = part.iov_base.wrapping_byte_add(bytes);
+                part.iov_len -= bytes;
+                return;
+            }
+            bytes -= part.iov_len;
+            self.next += 1;
+        }
+        debug_assert_eq!(bytes, 0, "the kernel moved no more than it was given");
+    }
+
+    fn message(&mut self) -> libc::msghdr {
+        // SAFETY: msghdr is a C struct of integers and pointers, for which all zeros is a valid value.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        let parts = &mut self.parts[self.next..];
+        message.msg_iov = parts.as_mut_ptr();
+        message.msg_iovlen = parts.len().min(libc::UIO_MAXIOV as usize);
+        message
+    }
+
+    fn done(&mut self, result: isize) -> io::Result<usize> {
+        let bytes = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+        self.advance(bytes);
+        Ok(bytes)
+    }
+}
+
+/// Pieces of memory to send.
+pub(crate) struct SendList<'a> {
+    parts: Parts,
+    memory: PhantomData<&'a [u8]>,
+}
+
+impl<'a> SendList<'a> {
+    pub(crate) fn new() -> Self {
+        Self { parts: Parts { parts: Vec::with_capacity(68), next: 0 }, memory: PhantomData }
+    }
+
+    /// Adds bytes.
+    pub(crate) fn push(&mut self, bytes: &'a [u8]) {
+        self.parts.push(bytes.as_ptr().cast_mut(), bytes.len());
+    }
+
+    /// Whether everything was sent.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.parts.next == self.parts.parts.len()
+    }
+
+    /// Sends what is left, as much as one call takes.
+    pub(crate) fn send(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let message = self.parts.message();
+        // SAFETY: every iovec points at bytes borrowed for 'a (push), which outlives this call; the kernel only reads them.
+        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+        self.parts.done(sent)
+    }
+}
+
+/// Pieces of memory to receive into: buffers of our own and guest memory, of which no Rust reference is ever made.
+pub(crate) struct ReceiveList<'a> {
+    parts: Parts,
+    memory: PhantomData<&'a mut [u8]>,
+}
+
+impl<'a> ReceiveList<'a> {
+    pub(crate) fn new() -> Self {
+        Self { parts: Parts { parts: Vec::with_capacity(68), next: 0 }, memory: PhantomData }
+    }
+
+    /// Adds a buffer.
+    pub(crate) fn push(&mut self, bytes: &'a mut [u8]) {
+        self.parts.push(bytes.as_mut_ptr(), bytes.len());
+    }
+
+    /// Adds guest memory.
+    pub(crate) fn push_guest(&mut self, memory: &VolatileSlice<'a>) {
+        self.parts.push(memory.ptr_guard_mut().as_ptr(), memory.len());
+    }
+
+    /// Receives into what is left, as much as one call brings. With `wait` false, fails with `WouldBlock` when nothing is there.
+    pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>, wait: bool) -> io::Result<usize> {
+        let mut message = self.parts.message();
+        let flags = if wait { 0 } else { libc::MSG_DONTWAIT };
+        // SAFETY: every iovec points at memory that is borrowed exclusively for 'a (push) or at a live guest mapping (push_guest:
+        // a VolatileSlice's contract), both of which outlive this call; any bytes may be written there.
+        let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
+        self.parts.done(received)
+    }
+}

@@ -1,0 +1,109 @@
+//! Migration URIs, written as QEMU writes them: `tcp:HOST:PORT`, `unix:PATH`.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Where a destination listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Uri {
+    /// `tcp:HOST:PORT`, `tcp:[V6]:PORT`; an empty HOST or `0` means every address when listening and the loopback when connecting.
+    Tcp {
+        /// Name or address, without brackets.
+        host: String,
+        /// Port; 0 lets the system choose when listening.
+        port: u16,
+    },
+    /// `unix:PATH`.
+    Unix(PathBuf),
+}
+
+/// A text that is no URI this version understands.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{uri:?} is not a migration URI: {why}; expected tcp:HOST:PORT, tcp:[IPV6]:PORT or unix:PATH")]
+pub struct UriError {
+    uri: String,
+    why: String,
+}
+
+/// Longest path of a Unix socket (`sun_path` less the final NUL).
+const UNIX_PATH_MAX: usize = 107;
+
+impl FromStr for Uri {
+    type Err = UriError;
+
+    fn from_str(uri: &str) -> Result<Self, UriError> {
+        let fail = |why: &str| Err(UriError { uri: uri.into(), why: why.into() });
+        let Some((scheme, rest)) = uri.split_once(':') else { return fail("no scheme") };
+        match scheme {
+            "unix" if rest.is_empty() => fail("the path is empty"),
+            "unix" if rest.len() > UNIX_PATH_MAX => fail("the path is longer than 107 bytes"),
+            "unix" if rest.contains('\0') => fail("the path holds a NUL"),
+            "unix" => Ok(Self::Unix(rest.into())),
+            "tcp" => {
+                let Some((host, port)) = rest.rsplit_once(':') else { return fail("no port") };
+                let Ok(port) = port.parse() else { return fail("the port is not a number from 0 to 65535") };
+                let host = match host.strip_prefix('[').map(|h| h.strip_suffix(']')) {
+                    Some(Some(v6)) => v6,
+                    Some(None) => return fail("the bracket is not closed"),
+                    None if host.contains(':') => return fail("an IPv6 address needs brackets"),
+                    None => host,
+                };
+                Ok(Self::Tcp { host: host.into(), port })
+            }
+            "exec" | "fd" | "file" | "rdma" | "vsock" => {
+                fail(&format!("the {scheme} transport is not built into this version"))
+            }
+            _ => fail("unknown scheme"),
+        }
+    }
+}
+
+impl fmt::Display for Uri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_qemu_writes() {
+        for (text, host, port) in [
+            ("tcp:127.0.0.1:4444", "127.0.0.1", 4444),
+            ("tcp:[::1]:1", "::1", 1),
+            ("tcp::4444", "", 4444),
+            ("tcp:0:4444", "0", 4444),
+            ("tcp:node7.cluster:65535", "node7.cluster", 65535),
+        ] {
+            let uri: Uri = text.parse().unwrap();
+            assert_eq!(uri, Uri::Tcp { host: host.into(), port });
+            assert_eq!(uri.to_string(), text);
+        }
+        assert_eq!("unix:/run/a:b".parse(), Ok(Uri::Unix("/run/a:b".into())));
+    }
+
+    #[test]
+    fn refuses_with_a_reason() {
+        for (text, why) in [
+            ("", "no scheme"),
+            ("tcp:host", "no port"),
+            ("tcp:h:99999", "not a number"),
+            ("tcp:::1:80", "brackets"),
+            ("tcp:[::1:80", "not closed"),
+            ("unix:", "empty"),
+            ("rdma:h:1", "not built"),
+            ("ftp:x", "unknown scheme"),
+        ] {
+            let error = text.parse::<Uri>().unwrap_err().to_string();
+            assert!(error.contains(why), "{text}: {error}");
+        }
+        assert!(format!("unix:{}", "x".repeat(108)).parse::<Uri>().is_err());
+    }
+}

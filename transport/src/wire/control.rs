@@ -1,0 +1,586 @@
+//! Control messages: kind, flags and length (8 bytes), the fields, and a checksum over both.
+
+use pagecopy::backend::StateBlob;
+use pagecopy::layout::{Layout, REGION_NAME_MAX, REGIONS_MAX, Region};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::{Reader, STREAMS_MAX, WireError, Writer};
+
+/// Bytes before a message's fields.
+pub const HEADER_LEN: usize = 8;
+/// Bytes after them.
+pub const CHECKSUM_LEN: usize = 8;
+/// Longest text in a message, in bytes.
+pub const TEXT_MAX: usize = 4096;
+/// Longest description of a machine, in bytes.
+pub const MACHINE_MAX: usize = 64 << 10;
+/// Longest presence map: one bit for every 2 MiB of the largest guest.
+pub const PRESENCE_MAX: usize = 4 << 20;
+/// Most pieces of device state.
+pub const STATE_BLOBS_MAX: usize = 4096;
+/// Longest message that carries device state.
+pub const STATE_LEN_MAX: usize = 64 << 20;
+/// Chunks that one bit of a presence map stands for (2 MiB).
+pub const PRESENCE_CHUNKS: u32 = 8;
+
+/// What both sides can do beyond raw and zero pages; a bit each.
+pub mod capability {
+    /// XBZRLE deltas.
+    pub const DELTA: u64 = 1;
+    /// zstd frames.
+    pub const ZSTD: u64 = 2;
+    /// All that this version knows.
+    pub const ALL: u64 = DELTA | ZSTD;
+}
+
+/// What a session is about, from the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Seed of every digest and checksum of the session's data.
+    pub seed: u64,
+    /// What the source can do: [`capability`] bits; unknown bits are ignored.
+    pub capabilities: u64,
+    /// Data streams the source wants.
+    pub streams: u16,
+    /// The guest runs and will be handed over; else it is memory alone.
+    pub live: bool,
+    /// Silence after which the source gives its peer up, in milliseconds.
+    pub timeout_ms: u32,
+    /// Guest-physical layout.
+    pub regions: Vec<Region>,
+    /// One bit for every [`PRESENCE_CHUNKS`] chunks: the source may have data there.
+    pub presence: Vec<u8>,
+    /// The machine, for the destination to compare with its own; opaque to the protocol.
+    pub machine: String,
+}
+
+/// The destination's answer to [`Hello`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// Version of the protocol from here on.
+    pub version: u16,
+    /// What both sides can do.
+    pub capabilities: u64,
+    /// Data streams the destination takes, 1 up to what was asked.
+    pub streams: u16,
+    /// Silence after which the destination gives its peer up, in milliseconds.
+    pub timeout_ms: u32,
+}
+
+/// Where one stream ended: the source says what it sent, the destination what it applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamEnd {
+    /// Which stream.
+    pub stream: u16,
+    /// Frames, without the end frame.
+    pub frames: u64,
+    /// [`super::frame::fold_receipt`] over all receipts.
+    pub fold: u64,
+}
+
+/// What a whole transfer came to; equal on both sides or the handover does not happen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Totals {
+    /// Every stream that ended in order.
+    pub streams: Vec<StreamEnd>,
+    /// Distinct pages that were carried at least once.
+    pub pages: u64,
+    /// xxh3-64 of the encoded device state, 0 where there is none.
+    pub state: u64,
+}
+
+/// Why a side gives up, as a number that programs can act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ErrorCode {
+    /// Bytes that are not the protocol.
+    Protocol = 1,
+    /// No common version.
+    Version = 2,
+    /// The destination serves another session.
+    Busy = 3,
+    /// The destination cannot hold this guest.
+    Layout = 4,
+    /// Content did not arrive as it was sent.
+    Integrity = 5,
+    /// The sender of the message failed by itself: disk, memory, KVM.
+    Local = 6,
+    /// Somebody cancelled.
+    Cancelled = 7,
+    /// No such session here.
+    UnknownSession = 8,
+    /// Nothing was heard for too long.
+    Timeout = 9,
+}
+
+impl ErrorCode {
+    fn from_wire(value: u32) -> Result<Self, WireError> {
+        Ok(match value {
+            1 => Self::Protocol,
+            2 => Self::Version,
+            3 => Self::Busy,
+            4 => Self::Layout,
+            5 => Self::Integrity,
+            6 => Self::Local,
+            7 => Self::Cancelled,
+            8 => Self::UnknownSession,
+            9 => Self::Timeout,
+            _ => return Err(WireError::BadValue { field: "error code", value: value.into() }),
+        })
+    }
+}
+
+/// What became of a session, from the destination's view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum SessionStatus {
+    /// Not complete: the destination cannot run the guest.
+    Moving = 1,
+    /// Complete and waiting for [`Message::Go`].
+    Ready = 2,
+    /// The destination was told to go: the guest is its own.
+    Running = 3,
+    /// Given up without having run the guest, for good.
+    Abandoned = 4,
+}
+
+impl SessionStatus {
+    fn from_wire(value: u16) -> Result<Self, WireError> {
+        Ok(match value {
+            1 => Self::Moving,
+            2 => Self::Ready,
+            3 => Self::Running,
+            4 => Self::Abandoned,
+            _ => return Err(WireError::BadValue { field: "session status", value: value.into() }),
+        })
+    }
+}
+
+/// A control message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// Source: opens the session.
+    Hello(Hello),
+    /// Destination: accepts it.
+    Welcome(Welcome),
+    /// Either: it is over, and why.
+    Error {
+        /// For programs.
+        code: ErrorCode,
+        /// For people.
+        text: String,
+    },
+    /// Either: are you there?
+    Ping(u64),
+    /// Either: yes.
+    Pong(u64),
+    /// Destination: memory is ready, streams may connect.
+    Prepared,
+    /// Destination, on a data stream: frames may come.
+    Attached {
+        /// Which stream.
+        stream: u16,
+    },
+    /// Source: this stream is dead to it; stop its worker.
+    StreamLost {
+        /// Which stream.
+        stream: u16,
+    },
+    /// Destination: that worker has stopped; nothing more of it reaches memory.
+    StreamStopped {
+        /// Which stream.
+        stream: u16,
+        /// Why, if the destination knows more than that it was told to; else empty.
+        reason: String,
+    },
+    /// Source: device state of the paused guest.
+    State(Vec<StateBlob>),
+    /// Source: everything was sent and receipted.
+    Finish(Totals),
+    /// Destination: everything is applied and equal; only [`Message::Go`] is missing.
+    Ready(Totals),
+    /// Source: the guest is yours. The source never resumes it by itself from here on.
+    Go,
+    /// Destination: it is mine.
+    Running,
+    /// Source, on a query connection: what became of the session?
+    Query,
+    /// Destination's answer.
+    Status(SessionStatus),
+}
+
+impl Message {
+    /// The number that stands for the message's kind.
+    pub fn kind(&self) -> u16 {
+        match self {
+            Self::Hello(_) => 1,
+            Self::Welcome(_) => 2,
+            Self::Error { .. } => 3,
+            Self::Ping(_) => 4,
+            Self::Pong(_) => 5,
+            Self::Prepared => 6,
+            Self::Attached { .. } => 7,
+            Self::StreamLost { .. } => 8,
+            Self::StreamStopped { .. } => 9,
+            Self::State(_) => 10,
+            Self::Finish(_) => 11,
+            Self::Ready(_) => 12,
+            Self::Go => 13,
+            Self::Running => 14,
+            Self::Query => 15,
+            Self::Status(_) => 16,
+        }
+    }
+
+    /// The message's name, for errors.
+    pub fn name(&self) -> &'static str {
+        kind_name(self.kind())
+    }
+
+    /// Header, fields and checksum.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::default();
+        self.encode_fields(&mut w);
+        let fields = w.into_vec();
+        let mut out = Writer::default();
+        out.u16(self.kind());
+        out.u16(0);
+        out.u32(fields.len() as u32);
+        out.bytes(&fields);
+        let mut out = out.into_vec();
+        let checksum = xxh3_64(&out);
+        out.extend_from_slice(&checksum.to_le_bytes());
+        out
+    }
+
+    fn encode_fields(&self, w: &mut Writer) {
+        match self {
+            Self::Hello(hello) => hello.encode(w),
+            Self::Welcome(welcome) => {
+                w.u16(welcome.version);
+                w.u16(welcome.streams);
+                w.u32(welcome.timeout_ms);
+                w.u64(welcome.capabilities);
+            }
+            Self::Error { code, text } => {
+                w.u32(*code as u32);
+                w.blob(shorten(text).as_bytes());
+            }
+            Self::Ping(nonce) | Self::Pong(nonce) => w.u64(*nonce),
+            Self::Attached { stream } | Self::StreamLost { stream } => w.u16(*stream),
+            Self::StreamStopped { stream, reason } => {
+                w.u16(*stream);
+                w.blob(shorten(reason).as_bytes());
+            }
+            Self::State(blobs) => encode_state(blobs, w),
+            Self::Finish(totals) | Self::Ready(totals) => totals.encode(w),
+            Self::Status(status) => w.u16(*status as u16),
+            Self::Prepared | Self::Go | Self::Running | Self::Query => {}
+        }
+    }
+
+    /// Reads the header: kind, and how many bytes of fields follow (checked against the kind's limit, so that they
+    /// can be allocated).
+    pub fn decode_header(bytes: &[u8; HEADER_LEN]) -> Result<(u16, usize), WireError> {
+        let mut r = Reader::new(bytes);
+        let (kind, flags, len) = (r.u16("kind")?, r.u16("flags")?, r.u32("length")?);
+        if !(1..=16).contains(&kind) {
+            return Err(WireError::BadValue { field: "message kind", value: kind.into() });
+        }
+        if flags != 0 {
+            return Err(WireError::BadValue { field: "message flags", value: flags.into() });
+        }
+        let max = match kind {
+            1 => PRESENCE_MAX + MACHINE_MAX + REGIONS_MAX * (REGION_NAME_MAX + 32),
+            10 => STATE_LEN_MAX,
+            _ => 16 << 10,
+        };
+        if len as usize > max {
+            return Err(WireError::TooLong { field: kind_name(kind), len: len.into(), max: max as u64 });
+        }
+        Ok((kind, len as usize))
+    }
+
+    /// Reads a whole message: header, fields, checksum.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let (body, checksum) =
+            bytes.split_last_chunk::<CHECKSUM_LEN>().ok_or(WireError::Truncated { field: "checksum" })?;
+        let (header, fields) =
+            body.split_first_chunk::<HEADER_LEN>().ok_or(WireError::Truncated { field: "message header" })?;
+        let (kind, len) = Self::decode_header(header)?;
+        if fields.len() != len {
+            return Err(WireError::Truncated { field: kind_name(kind) });
+        }
+        let (expected, found) = (u64::from_le_bytes(*checksum), xxh3_64(body));
+        if expected != found {
+            return Err(WireError::Checksum { what: kind_name(kind), expected, found });
+        }
+        let mut r = Reader::new(fields);
+        let message = Self::decode_fields(kind, &mut r)?;
+        r.end(kind_name(kind))?;
+        Ok(message)
+    }
+
+    fn decode_fields(kind: u16, r: &mut Reader<'_>) -> Result<Self, WireError> {
+        Ok(match kind {
+            1 => Self::Hello(Hello::decode(r)?),
+            2 => {
+                let (version, streams) = (r.u16("version")?, r.u16("streams")?);
+                Self::Welcome(Welcome {
+                    version,
+                    streams,
+                    timeout_ms: r.u32("timeout_ms")?,
+                    capabilities: r.u64("capabilities")?,
+                })
+            }
+            3 => Self::Error {
+                code: ErrorCode::from_wire(r.u32("error code")?)?,
+                text: r.string(TEXT_MAX, "error text")?,
+            },
+            4 => Self::Ping(r.u64("nonce")?),
+            5 => Self::Pong(r.u64("nonce")?),
+            6 => Self::Prepared,
+            7 => Self::Attached { stream: r.u16("stream")? },
+            8 => Self::StreamLost { stream: r.u16("stream")? },
+            9 => Self::StreamStopped { stream: r.u16("stream")?, reason: r.string(TEXT_MAX, "reason")? },
+            10 => Self::State(decode_state(r)?),
+            11 => Self::Finish(Totals::decode(r)?),
+            12 => Self::Ready(Totals::decode(r)?),
+            13 => Self::Go,
+            14 => Self::Running,
+            15 => Self::Query,
+            16 => Self::Status(SessionStatus::from_wire(r.u16("session status")?)?),
+            _ => return Err(WireError::BadValue { field: "message kind", value: kind.into() }),
+        })
+    }
+}
+
+impl Hello {
+    fn encode(&self, w: &mut Writer) {
+        w.u64(self.seed);
+        w.u64(self.capabilities);
+        w.u16(self.streams);
+        w.u16(u16::from(self.live));
+        w.u32(self.timeout_ms);
+        w.u32(pagecopy::layout::PAGE_SIZE as u32);
+        w.u32(pagecopy::layout::CHUNK_PAGES as u32);
+        w.u32(self.regions.len() as u32);
+        for region in &self.regions {
+            w.u64(region.gpa);
+            w.u64(region.len);
+            w.blob(region.name.as_bytes());
+        }
+        w.blob(&self.presence);
+        w.blob(self.machine.as_bytes());
+    }
+
+    fn decode(r: &mut Reader<'_>) -> Result<Self, WireError> {
+        let (seed, capabilities, streams) = (r.u64("seed")?, r.u64("capabilities")?, r.u16("streams")?);
+        if !(1..=STREAMS_MAX).contains(&streams) {
+            return Err(WireError::BadValue { field: "streams", value: streams.into() });
+        }
+        let live = match r.u16("live")? {
+            0 => false,
+            1 => true,
+            value => return Err(WireError::BadValue { field: "live", value: value.into() }),
+        };
+        let timeout_ms = r.u32("timeout_ms")?;
+        for (field, expected) in
+            [("page_size", pagecopy::layout::PAGE_SIZE), ("chunk_pages", pagecopy::layout::CHUNK_PAGES)]
+        {
+            let value = r.u32(field)?;
+            if value as usize != expected {
+                return Err(WireError::BadValue { field, value: value.into() });
+            }
+        }
+        let mut regions = Vec::new();
+        for _ in 0..r.count(REGIONS_MAX, "regions")? {
+            let (gpa, len) = (r.u64("region gpa")?, r.u64("region length")?);
+            regions.push(Region { gpa, len, name: r.string(REGION_NAME_MAX, "region name")? });
+        }
+        let presence = r.blob(PRESENCE_MAX, "presence map")?.to_vec();
+        let machine = r.string(MACHINE_MAX, "machine")?;
+        Ok(Self { seed, capabilities, streams, live, timeout_ms, regions, presence, machine })
+    }
+
+    /// Whether the source may have data in a chunk, by the presence map; chunks beyond the map count as present.
+    pub fn present(&self, chunk: u32) -> bool {
+        let bit = chunk / PRESENCE_CHUNKS;
+        self.presence.get(bit as usize / 8).is_none_or(|byte| byte & (1 << (bit % 8)) != 0)
+    }
+
+    /// The bytes a presence map of this layout has.
+    pub fn presence_len(layout: &Layout) -> usize {
+        layout.chunks().div_ceil(PRESENCE_CHUNKS).div_ceil(8) as usize
+    }
+}
+
+impl Totals {
+    fn encode(&self, w: &mut Writer) {
+        w.u32(self.streams.len() as u32);
+        for end in &self.streams {
+            w.u16(end.stream);
+            w.u64(end.frames);
+            w.u64(end.fold);
+        }
+        w.u64(self.pages);
+        w.u64(self.state);
+    }
+
+    fn decode(r: &mut Reader<'_>) -> Result<Self, WireError> {
+        let mut streams = Vec::new();
+        for _ in 0..r.count(STREAMS_MAX.into(), "streams")? {
+            streams.push(StreamEnd {
+                stream: r.u16("stream")?,
+                frames: r.u64("frames")?,
+                fold: r.u64("fold")?,
+            });
+        }
+        Ok(Self { streams, pages: r.u64("pages")?, state: r.u64("state digest")? })
+    }
+}
+
+/// Digest of device state as it travels; 0 for none.
+pub fn state_digest(blobs: &[StateBlob]) -> u64 {
+    if blobs.is_empty() {
+        return 0;
+    }
+    let mut w = Writer::default();
+    encode_state(blobs, &mut w);
+    xxh3_64(&w.into_vec())
+}
+
+fn encode_state(blobs: &[StateBlob], w: &mut Writer) {
+    w.u32(blobs.len() as u32);
+    for blob in blobs {
+        w.blob(blob.name.as_bytes());
+        w.u32(blob.version);
+        w.blob(&blob.bytes);
+    }
+}
+
+fn decode_state(r: &mut Reader<'_>) -> Result<Vec<StateBlob>, WireError> {
+    let mut blobs = Vec::new();
+    for _ in 0..r.count(STATE_BLOBS_MAX, "state blobs")? {
+        let name = r.string(REGION_NAME_MAX, "state name")?;
+        let version = r.u32("state version")?;
+        blobs.push(StateBlob { name, version, bytes: r.blob(STATE_LEN_MAX, "state bytes")?.to_vec() });
+    }
+    Ok(blobs)
+}
+
+/// Cuts an error text at the protocol's limit, on a character's border.
+fn shorten(text: &str) -> &str {
+    let mut end = text.len().min(TEXT_MAX);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+fn kind_name(kind: u16) -> &'static str {
+    const NAMES: [&str; 17] = [
+        "INVALID",
+        "HELLO",
+        "WELCOME",
+        "ERROR",
+        "PING",
+        "PONG",
+        "PREPARED",
+        "ATTACHED",
+        "STREAM_LOST",
+        "STREAM_STOPPED",
+        "STATE",
+        "FINISH",
+        "READY",
+        "GO",
+        "RUNNING",
+        "QUERY",
+        "STATUS",
+    ];
+    NAMES[if kind <= 16 { kind as usize } else { 0 }]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn samples() -> Vec<Message> {
+        let totals =
+            Totals { streams: vec![StreamEnd { stream: 1, frames: 2, fold: 3 }], pages: 4, state: 5 };
+        vec![
+            Message::Hello(Hello {
+                seed: 1,
+                capabilities: 3,
+                streams: 4,
+                live: true,
+                timeout_ms: 10_000,
+                regions: vec![Region { name: "ram".into(), gpa: 0, len: 1 << 20 }],
+                presence: vec![1],
+                machine: "{}".into(),
+            }),
+            Message::Welcome(Welcome { version: 1, capabilities: 3, streams: 4, timeout_ms: 10_000 }),
+            Message::Error { code: ErrorCode::Busy, text: "no".into() },
+            Message::Ping(1),
+            Message::Pong(2),
+            Message::Prepared,
+            Message::Attached { stream: 3 },
+            Message::StreamLost { stream: 3 },
+            Message::StreamStopped { stream: 3, reason: "cut".into() },
+            Message::State(vec![StateBlob { name: "vm".into(), version: 1, bytes: vec![1, 2, 3] }]),
+            Message::Finish(totals.clone()),
+            Message::Ready(totals),
+            Message::Go,
+            Message::Running,
+            Message::Query,
+            Message::Status(SessionStatus::Ready),
+        ]
+    }
+
+    #[test]
+    fn round_trip_and_every_flipped_bit_and_every_cut() {
+        for message in samples() {
+            let bytes = message.encode();
+            assert_eq!(Message::decode(&bytes), Ok(message.clone()));
+            for bit in 0..bytes.len() * 8 {
+                let mut bad = bytes.clone();
+                bad[bit / 8] ^= 1 << (bit % 8);
+                assert!(Message::decode(&bad).is_err(), "{} bit {bit}", message.name());
+            }
+            for len in 0..bytes.len() {
+                assert!(Message::decode(&bytes[..len]).is_err(), "{} cut at {len}", message.name());
+            }
+        }
+    }
+
+    #[test]
+    fn hostile_lengths_are_refused_before_allocation() {
+        for kind in 1..=16u16 {
+            let mut header = [0; 8];
+            header[..2].copy_from_slice(&kind.to_le_bytes());
+            header[4..].copy_from_slice(&u32::MAX.to_le_bytes());
+            assert!(matches!(Message::decode_header(&header), Err(WireError::TooLong { .. })));
+        }
+        assert!(Message::decode_header(&[99, 0, 0, 0, 0, 0, 0, 0]).is_err());
+    }
+
+    #[test]
+    fn long_error_texts_are_cut() {
+        let text = "ä".repeat(TEXT_MAX);
+        let bytes = Message::Error { code: ErrorCode::Local, text }.encode();
+        assert!(matches!(Message::decode(&bytes), Ok(Message::Error { text, .. }) if text.len() == TEXT_MAX));
+    }
+
+    proptest! {
+        #[test]
+        fn any_fields_are_refused_or_read(kind in 0u16..20, fields: Vec<u8>) {
+            let mut bytes = [kind.to_le_bytes(), [0, 0]].concat();
+            bytes.extend_from_slice(&(fields.len() as u32).to_le_bytes());
+            bytes.extend_from_slice(&fields);
+            let checksum = xxh3_64(&bytes);
+            bytes.extend_from_slice(&checksum.to_le_bytes());
+            let _ = Message::decode(&bytes);
+        }
+    }
+}

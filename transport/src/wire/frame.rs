@@ -1,0 +1,294 @@
+//! Data frames and receipts: the flat, batched data plane.
+//!
+//! A frame carries pages of one chunk:
+//! ```text
+//! header (72 bytes) | encoded section (encoded_len bytes) | raw pages (4096 bytes for each bit of raw, ascending)
+//! ```
+//! The encoded section is laid out by [`pagecopy::chunk`]. The masks name pages by their bit in the chunk and do not overlap.
+//! The destination answers every frame with a receipt, in order, on the same connection.
+
+use pagecopy::digest::PageHasher;
+use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
+
+use super::{Reader, WireError};
+
+/// First word of a frame, `PGF1`.
+pub const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"PGF1");
+/// First word of a receipt, `PGR1`.
+pub const RECEIPT_MAGIC: u32 = u32::from_le_bytes(*b"PGR1");
+/// Longest encoded section: every page of a chunk as a delta of a whole page, with its length.
+pub const ENCODED_MAX: usize = CHUNK_SIZE + 64 * 2;
+
+/// What a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum FrameKind {
+    /// Pages of one chunk.
+    Pages = 1,
+    /// The source sends no more frames on this stream; no receipt follows.
+    End = 2,
+}
+
+/// A frame's header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// What it is.
+    pub kind: FrameKind,
+    /// Number of the frame on its stream, from 0.
+    pub seq: u64,
+    /// The chunk.
+    pub chunk: u32,
+    /// Bytes in the encoded section.
+    pub encoded_len: u32,
+    /// Pages that follow as they are.
+    pub raw: u64,
+    /// Pages of zeros.
+    pub zero: u64,
+    /// Pages as XBZRLE deltas against what this stream delivered before.
+    pub delta: u64,
+    /// Pages in the zstd frame.
+    pub zstd: u64,
+    /// xxh3-64 of the encoded section under the session's seed; 0 where there is none.
+    pub encoded_checksum: u64,
+}
+
+impl FrameHeader {
+    /// Bytes on the wire.
+    pub const LEN: usize = 72;
+
+    /// The end of a stream.
+    pub fn end(seq: u64) -> Self {
+        Self {
+            kind: FrameKind::End,
+            seq,
+            chunk: 0,
+            encoded_len: 0,
+            raw: 0,
+            zero: 0,
+            delta: 0,
+            zstd: 0,
+            encoded_checksum: 0,
+        }
+    }
+
+    /// All pages of the frame.
+    pub fn pages(&self) -> u64 {
+        self.raw | self.zero | self.delta | self.zstd
+    }
+
+    /// Bytes of raw pages that follow.
+    pub fn raw_len(&self) -> usize {
+        self.raw.count_ones() as usize * PAGE_SIZE
+    }
+
+    /// Offsets: 0 magic, 4 kind, 6 flags (0), 8 seq, 16 chunk, 20 encoded_len, 24 raw, 32 zero, 40 delta, 48 zstd,
+    /// 56 encoded_checksum, 64 checksum of bytes 0..64.
+    pub fn encode(&self, hasher: &PageHasher) -> [u8; Self::LEN] {
+        let mut out = [0; Self::LEN];
+        out[0..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());
+        out[4..6].copy_from_slice(&(self.kind as u16).to_le_bytes());
+        out[8..16].copy_from_slice(&self.seq.to_le_bytes());
+        out[16..20].copy_from_slice(&self.chunk.to_le_bytes());
+        out[20..24].copy_from_slice(&self.encoded_len.to_le_bytes());
+        out[24..32].copy_from_slice(&self.raw.to_le_bytes());
+        out[32..40].copy_from_slice(&self.zero.to_le_bytes());
+        out[40..48].copy_from_slice(&self.delta.to_le_bytes());
+        out[48..56].copy_from_slice(&self.zstd.to_le_bytes());
+        out[56..64].copy_from_slice(&self.encoded_checksum.to_le_bytes());
+        let checksum = hasher.checksum(&out[..64]);
+        out[64..72].copy_from_slice(&checksum.to_le_bytes());
+        out
+    }
+
+    /// Reads a header and checks it for itself: magic, checksum, kind, masks that do not overlap, lengths.
+    pub fn decode(bytes: &[u8; Self::LEN], hasher: &PageHasher) -> Result<Self, WireError> {
+        let mut r = Reader::new(bytes);
+        let magic = r.u32("frame magic")?;
+        if magic != FRAME_MAGIC {
+            return Err(WireError::BadMagic { what: "frame", found: magic.into() });
+        }
+        let (kind, flags) = (r.u16("kind")?, r.u16("flags")?);
+        let header = Self {
+            kind: if kind == 2 { FrameKind::End } else { FrameKind::Pages },
+            seq: r.u64("seq")?,
+            chunk: r.u32("chunk")?,
+            encoded_len: r.u32("encoded_len")?,
+            raw: r.u64("raw")?,
+            zero: r.u64("zero")?,
+            delta: r.u64("delta")?,
+            zstd: r.u64("zstd")?,
+            encoded_checksum: r.u64("encoded_checksum")?,
+        };
+        let (expected, found) = (r.u64("checksum")?, hasher.checksum(&bytes[..64]));
+        if expected != found {
+            return Err(WireError::Checksum { what: "frame header", expected, found });
+        }
+        if !(1..=2).contains(&kind) {
+            return Err(WireError::BadValue { field: "frame kind", value: kind.into() });
+        }
+        if flags != 0 {
+            return Err(WireError::BadValue { field: "frame flags", value: flags.into() });
+        }
+        header.check_shape()?;
+        Ok(header)
+    }
+
+    fn check_shape(&self) -> Result<(), WireError> {
+        let pages: u32 = [self.raw, self.zero, self.delta, self.zstd].iter().map(|m| m.count_ones()).sum();
+        if pages != self.pages().count_ones() {
+            return Err(WireError::BadValue { field: "page masks (they overlap)", value: self.pages() });
+        }
+        if (self.kind == FrameKind::End) != (pages == 0) {
+            return Err(WireError::BadValue { field: "page masks", value: self.pages() });
+        }
+        if self.encoded_len as usize > ENCODED_MAX {
+            return Err(WireError::TooLong {
+                field: "encoded_len",
+                len: self.encoded_len.into(),
+                max: ENCODED_MAX as u64,
+            });
+        }
+        if (self.encoded_len == 0) != (self.delta | self.zstd == 0) {
+            return Err(WireError::BadValue { field: "encoded_len", value: self.encoded_len.into() });
+        }
+        Ok(())
+    }
+
+    /// Checks the addresses against the session's layout.
+    pub fn check_layout(&self, layout: &Layout) -> Result<(), WireError> {
+        if self.kind == FrameKind::Pages {
+            if self.chunk >= layout.chunks() {
+                return Err(WireError::BadValue { field: "chunk", value: self.chunk.into() });
+            }
+            let beyond = self.pages() & !layout.valid(self.chunk);
+            if beyond != 0 {
+                return Err(WireError::BadValue { field: "page masks (beyond the region)", value: beyond });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a receipt's header.
+pub const RECEIPT_HEADER_LEN: usize = 16;
+
+/// Appends the receipt of frame `seq`: offsets 0 magic, 4 count, 8 seq, 16 one u64 for each page of the frame in ascending
+/// order (the low half of the page's digest, of what memory holds after the frame was applied), then the checksum of it all.
+pub fn encode_receipt(out: &mut Vec<u8>, seq: u64, digests: &[u64], hasher: &PageHasher) {
+    let start = out.len();
+    out.extend_from_slice(&RECEIPT_MAGIC.to_le_bytes());
+    out.extend_from_slice(&(digests.len() as u32).to_le_bytes());
+    out.extend_from_slice(&seq.to_le_bytes());
+    for digest in digests {
+        out.extend_from_slice(&digest.to_le_bytes());
+    }
+    let checksum = hasher.checksum(&out[start..]);
+    out.extend_from_slice(&checksum.to_le_bytes());
+}
+
+/// Reads a receipt's header: how many digests follow (at most 64), and the frame's number.
+pub fn decode_receipt_header(bytes: &[u8; RECEIPT_HEADER_LEN]) -> Result<(usize, u64), WireError> {
+    let mut r = Reader::new(bytes);
+    let magic = r.u32("receipt magic")?;
+    if magic != RECEIPT_MAGIC {
+        return Err(WireError::BadMagic { what: "receipt", found: magic.into() });
+    }
+    let count = r.count(64, "receipt count")?;
+    Ok((count, r.u64("receipt seq")?))
+}
+
+/// Checks a whole receipt (header, digests, checksum) and returns the digests' bytes.
+pub fn check_receipt<'a>(bytes: &'a [u8], hasher: &PageHasher) -> Result<&'a [u8], WireError> {
+    let (body, checksum) = bytes.split_last_chunk::<8>().ok_or(WireError::Truncated { field: "receipt" })?;
+    let (expected, found) = (u64::from_le_bytes(*checksum), hasher.checksum(body));
+    if expected != found {
+        return Err(WireError::Checksum { what: "receipt", expected, found });
+    }
+    body.get(RECEIPT_HEADER_LEN..).ok_or(WireError::Truncated { field: "receipt" })
+}
+
+/// The running digest of a stream's receipts, which both sides compare at the handover: xxh3-64 of its last value and the
+/// checksum of the next receipt (which covers the frame's number and its digests).
+pub fn fold_receipt(fold: u64, receipt: &[u8], hasher: &PageHasher) -> u64 {
+    let mut both = [0; 16];
+    both[..8].copy_from_slice(&fold.to_le_bytes());
+    both[8..].copy_from_slice(receipt.last_chunk::<8>().unwrap_or(&[0; 8]));
+    hasher.checksum(&both)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn header() -> FrameHeader {
+        FrameHeader {
+            kind: FrameKind::Pages,
+            seq: 5,
+            chunk: 3,
+            encoded_len: 10,
+            raw: 0b1,
+            zero: 0b10,
+            delta: 0b100,
+            zstd: 0b1000,
+            encoded_checksum: 77,
+        }
+    }
+
+    #[test]
+    fn header_round_trip() {
+        let hasher = PageHasher::new(1);
+        assert_eq!(FrameHeader::decode(&header().encode(&hasher), &hasher), Ok(header()));
+        let end = FrameHeader::end(9);
+        assert_eq!(FrameHeader::decode(&end.encode(&hasher), &hasher), Ok(end));
+        // Another session's frame is not taken for one of ours.
+        assert!(FrameHeader::decode(&header().encode(&PageHasher::new(2)), &hasher).is_err());
+    }
+
+    #[test]
+    fn every_flipped_bit_is_found() {
+        let hasher = PageHasher::new(1);
+        let good = header().encode(&hasher);
+        for bit in 0..FrameHeader::LEN * 8 {
+            let mut bad = good;
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert!(FrameHeader::decode(&bad, &hasher).is_err(), "bit {bit}");
+        }
+        let mut receipt = Vec::new();
+        encode_receipt(&mut receipt, 1, &[1, 2, 3], &hasher);
+        for bit in 0..receipt.len() * 8 {
+            let mut bad = receipt.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            let head = decode_receipt_header(bad[..16].try_into().unwrap());
+            assert!(head.is_err() || check_receipt(&bad, &hasher).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn refuses_impossible_shapes() {
+        let hasher = PageHasher::new(1);
+        let layout = Layout::flat(4 << 20).unwrap();
+        let bad = |f: &dyn Fn(&mut FrameHeader)| {
+            let mut h = header();
+            f(&mut h);
+            FrameHeader::decode(&h.encode(&hasher), &hasher).and_then(|h| h.check_layout(&layout)).is_err()
+        };
+        assert!(bad(&|h| h.zero = 1));
+        assert!(bad(&|h| h.encoded_len = 0));
+        assert!(bad(&|h| h.encoded_len = u32::MAX));
+        assert!(bad(&|h| (h.delta, h.zstd) = (0, 0)));
+        assert!(bad(&|h| h.kind = FrameKind::End));
+        assert!(bad(&|h| h.chunk = 16));
+        assert!(!bad(&|h| h.chunk = 15));
+        let tail = Layout::flat(3 * 4096).unwrap();
+        assert!(header().check_layout(&tail).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_refused_or_read(bytes: [u8; 32], more: [u8; 32], tail: [u8; 8]) {
+            let all: [u8; FrameHeader::LEN] = [&bytes[..], &more[..], &tail[..]].concat().try_into().unwrap();
+            let _ = FrameHeader::decode(&all, &PageHasher::new(0));
+        }
+    }
+}
