@@ -1,1 +1,5 @@
-//! placeholder
+//! Where memory lives: memory backends, dirty trackers and a small VMM on KVM.
+
+pub mod guests;
+pub mod kvm;
+pub mod vmm;
