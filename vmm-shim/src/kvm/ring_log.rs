@@ -1,6 +1,7 @@
 //! The dirty tracker on KVM's per-vCPU dirty rings.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,7 @@ pub struct KvmRingLog {
     slots: Arc<Slots>,
     vcpus: Vec<Arc<Kicker>>,
     state: Mutex<State>,
+    full: AtomicU64,
 }
 
 struct State {
@@ -42,7 +44,7 @@ struct State {
 impl KvmRingLog {
     pub(crate) fn new(slots: Arc<Slots>, vcpus: Vec<Arc<Kicker>>, rings: Vec<DirtyRing>) -> Self {
         let pending = PageBitmap::new(slots.ram.layout().chunks());
-        Self { slots, vcpus, state: Mutex::new(State { on: false, rings, pending }) }
+        Self { slots, vcpus, state: Mutex::new(State { on: false, rings, pending }), full: AtomicU64::new(0) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -51,7 +53,13 @@ impl KvmRingLog {
 
     /// Empties the rings: what a vCPU's thread does when `KVM_RUN` says `KVM_EXIT_DIRTY_RING_FULL`.
     pub(crate) fn harvest(&self) -> Result<(), BackendError> {
+        self.full.fetch_add(1, Ordering::Relaxed);
         self.harvest_locked(&mut self.state())
+    }
+
+    /// How often a vCPU stopped because its ring was full.
+    pub(crate) fn full_exits(&self) -> u64 {
+        self.full.load(Ordering::Relaxed)
     }
 
     fn harvest_locked(&self, state: &mut State) -> Result<(), BackendError> {

@@ -26,7 +26,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VmFd};
 use pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, StateBlob};
-use pagecopy::layout::{Layout, LayoutError, PAGE_SIZE, Region};
+use pagecopy::layout::{Layout, LayoutError, Region};
 
 use crate::guests::counter::CounterParams;
 use crate::kvm::bitmap_log::Manual;
@@ -39,6 +39,8 @@ use vcpu::{Machine, Vcpu, Want, lock};
 pub const CPUS_MAX: u8 = 8;
 /// Entries of each dirty ring, where KVM allows as many.
 const RING_ENTRIES: u32 = 1 << 16;
+/// KVM keeps some hundred entries in reserve.
+const RING_ENTRIES_MIN: u32 = 1 << 10;
 /// A throttled vCPU runs and sleeps in turns that together take about this long.
 const THROTTLE_PERIOD: Duration = Duration::from_millis(16);
 /// Where KVM may put pages of its own for processors that need them: below 4 GiB, above the interrupt controllers.
@@ -71,6 +73,11 @@ pub enum Tracker {
     Bitmap,
     /// [`KvmRingLog`].
     Ring,
+    /// [`KvmRingLog`] with smaller rings, which make the vCPUs stop more often.
+    RingOf {
+        /// Entries of each vCPU's ring: a power of two from 1024 to 65,536.
+        entries: u32,
+    },
     /// Not by KVM.
     None,
 }
@@ -111,6 +118,14 @@ pub enum VmError {
     Image {
         /// How.
         why: String,
+    },
+    /// A ring of no size that KVM takes.
+    #[error(
+        "a dirty ring of {entries} entries; a power of two from {RING_ENTRIES_MIN} to {RING_ENTRIES} is needed"
+    )]
+    RingEntries {
+        /// The number asked for.
+        entries: u32,
     },
     /// The kernel lacks what was asked for.
     #[error("this kernel's KVM has no dirty ring (Linux 5.11): use the bitmap")]
@@ -307,6 +322,11 @@ impl Vm {
         self.log.clone()
     }
 
+    /// How often a vCPU stopped because its dirty ring was full; 0 with other trackers.
+    pub fn ring_full_exits(&self) -> u64 {
+        self.machine.ring.as_ref().map_or(0, |ring| ring.full_exits())
+    }
+
     /// Its memory.
     pub fn ram(&self) -> &Arc<dyn GuestRam> {
         &self.machine.slots.ram
@@ -500,12 +520,19 @@ fn enable_tracker(vm: &VmFd, tracker: Tracker) -> Result<(Manual, u32), VmError>
             let set = wanted & KVM_DIRTY_LOG_INITIALLY_SET != 0;
             Ok((if set { Manual::ProtectInitiallySet } else { Manual::Protect }, 0))
         }
-        Tracker::Ring => {
+        Tracker::Ring | Tracker::RingOf { .. } => {
+            let wanted = match tracker {
+                Tracker::RingOf { entries } => entries,
+                _ => RING_ENTRIES,
+            };
+            if !wanted.is_power_of_two() || !(RING_ENTRIES_MIN..=RING_ENTRIES).contains(&wanted) {
+                return Err(VmError::RingEntries { entries: wanted });
+            }
             for cap in [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING] {
                 let most = u32::try_from(vm.check_extension_raw(cap.into())).unwrap_or(0);
                 let entry = size_of::<kvm_dirty_gfn>() as u32;
-                let bytes = most.min(RING_ENTRIES * entry);
-                if bytes >= PAGE_SIZE as u32 {
+                let bytes = most.min(wanted * entry);
+                if bytes >= RING_ENTRIES_MIN * entry {
                     // A power of two, which both are.
                     let entries = 1 << (bytes / entry).ilog2();
                     enable(cap, u64::from(entries) * u64::from(entry))?;
