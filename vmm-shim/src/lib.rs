@@ -6,7 +6,10 @@
 
 pub mod conformance;
 pub mod guest_memory;
+pub mod guests;
+pub mod kvm;
 mod pagemap;
 mod sys;
 pub mod uffd_log;
+pub mod vmm;
 pub mod writer;

@@ -48,7 +48,7 @@ impl Feeder {
                 match self.work.send_timeout(batch, TICK) {
                     Ok(()) => break,
                     Err(SendTimeoutError::Timeout(back) | SendTimeoutError::Disconnected(back)) => {
-                        batch = back
+                        batch = back;
                     }
                 }
             }

@@ -1,0 +1,102 @@
+//! KVM: opening it with errors that help, and its two dirty trackers.
+//!
+//! [`KvmBitmapLog`] reads the per-slot bitmap (`KVM_GET_DIRTY_LOG`, with manual protection where the kernel has it),
+//! [`KvmRingLog`] the per-vCPU dirty rings. Both track what *vCPUs* write. What the VMM itself writes into guest RAM is
+//! not in them. And KVM may report a page that the guest has only read: when it first maps the page, it maps it writable where it may, and
+//! takes that for a write.
+//!
+//! The loader of [`crate::vmm`] writes to guest RAM, but only before the guest and any log start.
+
+pub(crate) mod bitmap_log;
+pub(crate) mod kick;
+pub(crate) mod ring_log;
+pub(crate) mod sys;
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_ioctls::{Kvm, VmFd};
+use pagecopy::backend::{BackendError, GuestRam};
+
+pub use bitmap_log::KvmBitmapLog;
+pub use ring_log::KvmRingLog;
+
+/// Why KVM cannot be used at all.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no `/dev/kvm`.
+    #[error(
+        "/dev/kvm does not exist: load kvm_intel or kvm_amd (modprobe) and see that virtualisation is enabled in the \
+         firmware, or go without a virtual machine (--no-kvm)"
+    )]
+    Missing {
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// `/dev/kvm` may not be opened.
+    #[error(
+        "no permission to open /dev/kvm: add the user to group kvm (usermod -aG kvm USER, then log in again), or go \
+         without a virtual machine (--no-kvm)"
+    )]
+    Permission {
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// Opening it failed in another way.
+    #[error("/dev/kvm cannot be opened; --no-kvm goes without a virtual machine")]
+    Open {
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// It is not the KVM API that every kernel since 2.6.22 has.
+    #[error("/dev/kvm speaks API version {version}; this program speaks 12 only")]
+    Version {
+        /// The version it reports.
+        version: i32,
+    },
+}
+
+/// Opens `/dev/kvm`.
+pub fn open() -> Result<Kvm, OpenError> {
+    let kvm = Kvm::new().map_err(|e| {
+        let source = io::Error::from(e);
+        match source.kind() {
+            io::ErrorKind::NotFound => OpenError::Missing { source },
+            io::ErrorKind::PermissionDenied => OpenError::Permission { source },
+            // ENODEV, ENXIO: the node is there (made by hand, or in a container) and no driver behind it.
+            _ if matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)) => {
+                OpenError::Missing { source }
+            }
+            _ => OpenError::Open { source },
+        }
+    })?;
+    match kvm.get_api_version() {
+        12 => Ok(kvm),
+        version => Err(OpenError::Version { version }),
+    }
+}
+
+/// A VM and the RAM that is its memory: slot `i` is region `i`. The VM goes first when dropped.
+pub(crate) struct Slots {
+    pub(crate) vm: VmFd,
+    pub(crate) ram: Arc<dyn GuestRam>,
+}
+
+impl Slots {
+    /// Turns dirty logging of all slots on or off.
+    fn log(&self, on: bool) -> Result<(), BackendError> {
+        for (slot, region) in self.ram.layout().regions().iter().enumerate() {
+            sys::set_slot(&self.vm, &*self.ram, slot, on).map_err(|e| {
+                let what = if on { "on" } else { "off" };
+                BackendError::new(
+                    format!("turning dirty logging {what} for slot {slot} ({})", region.name),
+                    e,
+                )
+            })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,150 @@
+//! The dirty tracker on KVM's per-vCPU dirty rings.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pagecopy::backend::{BackendError, DirtyLog};
+use pagecopy::bitmap::PageBitmap;
+use pagecopy::layout::CHUNK_PAGES;
+
+use super::bitmap_log::not_started;
+use super::kick::Kicker;
+use super::sys::DirtyRing;
+use super::{Slots, sys};
+
+/// Longest time that [`sync`](DirtyLog::sync) waits for a vCPU to leave the guest.
+const FLUSH_MAX: Duration = Duration::from_millis(50);
+
+/// `KVM_CAP_DIRTY_LOG_RING` or `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`.
+///
+/// Each vCPU appends the pages it dirties to a ring of its own. [`sync`](DirtyLog::sync), and the vCPU's own thread when its ring
+/// is full, *harvest*: they take the entries into an internal bitmap and then re-arm them (`KVM_RESET_DIRTY_RINGS`). Only what
+/// is re-armed is ever reported, so a page is read after it was re-armed, and `clear` has nothing to do.
+///
+/// A processor may hold dirty pages back in a buffer of its own (Intel PML) until the vCPU leaves the guest; `sync` therefore makes each
+/// running vCPU leave it once before harvesting. A paused guest has none held back.
+///
+/// Only what vCPUs write is logged.
+pub struct KvmRingLog {
+    slots: Arc<Slots>,
+    vcpus: Vec<Arc<Kicker>>,
+    state: Mutex<State>,
+    full: AtomicU64,
+}
+
+struct State {
+    on: bool,
+    rings: Vec<DirtyRing>,
+    /// Harvested and re-armed, not reported yet.
+    pending: PageBitmap,
+}
+
+impl KvmRingLog {
+    pub(crate) fn new(slots: Arc<Slots>, vcpus: Vec<Arc<Kicker>>, rings: Vec<DirtyRing>) -> Self {
+        let pending = PageBitmap::new(slots.ram.layout().chunks());
+        Self { slots, vcpus, state: Mutex::new(State { on: false, rings, pending }), full: AtomicU64::new(0) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Empties the rings: what a vCPU's thread does when `KVM_RUN` says `KVM_EXIT_DIRTY_RING_FULL`.
+    pub(crate) fn harvest(&self) -> Result<(), BackendError> {
+        self.full.fetch_add(1, Ordering::Relaxed);
+        self.harvest_locked(&mut self.state())
+    }
+
+    /// How often a vCPU stopped because its ring was full.
+    pub(crate) fn full_exits(&self) -> u64 {
+        self.full.load(Ordering::Relaxed)
+    }
+
+    fn harvest_locked(&self, state: &mut State) -> Result<(), BackendError> {
+        let layout = self.slots.ram.layout();
+        let State { rings, pending, .. } = state;
+        let mut taken = 0;
+        for ring in rings {
+            taken += ring.harvest(|slot, page| {
+                // Slots are the layout's regions; the upper half, an address space, is always 0 here.
+                let chunks = layout.region_chunks(slot as usize);
+                let chunk = chunks.start + (page / CHUNK_PAGES as u64) as u32;
+                assert!(chunk < chunks.end, "the kernel reports pages of the slots it was given");
+                pending.insert(chunk, 1 << (page % CHUNK_PAGES as u64));
+            });
+        }
+        // Also when nothing was taken now: an earlier reset may have failed.
+        sys::reset_dirty_rings(&self.slots.vm)
+            .map_err(|e| BackendError::new(format!("KVM_RESET_DIRTY_RINGS of {taken} harvested pages"), e))?;
+        Ok(())
+    }
+
+    fn discard(&self, state: &mut State) -> Result<(), BackendError> {
+        self.harvest_locked(state)?;
+        for chunk in 0..state.pending.chunks() {
+            state.pending.take(chunk);
+        }
+        Ok(())
+    }
+
+    fn flush_vcpus(&self) {
+        let until = Instant::now() + FLUSH_MAX;
+        let exits: Vec<u64> = self.vcpus.iter().map(|v| v.start_flush()).collect();
+        for (vcpu, since) in self.vcpus.iter().zip(exits) {
+            vcpu.flushed(since, until);
+        }
+    }
+}
+
+impl DirtyLog for KvmRingLog {
+    fn name(&self) -> &'static str {
+        "kvm-ring"
+    }
+
+    fn start(&self) -> Result<(), BackendError> {
+        let mut state = self.state();
+        self.slots.log(false)?;
+        state.on = false;
+        // With logging off nothing is appended any more: this empties the rings.
+        self.discard(&mut state)?;
+        self.slots.log(true)?;
+        state.on = true;
+        Ok(())
+    }
+
+    fn sync(&self, dirty: &PageBitmap) -> Result<u64, BackendError> {
+        // Without the lock: a vCPU with a full ring needs it before it can leave.
+        self.flush_vcpus();
+        let mut state = self.state();
+        if !state.on {
+            return Err(not_started(self.name()));
+        }
+        self.harvest_locked(&mut state)?;
+        let mut count = 0;
+        let mut from = 0;
+        while let Some(chunk) = state.pending.next_chunk(from) {
+            let pages = state.pending.take(chunk);
+            count += u64::from(pages.count_ones());
+            dirty.insert(chunk, pages);
+            from = chunk + 1;
+        }
+        Ok(count)
+    }
+
+    fn stop(&self) -> Result<(), BackendError> {
+        let mut state = self.state();
+        if state.on {
+            self.slots.log(false)?;
+            state.on = false;
+            self.discard(&mut state)?;
+        }
+        Ok(())
+    }
+}
+
+/// The error of a kernel without rings.
+pub(crate) fn unsupported() -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, "KVM_CAP_DIRTY_LOG_RING is 0")
+}

@@ -1,0 +1,564 @@
+//! A small VMM on KVM: enough of a machine for the guests of [`crate::guests`] and for real-mode images to run, and to move.
+//!
+//! The machine: 1 to 8 vCPUs, each a thread; RAM from a [`GuestRam`], one memory slot for each region; the in-kernel interrupt
+//! controllers and timer (PIC, IOAPIC, LAPIC, PIT); a 16550 at port 0x3f8 that only sends. Other ports read as ones and ignore writes.
+//! There is no firmware, no disk, no PCI.
+//!
+//! [`Vm`] implements [`Guest`], so it migrates: [`state`] tells what its state is made of and how time goes on.
+
+mod boot;
+mod clock;
+mod serial;
+pub mod state;
+mod state_vcpu;
+mod vcpu;
+
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{
+    CpuId, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES, kvm_dirty_gfn,
+    kvm_enable_cap, kvm_pit_config,
+};
+use kvm_ioctls::{Kvm, VmFd};
+use pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, StateBlob};
+use pagecopy::layout::{Layout, LayoutError, Region};
+
+use crate::guests::counter::CounterParams;
+use crate::kvm::bitmap_log::Manual;
+use crate::kvm::sys::{DirtyRing, install_kick_handler, set_slot};
+use crate::kvm::{KvmBitmapLog, KvmRingLog, OpenError, Slots, ring_log};
+use serial::Serial;
+use vcpu::{Machine, Vcpu, Want, lock};
+
+/// Most vCPUs of a VM.
+pub const CPUS_MAX: u8 = 8;
+/// Entries of each dirty ring, where KVM allows as many.
+const RING_ENTRIES: u32 = 1 << 16;
+/// KVM keeps some hundred entries in reserve.
+const RING_ENTRIES_MIN: u32 = 1 << 10;
+/// A throttled vCPU runs and sleeps in turns that together take about this long.
+const THROTTLE_PERIOD: Duration = Duration::from_millis(16);
+/// Where KVM may put pages of its own for processors that need them: below 4 GiB, above the interrupt controllers.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// What a guest begins with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestImage {
+    /// Nothing: RAM and state come from elsewhere.
+    Incoming,
+    /// The [counter](crate::guests::counter).
+    Counter(CounterParams),
+    /// The mem-test guest, on an array of `bytes` (a multiple of 1024).
+    MemTest {
+        /// Length of the array.
+        bytes: u64,
+    },
+    /// The [writer](crate::guests::writer).
+    Writer,
+    /// 64-bit user-mode code, at most 64 KiB, that all vCPUs begin: `rdi` is the vCPU's number.
+    User64(Vec<u8>),
+    /// A boot sector or flat image for real mode: loaded at 0x7c00, entered at 0000:7c00 with `dl` = 0x80.
+    RealMode(Vec<u8>),
+}
+
+/// How the pages that a guest writes are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tracker {
+    /// [`KvmBitmapLog`].
+    Bitmap,
+    /// [`KvmRingLog`].
+    Ring,
+    /// [`KvmRingLog`] with smaller rings, which make the vCPUs stop more often.
+    RingOf {
+        /// Entries of each vCPU's ring: a power of two from 1024 to 65,536.
+        entries: u32,
+    },
+    /// Not by KVM.
+    None,
+}
+
+/// A VM to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmConfig {
+    /// 1 to [`CPUS_MAX`].
+    pub cpus: u8,
+    /// What it begins with.
+    pub guest: GuestImage,
+    /// How writes are tracked.
+    pub tracker: Tracker,
+}
+
+/// Why a VM could not be made, or started.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// KVM cannot be used.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A wrong number of vCPUs.
+    #[error("{cpus} vCPUs; 1 to {CPUS_MAX} are supported")]
+    Cpus {
+        /// The number asked for.
+        cpus: u8,
+    },
+    /// A layout that reaches into addresses of devices.
+    #[error(
+        "region {name:?} reaches into 0xc0000000..0x100000000, which belongs to devices: use vmm::layout"
+    )]
+    DeviceHole {
+        /// The region.
+        name: String,
+    },
+    /// The image does not suit the VM.
+    #[error("guest image: {why}")]
+    Image {
+        /// How.
+        why: String,
+    },
+    /// A ring of no size that KVM takes.
+    #[error(
+        "a dirty ring of {entries} entries; a power of two from {RING_ENTRIES_MIN} to {RING_ENTRIES} is needed"
+    )]
+    RingEntries {
+        /// The number asked for.
+        entries: u32,
+    },
+    /// The kernel lacks what was asked for.
+    #[error("this kernel's KVM has no dirty ring (Linux 5.11): use the bitmap")]
+    NoRing {
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// A system call failed.
+    #[error("{what}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// It was started before.
+    #[error("the VM is started already")]
+    Started,
+}
+
+impl VmError {
+    fn system(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Self::System { what: what.into(), source: source.into() }
+    }
+}
+
+/// Whether a VM runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmState {
+    /// Its vCPUs run.
+    Running,
+    /// They could.
+    Paused,
+    /// They never will again; tells why.
+    Crashed(String),
+}
+
+/// The layout of a PC with `bytes` of memory: up to 3 GiB at 0, the rest at 4 GiB.
+pub fn layout(bytes: u64) -> Result<Layout, LayoutError> {
+    let low = bytes.min(boot::LOW_END);
+    let mut regions = vec![Region { name: "ram-low".into(), gpa: 0, len: low }];
+    if bytes > low {
+        regions.push(Region { name: "ram-high".into(), gpa: boot::HIGH_START, len: bytes - low });
+    }
+    Layout::new(regions)
+}
+
+/// A virtual machine.
+///
+/// Made stopped; [`start`](Self::start) makes the vCPU threads, [`resume`](Guest::resume) lets them run. Dropping it ends them.
+pub struct Vm {
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    ticker: Mutex<Option<Ticker>>,
+    status: Mutex<Status>,
+    log: Option<Arc<dyn DirtyLog>>,
+    tsc_khz: u32,
+    /// What KVM supports here.
+    cpuid: CpuId,
+    /// What each vCPU was told.
+    cpuids: Mutex<Vec<CpuId>>,
+    kvm: Kvm,
+    machine: Arc<Machine>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Status {
+    running: bool,
+    /// It has run, or a load was begun: no state can be loaded any more.
+    used: bool,
+}
+
+/// The thread that interrupts throttled vCPUs.
+struct Ticker {
+    stop: Arc<(Mutex<bool>, Condvar)>,
+    thread: JoinHandle<()>,
+}
+
+impl Ticker {
+    fn end(self) {
+        *lock(&self.stop.0) = true;
+        self.stop.1.notify_all();
+        // It cannot panic; and if it had, there would be nothing to do.
+        let _ = self.thread.join();
+    }
+}
+
+impl Vm {
+    /// Makes a VM with `ram` as its memory, loads the image into it, and sends console output to `serial`, on whose
+    /// writes the guest waits.
+    pub fn new(
+        config: VmConfig,
+        ram: Arc<dyn GuestRam>,
+        serial: Box<dyn Write + Send>,
+    ) -> Result<Self, VmError> {
+        let VmConfig { cpus, guest, tracker } = config;
+        if cpus == 0 || cpus > CPUS_MAX {
+            return Err(VmError::Cpus { cpus });
+        }
+        let hole = boot::LOW_END..boot::HIGH_START;
+        if let Some(r) =
+            ram.layout().regions().iter().find(|r| r.gpa < hole.end && r.gpa + r.len > hole.start)
+        {
+            return Err(VmError::DeviceHole { name: r.name.clone() });
+        }
+        let kvm = crate::kvm::open()?;
+        let vm = kvm.create_vm().map_err(|e| VmError::system("KVM_CREATE_VM", e))?;
+        vm.set_tss_address(TSS_ADDRESS).map_err(|e| VmError::system("KVM_SET_TSS_ADDR", e))?;
+        vm.create_irq_chip().map_err(|e| VmError::system("KVM_CREATE_IRQCHIP", e))?;
+        vm.create_pit2(kvm_pit_config::default()).map_err(|e| VmError::system("KVM_CREATE_PIT2", e))?;
+        let (manual, ring) = enable_tracker(&vm, tracker)?;
+        for region in 0..ram.layout().regions().len() {
+            set_slot(&vm, &*ram, region, false)
+                .map_err(|e| VmError::system(format!("KVM_SET_USER_MEMORY_REGION of slot {region}"), e))?;
+        }
+        let slots = Arc::new(Slots { vm, ram });
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|e| VmError::system("KVM_GET_SUPPORTED_CPUID", e))?;
+        install_kick_handler();
+        let mut vcpus = Vec::new();
+        for index in 0..cpus {
+            vcpus.push(Arc::new(make_vcpu(&slots.vm, &cpuid, index)?));
+        }
+        let tsc_khz = lock(&vcpus[0].fd).get_tsc_khz().map_err(|e| VmError::system("KVM_GET_TSC_KHZ", e))?;
+        let ring = match ring {
+            0 => None,
+            entries => Some(Arc::new(make_rings(&slots, &vcpus, entries)?)),
+        };
+        let log: Option<Arc<dyn DirtyLog>> = match (&ring, tracker) {
+            (Some(ring), _) => Some(ring.clone()),
+            (None, Tracker::Bitmap) => Some(Arc::new(KvmBitmapLog::new(slots.clone(), manual))),
+            _ => None,
+        };
+        boot::load(&*slots.ram, &guest, cpus, tsc_khz)?;
+        for v in &vcpus {
+            boot::set_registers(&lock(&v.fd), &guest, v.index)
+                .map_err(|e| VmError::system(format!("setting the registers of vCPU {}", v.index), e))?;
+        }
+        let machine = Machine {
+            vcpus,
+            serial: Mutex::new(Serial::new(serial)),
+            ring,
+            crashed: OnceLock::new(),
+            throttle: AtomicU8::new(0),
+            signal: Mutex::new(0),
+            signalled: Condvar::new(),
+            slots,
+        };
+        Ok(Self {
+            threads: Mutex::default(),
+            ticker: Mutex::default(),
+            status: Mutex::default(),
+            log,
+            tsc_khz,
+            cpuids: Mutex::new((0..cpus).map(|index| state_vcpu::cpuid_of(&cpuid, index)).collect()),
+            cpuid,
+            kvm,
+            machine: Arc::new(machine),
+        })
+    }
+
+    /// Makes the vCPU threads. They run after [`resume`](Guest::resume).
+    pub fn start(&self) -> Result<(), VmError> {
+        let mut threads = lock(&self.threads);
+        if !threads.is_empty() {
+            return Err(VmError::Started);
+        }
+        for vcpu in &self.machine.vcpus {
+            let (machine, vcpu) = (self.machine.clone(), vcpu.clone());
+            let name = format!("vcpu-{}", vcpu.index);
+            let thread = std::thread::Builder::new()
+                .name(name)
+                .spawn(move || machine.run_vcpu(&vcpu))
+                .map_err(|e| VmError::system("starting a vCPU thread", e))?;
+            threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// Whether it runs.
+    pub fn state(&self) -> VmState {
+        let running = lock(&self.status).running;
+        match self.machine.crashed.get() {
+            Some(why) => VmState::Crashed(why.clone()),
+            None if running => VmState::Running,
+            None => VmState::Paused,
+        }
+    }
+
+    /// The dirty log of the tracker that was asked for; `None` for [`Tracker::None`].
+    pub fn dirty_log(&self) -> Option<Arc<dyn DirtyLog>> {
+        self.log.clone()
+    }
+
+    /// How often a vCPU stopped because its dirty ring was full; 0 with other trackers.
+    pub fn ring_full_exits(&self) -> u64 {
+        self.machine.ring.as_ref().map_or(0, |ring| ring.full_exits())
+    }
+
+    /// Its memory.
+    pub fn ram(&self) -> &Arc<dyn GuestRam> {
+        &self.machine.slots.ram
+    }
+
+    /// Number of vCPUs.
+    pub fn cpus(&self) -> u8 {
+        self.machine.vcpus.len() as u8
+    }
+
+    /// Frequency of the guest's TSC in kHz.
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// Waits until the guest wrote `value` to port 0x4f8; `false` when it crashed or `timeout` passed first.
+    pub(crate) fn wait_signal(&self, value: u32, timeout: Duration) -> bool {
+        let until = Instant::now() + timeout;
+        let mut signal = lock(&self.machine.signal);
+        while *signal != value {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.machine.crashed.get().is_some() {
+                return false;
+            }
+            let wait = left.min(Duration::from_millis(50));
+            signal =
+                self.machine.signalled.wait_timeout(signal, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn crash_error(&self, what: &str) -> Option<BackendError> {
+        let why = self.machine.crashed.get()?;
+        Some(BackendError::new(
+            format!("cannot {what}"),
+            io::Error::other(format!("the guest has crashed: {why}")),
+        ))
+    }
+}
+
+impl Guest for Vm {
+    fn pause(&self) -> Result<(), BackendError> {
+        let mut status = lock(&self.status);
+        for vcpu in &self.machine.vcpus {
+            vcpu.want(Want::Pause);
+        }
+        for vcpu in &self.machine.vcpus {
+            vcpu.wait_parked();
+        }
+        lock(&self.machine.serial).flush();
+        if status.running {
+            for vcpu in &self.machine.vcpus {
+                // Tells a guest that uses kvmclock not to take the gap for a lockup; refused by all others.
+                let _ = lock(&vcpu.fd).kvmclock_ctrl();
+            }
+        }
+        status.running = false;
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), BackendError> {
+        let mut status = lock(&self.status);
+        if let Some(error) = self.crash_error("resume") {
+            return Err(error);
+        }
+        if lock(&self.threads).len() != self.machine.vcpus.len() {
+            return Err(BackendError::new("resume before start", io::ErrorKind::InvalidInput.into()));
+        }
+        (status.running, status.used) = (true, true);
+        for vcpu in &self.machine.vcpus {
+            vcpu.want(Want::Run);
+        }
+        Ok(())
+    }
+
+    fn throttle(&self, percent: u8) -> Result<(), BackendError> {
+        if percent > 99 {
+            return Err(BackendError::new(
+                format!("throttling by {percent} %"),
+                io::ErrorKind::InvalidInput.into(),
+            ));
+        }
+        let mut ticker = lock(&self.ticker);
+        self.machine.throttle.store(percent, Ordering::Relaxed);
+        if percent == 0 {
+            if let Some(ticker) = ticker.take() {
+                ticker.end();
+            }
+        } else if ticker.is_none() {
+            let stop = Arc::new((Mutex::new(false), Condvar::new()));
+            let (machine, stopping) = (self.machine.clone(), stop.clone());
+            let thread = std::thread::Builder::new()
+                .name("throttle".into())
+                .spawn(move || tick(&machine, &stopping))
+                .map_err(|e| BackendError::new("starting the throttling thread", e))?;
+            *ticker = Some(Ticker { stop, thread });
+        }
+        Ok(())
+    }
+
+    fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
+        let status = lock(&self.status);
+        if let Some(error) = self.crash_error("save the guest's state") {
+            return Err(error);
+        }
+        if status.running {
+            return Err(BackendError::new(
+                "saving the state of a running guest",
+                io::ErrorKind::InvalidInput.into(),
+            ));
+        }
+        state::save(self)
+    }
+
+    fn load_state(&self, blobs: &[StateBlob]) -> Result<(), BackendError> {
+        let mut status = lock(&self.status);
+        if let Some(error) = self.crash_error("load state") {
+            return Err(error);
+        }
+        if status.used {
+            let what = "loading state into a guest that has run or was loaded before";
+            return Err(BackendError::new(what, io::ErrorKind::InvalidInput.into()));
+        }
+        let plan = state::check(self, blobs)?;
+        status.used = true;
+        state::apply(self, &plan).inspect_err(|e| {
+            // Half a state must never run.
+            self.machine.crash(format!("loading its state failed: {e}"));
+        })
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if let Some(ticker) = lock(&self.ticker).take() {
+            ticker.end();
+        }
+        for vcpu in &self.machine.vcpus {
+            vcpu.want(Want::Quit);
+        }
+        let threads = std::mem::take(&mut *lock(&self.threads));
+        if !threads.is_empty() {
+            for vcpu in self.machine.vcpus.iter().take(threads.len()) {
+                vcpu.wait_parked();
+            }
+        }
+        for thread in threads {
+            // A thread that panicked has said so already.
+            let _ = thread.join();
+        }
+        lock(&self.machine.serial).flush();
+    }
+}
+
+/// Interrupts all vCPUs at the end of each share of running time.
+fn tick(machine: &Machine, stop: &(Mutex<bool>, Condvar)) {
+    let mut stopped = lock(&stop.0);
+    while !*stopped {
+        let percent = u32::from(machine.throttle.load(Ordering::Relaxed));
+        let asleep = THROTTLE_PERIOD * percent / 100;
+        // Two waits to a period: while the vCPUs sleep, and while they run.
+        for wait in [asleep, THROTTLE_PERIOD - asleep] {
+            if !*stopped {
+                stopped = stop.1.wait_timeout(stopped, wait).unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+        for vcpu in &machine.vcpus {
+            vcpu.throttle_due.store(true, Ordering::Relaxed);
+            vcpu.kicker.kick();
+        }
+    }
+}
+
+/// Enables what a tracker needs before there are vCPUs; returns what the bitmap has, and the entries of each ring.
+fn enable_tracker(vm: &VmFd, tracker: Tracker) -> Result<(Manual, u32), VmError> {
+    let enable = |cap: u32, arg: u64| {
+        let mut enable = kvm_enable_cap { cap, ..kvm_enable_cap::default() };
+        enable.args[0] = arg;
+        vm.enable_cap(&enable).map_err(|e| VmError::system(format!("KVM_ENABLE_CAP {cap} ({arg:#x})"), e))
+    };
+    match tracker {
+        Tracker::None => Ok((Manual::No, 0)),
+        Tracker::Bitmap => {
+            let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+            let offered = u32::try_from(vm.check_extension_raw(cap.into())).unwrap_or(0);
+            let wanted = offered & (KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+            if wanted & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE == 0 {
+                return Ok((Manual::No, 0));
+            }
+            enable(cap, wanted.into())?;
+            let set = wanted & KVM_DIRTY_LOG_INITIALLY_SET != 0;
+            Ok((if set { Manual::ProtectInitiallySet } else { Manual::Protect }, 0))
+        }
+        Tracker::Ring | Tracker::RingOf { .. } => {
+            let wanted = match tracker {
+                Tracker::RingOf { entries } => entries,
+                _ => RING_ENTRIES,
+            };
+            if !wanted.is_power_of_two() || !(RING_ENTRIES_MIN..=RING_ENTRIES).contains(&wanted) {
+                return Err(VmError::RingEntries { entries: wanted });
+            }
+            for cap in [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING] {
+                let most = u32::try_from(vm.check_extension_raw(cap.into())).unwrap_or(0);
+                let entry = size_of::<kvm_dirty_gfn>() as u32;
+                let bytes = most.min(wanted * entry);
+                if bytes >= RING_ENTRIES_MIN * entry {
+                    // A power of two, which both are.
+                    let entries = 1 << (bytes / entry).ilog2();
+                    enable(cap, u64::from(entries) * u64::from(entry))?;
+                    return Ok((Manual::No, entries));
+                }
+            }
+            Err(VmError::NoRing { source: ring_log::unsupported() })
+        }
+    }
+}
+
+fn make_vcpu(vm: &VmFd, cpuid: &CpuId, index: u8) -> Result<Vcpu, VmError> {
+    let fd =
+        vm.create_vcpu(index.into()).map_err(|e| VmError::system(format!("KVM_CREATE_VCPU {index}"), e))?;
+    fd.set_cpuid2(&state_vcpu::cpuid_of(cpuid, index))
+        .map_err(|e| VmError::system(format!("KVM_SET_CPUID2 of vCPU {index}"), e))?;
+    Vcpu::new(index, fd).map_err(|e| VmError::system(format!("mapping kvm_run of vCPU {index}"), e))
+}
+
+fn make_rings(slots: &Arc<Slots>, vcpus: &[Arc<Vcpu>], entries: u32) -> Result<KvmRingLog, VmError> {
+    let mut rings = Vec::new();
+    for v in vcpus {
+        let ring = DirtyRing::new(&lock(&v.fd), entries)
+            .map_err(|e| VmError::system(format!("mapping the dirty ring of vCPU {}", v.index), e))?;
+        rings.push(ring);
+    }
+    let kickers = vcpus.iter().map(|v| v.kicker.clone()).collect();
+    Ok(KvmRingLog::new(slots.clone(), kickers, rings))
+}
