@@ -1,9 +1,14 @@
 //! The command line.
 
+mod api;
+mod ctl;
+mod demo;
 mod output;
 mod recv;
 mod send;
+mod size;
 mod stop;
+mod vm;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -25,6 +30,9 @@ const EXIT_CODES: &str = "Exit codes: 0 done; 1 the migration failed and the sou
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Demo(demo::DemoArgs),
+    Vm(vm::VmArgs),
+    Ctl(ctl::CtlArgs),
     Send(send::SendArgs),
     Recv(recv::RecvArgs),
 }
@@ -58,6 +66,9 @@ impl CliError {
 
 pub(crate) fn run() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Demo(args) => demo::run(&args),
+        Command::Vm(args) => vm::run(&args),
+        Command::Ctl(args) => ctl::run(&args),
         Command::Send(args) => send::run(&args),
         Command::Recv(args) => recv::run(&args),
     };

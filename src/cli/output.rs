@@ -41,22 +41,43 @@ impl Bar {
 }
 
 fn draw(report: impl Fn() -> Report, stop: &AtomicBool) {
-    let bar = ProgressBar::hidden();
-    let mut since = None;
+    let mut bar = LateBar::new(false);
     while !stop.load(Ordering::Relaxed) {
         std::thread::sleep(FRAME);
         let report = report();
-        if matches!(report.status, Status::None) {
-            continue;
+        if report.status != Status::None {
+            bar.show(&report);
         }
-        let since = since.get_or_insert_with(Instant::now);
-        if since.elapsed() > PATIENCE && bar.is_hidden() {
-            bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
-            bar.set_style(style());
-        }
-        show(&bar, &report);
     }
-    bar.finish_and_clear();
+    bar.finish();
+}
+
+/// A bar that appears once a transfer takes long.
+pub(super) struct LateBar {
+    bar: ProgressBar,
+    since: Instant,
+    quiet: bool,
+}
+
+impl LateBar {
+    /// A bar that nobody sees yet, nor ever if `quiet`.
+    pub(super) fn new(quiet: bool) -> Self {
+        Self { bar: ProgressBar::hidden(), since: Instant::now(), quiet }
+    }
+
+    /// Shows how far it is.
+    pub(super) fn show(&mut self, report: &Report) {
+        if !self.quiet && self.since.elapsed() > PATIENCE && self.bar.is_hidden() {
+            self.bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
+            self.bar.set_style(style());
+        }
+        show(&self.bar, report);
+    }
+
+    /// Removes it.
+    pub(super) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
 }
 
 fn style() -> ProgressStyle {
@@ -67,7 +88,7 @@ fn style() -> ProgressStyle {
 }
 
 /// Puts a report into a bar.
-pub(super) fn show(bar: &ProgressBar, report: &Report) {
+fn show(bar: &ProgressBar, report: &Report) {
     let page = u64::from(report.page_size);
     let present = (report.pages.total - report.pages.hole.min(report.pages.total)) * page;
     let done = match report.remaining_bytes {

@@ -80,7 +80,8 @@ impl Incoming for Taker<'_> {
 pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     let options = Options { timeout: std::time::Duration::from_secs(args.timeout), ..Options::default() };
     let progress = Progress::default();
-    stop::on_signals(&progress);
+    let cancelled = progress.clone();
+    stop::on_signals(move || cancelled.cancel());
     let destination =
         Destination::bind(&args.uri, &options, &progress, |notice| eprintln!("pageferry: {notice}"))
             .map_err(|e| CliError::cannot_start(&e))?;

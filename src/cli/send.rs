@@ -43,7 +43,8 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
         machine: String::new(),
     };
     let progress = Progress::default();
-    stop::on_signals(&progress);
+    let cancelled = progress.clone();
+    stop::on_signals(move || cancelled.cancel());
     let bar = output::Bar::start(&progress, args.json);
     let result = migrate(&backend, &args.uri, &args.transfer.options(), &progress);
     bar.finish();

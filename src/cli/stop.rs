@@ -1,13 +1,11 @@
 //! Signals: the first one cancels in order, the second ends the process at once.
 
-use pageferry::engine::progress::Progress;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Exit;
 
-/// Cancels `progress` on SIGINT or SIGTERM.
-pub(super) fn on_signals(progress: &Progress) {
-    let progress = progress.clone();
+/// Calls `cancel` at the first SIGINT or SIGTERM.
+pub(super) fn on_signals(cancel: impl Fn() + Send + 'static) {
     // Without the thread signals do what they do by default.
     let _ = std::thread::Builder::new().name("signals".into()).spawn(move || {
         let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
@@ -17,16 +15,18 @@ pub(super) fn on_signals(progress: &Progress) {
             else {
                 return;
             };
+            let mut asked = false;
             loop {
                 tokio::select! {
                     _ = interrupt.recv() => {}
                     _ = terminate.recv() => {}
                 }
-                if progress.is_cancelled() {
+                if asked {
                     std::process::exit(Exit::Cancelled as i32);
                 }
-                eprintln!("pageferry: cancelling; once more to stop at once");
-                progress.cancel();
+                asked = true;
+                eprintln!("pageferry: stopping in order; once more to stop at once");
+                cancel();
             }
         });
     });

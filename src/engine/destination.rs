@@ -92,6 +92,15 @@ impl IncomingError {
     }
 }
 
+/// A session that came to its end.
+#[derive(Clone, Debug)]
+pub struct Arrival {
+    /// Its numbers.
+    pub report: Report,
+    /// A guest came and runs; false for memory alone, and for a guest that was paused at the source.
+    pub running: bool,
+}
+
 /// A destination that listens.
 pub struct Destination {
     front: Front,
@@ -132,7 +141,7 @@ impl Destination {
     }
 
     /// Takes a session in. Blocks until the guest is here and runs, or the session has failed.
-    pub fn receive(mut self, incoming: &mut dyn Incoming) -> Result<Report, IncomingError> {
+    pub fn receive(mut self, incoming: &mut dyn Incoming) -> Result<Arrival, IncomingError> {
         loop {
             let Some(opening) = self.opening()? else { continue };
             let Some(mut session) = self.accept(opening, incoming) else { continue };
@@ -143,7 +152,8 @@ impl Destination {
             }
             session.report(&self.progress, cpu, result.as_ref().err());
             result?;
-            return Ok(self.progress.report());
+            let running = session.guest.is_some() && session.should_run();
+            return Ok(Arrival { report: self.progress.report(), running });
         }
     }
 

@@ -6,9 +6,8 @@
 //! times the pattern `chain(k) xor (k + 1)`, and in the last word `k` again: so a page of which parts are of
 //! different steps shows.
 //!
-//! `chain(0) = SEED xor (cpu + 1) * ODD` and `chain(k + 1) = rotate_left((chain(k) xor k) * ODD, 29)`, all modulo
-//! 2^64, with `SEED` = 0x70616765666572ff and `ODD` = 0x9e3779b97f4a7c15: see [`first_chain`] and [`mix`]. From the
-//! second pass on, before a page is written, all of it is verified for step `k - pages`; a difference is printed as
+//! The chain is that of the [counter guest](crate::guests::counter), whose checker reads this one's lines too. From
+//! the second pass on, before a page is written, all of it is verified for step `k - pages`; a difference is printed as
 //! `E c<cpu> p<page> want <x> got <x>`, once a page. At a pass' end `c<cpu> p<pass> s<chain>` is printed, with the
 //! pass from 0 and the chain value after its last step. Numbers are hexadecimal without leading zeros.
 //!
@@ -24,13 +23,11 @@ use pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
 use pagecopy::layout::PAGE_SIZE;
 use vm_memory::volatile_memory::VolatileSlice;
 
-/// First word of every page written.
-pub const MAGIC: u64 = 0x5046_434f_554e_5452;
+use crate::guests::counter::{MAGIC, first_chain, mix};
+
 /// Most threads a writer may have.
 pub const THREADS_MAX: u8 = 8;
 
-const SEED: u64 = 0x7061_6765_6665_72ff;
-const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
 /// 64-bit words in a page.
 const WORDS: usize = PAGE_SIZE / 8;
 /// Name and version of the writer's state.
@@ -38,16 +35,6 @@ const STATE_NAME: &str = "memory-writer";
 const STATE_VERSION: u32 = 1;
 /// How far a paced writer may fall behind its schedule, or run ahead of it.
 const SLACK: Duration = Duration::from_millis(1);
-
-/// The chain value of step 0 of a thread.
-pub fn first_chain(cpu: u8) -> u64 {
-    SEED ^ (u64::from(cpu) + 1).wrapping_mul(ODD)
-}
-
-/// The chain value of step `k + 1` from that of step `k`.
-pub fn mix(chain: u64, k: u64) -> u64 {
-    (chain ^ k).wrapping_mul(ODD).rotate_left(29)
-}
 
 /// What a writer does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

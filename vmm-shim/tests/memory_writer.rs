@@ -9,8 +9,9 @@ use pagecopy::backend::{DirtyLog, Guest, GuestRam, StateBlob};
 use pagecopy::bitmap::{PageBitmap, bits};
 use pagecopy::layout::{Layout, PAGE_SIZE, Region};
 use vmm_shim::guest_memory::{Backing, GuestMemory};
+use vmm_shim::guests::counter::{first_chain, mix};
 use vmm_shim::uffd_log::UffdLog;
-use vmm_shim::writer::{MemoryWriter, WriterOptions, first_chain, mix};
+use vmm_shim::writer::{MemoryWriter, WriterOptions};
 
 /// A guest that hangs fails the test after this long; nothing depends on how fast it is.
 const HANG: Duration = Duration::from_secs(60);

@@ -173,6 +173,11 @@ impl Checker {
         Ok(())
     }
 
+    /// Pages of each vCPU.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
     /// Passes of each vCPU that the source and the destination printed.
     pub fn passes(&self) -> Vec<(u64, u64)> {
         self.cpus.iter().map(|c| (c.passes[0], c.passes[1])).collect()

@@ -1,0 +1,169 @@
+//! The control socket of `pageferry vm`: one JSON object a line, in both directions.
+//!
+//! A request is `{"execute": NAME, ...arguments}`; the answer is `{"return": VALUE}` or `{"error": TEXT}`.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use pageferry::engine::report::Report;
+use pageferry::transport::uri::Uri;
+use serde::{Deserialize, Serialize};
+
+/// Longest request or answer, in bytes.
+pub(super) const LINE_MAX: u64 = 1 << 20;
+/// How long an answer may take: a pause or a state change, never a migration.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What can be asked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "execute", rename_all = "kebab-case")]
+pub(super) enum Request {
+    /// How the VM and its migration stand.
+    Status,
+    /// Starts a migration; `Status` tells how it goes on.
+    Migrate(MigrateRequest),
+    /// Stops the vCPUs.
+    Pause,
+    /// Lets them run; with `force` also a guest that may run elsewhere.
+    Resume {
+        #[serde(default)]
+        force: bool,
+    },
+    /// Cancels the migration.
+    Cancel,
+    /// Ends the process.
+    Quit,
+}
+
+/// Arguments of a migration, as strings where the command line has strings.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct MigrateRequest {
+    pub uri: String,
+    #[serde(default = "default_streams")]
+    pub streams: u16,
+    #[serde(default = "default_codec")]
+    pub codec: String,
+    #[serde(default = "default_downtime")]
+    pub downtime_limit_ms: u64,
+    #[serde(default = "default_timeout")]
+    pub timeout_s: u64,
+}
+
+fn default_streams() -> u16 {
+    4
+}
+fn default_codec() -> String {
+    "auto".into()
+}
+fn default_downtime() -> u64 {
+    300
+}
+fn default_timeout() -> u64 {
+    10
+}
+
+/// Where a VM is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum RunState {
+    /// Waits for a guest to come in.
+    Incoming,
+    /// The guest runs.
+    Running,
+    /// It is paused here.
+    Paused,
+    /// It is at the destination of a migration.
+    Migrated,
+    /// The handover was not confirmed; it is paused here, and may run there.
+    Unknown,
+    /// It stopped for good.
+    Crashed,
+}
+
+/// Answer to [`Request::Status`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct VmStatus {
+    pub state: RunState,
+    /// Why it crashed.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
+    pub guest: String,
+    pub cpus: u8,
+    pub memory_bytes: u64,
+    /// `kvm` or `process`.
+    pub accelerator: String,
+    /// How writes are tracked.
+    pub tracker: String,
+    /// Where a destination listens.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub listening: Option<String>,
+    /// The last migration, out or in.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub migration: Option<Report>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Answer {
+    Return(serde_json::Value),
+    Error(String),
+}
+
+/// Address of a control socket: `unix:PATH`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ApiAddress(pub PathBuf);
+
+impl FromStr for ApiAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse::<Uri>() {
+            Ok(Uri::Unix(path)) => Ok(Self(path)),
+            Ok(_) => Err("the control socket is a Unix socket: unix:PATH".into()),
+            Err(e) => Err(format!("{e}; the control socket is unix:PATH")),
+        }
+    }
+}
+
+/// Why a request had no answer.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ApiError {
+    #[error("no VM answers at unix:{}: is `pageferry vm --api` running there?", path.display())]
+    Connect {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the VM's control socket broke")]
+    Io(#[from] std::io::Error),
+    #[error("the VM's answer is not understood")]
+    Json(#[from] serde_json::Error),
+    /// The VM says no.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Asks once; every request is a connection of its own.
+pub(super) fn ask(path: &Path, request: &Request) -> Result<serde_json::Value, ApiError> {
+    let connect = |source| ApiError::Connect { path: path.into(), source };
+    let stream = UnixStream::connect(path).map_err(connect)?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+    stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+    let mut line = serde_json::to_string(request)?;
+    line.push('\n');
+    (&stream).write_all(line.as_bytes())?;
+    let mut answer = String::new();
+    BufReader::new(std::io::Read::take(&stream, LINE_MAX)).read_line(&mut answer)?;
+    match serde_json::from_str(&answer)? {
+        Answer::Return(value) => Ok(value),
+        Answer::Error(text) => Err(ApiError::Refused(text)),
+    }
+}
+
+/// Asks how the VM stands.
+pub(super) fn status(path: &Path) -> Result<VmStatus, ApiError> {
+    Ok(serde_json::from_value(ask(path, &Request::Status)?)?)
+}

@@ -1,0 +1,305 @@
+//! `pageferry demo`: a guest that keeps writing moves between two processes of this host, and proves that it went on.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use pageferry::engine::explain;
+use pageferry::engine::report::Report;
+use pageferry::vmm_shim::guests::counter::{Checker, CounterParams, Side};
+use pageferry::vmm_shim::kvm;
+use serde::Serialize;
+
+use super::api::{self, MigrateRequest, Request, RunState, VmStatus};
+use super::{CliError, Exit, TransferArgs, ctl, output, size};
+
+/// How long a VM may take to start, and the guest to print.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Passes every vCPU shows on each side.
+const PASSES: u64 = 2;
+
+/// Moves a running guest between two VMs on this host and proves that it went on
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  pageferry demo --mem 1G --cpus 2 --streams 4 --json")]
+pub(super) struct DemoArgs {
+    /// Guest memory
+    #[arg(long, default_value = "256M", value_parser = size::parse)]
+    mem: u64,
+    /// vCPUs
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    cpus: u8,
+    #[command(flatten)]
+    transfer: TransferArgs,
+    /// Longest downtime to aim for, in milliseconds
+    #[arg(long, default_value_t = 300, value_name = "MS")]
+    downtime_limit: u64,
+    /// Memory that the guest writes over and over
+    #[arg(long, default_value = "16M", value_parser = size::parse)]
+    working_set: u64,
+    /// Pages that each vCPU writes in a second; 0: as fast as it can
+    #[arg(long, default_value_t = 20000)]
+    rate: u64,
+    /// Go over this URI instead of a free port on 127.0.0.1
+    #[arg(long, value_name = "URI")]
+    uri: Option<String>,
+    /// How written pages are found: bitmap, ring, uffd
+    #[arg(long, default_value = "bitmap")]
+    tracker: String,
+    /// Without KVM: a process moves that writes its own memory
+    #[arg(long)]
+    no_kvm: bool,
+    /// Print one JSON object at the end instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// The demo's result: the migration's report, and the guest's own word.
+#[derive(Debug, Serialize)]
+struct DemoReport {
+    #[serde(flatten)]
+    report: Report,
+    /// `kvm` or `process`.
+    accelerator: &'static str,
+    /// Passes that each vCPU finished before and after the handover.
+    passes: Vec<(u64, u64)>,
+}
+
+pub(super) fn run(args: &DemoArgs) -> Result<(), CliError> {
+    let process = args.no_kvm || !have_kvm(args.json);
+    let folder = Folder::new().map_err(|e| CliError::cannot_start(&e))?;
+    let guest = Pair::start(args, process, &folder.path)?;
+    let mut check = Checker::new(args.cpus, pages_of_each(args));
+    guest.wait_passes(&mut check, Side::Source)?;
+    say(args.json, "the guest runs at the source and keeps writing; moving it");
+    let migrate = MigrateRequest {
+        uri: guest.uri.clone(),
+        streams: args.transfer.streams,
+        codec: args.transfer.codec.to_string(),
+        downtime_limit_ms: args.downtime_limit,
+        timeout_s: args.transfer.timeout,
+    };
+    api::ask(&guest.source.api, &Request::Migrate(migrate)).map_err(|e| ctl::refused(&e))?;
+    let mut report = ctl::follow(&guest.source.api, args.json)?;
+    let went = ctl::verdict(&report).and_then(|()| guest.prove(&mut check));
+    report.verified &= went.is_ok();
+    if let (Err(error), None) = (&went, &report.error) {
+        report.error = Some(error.text.clone());
+    }
+    let passes = check.passes();
+    if args.json {
+        let accelerator = if process { "process" } else { "kvm" };
+        let demo = DemoReport { report, accelerator, passes };
+        println!("{}", serde_json::to_string(&demo).unwrap_or_default());
+    } else {
+        output::print(&report, false);
+        for (cpu, (before, after)) in passes.iter().enumerate() {
+            println!(
+                "vCPU {cpu}: {before} passes over its memory before the handover, {after} after it, none lost, none twice"
+            );
+        }
+    }
+    went
+}
+
+fn say(quiet: bool, text: &str) {
+    if !quiet {
+        eprintln!("pageferry: {text}");
+    }
+}
+
+fn have_kvm(quiet: bool) -> bool {
+    match kvm::open() {
+        Ok(_) => true,
+        Err(error) => {
+            say(quiet, &explain(&error));
+            say(quiet, "so the demo moves a process that writes its own memory instead of a virtual machine");
+            false
+        }
+    }
+}
+
+fn pages_of_each(args: &DemoArgs) -> u64 {
+    CounterParams { working_set: args.working_set, pages_per_s: args.rate, page_words: 0 }.pages(args.cpus)
+}
+
+/// A folder for sockets and console output, removed in the end.
+struct Folder {
+    path: PathBuf,
+}
+
+impl Folder {
+    fn new() -> std::io::Result<Self> {
+        let mut random = [0u8; 8];
+        getrandom::fill(&mut random).map_err(std::io::Error::other)?;
+        let name = format!("pageferry-demo-{:016x}", u64::from_le_bytes(random));
+        let path = std::env::temp_dir().join(name);
+        std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&path)?;
+        Ok(Self { path })
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
+}
+
+/// One VM process; killed when dropped.
+struct VmProcess {
+    child: Child,
+    api: PathBuf,
+    serial: PathBuf,
+    errors: PathBuf,
+}
+
+impl VmProcess {
+    fn start(
+        args: &DemoArgs,
+        process: bool,
+        folder: &Path,
+        name: &str,
+        incoming: Option<&str>,
+    ) -> Result<Self, CliError> {
+        let api = folder.join(format!("{name}.sock"));
+        let serial = folder.join(format!("{name}.serial"));
+        let errors = folder.join(format!("{name}.err"));
+        let system = |e: std::io::Error| CliError::cannot_start(&e);
+        let mut command = Command::new(std::env::current_exe().map_err(system)?);
+        command
+            .arg("vm")
+            .arg("--api")
+            .arg(format!("unix:{}", api.display()))
+            .arg("--serial")
+            .arg(&serial)
+            .args(["--guest", "counter", "--tracker", &args.tracker])
+            .args(["--mem", &args.mem.to_string(), "--cpus", &args.cpus.to_string()])
+            .args(["--working-set", &args.working_set.to_string(), "--rate", &args.rate.to_string()])
+            .args(["--timeout", &args.transfer.timeout.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&errors).map_err(system)?);
+        if process {
+            command.arg("--no-kvm");
+        }
+        if let Some(uri) = incoming {
+            command.args(["--incoming", uri]);
+        }
+        let child = command.spawn().map_err(system)?;
+        Ok(Self { child, api, serial, errors })
+    }
+
+    /// Waits until it answers and `ready` likes the answer.
+    fn wait<T>(&mut self, ready: impl Fn(&VmStatus) -> Option<T>) -> Result<T, CliError> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Ok(status) = api::status(&self.api)
+                && let Some(value) = ready(&status)
+            {
+                return Ok(value);
+            }
+            let ended = self.child.try_wait().ok().flatten().is_some();
+            if ended || Instant::now() > deadline {
+                let text = std::fs::read_to_string(&self.errors).unwrap_or_default();
+                let text = text.trim().trim_start_matches("pageferry: ");
+                let text = if ended {
+                    format!("a VM of the demo ended: {text}")
+                } else {
+                    "a VM of the demo does not answer".into()
+                };
+                return Err(CliError { exit: Exit::CannotStart, text });
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for VmProcess {
+    fn drop(&mut self) {
+        let asked = api::ask(&self.api, &Request::Quit).is_ok();
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while asked && Instant::now() < deadline {
+            if let Ok(Some(_)) = self.child.try_wait() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Source and destination.
+struct Pair {
+    source: VmProcess,
+    destination: VmProcess,
+    uri: String,
+}
+
+impl Pair {
+    fn start(args: &DemoArgs, process: bool, folder: &Path) -> Result<Self, CliError> {
+        let listen = args.uri.as_deref().unwrap_or("tcp:127.0.0.1:0");
+        let mut source = VmProcess::start(args, process, folder, "source", None)?;
+        let mut destination = VmProcess::start(args, process, folder, "destination", Some(listen))?;
+        source.wait(|s| (s.state == RunState::Running).then_some(()))?;
+        let uri = destination.wait(|s| s.listening.clone())?;
+        Ok(Self { source, destination, uri })
+    }
+
+    /// Waits until every vCPU has finished some passes on one side.
+    fn wait_passes(&self, check: &mut Checker, side: Side) -> Result<(), CliError> {
+        let vm = if side == Side::Source { &self.source } else { &self.destination };
+        let mut console = Console::open(&vm.serial)?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            console.feed(check, side)?;
+            let enough = |&(before, after): &(u64, u64)| match side {
+                Side::Source => before >= PASSES,
+                Side::Destination => after >= PASSES,
+            };
+            if check.passes().iter().all(enough) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(CliError {
+                    exit: Exit::Failed,
+                    text: format!(
+                        "the guest shows no progress at the {} for {} s",
+                        if side == Side::Source { "source" } else { "destination" },
+                        PATIENCE.as_secs()
+                    ),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// The guest's own word: what it printed at the source, then at the destination, is one unbroken chain.
+    fn prove(&self, check: &mut Checker) -> Result<(), CliError> {
+        *check = Checker::new(check.passes().len() as u8, check.pages());
+        Console::open(&self.source.serial)?.feed(check, Side::Source)?;
+        self.wait_passes(check, Side::Destination)
+    }
+}
+
+/// A VM's console output, read as it grows.
+struct Console {
+    file: File,
+}
+
+impl Console {
+    fn open(path: &Path) -> Result<Self, CliError> {
+        File::open(path).map(|file| Self { file }).map_err(|e| CliError::cannot_start(&e))
+    }
+
+    fn feed(&mut self, check: &mut Checker, side: Side) -> Result<(), CliError> {
+        let mut text = Vec::new();
+        self.file.read_to_end(&mut text).map_err(|e| CliError::cannot_start(&e))?;
+        check.feed(side, &text).map_err(|e| CliError {
+            exit: Exit::Failed,
+            text: format!("the guest did not survive the migration whole: {}", explain(&e)),
+        })
+    }
+}

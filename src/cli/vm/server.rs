@@ -1,0 +1,299 @@
+//! The control socket of a `vm` process, and what its requests do.
+
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use pageferry::engine::progress::Progress;
+use pageferry::engine::source::{Fate, migrate};
+use pageferry::engine::{Options, explain};
+use pageferry::transport::link::{AsyncConnection, AsyncListener};
+use pageferry::transport::socket::Listener;
+use pageferry::transport::uri::Uri;
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::runtime::Runtime;
+
+use super::super::api::{Answer, LINE_MAX, MigrateRequest, Request, RunState, VmStatus};
+use super::super::{CliError, Exit};
+use super::machine::Machine;
+
+/// A client that says nothing for this long is left.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// One VM and who commands it.
+#[derive(Clone)]
+pub(super) struct Server {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    machine: Arc<Machine>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    run: RunState,
+    /// A migration out is under way.
+    migrating: bool,
+    progress: Option<Progress>,
+    listening: Option<String>,
+    /// Set when the process is to end.
+    end: Option<Result<(), String>>,
+}
+
+impl Server {
+    pub(super) fn new(machine: Machine, incoming: bool) -> Self {
+        let run = if incoming { RunState::Incoming } else { RunState::Paused };
+        let state = State { run, migrating: false, progress: None, listening: None, end: None };
+        let shared = Shared { machine: Arc::new(machine), state: Mutex::new(state), changed: Condvar::new() };
+        Self { shared: Arc::new(shared) }
+    }
+
+    pub(super) fn machine(&self) -> Arc<Machine> {
+        self.shared.machine.clone()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Opens the control socket, for this user alone, and answers on it.
+    pub(super) fn serve(&self, path: &Path) -> Result<Runtime, String> {
+        use std::os::unix::fs::PermissionsExt;
+        let listener =
+            Listener::bind(&Uri::Unix(path.into())).map_err(|e| format!("--api: {}", explain(&e)))?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+            .map_err(|e| format!("--api: cannot protect {}: {e}", path.display()))?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .map_err(|e| format!("cannot start the control plane: {e}"))?;
+        let listener = {
+            let _guard = runtime.enter();
+            AsyncListener::new(listener).map_err(|e| format!("--api: {e}"))?
+        };
+        let server = self.clone();
+        runtime.spawn(async move {
+            loop {
+                match listener.accept().await {
+                    Ok((AsyncConnection::Unix(stream), _)) => {
+                        tokio::spawn(server.clone().client(stream));
+                    }
+                    Ok(_) => {}
+                    Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                }
+            }
+        });
+        Ok(runtime)
+    }
+
+    async fn client(self, stream: tokio::net::UnixStream) {
+        let (reader, mut writer) = stream.into_split();
+        let mut reader = BufReader::new(reader.take(LINE_MAX));
+        let mut line = String::new();
+        while let Ok(Ok(1..)) = tokio::time::timeout(CLIENT_TIMEOUT, reader.read_line(&mut line)).await {
+            let answer = match serde_json::from_str::<Request>(&line) {
+                Ok(request) => {
+                    let server = self.clone();
+                    // Pausing and resuming block.
+                    let done = tokio::task::spawn_blocking(move || server.execute(request)).await;
+                    done.unwrap_or_else(|e| Err(format!("the request failed: {e}")))
+                }
+                Err(e) => Err(format!("not a request: {e}")),
+            };
+            let answer = answer.map_or_else(Answer::Error, Answer::Return);
+            let text = serde_json::to_string(&answer).unwrap_or_default() + "\n";
+            if writer.write_all(text.as_bytes()).await.is_err() {
+                break;
+            }
+            line.clear();
+            reader.get_mut().set_limit(LINE_MAX);
+        }
+    }
+
+    fn execute(&self, request: Request) -> Result<Value, String> {
+        match request {
+            Request::Status => serde_json::to_value(self.status()).map_err(|e| e.to_string()),
+            Request::Migrate(request) => self.migrate(&request).map(|()| Value::Null),
+            Request::Pause => self.pause().map(|()| Value::Null),
+            Request::Resume { force } => self.resume(force).map(|()| Value::Null),
+            Request::Cancel => self.cancel().map(|()| Value::Null),
+            Request::Quit => {
+                self.quit();
+                Ok(Value::Null)
+            }
+        }
+    }
+
+    fn status(&self) -> VmStatus {
+        let machine = &self.shared.machine;
+        let crash = machine.crash();
+        let state = self.state();
+        VmStatus {
+            state: if crash.is_some() { RunState::Crashed } else { state.run },
+            reason: crash,
+            guest: machine.name.clone(),
+            cpus: machine.cpus,
+            memory_bytes: machine.ram.layout().bytes(),
+            accelerator: machine.accelerator().into(),
+            tracker: machine.log.name().into(),
+            listening: state.listening.clone(),
+            migration: state.progress.as_ref().map(Progress::report),
+        }
+    }
+
+    fn pause(&self) -> Result<(), String> {
+        let mut state = self.state();
+        match state.run {
+            _ if state.migrating => Err("a migration is under way: cancel it first".into()),
+            RunState::Running => {
+                self.shared.machine.guest.pause().map_err(|e| explain(&e))?;
+                state.run = RunState::Paused;
+                Ok(())
+            }
+            RunState::Paused => Ok(()),
+            other => Err(not_here(other)),
+        }
+    }
+
+    /// Lets the guest run.
+    pub(super) fn resume(&self, force: bool) -> Result<(), String> {
+        let mut state = self.state();
+        match state.run {
+            _ if state.migrating => return Err("a migration is under way: cancel it first".into()),
+            RunState::Paused => {}
+            RunState::Migrated | RunState::Unknown if force => {}
+            RunState::Running => return Ok(()),
+            other => return Err(not_here(other)),
+        }
+        self.shared.machine.guest.resume().map_err(|e| explain(&e))?;
+        state.run = RunState::Running;
+        Ok(())
+    }
+
+    fn cancel(&self) -> Result<(), String> {
+        let state = self.state();
+        match &state.progress {
+            Some(progress) if state.migrating || state.run == RunState::Incoming => {
+                progress.cancel();
+                Ok(())
+            }
+            _ => Err("no migration is under way".into()),
+        }
+    }
+
+    fn migrate(&self, request: &MigrateRequest) -> Result<(), String> {
+        let uri: Uri = request.uri.parse().map_err(|e| explain(&e))?;
+        let codec = request.codec.parse().map_err(|e| format!("codec: {e}"))?;
+        if !(1..=256).contains(&request.streams) || !(1..=3600).contains(&request.timeout_s) {
+            return Err("streams are 1 to 256, timeout_s is 1 to 3600".into());
+        }
+        let options = Options {
+            streams: request.streams,
+            codec,
+            downtime_limit: Duration::from_millis(request.downtime_limit_ms),
+            timeout: Duration::from_secs(request.timeout_s),
+            ..Options::default()
+        };
+        let mut state = self.state();
+        if state.migrating {
+            return Err("a migration is under way already".into());
+        }
+        let paused = match state.run {
+            RunState::Running => false,
+            RunState::Paused => true,
+            other => return Err(not_here(other)),
+        };
+        if let Some(why) = self.shared.machine.crash() {
+            return Err(format!("the guest has crashed ({why}); there is nothing to migrate"));
+        }
+        let progress = Progress::default();
+        state.progress = Some(progress.clone());
+        state.migrating = true;
+        let server = self.clone();
+        let backend = self.shared.machine.backend(paused);
+        std::thread::Builder::new()
+            .name("migration".into())
+            .spawn(move || {
+                let result = migrate(&backend, &uri, &options, &progress);
+                let mut state = server.state();
+                state.migrating = false;
+                match result.map_err(|failure| failure.fate) {
+                    Ok(_) => state.run = RunState::Migrated,
+                    Err(Fate::Unknown) => state.run = RunState::Unknown,
+                    Err(Fate::Stuck) => state.run = RunState::Paused,
+                    Err(Fate::RunsOn | Fate::StaysPaused | Fate::Unmoved) => {}
+                }
+            })
+            .map(drop)
+            .map_err(|e| {
+                state.migrating = false;
+                format!("cannot start a thread: {e}")
+            })
+    }
+
+    /// The destination listens.
+    pub(super) fn listening(&self, uri: &Uri, progress: &Progress) {
+        let mut state = self.state();
+        state.listening = Some(uri.to_string());
+        state.progress = Some(progress.clone());
+    }
+
+    /// The guest came in and runs as it ran before; or it did not, and this process has no purpose any more.
+    pub(super) fn arrived(&self, result: Result<bool, String>) {
+        match result {
+            Ok(running) => {
+                let mut state = self.state();
+                state.listening = None;
+                state.run = if running { RunState::Running } else { RunState::Paused };
+            }
+            Err(error) => self.end(Err(error)),
+        }
+    }
+
+    /// Ends the process, after whatever migration is under way was cancelled.
+    pub(super) fn quit(&self) {
+        if let Some(progress) = &self.state().progress {
+            progress.cancel();
+        }
+        self.end(Ok(()));
+    }
+
+    fn end(&self, result: Result<(), String>) {
+        self.state().end.get_or_insert(result);
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until the process is to end.
+    pub(super) fn wait(&self, api: Runtime) -> Result<(), CliError> {
+        let mut state = self.state();
+        let result = loop {
+            match &state.end {
+                Some(result) if !state.migrating => break result.clone(),
+                _ => {
+                    let waited = self.shared.changed.wait_timeout(state, Duration::from_millis(50));
+                    state = waited.unwrap_or_else(|e| e.into_inner()).0;
+                }
+            }
+        };
+        drop(state);
+        // The answer to `quit` is on its way.
+        api.shutdown_timeout(Duration::from_millis(200));
+        result.map_err(|text| CliError { exit: Exit::Failed, text })
+    }
+}
+
+fn not_here(state: RunState) -> String {
+    match state {
+        RunState::Incoming => "no guest has come in yet",
+        RunState::Migrated => "the guest was migrated away and runs at the destination; --force overrides, and then it may run twice",
+        RunState::Unknown => {
+            "the last handover was not confirmed: make sure that the destination does not run the guest, then use --force"
+        }
+        _ => "the guest does not run",
+    }
+    .into()
+}
