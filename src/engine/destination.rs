@@ -6,7 +6,7 @@
 
 mod front;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -35,6 +35,9 @@ use front::{Event, Front};
 
 /// How often somebody who waits looks at everything that may have happened.
 const TICK: Duration = Duration::from_millis(20);
+
+/// How long the last message may take to get out.
+const FAREWELL: Duration = Duration::from_millis(500);
 
 /// The VMM's side of a destination: makes the memory for a guest that is offered, or refuses it.
 pub trait Incoming {
@@ -122,7 +125,7 @@ impl Destination {
     ) -> Result<Self, IncomingError> {
         let listener = Listener::bind(uri)?;
         let uri = listener.uri();
-        let (event_sender, events) = crossbeam_channel::bounded(4096);
+        let (event_sender, events) = crossbeam_channel::unbounded();
         let front = Front::start(listener, options.timeout, event_sender.clone())?;
         Ok(Self {
             front,
@@ -148,7 +151,7 @@ impl Destination {
             let cpu = usage::cpu_seconds();
             let result = session.run(&self, incoming);
             if let Err(error) = &result {
-                session.fail(error);
+                session.fail(error, &self);
             }
             session.report(&self.progress, cpu, result.as_ref().err());
             result?;
@@ -271,6 +274,7 @@ impl Destination {
             machine: session,
             link: Some(link),
             generation,
+            backlog: VecDeque::new(),
             hello,
             ram,
             guest,
@@ -310,6 +314,8 @@ struct Session {
     /// `None` once it broke.
     link: Option<Link>,
     generation: u64,
+    /// What came over the link while a stream was being stopped.
+    backlog: VecDeque<LinkEvent>,
     hello: Hello,
     ram: Arc<dyn GuestRam>,
     guest: Option<Arc<dyn Guest>>,
@@ -407,6 +413,9 @@ impl Session {
             return Err(IncomingError::Cancelled);
         }
         self.show(&listening.progress);
+        if let Some(event) = self.backlog.pop_front() {
+            return Ok(Some(event));
+        }
         let Ok(event) = listening.events.recv_timeout(TICK) else { return Ok(None) };
         match event {
             Event::Link { generation, event } if generation == self.generation => return Ok(Some(event)),
@@ -418,7 +427,7 @@ impl Session {
             Event::Query { link, generation } => {
                 // A source that lost its link and asks: this is its link from now on.
                 link.send(Message::Status(self.machine.status()));
-                if self.link.is_none() {
+                if self.machine.status() != SessionStatus::Moving {
                     (self.link, self.generation) = (Some(link), generation);
                 }
             }
@@ -496,8 +505,7 @@ impl Session {
                 match listening.events.recv_timeout(TICK) {
                     Ok(Event::StreamEnded { stream: ended, result }) => self.stream_ended(ended, result),
                     Ok(Event::Link { generation, event }) if generation == self.generation => {
-                        // Put back in order behind what is queued: nothing that follows depends on it.
-                        let _ = self.event_sender.try_send(Event::Link { generation, event });
+                        self.backlog.push_back(event);
                     }
                     Ok(Event::Stream { connection, stream }) => self.attach(connection, stream)?,
                     _ => {}
@@ -543,6 +551,8 @@ impl Session {
         let timeout = listening.options.handover_timeout;
         let mut lost = None::<Instant>;
         loop {
+            // A query brings a new link.
+            lost = if self.link.is_some() { None } else { lost.or_else(|| Some(Instant::now())) };
             if lost.is_some_and(|at| at.elapsed() > timeout) {
                 return Err(IncomingError::NoGo { seconds: timeout.as_secs() });
             }
@@ -555,10 +565,7 @@ impl Session {
                     DestinationEvent::Reply(reply) => self.send(reply),
                     _ => {}
                 },
-                Some(LinkEvent::Dead(_)) => {
-                    self.link = None;
-                    lost = Some(Instant::now());
-                }
+                Some(LinkEvent::Dead(_)) => self.link = None,
                 None => {}
             }
         }
@@ -585,7 +592,7 @@ impl Session {
     }
 
     /// Ends a session that failed: the guest is not this side's and never will be, unless it already was.
-    fn fail(&mut self, error: &IncomingError) {
+    fn fail(&mut self, error: &IncomingError, listening: &Destination) {
         self.machine.abandon();
         self.sink.stop();
         for stream in self.streams.values_mut() {
@@ -597,6 +604,20 @@ impl Session {
         let peer_knows = matches!(error, IncomingError::Session(SessionError::Peer { .. }));
         if !peer_knows {
             self.send(Message::Error { code: error.code(), text: explain(error) });
+        }
+        // Lets it get out, and the source close its side, for a moment.
+        let open = self.link.take().is_some() && !matches!(error, IncomingError::Link(_));
+        let deadline = Instant::now() + FAREWELL;
+        while open {
+            match listening.events.recv_deadline(deadline) {
+                Ok(Event::Link { generation, event: LinkEvent::Dead(_) })
+                    if generation == self.generation =>
+                {
+                    break;
+                }
+                Ok(_) => {}
+                Err(_) => break,
+            }
         }
     }
 

@@ -134,6 +134,14 @@ pub enum Cause {
         /// What was pinned.
         codec: CodecMode,
     },
+    /// The destination answers pings and nothing else.
+    #[error("the destination lives but has not sent {message} for {seconds} s")]
+    Overdue {
+        /// What was waited for.
+        message: &'static str,
+        /// How long.
+        seconds: u64,
+    },
     /// Somebody asked.
     #[error("cancelled")]
     Cancelled,
@@ -161,7 +169,14 @@ pub fn migrate(
     let mut attempt = Attempt { backend, uri, options, progress, began, paused_at: None, running: None };
     let result = attempt.run();
     let downtime = attempt.paused_at.map_or(Duration::ZERO, |at| at.elapsed());
-    let failure = result.err().map(|cause| attempt.unwind(cause));
+    let failure = match result {
+        Ok(()) => {
+            // Nobody needs it any more, whether it stops or not.
+            let _ = backend.log.stop();
+            None
+        }
+        Err(cause) => Some(attempt.unwind(cause)),
+    };
     // The workers are gone: the numbers are final.
     attempt.running = None;
     let total = began.elapsed();
@@ -391,13 +406,14 @@ impl Attempt<'_> {
 
     /// FINISH, READY, GO, RUNNING.
     fn hand_over(&mut self, state: u64) -> Result<(), Cause> {
-        let options = self.options;
-        let progress = self.progress;
+        let (options, progress, live) = (self.options, self.progress, self.backend.guest.is_some());
         let (watch, source) = self.parts();
         let streams = watch.streams_ended()?;
         let totals = Totals { streams, pages: source.carried_pages(), state };
-        watch.finish(totals)?;
-        progress.is_cancelled().then_some(()).map_or(Ok(()), |()| Err(Cause::Cancelled))?;
+        watch.finish(totals, live)?;
+        if progress.is_cancelled() {
+            return Err(Cause::Cancelled);
+        }
         // The point of no return: whatever happens from here on, only the destination's word ends this.
         watch.go();
         match watch.running() {
@@ -435,30 +451,28 @@ impl Attempt<'_> {
         }
     }
 
-    /// Undoes what a failed attempt did, and says who has the guest.
+    /// Undoes what a failed attempt did, and says who has the guest. A paused guest comes first.
     fn unwind(&mut self, cause: Cause) -> Failure {
-        let live = self.backend.guest.is_some();
         let mut owns = true;
-        if let Some(running) = &mut self.running {
+        if let Some(running) = &self.running {
             owns = running.watch.owns_guest() || matches!(cause, Cause::Abandoned);
             running.watch.say_error(&cause);
             running.source.stop();
-            for lane in running.lanes.drain(..) {
-                lane.join();
-            }
+            running.lanes.iter().for_each(Lane::abort);
         }
-        let stopped = self.backend.log.stop();
-        let fate = match (&self.backend.guest, self.paused_at) {
+        let fate = match &self.backend.guest {
             _ if !owns => Fate::Unknown,
-            _ if self.backend.paused => Fate::StaysPaused,
-            (Some(guest), Some(_)) => match guest.resume() {
-                Ok(()) => Fate::RunsOn,
-                Err(_) => Fate::Stuck,
-            },
-            _ if live => Fate::RunsOn,
-            _ => Fate::Unmoved,
+            None => Fate::Unmoved,
+            Some(_) if self.backend.paused => Fate::StaysPaused,
+            Some(guest) if self.paused_at.is_some() && guest.resume().is_err() => Fate::Stuck,
+            Some(_) => Fate::RunsOn,
         };
-        drop(stopped);
+        if let Some(running) = &mut self.running {
+            running.lanes.drain(..).for_each(Lane::join);
+            running.watch.close();
+        }
+        // A log that does not stop costs speed and nothing else, and the cause is what matters.
+        let _ = self.backend.log.stop();
         Failure { fate, cause }
     }
 }

@@ -5,6 +5,7 @@
 use std::io;
 use std::time::Duration;
 
+use crossbeam_channel::Sender;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -14,6 +15,13 @@ use crate::socket::{Connection, Listener};
 use crate::wire::WireError;
 use crate::wire::control::{CHECKSUM_LEN, HEADER_LEN, Message};
 use crate::wire::{Preamble, Role, SessionId};
+
+/// How often the peer is pinged: often enough for the shortest time-out that a peer may have, [`TIMEOUT_MIN`].
+const PING_EVERY: Duration = Duration::from_millis(250);
+/// Shortest time-out that a side may have.
+pub const TIMEOUT_MIN: Duration = Duration::from_secs(1);
+/// Messages that may wait to be handled; a peer that sends more is cut off.
+const UNHANDLED_MAX: usize = 4096;
 
 /// Why a control connection is over.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +35,9 @@ pub enum LinkError {
     /// The peer is silent.
     #[error("nothing was heard from the peer for {0} s")]
     Timeout(u64),
+    /// The peer sends messages faster than they can be handled.
+    #[error("the peer floods the control connection")]
+    Flood,
     /// The peer says no.
     #[error("the peer refused: {0}")]
     Refused(String),
@@ -56,17 +67,24 @@ impl Link {
         let _ = self.outbox.send(message);
     }
 
-    /// Runs a link over a connection whose preamble is done. `deliver` is called on the runtime, must not block, and ends the link by
-    /// returning false. The link is dead when nothing is heard for `timeout`; the peer is pinged four times in that time.
-    pub fn spawn(
+    /// Runs a link over a connection whose preamble is done. What comes in goes to `events`, wrapped; the last of it is
+    /// [`LinkEvent::Dead`]. The link is dead when nothing is heard for `timeout`.
+    pub fn spawn<E: Send + 'static>(
         runtime: &Handle,
         connection: Connection,
         timeout: Duration,
-        deliver: impl FnMut(LinkEvent) -> bool + Send + 'static,
+        events: Sender<E>,
+        wrap: impl Fn(LinkEvent) -> E + Send + 'static,
     ) -> io::Result<Self> {
         let _guard = runtime.enter();
         let socket = into_async(connection)?;
         let (outbox, queue) = mpsc::unbounded_channel();
+        // Unbounded for the sender's sake, who must not block the runtime; what waits is bounded all the same.
+        let deliver = move |event| {
+            let flood = events.len() > UNHANDLED_MAX;
+            let event = if flood { LinkEvent::Dead(LinkError::Flood) } else { event };
+            events.send(wrap(event)).is_ok() && !flood
+        };
         runtime.spawn(run(socket, timeout, queue, deliver));
         Ok(Self { outbox })
     }
@@ -164,7 +182,7 @@ async fn run(
     let (own, mut replies) = mpsc::unbounded_channel();
     // Writing is its own task: a peer that does not read must not keep us from noticing that it is silent.
     let writing = tokio::spawn(async move {
-        let mut ticks = tokio::time::interval(timeout / 4);
+        let mut ticks = tokio::time::interval(PING_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut nonce = 0;
         loop {

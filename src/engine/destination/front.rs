@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Handle, Runtime};
 use transport::destination::ReceiveError;
 use transport::link::{AsyncConnection, AsyncListener, Link, LinkEvent};
 use transport::socket::{Connection, Listener};
@@ -14,6 +14,9 @@ use transport::wire::{Preamble, Role, SessionId, WireError};
 
 /// Connections whose preamble is awaited at a time; more are closed at once.
 const STRANGERS_MAX: usize = 1024;
+
+/// Refusals are not told of while this many events wait.
+const REFUSALS_MAX: usize = 1024;
 
 /// What the session's thread hears.
 pub(super) enum Event {
@@ -108,7 +111,9 @@ impl Door {
                 let message = Message::Error { code, text: reason.clone() }.encode();
                 let _ = io::Write::write_all(&mut &*connection, &message);
             }
-            let _ = self.events.try_send(Event::Refused { peer, reason });
+            if self.events.len() < REFUSALS_MAX {
+                let _ = self.events.send(Event::Refused { peer, reason });
+            }
         }
     }
 
@@ -153,13 +158,13 @@ impl Door {
                 if blocking.and(timeouts).is_err() {
                     return refuse(connection, ErrorCode::Local, "its socket takes no options");
                 }
-                let _ = self.events.try_send(Event::Stream { connection, stream: preamble.stream });
+                let _ = self.events.send(Event::Stream { connection, stream: preamble.stream });
             }
             Role::Control => {
                 let generation = lock(&self.session).generation;
                 if let Some(link) = self.link(connection, generation) {
                     let peer = peer.to_owned();
-                    let _ = self.events.try_send(Event::Control { link, peer, version, generation });
+                    let _ = self.events.send(Event::Control { link, peer, version, generation });
                 }
             }
             Role::Query => {
@@ -169,7 +174,7 @@ impl Door {
                     session.generation
                 };
                 if let Some(link) = self.link(connection, generation) {
-                    let _ = self.events.try_send(Event::Query { link, generation });
+                    let _ = self.events.send(Event::Query { link, generation });
                 }
             }
         }
@@ -200,9 +205,8 @@ impl Door {
     }
 
     fn link(&self, connection: Connection, generation: u64) -> Option<Link> {
-        let events = self.events.clone();
-        let deliver = move |event| events.try_send(Event::Link { generation, event }).is_ok();
-        Link::spawn(&tokio::runtime::Handle::current(), connection, self.timeout, deliver).ok()
+        let wrap = move |event| Event::Link { generation, event };
+        Link::spawn(&Handle::current(), connection, self.timeout, self.events.clone(), wrap).ok()
     }
 }
 

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use tokio::runtime::Runtime;
-use transport::link::{Link, LinkEvent};
+use transport::link::{Link, LinkError, LinkEvent};
 use transport::session::{Learnt, SourceEvent, SourceSession};
 use transport::socket::Connection;
 use transport::source::{LaneEnd, LaneError, PageSource, Unreceipted};
@@ -26,8 +26,8 @@ const TICK: Duration = Duration::from_millis(20);
 const REPORT_EVERY: Duration = Duration::from_millis(50);
 /// How long a destination that dropped all streams has to say why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// Messages that may wait to be handled; a destination that sends more without need is cut off.
-const INBOX_MAX: usize = 1024;
+/// How long the last message may take to get out.
+const FAREWELL: Duration = Duration::from_millis(500);
 
 /// A stream that died here, until the destination has stopped its worker, too.
 struct Dead {
@@ -39,7 +39,9 @@ struct Dead {
 pub(super) struct Watch {
     session: SourceSession,
     id: SessionId,
-    link: Link,
+    /// `None` only after [`Watch::close`].
+    link: Option<Link>,
+    timeout: Duration,
     inbox: Receiver<LinkEvent>,
     lanes_live: u32,
     lane_ends: (Sender<LaneEnd>, Receiver<LaneEnd>),
@@ -73,14 +75,13 @@ impl Watch {
         };
         std::io::Write::write_all(&mut &connection, &preamble.encode())?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let (deliver, inbox) = crossbeam_channel::bounded(INBOX_MAX);
-        let link = Link::spawn(runtime.handle(), connection, options.timeout, move |event| {
-            deliver.try_send(event).is_ok()
-        })?;
+        let (deliver, inbox) = unbounded();
+        let link = Link::spawn(runtime.handle(), connection, options.timeout, deliver, |event| event)?;
         Ok(Self {
             session: SourceSession::new(),
             id,
-            link,
+            link: Some(link),
+            timeout: options.timeout,
             inbox,
             lanes_live: 0,
             lane_ends: unbounded(),
@@ -105,7 +106,9 @@ impl Watch {
     }
 
     pub(super) fn send(&self, message: Message) {
-        self.link.send(message);
+        if let Some(link) = &self.link {
+            link.send(message);
+        }
     }
 
     /// Takes note of the data plane whose numbers the report shows.
@@ -122,7 +125,11 @@ impl Watch {
     /// Waits for WELCOME and PREPARED.
     pub(super) fn welcome(&mut self) -> Result<Welcome, Cause> {
         let mut welcome = None;
+        let deadline = Instant::now() + self.timeout;
         loop {
+            if welcome.is_none() && Instant::now() > deadline {
+                return Err(self.overdue("WELCOME"));
+            }
             match self.next_event()? {
                 SourceEvent::Welcome(w) => welcome = Some(w),
                 SourceEvent::Prepared => return Ok(welcome.expect("the session machine orders the two")),
@@ -141,6 +148,9 @@ impl Watch {
         }
         while let Ok(end) = self.lane_ends.1.try_recv() {
             self.on_lane_end(end)?;
+        }
+        if self.dead.values().any(|dead| dead.since.elapsed() > self.timeout) {
+            return Err(self.overdue("STREAM_STOPPED"));
         }
         // The destination may be about to say why it dropped the streams.
         let silent = |dead: &Dead| dead.since.elapsed() > LAST_WORDS;
@@ -170,12 +180,22 @@ impl Watch {
         Ok(std::mem::take(&mut self.ended))
     }
 
-    /// FINISH; waits for READY.
-    pub(super) fn finish(&mut self, totals: Totals) -> Result<(), Cause> {
+    /// FINISH; waits for READY. With a paused guest not for ever: `bounded`.
+    pub(super) fn finish(&mut self, totals: Totals, bounded: bool) -> Result<(), Cause> {
         let finish = self.session.finish(totals);
         self.send(finish);
-        while self.next_event()? != SourceEvent::Ready {}
+        let deadline = Instant::now() + self.timeout;
+        while self.next_event()? != SourceEvent::Ready {
+            if bounded && Instant::now() > deadline {
+                return Err(self.overdue("READY"));
+            }
+        }
         Ok(())
+    }
+
+    /// The destination lives and does not answer.
+    fn overdue(&self, message: &'static str) -> Cause {
+        Cause::Overdue { message, seconds: self.timeout.as_secs() }
     }
 
     /// GO: see [`SourceSession::go`].
@@ -186,14 +206,16 @@ impl Watch {
 
     /// Waits for RUNNING. Not to be cancelled any more.
     pub(super) fn running(&mut self) -> Result<(), Cause> {
+        let deadline = Instant::now() + self.timeout;
         loop {
-            match self.inbox.recv() {
+            match self.inbox.recv_deadline(deadline) {
                 Ok(event) => {
                     if self.on_link(event)? == SourceEvent::Running {
                         return Ok(());
                     }
                 }
-                Err(_) => return Err(transport::link::LinkError::Closed.into()),
+                Err(RecvTimeoutError::Timeout) => return Err(self.overdue("RUNNING")),
+                Err(RecvTimeoutError::Disconnected) => return Err(LinkError::Closed.into()),
             }
         }
     }
@@ -207,6 +229,13 @@ impl Watch {
         if self.session.owns_guest() {
             self.send(Message::Error { code: cause.code(), text: explain(cause) });
         }
+    }
+
+    /// Lets what was said last get out, and waits until the destination has closed its side, for a moment.
+    pub(super) fn close(&mut self) {
+        self.link = None;
+        let deadline = Instant::now() + FAREWELL;
+        while self.inbox.recv_deadline(deadline).is_ok() {}
     }
 
     /// Renews the report that others see.
@@ -233,19 +262,15 @@ impl Watch {
         });
     }
 
-    /// The next event of the session, while pages do not move.
+    /// The next event of the session, or nothing for a tick, while pages do not move.
     fn next_event(&mut self) -> Result<SourceEvent, Cause> {
-        loop {
-            if self.progress.is_cancelled() {
-                return Err(Cause::Cancelled);
-            }
-            match self.inbox.recv_timeout(TICK) {
-                Ok(event) => return self.on_link(event),
-                Err(crossbeam_channel::RecvTimeoutError::Timeout) => {}
-                Err(crossbeam_channel::RecvTimeoutError::Disconnected) => {
-                    return Err(transport::link::LinkError::Closed.into());
-                }
-            }
+        if self.progress.is_cancelled() {
+            return Err(Cause::Cancelled);
+        }
+        match self.inbox.recv_timeout(TICK) {
+            Ok(event) => self.on_link(event),
+            Err(RecvTimeoutError::Timeout) => Ok(SourceEvent::Nothing),
+            Err(RecvTimeoutError::Disconnected) => Err(LinkError::Closed.into()),
         }
     }
 

@@ -124,8 +124,8 @@ struct Shared {
 }
 
 /// A running stream. Dropping it does not stop it; its end is reported on the channel given to [`Lane::spawn`].
-#[derive(Debug)]
 pub struct Lane {
+    shared: Arc<Shared>,
     /// The receipt thread, which ends last.
     thread: JoinHandle<()>,
 }
@@ -158,6 +158,7 @@ impl Lane {
                 sending.fail(error);
             }
         })?;
+        let lane = shared.clone();
         let thread = std::thread::Builder::new().name(format!("receipts-{stream}")).spawn(move || {
             let mut receipts = Receipts { shared: &shared, fold: 0, buffer: vec![0; 64 << 10], len: 0 };
             let result = receipts.run();
@@ -169,7 +170,12 @@ impl Lane {
             let _ = ends.send(shared.end(fold, panicked));
             shared.source.notify();
         })?;
-        Ok(Self { thread })
+        Ok(Self { shared: lane, thread })
+    }
+
+    /// Breaks the connection, so that both threads end at once, wherever they wait.
+    pub fn abort(&self) {
+        self.shared.fail(LaneError::Stopped { stream: self.shared.stream });
     }
 
     /// Waits until both threads have ended.

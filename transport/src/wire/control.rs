@@ -329,7 +329,7 @@ impl Message {
                 Self::Welcome(Welcome {
                     version,
                     streams,
-                    timeout_ms: r.u32("timeout_ms")?,
+                    timeout_ms: timeout_ms(r)?,
                     capabilities: r.u64("capabilities")?,
                 })
             }
@@ -384,7 +384,7 @@ impl Hello {
             1 => true,
             value => return Err(WireError::BadValue { field: "live", value: value.into() }),
         };
-        let timeout_ms = r.u32("timeout_ms")?;
+        let timeout_ms = timeout_ms(r)?;
         for (field, expected) in
             [("page_size", pagecopy::layout::PAGE_SIZE), ("chunk_pages", pagecopy::layout::CHUNK_PAGES)]
         {
@@ -437,6 +437,14 @@ impl Totals {
             });
         }
         Ok(Self { streams, pages: r.u64("pages")?, state: r.u64("state digest")? })
+    }
+}
+
+/// A peer's time-out; one below a second would call this side dead between two of its pings.
+fn timeout_ms(r: &mut Reader<'_>) -> Result<u32, WireError> {
+    match r.u32("timeout_ms")? {
+        short @ 0..1000 => Err(WireError::BadValue { field: "timeout_ms", value: short.into() }),
+        timeout => Ok(timeout),
     }
 }
 
