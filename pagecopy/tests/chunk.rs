@@ -77,7 +77,7 @@ fn deliver(chunk: &EncodedChunk<'_>, source: &[u8], destination: &mut [u8], deco
     let of = |bit: u32| bit as usize * PAGE_SIZE..(bit as usize + 1) * PAGE_SIZE;
     let decoded = decoder
         .decode(chunk.delta, chunk.zstd, chunk.encoded, |bit, page| {
-            page.copy_from_slice(&destination[of(bit)])
+            page.copy_from_slice(&destination[of(bit)]);
         })
         .expect("an encoder's output decodes");
     for (bit, page) in decoded.iter() {

@@ -69,7 +69,9 @@ fn pass(
     assert_eq!(masks.iter().map(|mask| mask.count_ones()).sum::<u32>(), pages.count_ones());
     let of = |bit: u32| bit as usize * PAGE_SIZE..(bit as usize + 1) * PAGE_SIZE;
     let decoded = decoder
-        .decode(chunk.delta, chunk.zstd, chunk.encoded, |bit, page| page.copy_from_slice(&destination[of(bit)]))
+        .decode(chunk.delta, chunk.zstd, chunk.encoded, |bit, page| {
+            page.copy_from_slice(&destination[of(bit)]);
+        })
         .expect("an encoder's output decodes");
     let pages: Vec<_> = decoded.iter().map(|(bit, page)| (bit, *page)).collect();
     for (bit, page) in pages {
