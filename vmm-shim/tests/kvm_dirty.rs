@@ -169,13 +169,17 @@ fn loses_nothing(cpus: u8, tracker: Tracker, one_by_one: bool) {
     copy_ram(&ram_a, &ram_b);
     let dirty = PageBitmap::new(chunks);
     let mut moved = 0;
-    let rare = matches!(tracker, Tracker::RingOf { .. });
-    let rounds = if rare { 8 } else { 40 };
+    // A small ring fills up where a vCPU has more pages than it has entries.
+    let fills = matches!(tracker, Tracker::RingOf { entries } if params.pages(cpus) > entries.into());
+    let rounds = if fills { 8 } else { 40 };
     for round in 0..=rounds {
+        let full = a.ring_full_exits();
         if round == rounds {
             a.pause().unwrap();
+        } else if fills {
+            wait_for(&a, "a full ring", || a.ring_full_exits() > full);
         } else {
-            std::thread::sleep(Duration::from_millis(if rare { 40 } else { 2 }));
+            std::thread::sleep(Duration::from_millis(2));
         }
         log.sync(&dirty).unwrap();
         moved += dirty.count();
@@ -195,7 +199,6 @@ fn loses_nothing(cpus: u8, tracker: Tracker, one_by_one: bool) {
     assert!(wrong.is_empty(), "{tracker:?}, {cpus} vCPUs: lost writes to {wrong:x?}");
     let full = a.ring_full_exits();
     println!("{tracker:?}, {cpus} vCPUs: {moved} pages in {rounds} rounds, {full} full rings");
-    assert_eq!(full > 0, rare && params.pages(cpus) > 1024, "a small ring fills up between two syncs");
     assert!(moved > 1000, "the guest wrote all the time: {moved} pages moved");
 
     let state = a.save_state().unwrap();

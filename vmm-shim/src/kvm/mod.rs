@@ -61,21 +61,22 @@ pub enum OpenError {
 
 /// Opens `/dev/kvm`.
 pub fn open() -> Result<Kvm, OpenError> {
-    let kvm = Kvm::new().map_err(|e| {
-        let source = io::Error::from(e);
-        match source.kind() {
-            io::ErrorKind::NotFound => OpenError::Missing { source },
-            io::ErrorKind::PermissionDenied => OpenError::Permission { source },
-            // ENODEV, ENXIO: the node is there (made by hand, or in a container) and no driver behind it.
-            _ if matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)) => {
-                OpenError::Missing { source }
-            }
-            _ => OpenError::Open { source },
-        }
-    })?;
+    let kvm = Kvm::new().map_err(|e| open_error(e.into()))?;
     match kvm.get_api_version() {
         12 => Ok(kvm),
         version => Err(OpenError::Version { version }),
+    }
+}
+
+fn open_error(source: io::Error) -> OpenError {
+    match source.kind() {
+        io::ErrorKind::NotFound => OpenError::Missing { source },
+        io::ErrorKind::PermissionDenied => OpenError::Permission { source },
+        // ENODEV, ENXIO: the node is there (made by hand, or in a container) and no driver behind it.
+        _ if matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)) => {
+            OpenError::Missing { source }
+        }
+        _ => OpenError::Open { source },
     }
 }
 
@@ -98,5 +99,24 @@ impl Slots {
             })?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_say_what_to_do() {
+        for (errno, hint) in [
+            (libc::ENOENT, "load kvm_intel or kvm_amd"),
+            (libc::ENODEV, "load kvm_intel or kvm_amd"),
+            (libc::EACCES, "add the user to group kvm"),
+            (libc::EPERM, "add the user to group kvm"),
+            (libc::EMFILE, "cannot be opened"),
+        ] {
+            let text = open_error(io::Error::from_raw_os_error(errno)).to_string();
+            assert!(text.contains(hint) && text.contains("--no-kvm"), "{errno}: {text}");
+        }
     }
 }

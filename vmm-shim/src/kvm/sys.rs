@@ -147,6 +147,15 @@ pub(crate) fn reset_dirty_rings(vm: &VmFd) -> io::Result<u32> {
     check(unsafe { libc::ioctl(vm.as_raw_fd(), RESET_DIRTY_RINGS as _, 0) })
 }
 
+/// What KVM says of a `KVM_EXIT_INTERNAL_ERROR`: `KVM_INTERNAL_ERROR_*`, and its data.
+pub(crate) fn internal_error(run: &kvm_run) -> (u32, Vec<u64>) {
+    // SAFETY: all members of the union are plain numbers, for which any bytes are a value; with that exit reason this
+    // is the one that the kernel has filled in.
+    let internal = unsafe { &run.__bindgen_anon_1.internal };
+    let count = (internal.ndata as usize).min(internal.data.len());
+    (internal.suberror, internal.data[..count].to_vec())
+}
+
 /// A shared mapping of a part of a vCPU's file.
 struct SharedMap {
     at: NonNull<u8>,

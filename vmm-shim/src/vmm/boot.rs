@@ -1,8 +1,9 @@
 //! The loader: puts a guest into RAM before it starts, and vCPUs into the mode it begins in.
 //!
 //! 64-bit images begin in long mode at CPL 3, on page tables that map all memory one to one in 2 MiB pages; no
-//! supervisor code exists, so no descriptor tables do: any exception is a triple fault. A task state segment with an I/O
-//! permission bitmap of zeros lets them use all ports (`IOPL` 3 would do, but a para-virtual KVM may lose it). Segment and task registers
+//! supervisor code exists, so no descriptor tables do: any exception is a triple fault. They may use all
+//! ports for two reasons, either of which is enough for a processor: `IOPL` is 3, which a para-virtual KVM was seen to lose, and a task
+//! state segment has an I/O permission bitmap of zeros, which an emulator of SVM was seen not to look at. Segment and task registers
 //! satisfy the checks that VMX and SVM make on entry (Intel SDM 3C, 27.3.1). Page-table entries carry their
 //! accessed and dirty bits from the start, so that the processor has no reason to write the tables later.
 
@@ -190,7 +191,7 @@ pub(crate) fn set_registers(vcpu: &VcpuFd, image: &GuestImage, index: u8) -> Res
         rsp: map::STACKS + PAGE_SIZE as u64 * (u64::from(index) + 1),
         rdi: index.into(),
         rsi: map::PARAMS,
-        rflags: 2,
+        rflags: 0x3002,
         ..kvm_regs::default()
     })?;
     vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })

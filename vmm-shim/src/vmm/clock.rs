@@ -60,6 +60,18 @@ impl Clock {
                 Err(_) => write_tsc(&fd, target.wrapping_add_signed(delta)),
             };
             result.map_err(|e| vcpu_error(vcpu.index, "setting its TSC", e))?;
+            // A para-virtual KVM may take the offset and ignore it. On one host that is well: its TSC has gone on.
+            let (got, least) = (
+                read_tsc(&fd).map_err(|e| vcpu_error(vcpu.index, "reading its TSC", e))?,
+                self.tsc.wrapping_add_signed(delta),
+            );
+            if (got.wrapping_sub(least) as i64) < 0 {
+                let why = format!(
+                    "its TSC would go back from {least} to {got}: this host's KVM does not let it be set; move the \
+                     guest to a host whose KVM does"
+                );
+                return Err(vcpu_error(vcpu.index, &why, io::ErrorKind::Unsupported));
+            }
         }
         let vm_fd = &vm.machine.slots.vm;
         let clock = self.kvmclock.saturating_add(self.gap(wall_clock()));

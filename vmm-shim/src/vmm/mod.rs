@@ -13,6 +13,7 @@ pub mod state;
 mod state_vcpu;
 mod vcpu;
 
+use std::fmt;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
@@ -364,6 +365,12 @@ impl Vm {
             format!("cannot {what}"),
             io::Error::other(format!("the guest has crashed: {why}")),
         ))
+    }
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vm").field("cpus", &self.cpus()).field("state", &self.state()).finish_non_exhaustive()
     }
 }
 

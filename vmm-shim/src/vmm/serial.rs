@@ -102,3 +102,43 @@ impl Serial {
         self.fcr = r.u8();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keeps_its_registers_over_a_move() {
+        let mut a = Serial::new(Box::new(Vec::new()));
+        for (register, value) in
+            [(3, 0x83), (0, 0x34), (1, 0x12), (3, 0x1b), (1, 0x05), (2, 0x01), (4, 0x0b), (7, 0xa5)]
+        {
+            a.write(register, value);
+        }
+        let state = a.save();
+        assert_eq!(state, [0x05, 0x1b, 0x0b, 0xa5, 0x34, 0x12, 0x01, 0]);
+        assert_eq!(state.len(), Serial::STATE_LEN);
+        let mut b = Serial::new(Box::new(Vec::new()));
+        b.load(&state);
+        assert_eq!(b.save(), state);
+        assert_eq!((b.read(5), b.read(2), b.read(7), b.read(1)), (0x60, 0xc1, 0xa5, 0x05));
+        b.write(3, 0x80);
+        assert_eq!((b.read(0), b.read(1)), (0x34, 0x12));
+    }
+
+    #[test]
+    fn a_failing_sink_does_not_stop_the_guest() {
+        struct Broken;
+        impl Write for Broken {
+            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+                Err(std::io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let mut serial = Serial::new(Box::new(Broken));
+        (0..10_000).for_each(|_| serial.write(0, b'\n'));
+        assert!(serial.out.is_empty() && serial.failed);
+    }
+}

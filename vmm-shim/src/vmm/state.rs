@@ -24,7 +24,8 @@
 //! guest's clocks lose nothing by the move, as far as the hosts' wall clocks agree. Where the destination's wall clock is behind, or
 //! ahead by more than ten minutes (hosts without time synchronisation, or a state that lay in a file), nothing is
 //! added: time goes on from the pause. The TSCs of all vCPUs keep their exact distances, by setting offsets (`KVM_VCPU_TSC_OFFSET`);
-//! kernels before 5.16 synchronise equal TSC writes themselves. A TSC of another frequency needs hardware
+//! kernels before 5.16 synchronise equal TSC writes themselves. A KVM that ignores both (a para-virtual one was seen to) is found out by reading
+//! the TSC back: where it would go back, the state is refused. A TSC of another frequency needs hardware
 //! that scales, else the state is refused.
 
 use std::io;

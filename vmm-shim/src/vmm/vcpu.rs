@@ -10,6 +10,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::serial::{self, Serial};
 use crate::kvm::kick::Kicker;
+use crate::kvm::sys::internal_error;
 use crate::kvm::{KvmRingLog, Slots};
 
 /// A port to which a guest writes a 32-bit number to tell the VMM that it is done with something.
@@ -199,12 +200,18 @@ impl Machine {
                     }
                 }
                 Ok(exit) => {
-                    let what = describe(&exit);
+                    let (what, internal) = (describe(&exit), matches!(exit, VcpuExit::InternalError));
                     let regs = fd.get_regs().map_or_else(
                         |_| String::new(),
                         |r| format!(" at rip {:#x}, rflags {:#x}", r.rip, r.rflags),
                     );
-                    return Ended::Crashed(format!("vCPU {}: {what}{regs}", vcpu.index));
+                    let detail = if internal {
+                        let (suberror, data) = internal_error(fd.get_kvm_run());
+                        format!(", suberror {suberror}, data {data:x?}")
+                    } else {
+                        String::new()
+                    };
+                    return Ended::Crashed(format!("vCPU {}: {what}{regs}{detail}", vcpu.index));
                 }
             }
         }
