@@ -143,14 +143,15 @@ fn mem_test_and_boot_sector_go_on() {
     }
 }
 
-/// The guest's number lives in a device register: it reads it, adds one, writes it back, and prints it. Any lost or
-/// repeated access shows.
+/// The guest's number lives in a device register: it reads it, adds one, writes it back, and prints it. Any
+/// lost or repeated access shows.
 #[test]
 fn port_accesses_are_neither_lost_nor_repeated() {
     if !kvm() {
         return;
     }
-    // mov edx, 0x3ff; again: in al, dx; inc al; out dx, al; mov edx, 0x3f8; out dx, al; mov edx, 0x3ff; jmp again
+    // mov edx, 0x3ff; again: in al, dx; inc al; out dx, al; mov edx, 0x3f8; out dx, al; mov edx, 0x3ff; jmp
+    // again
     let code = [
         0xba, 0xff, 3, 0, 0, 0xec, 0xfe, 0xc0, 0xee, 0xba, 0xf8, 3, 0, 0, 0xee, 0xba, 0xff, 3, 0, 0, 0xeb,
         0xef,
@@ -173,8 +174,8 @@ fn port_accesses_are_neither_lost_nor_repeated() {
     assert_eq!(wrong, None, "of {} bytes", printed.len());
 }
 
-/// vCPUs compare the TSC with the latest that any of them saw, and say so where it is behind. Where the host's TSC is not
-/// stable, KVM keeps no two vCPUs together, and each compares with what it saw itself.
+/// vCPUs compare the TSC with the latest that any of them saw, and say so where it is behind. Where the
+/// host's TSC is not stable, KVM keeps no two vCPUs together, and each compares with what it saw itself.
 #[test]
 fn time_never_goes_back() {
     if !kvm() {
