@@ -36,7 +36,7 @@ fn moves(cpus: u8, params: CounterParams) {
     let (a, console_a) = vm(cpus, GuestImage::Counter(params), Tracker::Bitmap, &ram_a);
     assert_eq!(a.state(), VmState::Paused);
     a.resume().unwrap();
-    wait_for(&a, "20 passes", || console_a.lines() >= 20 * usize::from(cpus));
+    wait_for(&a, "20 passes", || console_a.passes(cpus) >= 20);
     a.pause().unwrap();
     let printed = console_a.len();
     let state = a.save_state().unwrap();
@@ -45,7 +45,7 @@ fn moves(cpus: u8, params: CounterParams) {
     copy_ram(&ram_a, &ram_b);
     b.load_state(&state).unwrap();
     b.resume().unwrap();
-    wait_for(&b, "20 more passes", || console_b.lines() >= 20 * usize::from(cpus));
+    wait_for(&b, "20 more passes", || console_b.passes(cpus) >= 20);
     b.pause().unwrap();
 
     assert_eq!(console_a.len(), printed, "a paused guest prints nothing");
