@@ -33,7 +33,8 @@ fn started(tracker: Tracker, ram: &Arc<AnonRam>) -> (Vm, Arc<dyn DirtyLog>) {
     (vm, log)
 }
 
-/// What a sync reports, as addresses, of what the writer guest may write: KVM may take a first read of its code or list for a write.
+/// What a sync reports, as addresses, of what the writer guest may write: KVM may take a first read of its
+/// code or list for a write.
 fn report(log: &dyn DirtyLog, layout: &Layout) -> BTreeSet<u64> {
     let dirty = PageBitmap::new(layout.chunks());
     assert_eq!(log.sync(&dirty).unwrap(), dirty.count(), "{}", log.name());
@@ -78,7 +79,8 @@ fn exact(tracker: Tracker) {
     clear(&*log, layout, &all);
     assert_eq!(report(&*log, layout), none, "nothing was written since");
 
-    // Clear a part: what was not cleared stays reported, and what is written after the clear is reported again.
+    // Clear a part: what was not cleared stays reported, and what is written after the clear is reported
+    // again.
     let (some, rest) = (BTreeSet::from([list[0], list[3], list[6]]), list[1]);
     writer.write(&list).unwrap();
     assert_eq!(report(&*log, layout), all);
@@ -155,8 +157,8 @@ fn clear_refuses_chunks_that_are_not_there() {
     assert!(error.contains("63..65"), "{error}");
 }
 
-/// Copies memory round by round while the guest writes flat out, then stops it: nothing may differ, and the guest
-/// goes on with the copy.
+/// Copies memory round by round while the guest writes flat out, then stops it: nothing may differ, and the
+/// guest goes on with the copy.
 fn loses_nothing(cpus: u8, tracker: Tracker, one_by_one: bool) {
     let params = CounterParams { working_set: 12 * MIB, pages_per_s: 0, page_words: 32 };
     let (ram_a, ram_b) = (AnonRam::flat(24 * MIB), AnonRam::flat(24 * MIB));

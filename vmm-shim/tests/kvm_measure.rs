@@ -1,4 +1,5 @@
-//! Figures of the VMM and the dirty trackers: `cargo test --release --test kvm_measure -- --ignored --nocapture`.
+//! Figures of the VMM and the dirty trackers: `cargo test --release --test kvm_measure -- --ignored
+//! --nocapture`.
 
 mod common;
 

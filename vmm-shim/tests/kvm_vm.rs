@@ -36,7 +36,7 @@ fn moves(cpus: u8, params: CounterParams) {
     let (a, console_a) = vm(cpus, GuestImage::Counter(params), Tracker::Bitmap, &ram_a);
     assert_eq!(a.state(), VmState::Paused);
     a.resume().unwrap();
-    wait_for(&a, "20 passes", || console_a.lines() >= 20 * usize::from(cpus));
+    wait_for(&a, "20 passes", || console_a.passes(cpus) >= 20);
     a.pause().unwrap();
     let printed = console_a.len();
     let state = a.save_state().unwrap();
@@ -45,7 +45,7 @@ fn moves(cpus: u8, params: CounterParams) {
     copy_ram(&ram_a, &ram_b);
     b.load_state(&state).unwrap();
     b.resume().unwrap();
-    wait_for(&b, "20 more passes", || console_b.lines() >= 20 * usize::from(cpus));
+    wait_for(&b, "20 more passes", || console_b.passes(cpus) >= 20);
     b.pause().unwrap();
 
     assert_eq!(console_a.len(), printed, "a paused guest prints nothing");
@@ -143,14 +143,15 @@ fn mem_test_and_boot_sector_go_on() {
     }
 }
 
-/// The guest's number lives in a device register: it reads it, adds one, writes it back, and prints it. Any lost or
-/// repeated access shows.
+/// The guest's number lives in a device register: it reads it, adds one, writes it back, and prints it. Any
+/// lost or repeated access shows.
 #[test]
 fn port_accesses_are_neither_lost_nor_repeated() {
     if !kvm() {
         return;
     }
-    // mov edx, 0x3ff; again: in al, dx; inc al; out dx, al; mov edx, 0x3f8; out dx, al; mov edx, 0x3ff; jmp again
+    // mov edx, 0x3ff; again: in al, dx; inc al; out dx, al; mov edx, 0x3f8; out dx, al; mov edx, 0x3ff; jmp
+    // again
     let code = [
         0xba, 0xff, 3, 0, 0, 0xec, 0xfe, 0xc0, 0xee, 0xba, 0xf8, 3, 0, 0, 0xee, 0xba, 0xff, 3, 0, 0, 0xeb,
         0xef,
@@ -173,8 +174,8 @@ fn port_accesses_are_neither_lost_nor_repeated() {
     assert_eq!(wrong, None, "of {} bytes", printed.len());
 }
 
-/// vCPUs compare the TSC with the latest that any of them saw, and say so where it is behind. Where the host's TSC is not
-/// stable, KVM keeps no two vCPUs together, and each compares with what it saw itself.
+/// vCPUs compare the TSC with the latest that any of them saw, and say so where it is behind. Where the
+/// host's TSC is not stable, KVM keeps no two vCPUs together, and each compares with what it saw itself.
 #[test]
 fn time_never_goes_back() {
     if !kvm() {

@@ -1,5 +1,5 @@
-# A boot sector for the mini VMM: real mode, loaded at 0000:7c00. Adds one to the first byte of each KiB from 64 KiB to 576 KiB, for
-# ever, and prints a dot on the console for each pass.
+# A boot sector for the mini VMM: real mode, loaded at 0000:7c00. Adds one to the first byte of each KiB from
+# 64 KiB to 576 KiB, for ever, and prints a dot on the console for each pass.
     .pushsection .rodata.pageferry_boot, "a", @progbits
     .code16
     .globl pageferry_boot_start

@@ -1,14 +1,16 @@
 //! The counter guest: proof that a migrated guest neither went back, nor skipped, nor lost a write.
 //!
-//! The working set is cut into one slice of equal size for each vCPU. At *step* `k` = 0, 1, 2 ... a vCPU writes page `k mod pages` of its slice;
-//! `pages` steps are a *pass*. A page then holds, in 64-bit little-endian words: [`MAGIC`], `k`, `chain(k)`,
-//! [`CounterParams::page_words`] times the pattern `chain(k) xor (k + 1)`, what was there before, and in the last word `k` again.
+//! The working set is cut into one slice of equal size for each vCPU. At *step* `k` = 0, 1, 2 ... a vCPU
+//! writes page `k mod pages` of its slice; `pages` steps are a *pass*. A page then holds, in 64-bit
+//! little-endian words: [`MAGIC`], `k`, `chain(k)`, [`CounterParams::page_words`] times the pattern `chain(k)
+//! xor (k + 1)`, what was there before, and in the last word `k` again.
 //!
-//! `chain(0) = SEED xor (vcpu + 1) * ODD` and `chain(k + 1) = rotate_left((chain(k) xor k) * ODD, 29)`, all modulo 2^64:
-//! see [`first_chain`] and [`mix`]. From the second pass on, before a page is written, everything above is verified
-//! for step `k - pages`; a difference is printed as `E c<vcpu> p<page> want <x> got <x>`. At a pass' end `c<vcpu> p<pass> s<chain>` is printed,
-//! with the pass from 0 and the chain value *after* its last step. Numbers are hexadecimal without leading
-//! zeros. A lock in guest memory keeps lines whole.
+//! `chain(0) = SEED xor (vcpu + 1) * ODD` and `chain(k + 1) = rotate_left((chain(k) xor k) * ODD, 29)`, all
+//! modulo 2^64: see [`first_chain`] and [`mix`]. From the second pass on, before a page is written,
+//! everything above is verified for step `k - pages`; a difference is printed as `E c<vcpu> p<page> want <x>
+//! got <x>`. At a pass' end `c<vcpu> p<pass> s<chain>` is printed, with the pass from 0 and the chain value
+//! *after* its last step. Numbers are hexadecimal without leading zeros. A lock in guest memory keeps lines
+//! whole.
 //!
 //! The pace is kept by the TSC against an absolute schedule; of the time that the guest stood still, at most
 //! [`CATCH_UP_MS`] are caught up.
@@ -32,7 +34,8 @@ pub struct CounterParams {
     pub working_set: u64,
     /// Pages that each vCPU writes in a second; 0 for as fast as it can.
     pub pages_per_s: u64,
-    /// 64-bit words of pattern in each page, besides the header and the last word; at most [`PAGE_WORDS_MAX`].
+    /// 64-bit words of pattern in each page, besides the header and the last word; at most
+    /// [`PAGE_WORDS_MAX`].
     pub page_words: u32,
 }
 
@@ -53,8 +56,9 @@ pub fn mix(chain: u64, k: u64) -> u64 {
     (chain ^ k).wrapping_mul(ODD).rotate_left(29)
 }
 
-/// What vCPU `cpu` prints at the end of pass `pass` (from 0) over a slice of `pages` pages. Takes `(pass + 1) * pages` steps:
-/// [`Checker`] does it piece by piece.
+/// What vCPU `cpu` prints at the end of pass `pass` (from 0) over a slice of `pages` pages.
+///
+/// It takes `pages` steps for each pass; [`Checker`] goes on from where it was.
 pub fn expected_chain(cpu: u8, pass: u64, pages: u64) -> u64 {
     (0..(pass + 1) * pages).fold(first_chain(cpu), mix)
 }
@@ -124,10 +128,12 @@ pub enum CheckError {
 /// Longest line the guest prints, with room to spare.
 const LINE_MAX: usize = 128;
 
-/// Verifies the console output of a counter guest: of the source, then of the destination, in pieces as they come.
+/// Verifies the console output of a counter guest: of the source, then of the destination, in pieces as they
+/// come.
 ///
-/// Each vCPU's passes must go up by exactly one with the right chain, across the handover. A line that the source
-/// began and the destination finished is one line: the state that moved includes how far it was printed.
+/// Each vCPU's passes must go up by exactly one with the right chain, across the handover. A line that the
+/// source began and the destination finished is one line: the state that moved includes how far it was
+/// printed.
 #[derive(Clone, Debug)]
 pub struct Checker {
     pages: u64,

@@ -1,6 +1,6 @@
-# The mem-test guest: adds one to the first byte of each KiB of an array, for ever; a dot on the console for each pass.
-# On entry: rdi = vCPU number, rsi = parameter block: 0 address of the array, 8 its length in bytes, 16 end of low memory,
-# 24 gap after it. vCPUs other than 0 idle in user mode.
+# The mem-test guest: adds one to the first byte of each KiB of an array, for ever; a dot on the console for
+# each pass. On entry: rdi = vCPU number, rsi = parameter block: 0 address of the array, 8 its length in
+# bytes, 16 end of low memory, 24 gap after it. vCPUs other than 0 idle in user mode.
     .pushsection .rodata.pageferry_memtest, "a", @progbits
     .code64
     .globl pageferry_memtest_start

@@ -1,8 +1,8 @@
 //! Guests: small programs that run in the mini VMM, and how they tell whether a migration kept them whole.
 //!
-//! They are assembled with the crate from the `.s` files here into read-only data, and loaded by copying. All but the boot sector are
-//! 64-bit user-mode code (CPL 3) that runs on page tables which the loader made: that is native speed on every
-//! KVM, also one that interprets supervisor code. They may use all I/O ports.
+//! They are assembled with the crate from the `.s` files here into read-only data, and loaded by copying. All
+//! but the boot sector are 64-bit user-mode code (CPL 3) that runs on page tables which the loader made: that
+//! is native speed on every KVM, also one that interprets supervisor code. They may use all I/O ports.
 //!
 //! | guest | what it does |
 //! |---|---|
@@ -17,7 +17,8 @@ pub mod writer;
 
 pub use sys::{boot_sector, counter_code, mem_test_code, writer_code};
 
-/// Addresses that the loader and the guests share; all in the first 4 MiB, above the page tables' end is free RAM.
+/// Addresses that the loader and the guests share; all in the first 4 MiB, above the page tables' end is free
+/// RAM.
 pub mod map {
     /// The parameter block.
     pub const PARAMS: u64 = 0x1000;

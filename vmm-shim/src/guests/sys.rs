@@ -16,8 +16,8 @@ macro_rules! code {
                 static $end: u8;
             }
             let (start, end) = (&raw const $start, &raw const $end);
-            // SAFETY: both labels stand in the same piece of assembly, start before end, in a read-only section, so all
-            // bytes between are initialised, immutable and live for the whole program.
+            // SAFETY: both labels stand in the same piece of assembly, start before end, in a read-only
+            // section, so all bytes between are initialised, immutable and live for the whole program.
             unsafe { core::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
         }
     };
@@ -36,7 +36,7 @@ code! {
     writer_code, pageferry_writer_start, pageferry_writer_end
 }
 code! {
-    /// A boot sector (512 bytes with its signature) that walks the memory from 64 KiB to 576 KiB, adding one to the first byte of each
-    /// KiB, and prints a dot for every pass.
+    /// A boot sector (512 bytes with its signature) that walks the memory from 64 KiB to 576 KiB, adding one
+    /// to the first byte of each KiB, and prints a dot for every pass.
     boot_sector, pageferry_boot_start, pageferry_boot_end
 }

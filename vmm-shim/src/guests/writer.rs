@@ -1,7 +1,8 @@
 //! The writer guest: writes exactly the pages it is told to, for tests of dirty trackers.
 //!
-//! It runs only inside [`Writer::write`], which resumes the VM and pauses it again, so afterwards the writes are in memory and in the log.
-//! Besides the pages it writes nothing. The host puts the list of pages into guest memory, which no KVM log sees.
+//! It runs only inside [`Writer::write`], which resumes the VM and pauses it again, so afterwards the writes
+//! are in memory and in the log. Besides the pages it writes nothing. The host puts the list of pages into
+//! guest memory, which no KVM log sees.
 
 use std::io;
 use std::time::Duration;
@@ -30,13 +31,15 @@ pub struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    /// `vm` was made with [`GuestImage::Writer`](crate::vmm::GuestImage::Writer), is started and paused, and has not run yet.
+    /// `vm` was made with [`GuestImage::Writer`](crate::vmm::GuestImage::Writer), is started and paused, and
+    /// has not run yet.
     pub fn new(vm: &'a Vm) -> Self {
         Self { vm, sequence: 1 }
     }
 
-    /// Writes the first word of the pages at these guest-physical addresses (multiples of 8 in RAM, from [`FIRST_FREE`] on), in this
-    /// order, with a number that goes up by one with every call; returns the number.
+    /// Writes the first word of the pages at these guest-physical addresses (multiples of 8 in RAM, from
+    /// [`FIRST_FREE`] on), in this order, with a number that goes up by one with every call; returns the
+    /// number.
     pub fn write(&mut self, addresses: &[u64]) -> Result<u64, BackendError> {
         let layout = self.vm.ram().layout();
         if addresses.len() > LIST_MAX {

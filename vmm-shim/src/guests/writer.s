@@ -1,6 +1,6 @@
-# The writer guest: writes the pages of a list, tells so, and waits for the next list.
-# On entry: rdi = vCPU number, rsi = parameter block: 0 sequence number, 8 number of addresses, 16 address of the list.
-# It reads the block and the list, and writes nothing but the pages. vCPUs other than 0 idle.
+# The writer guest: writes the pages of a list, tells so, and waits for the next list. On entry: rdi = vCPU
+# number, rsi = parameter block: 0 sequence number, 8 number of addresses, 16 address of the list. It reads
+# the block and the list, and writes nothing but the pages. vCPUs other than 0 idle.
     .pushsection .rodata.pageferry_writer, "a", @progbits
     .code64
     .globl pageferry_writer_start

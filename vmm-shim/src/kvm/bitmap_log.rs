@@ -9,19 +9,21 @@ use pagecopy::layout::CHUNK_PAGES;
 
 use super::{Slots, sys};
 
-/// Most pages re-armed by one ioctl in [`start`](DirtyLog::start): 256 MiB of guest memory. The kernel holds the lock
-/// that every page fault of the guest takes, for a time in proportion.
+/// Most pages re-armed by one ioctl in [`start`](DirtyLog::start): 256 MiB of guest memory. The kernel holds
+/// the lock that every page fault of the guest takes, for a time in proportion.
 const ARM_PAGES: u64 = 1 << 16;
 
 /// `KVM_GET_DIRTY_LOG`, with `KVM_CLEAR_DIRTY_LOG` where the kernel has `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`.
 ///
-/// With manual protection, reading the log does not re-arm: a page stays in the kernel's bitmap from its first write until
-/// [`clear`](DirtyLog::clear). So pages are re-armed late, just before they are read, which saves faults and repeats,
-/// and the log hides what it has already reported: it reports the kernel's pages *without* those reported and not yet cleared.
+/// With manual protection, reading the log does not re-arm: a page stays in the kernel's bitmap from its
+/// first write until [`clear`](DirtyLog::clear). So pages are re-armed late, just before they are read, which
+/// saves faults and repeats, and the log hides what it has already reported: it reports the kernel's pages
+/// *without* those reported and not yet cleared.
 ///
-/// With `KVM_DIRTY_LOG_INITIALLY_SET` turning the log on does not walk the page tables with the VM's lock held; all
-/// pages are then marked, and none armed. [`start`](DirtyLog::start) arms them in pieces, between which vCPUs go on: whoever sends all
-/// of memory first need not clear what was never reported, and gets every write that follows.
+/// With `KVM_DIRTY_LOG_INITIALLY_SET` turning the log on does not walk the page tables with the VM's lock
+/// held; all pages are then marked, and none armed. [`start`](DirtyLog::start) arms them in pieces, between
+/// which vCPUs go on: whoever sends all of memory first need not clear what was never reported, and gets
+/// every write that follows.
 ///
 /// Without manual protection, [`sync`](DirtyLog::sync) reads and re-arms at once, and `clear` does nothing.
 ///
@@ -55,7 +57,8 @@ impl KvmBitmapLog {
         Self { slots, manual, state: Mutex::new(State { on: false, reported }) }
     }
 
-    /// Held over the ioctls, too: a report between the kernel's clear and our own would name pages that nobody wrote.
+    /// Held over the ioctls, too: a report between the kernel's clear and our own would name pages that
+    /// nobody wrote.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -69,7 +69,8 @@ impl Kicker {
         }
     }
 
-    /// Starts what [`flushed`](Self::flushed) waits for: tells the number of exits so far, and interrupts the vCPU if it runs.
+    /// Starts what [`flushed`](Self::flushed) waits for: tells the number of exits so far, and interrupts the
+    /// vCPU if it runs.
     pub(crate) fn start_flush(&self) -> u64 {
         let exits = self.exits.load(Ordering::SeqCst);
         if self.in_run.load(Ordering::SeqCst) {
@@ -78,8 +79,8 @@ impl Kicker {
         exits
     }
 
-    /// Waits until the vCPU was outside `KVM_RUN` once since [`start_flush`](Self::start_flush), so that the hardware's
-    /// page-modification log is in the dirty ring. Gives up at `until`.
+    /// Waits until the vCPU was outside `KVM_RUN` once since [`start_flush`](Self::start_flush), so that the
+    /// hardware's page-modification log is in the dirty ring. Gives up at `until`.
     pub(crate) fn flushed(&self, since: u64, until: Instant) {
         let mut pause = Duration::from_micros(20);
         while self.in_run.load(Ordering::SeqCst) && self.exits.load(Ordering::SeqCst) == since {

@@ -1,9 +1,9 @@
 //! KVM: opening it with errors that help, and its two dirty trackers.
 //!
-//! [`KvmBitmapLog`] reads the per-slot bitmap (`KVM_GET_DIRTY_LOG`, with manual protection where the kernel has it),
-//! [`KvmRingLog`] the per-vCPU dirty rings. Both track what *vCPUs* write. What the VMM itself writes into guest RAM is
-//! not in them. And KVM may report a page that the guest has only read: when it first maps the page, it maps it writable where it may, and
-//! takes that for a write.
+//! [`KvmBitmapLog`] reads the per-slot bitmap (`KVM_GET_DIRTY_LOG`, with manual protection where the kernel
+//! has it), [`KvmRingLog`] the per-vCPU dirty rings. Both track what *vCPUs* write. What the VMM itself
+//! writes into guest RAM is not in them. And KVM may report a page that the guest has only read: when it
+//! first maps the page, it maps it writable where it may, and takes that for a write.
 //!
 //! The loader of [`crate::vmm`] writes to guest RAM, but only before the guest and any log start.
 

@@ -19,12 +19,14 @@ const FLUSH_MAX: Duration = Duration::from_millis(50);
 
 /// `KVM_CAP_DIRTY_LOG_RING` or `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`.
 ///
-/// Each vCPU appends the pages it dirties to a ring of its own. [`sync`](DirtyLog::sync), and the vCPU's own thread when its ring
-/// is full, *harvest*: they take the entries into an internal bitmap and then re-arm them (`KVM_RESET_DIRTY_RINGS`). Only what
-/// is re-armed is ever reported, so a page is read after it was re-armed, and `clear` has nothing to do.
+/// Each vCPU appends the pages it dirties to a ring of its own. [`sync`](DirtyLog::sync), and the vCPU's own
+/// thread when its ring is full, *harvest*: they take the entries into an internal bitmap and then re-arm
+/// them (`KVM_RESET_DIRTY_RINGS`). Only what is re-armed is ever reported, so a page is read after it was
+/// re-armed, and `clear` has nothing to do.
 ///
-/// A processor may hold dirty pages back in a buffer of its own (Intel PML) until the vCPU leaves the guest; `sync` therefore makes each
-/// running vCPU leave it once before harvesting. A paused guest has none held back.
+/// A processor may hold dirty pages back in a buffer of its own (Intel PML) until the vCPU leaves the guest;
+/// `sync` therefore makes each running vCPU leave it once before harvesting. A paused guest has none held
+/// back.
 ///
 /// Only what vCPUs write is logged.
 pub struct KvmRingLog {

@@ -1,4 +1,5 @@
-//! The KVM calls that `kvm-ioctls` lacks, and the pages shared with the kernel. All `unsafe` of the KVM code is here.
+//! The KVM calls that `kvm-ioctls` lacks, and the pages shared with the kernel. All `unsafe` of the KVM code
+//! is here.
 //!
 //! Ioctl numbers and structures: Linux `include/uapi/linux/kvm.h` and `Documentation/virt/kvm/api.rst`.
 
@@ -60,24 +61,24 @@ fn check(result: libc::c_int) -> io::Result<u32> {
 /// Reads (or, where `request` says so, writes and reads) a plain structure as bytes.
 pub(crate) fn get_struct(fd: &impl AsRawFd, request: u64, bytes: &mut [u8]) -> io::Result<()> {
     assert_eq!(size_of_request(request), bytes.len(), "the ioctl's number tells its size");
-    // SAFETY: the kernel accesses at most the bytes that the request's number tells, which is the buffer's length; it
-    // copies bytewise, so alignment does not matter, and any bytes make a valid [u8].
+    // SAFETY: the kernel accesses at most the bytes that the request's number tells, which is the buffer's
+    // length; it copies bytewise, so alignment does not matter, and any bytes make a valid [u8].
     check(unsafe { libc::ioctl(fd.as_raw_fd(), request as _, bytes.as_mut_ptr()) }).map(drop)
 }
 
 /// Gives the kernel a plain structure as bytes.
 pub(crate) fn set_struct(fd: &impl AsRawFd, request: u64, bytes: &[u8]) -> io::Result<()> {
     assert_eq!(size_of_request(request), bytes.len(), "the ioctl's number tells its size");
-    // SAFETY: every setter this crate uses only reads the bytes that its number tells (KVM_SET_PIT2, KVM_SET_IRQCHIP
-    // and others are misnamed `_IOR` and read, too), which is the buffer's length.
+    // SAFETY: every setter this crate uses only reads the bytes that its number tells (KVM_SET_PIT2,
+    // KVM_SET_IRQCHIP and others are misnamed `_IOR` and read, too), which is the buffer's length.
     check(unsafe { libc::ioctl(fd.as_raw_fd(), request as _, bytes.as_ptr()) }).map(drop)
 }
 
 /// `KVM_GET_XSAVE2`: `bytes` must be as long as `KVM_CAP_XSAVE2` told, at least 4096.
 pub(crate) fn get_xsave2(vcpu: &VcpuFd, vm: &VmFd, bytes: &mut [u8]) -> io::Result<()> {
     assert!(bytes.len() >= xsave_len(vm), "KVM_GET_XSAVE2 writes as much as the capability tells");
-    // SAFETY: the kernel writes the size that KVM_CAP_XSAVE2 tells for this VM, and the buffer is that long. This
-    // process does not enable further dynamic states (arch_prctl) that would make it grow.
+    // SAFETY: the kernel writes the size that KVM_CAP_XSAVE2 tells for this VM, and the buffer is that long.
+    // This process does not enable further dynamic states (arch_prctl) that would make it grow.
     check(unsafe { libc::ioctl(vcpu.as_raw_fd(), GET_XSAVE2 as _, bytes.as_mut_ptr()) }).map(drop)
 }
 
@@ -98,7 +99,8 @@ pub(crate) fn xsave_len(vm: &VmFd) -> usize {
 pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> io::Result<u64> {
     let mut offset = 0u64;
     let attr = kvm_device_attr { flags: 0, group: 0, attr: 0, addr: &raw mut offset as u64 };
-    // SAFETY: group 0 (KVM_VCPU_TSC_CTRL), attribute 0 (KVM_VCPU_TSC_OFFSET) writes one u64 to `addr`, which is ours.
+    // SAFETY: group 0 (KVM_VCPU_TSC_CTRL), attribute 0 (KVM_VCPU_TSC_OFFSET) writes one u64 to `addr`, which
+    // is ours.
     check(unsafe { libc::ioctl(vcpu.as_raw_fd(), GET_DEVICE_ATTR as _, &raw const attr) })?;
     Ok(offset)
 }
@@ -110,7 +112,8 @@ pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> io::Result<()> {
     check(unsafe { libc::ioctl(vcpu.as_raw_fd(), SET_DEVICE_ATTR as _, &raw const attr) }).map(drop)
 }
 
-/// Makes a region a memory slot of the same number, with dirty logging or without; also changes only the flag.
+/// Makes a region a memory slot of the same number, with dirty logging or without; also changes only the
+/// flag.
 ///
 /// The caller keeps `ram` alive until the VM is gone.
 pub(crate) fn set_slot(vm: &VmFd, ram: &dyn GuestRam, region: usize, log: bool) -> io::Result<()> {
@@ -122,12 +125,13 @@ pub(crate) fn set_slot(vm: &VmFd, ram: &dyn GuestRam, region: usize, log: bool) 
         memory_size: mapping.len() as u64,
         userspace_addr: mapping.ptr_guard_mut().as_ptr() as u64,
     };
-    // SAFETY: the range is a whole mapping that the caller keeps; it is guest RAM, which this program touches by
-    // volatile accesses only, so the guest may write it at any time.
+    // SAFETY: the range is a whole mapping that the caller keeps; it is guest RAM, which this program touches
+    // by volatile accesses only, so the guest may write it at any time.
     unsafe { vm.set_user_memory_region(slot) }.map_err(io::Error::from)
 }
 
-/// `KVM_CLEAR_DIRTY_LOG`: clears and re-arms the pages that `bitmap` names, from `first_page` (a multiple of 64).
+/// `KVM_CLEAR_DIRTY_LOG`: clears and re-arms the pages that `bitmap` names, from `first_page` (a multiple of
+/// 64).
 pub(crate) fn clear_dirty_log(
     vm: &VmFd,
     slot: u32,
@@ -149,8 +153,8 @@ pub(crate) fn reset_dirty_rings(vm: &VmFd) -> io::Result<u32> {
 
 /// What KVM says of a `KVM_EXIT_INTERNAL_ERROR`: `KVM_INTERNAL_ERROR_*`, and its data.
 pub(crate) fn internal_error(run: &kvm_run) -> (u32, Vec<u64>) {
-    // SAFETY: all members of the union are plain numbers, for which any bytes are a value; with that exit reason this
-    // is the one that the kernel has filled in.
+    // SAFETY: all members of the union are plain numbers, for which any bytes are a value; with that exit
+    // reason this is the one that the kernel has filled in.
     let internal = unsafe { &run.__bindgen_anon_1.internal };
     let count = (internal.ndata as usize).min(internal.data.len());
     (internal.suberror, internal.data[..count].to_vec())
@@ -203,7 +207,8 @@ impl ImmediateExit {
         SharedMap::new(vcpu.as_raw_fd(), 0, PAGE_SIZE).map(Self)
     }
     fn flag(&self) -> &AtomicU8 {
-        // SAFETY: the field lies in the first page, which is mapped as long as `self` lives; the kernel only reads it.
+        // SAFETY: the field lies in the first page, which is mapped as long as `self` lives; the kernel only
+        // reads it.
         unsafe { AtomicU8::from_ptr(self.0.at.as_ptr().add(offset_of!(kvm_run, immediate_exit))) }
     }
     /// Whether the vCPU was asked to stop.
@@ -241,9 +246,9 @@ impl DirtyRing {
     pub(crate) fn harvest(&mut self, mut page: impl FnMut(u32, u64)) -> u32 {
         for taken in 0..self.entries {
             let at = (self.next & (self.entries - 1)) as usize * size_of::<kvm_dirty_gfn>();
-            // SAFETY: `at` is inside the mapping by the mask. The kernel publishes an entry by its flags (release),
-            // and does not touch it between GFN_DIRTY and the reset that follows GFN_RESET: after the acquire load
-            // that saw GFN_DIRTY, the other two fields are stable and only we read them.
+            // SAFETY: `at` is inside the mapping by the mask. The kernel publishes an entry by its flags
+            // (release), and does not touch it between GFN_DIRTY and the reset that follows GFN_RESET: after
+            // the acquire load that saw GFN_DIRTY, the other two fields are stable and only we read them.
             let (slot, offset) = unsafe {
                 let entry = self.map.at.as_ptr().add(at);
                 let flags = AtomicU32::from_ptr(entry.add(offset_of!(kvm_dirty_gfn, flags)).cast());
@@ -275,8 +280,8 @@ fn kick_signal() -> libc::c_int {
 
 extern "C" fn on_kick(_: libc::c_int) {}
 
-/// Installs the handler of the kick signal, once: it does nothing, and without `SA_RESTART`, so that a system call it
-/// interrupts returns `EINTR`.
+/// Installs the handler of the kick signal, once: it does nothing, and without `SA_RESTART`, so that a system
+/// call it interrupts returns `EINTR`.
 pub(crate) fn install_kick_handler() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

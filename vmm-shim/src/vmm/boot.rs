@@ -1,11 +1,12 @@
 //! The loader: puts a guest into RAM before it starts, and vCPUs into the mode it begins in.
 //!
-//! 64-bit images begin in long mode at CPL 3, on page tables that map all memory one to one in 2 MiB pages; no
-//! supervisor code exists, so no descriptor tables do: any exception is a triple fault. They may use all
-//! ports for two reasons, either of which is enough for a processor: `IOPL` is 3, which a para-virtual KVM was seen to lose, and a task
-//! state segment has an I/O permission bitmap of zeros, which an emulator of SVM was seen not to look at. Segment and task registers
-//! satisfy the checks that VMX and SVM make on entry (Intel SDM 3C, 27.3.1). Page-table entries carry their
-//! accessed and dirty bits from the start, so that the processor has no reason to write the tables later.
+//! 64-bit images begin in long mode at CPL 3, on page tables that map all memory one to one in 2 MiB pages;
+//! no supervisor code exists, so no descriptor tables do: any exception is a triple fault. They may use all
+//! ports for two reasons, either of which is enough for a processor: `IOPL` is 3, which a para-virtual KVM
+//! was seen to lose, and a task state segment has an I/O permission bitmap of zeros, which an emulator of SVM
+//! was seen not to look at. Segment and task registers satisfy the checks that VMX and SVM make on entry
+//! (Intel SDM 3C, 27.3.1). Page-table entries carry their accessed and dirty bits from the start, so that the
+//! processor has no reason to write the tables later.
 
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -18,7 +19,8 @@ use crate::guests::counter::CounterParams;
 use crate::guests::{counter, map};
 
 const GIB: u64 = 1 << 30;
-/// End of low memory and start of high memory: between them are the interrupt controllers and KVM's own pages.
+/// End of low memory and start of high memory: between them are the interrupt controllers and KVM's own
+/// pages.
 pub(crate) const LOW_END: u64 = 3 * GIB;
 /// See [`LOW_END`].
 pub(crate) const HIGH_START: u64 = 4 * GIB;

@@ -60,7 +60,8 @@ impl Clock {
                 Err(_) => write_tsc(&fd, target.wrapping_add_signed(delta)),
             };
             result.map_err(|e| vcpu_error(vcpu.index, "setting its TSC", e))?;
-            // A para-virtual KVM may take the offset and ignore it. On one host that is well: its TSC has gone on.
+            // A para-virtual KVM may take the offset and ignore it. On one host that is well: its TSC has
+            // gone on.
             let (got, least) = (
                 read_tsc(&fd).map_err(|e| vcpu_error(vcpu.index, "reading its TSC", e))?,
                 self.tsc.wrapping_add_signed(delta),
@@ -96,8 +97,8 @@ pub(super) fn save(vm: &Vm, blobs: &mut Vec<StateBlob>) -> Result<(), BackendErr
         .vm
         .get_clock()
         .map_err(|e| BackendError::new("KVM_GET_CLOCK", io::Error::from(e)))?;
-    // Where KVM does not tell the wall clock of the same moment, ours is a little late: then the destination adds that
-    // little less. The TSC, read last, is never early.
+    // Where KVM does not tell the wall clock of the same moment, ours is a little late: then the destination
+    // adds that little less. The TSC, read last, is never early.
     let realtime = if data.flags & KVM_CLOCK_REALTIME != 0 { data.realtime } else { wall_clock() };
     let late = read_tsc(&first).map_err(|e| vcpu_error(0, "reading its TSC", e))?;
     drop(first);

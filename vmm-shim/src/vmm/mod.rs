@@ -1,10 +1,12 @@
-//! A small VMM on KVM: enough of a machine for the guests of [`crate::guests`] and for real-mode images to run, and to move.
+//! A small VMM on KVM: enough of a machine for the guests of [`crate::guests`] and for real-mode images to
+//! run, and to move.
 //!
-//! The machine: 1 to 8 vCPUs, each a thread; RAM from a [`GuestRam`], one memory slot for each region; the in-kernel interrupt
-//! controllers and timer (PIC, IOAPIC, LAPIC, PIT); a 16550 at port 0x3f8 that only sends. Other ports read as ones and ignore writes.
-//! There is no firmware, no disk, no PCI.
+//! The machine: 1 to 8 vCPUs, each a thread; RAM from a [`GuestRam`], one memory slot for each region; the
+//! in-kernel interrupt controllers and timer (PIC, IOAPIC, LAPIC, PIT); a 16550 at port 0x3f8 that only
+//! sends. Other ports read as ones and ignore writes. There is no firmware, no disk, no PCI.
 //!
-//! [`Vm`] implements [`Guest`], so it migrates: [`state`] tells what its state is made of and how time goes on.
+//! [`Vm`] implements [`Guest`], so it migrates: [`state`] tells what its state is made of and how time goes
+//! on.
 
 mod boot;
 mod clock;
@@ -44,7 +46,8 @@ const RING_ENTRIES: u32 = 1 << 16;
 const RING_ENTRIES_MIN: u32 = 1 << 10;
 /// A throttled vCPU runs and sleeps in turns that together take about this long.
 const THROTTLE_PERIOD: Duration = Duration::from_millis(16);
-/// Where KVM may put pages of its own for processors that need them: below 4 GiB, above the interrupt controllers.
+/// Where KVM may put pages of its own for processors that need them: below 4 GiB, above the interrupt
+/// controllers.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
 /// What a guest begins with.
@@ -178,7 +181,8 @@ pub fn layout(bytes: u64) -> Result<Layout, LayoutError> {
 
 /// A virtual machine.
 ///
-/// Made stopped; [`start`](Self::start) makes the vCPU threads, [`resume`](Guest::resume) lets them run. Dropping it ends them.
+/// Made stopped; [`start`](Self::start) makes the vCPU threads, [`resume`](Guest::resume) lets them run.
+/// Dropping it ends them.
 pub struct Vm {
     threads: Mutex<Vec<JoinHandle<()>>>,
     ticker: Mutex<Option<Ticker>>,
@@ -216,8 +220,8 @@ impl Ticker {
 }
 
 impl Vm {
-    /// Makes a VM with `ram` as its memory, loads the image into it, and sends console output to `serial`, on whose
-    /// writes the guest waits.
+    /// Makes a VM with `ram` as its memory, loads the image into it, and sends console output to `serial`, on
+    /// whose writes the guest waits.
     pub fn new(
         config: VmConfig,
         ram: Arc<dyn GuestRam>,
@@ -507,7 +511,8 @@ fn tick(machine: &Machine, stop: &(Mutex<bool>, Condvar)) {
     }
 }
 
-/// Enables what a tracker needs before there are vCPUs; returns what the bitmap has, and the entries of each ring.
+/// Enables what a tracker needs before there are vCPUs; returns what the bitmap has, and the entries of each
+/// ring.
 fn enable_tracker(vm: &VmFd, tracker: Tracker) -> Result<(Manual, u32), VmError> {
     let enable = |cap: u32, arg: u64| {
         let mut enable = kvm_enable_cap { cap, ..kvm_enable_cap::default() };

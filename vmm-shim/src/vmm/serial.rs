@@ -77,7 +77,8 @@ impl Serial {
         }
     }
 
-    /// Writes what has gathered. A sink that fails is not used again: the guest does not stop for its console.
+    /// Writes what has gathered. A sink that fails is not used again: the guest does not stop for its
+    /// console.
     pub(crate) fn flush(&mut self) {
         if !self.out.is_empty() && !self.failed {
             self.failed = self.sink.write_all(&self.out).and_then(|()| self.sink.flush()).is_err();

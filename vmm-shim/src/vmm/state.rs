@@ -14,19 +14,21 @@
 //! | `vcpu/N/msrs` | 1 | u32 index, u32 zero, u64 value, for each MSR of `KVM_GET_MSR_INDEX_LIST` but the TSC |
 //! | `vcpu/N/tsc` | 1 | i64 what this vCPU's TSC is ahead of vCPU 0's |
 //!
-//! Numbers are little-endian; KVM's structures are as the x86-64 kernel ABI has them. All blobs must be there, and no
-//! others; names, versions and lengths are checked before anything is applied. What a kernel refuses later makes the VM unusable.
+//! Numbers are little-endian; KVM's structures are as the x86-64 kernel ABI has them. All blobs must be
+//! there, and no others; names, versions and lengths are checked before anything is applied. What a kernel
+//! refuses later makes the VM unusable.
 //!
 //! # Time
 //!
-//! Guest time never goes back. The state holds the guest's TSC and kvmclock together with the wall clock of the same moment, after the
-//! pause. The destination sets both to those values plus what its own wall clock says has passed since; so the
-//! guest's clocks lose nothing by the move, as far as the hosts' wall clocks agree. Where the destination's wall clock is behind, or
-//! ahead by more than ten minutes (hosts without time synchronisation, or a state that lay in a file), nothing is
-//! added: time goes on from the pause. The TSCs of all vCPUs keep their exact distances, by setting offsets (`KVM_VCPU_TSC_OFFSET`);
-//! kernels before 5.16 synchronise equal TSC writes themselves. A KVM that ignores both (a para-virtual one was seen to) is found out by reading
-//! the TSC back: where it would go back, the state is refused. A TSC of another frequency needs hardware
-//! that scales, else the state is refused.
+//! Guest time never goes back. The state holds the guest's TSC and kvmclock together with the wall clock of
+//! the same moment, after the pause. The destination sets both to those values plus what its own wall clock
+//! says has passed since; so the guest's clocks lose nothing by the move, as far as the hosts' wall clocks
+//! agree. Where the destination's wall clock is behind, or ahead by more than ten minutes (hosts without time
+//! synchronisation, or a state that lay in a file), nothing is added: time goes on from the pause. The TSCs
+//! of all vCPUs keep their exact distances, by setting offsets (`KVM_VCPU_TSC_OFFSET`); kernels before 5.16
+//! synchronise equal TSC writes themselves. A KVM that ignores both (a para-virtual one was seen to) is found
+//! out by reading the TSC back: where it would go back, the state is refused. A TSC of another frequency
+//! needs hardware that scales, else the state is refused.
 
 use std::io;
 

@@ -42,12 +42,14 @@ const PLAIN: [Plain; 4] = [
 ];
 const CAP_SREGS2: u64 = 200;
 
-/// MSRs that are written only when the TSC is right: the deadline timer, and where kvmclock is (both generations).
+/// MSRs that are written only when the TSC is right: the deadline timer, and where kvmclock is (both
+/// generations).
 const MSRS_LAST: [u32; 5] = [0x6e0, 0x11, 0x12, 0x4b56_4d00, 0x4b56_4d01];
 const MSR_LEN: usize = size_of::<kvm_msr_entry>();
 const CPUID_LEN: usize = size_of::<kvm_cpuid_entry2>();
 
-/// CPUID registers that hold feature bits, as (function, index, registers): what the source's guest was told it has, this host must have.
+/// CPUID registers that hold feature bits, as (function, index, registers): what the source's guest was told
+/// it has, this host must have.
 const FEATURES: [(u32, u32, &[Register]); 9] = [
     (1, 0, &[Register::Ecx, Register::Edx]),
     (7, 0, &[Register::Ebx, Register::Ecx, Register::Edx]),

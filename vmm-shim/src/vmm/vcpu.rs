@@ -159,8 +159,8 @@ impl Machine {
         }
     }
 
-    /// Runs the guest until the vCPU is asked to stop, and then what is needed for KVM to hold nothing back: the
-    /// effects of an I/O exit reach registers and memory only on the next `KVM_RUN` (KVM API, section 5).
+    /// Runs the guest until the vCPU is asked to stop, and then what is needed for KVM to hold nothing back:
+    /// the effects of an I/O exit reach registers and memory only on the next `KVM_RUN` (KVM API, section 5).
     fn run_until_stopped(&self, vcpu: &Vcpu, fd: &mut VcpuFd) -> Ended {
         let mut slice = Instant::now();
         let mut pending = false;
@@ -228,7 +228,8 @@ impl Machine {
     fn port_out(&self, port: u16, data: &[u8]) {
         if let Some(register) = port.checked_sub(serial::PORT).filter(|&r| r < 8) {
             let mut serial = lock(&self.serial);
-            // A string of bytes to one port; wider accesses spread over neighbouring ports, which no guest does.
+            // A string of bytes to one port; wider accesses spread over neighbouring ports, which no guest
+            // does.
             data.iter().for_each(|&byte| serial.write(register, byte));
         } else if port == SIGNAL_PORT
             && let Ok(value) = data.try_into()

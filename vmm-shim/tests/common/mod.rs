@@ -123,6 +123,16 @@ impl Console {
     pub(crate) fn bytes(&self) -> Vec<u8> {
         self.0.lock().unwrap().clone()
     }
+    /// Whole lines of each of `cpus` vCPUs of a counter: at least this many.
+    pub(crate) fn passes(&self, cpus: u8) -> usize {
+        let text = self.bytes();
+        let of = |cpu: u8| {
+            text.split_inclusive(|&b| b == b'\n')
+                .filter(|l| l.starts_with(&[b'c', b'0' + cpu]) && l.ends_with(b"\n"))
+                .count()
+        };
+        (0..cpus).map(of).min().unwrap_or(0)
+    }
     pub(crate) fn lines(&self) -> usize {
         self.0.lock().unwrap().iter().filter(|&&b| b == b'\n').count()
     }
