@@ -5,8 +5,7 @@
 
 use std::io;
 use std::mem::{offset_of, size_of};
-use std::os::fd::{AsRawFd, RawFd};
-use std::ptr::NonNull;
+use std::os::fd::AsRawFd;
 use std::sync::Once;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
@@ -15,6 +14,7 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
+use memmap2::{MmapOptions, MmapRaw};
 use pagecopy::backend::GuestRam;
 use pagecopy::layout::PAGE_SIZE;
 
@@ -160,56 +160,23 @@ pub(crate) fn internal_error(run: &kvm_run) -> (u32, Vec<u64>) {
     (internal.suberror, internal.data[..count].to_vec())
 }
 
-/// A shared mapping of a part of a vCPU's file.
-struct SharedMap {
-    at: NonNull<u8>,
-    len: usize,
-}
-
-// SAFETY: the mapping belongs to the process, not to a thread, and it is accessed by atomics only.
-unsafe impl Send for SharedMap {}
-// SAFETY: as above.
-unsafe impl Sync for SharedMap {}
-
-impl SharedMap {
-    fn new(fd: RawFd, offset: usize, len: usize) -> io::Result<Self> {
-        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
-        let at = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                fd,
-                offset as libc::off_t,
-            )
-        };
-        if at == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        NonNull::new(at.cast()).map(|at| Self { at, len }).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
-    }
-}
-
-impl Drop for SharedMap {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and references into it do not outlive `self`.
-        unsafe { libc::munmap(self.at.as_ptr().cast(), self.len) };
-    }
+/// Maps a part of a vCPU's file, shared.
+fn map(vcpu: &VcpuFd, offset: usize, len: usize) -> io::Result<MmapRaw> {
+    MmapOptions::new().offset(offset as u64).len(len).map_raw(vcpu.as_raw_fd())
 }
 
 /// `immediate_exit` of a vCPU's `kvm_run`, through a mapping of its own, so that any thread may set it.
-pub(crate) struct ImmediateExit(SharedMap);
+pub(crate) struct ImmediateExit(MmapRaw);
 
 impl ImmediateExit {
     /// Maps the first page of a vCPU's `kvm_run`.
     pub(crate) fn new(vcpu: &VcpuFd) -> io::Result<Self> {
-        SharedMap::new(vcpu.as_raw_fd(), 0, PAGE_SIZE).map(Self)
+        map(vcpu, 0, PAGE_SIZE).map(Self)
     }
     fn flag(&self) -> &AtomicU8 {
         // SAFETY: the field lies in the first page, which is mapped as long as `self` lives; the kernel only
         // reads it.
-        unsafe { AtomicU8::from_ptr(self.0.at.as_ptr().add(offset_of!(kvm_run, immediate_exit))) }
+        unsafe { AtomicU8::from_ptr(self.0.as_mut_ptr().add(offset_of!(kvm_run, immediate_exit))) }
     }
     /// Whether the vCPU was asked to stop.
     pub(crate) fn get(&self) -> bool {
@@ -223,7 +190,7 @@ impl ImmediateExit {
 
 /// A vCPU's dirty ring, as its single consumer.
 pub(crate) struct DirtyRing {
-    map: SharedMap,
+    map: MmapRaw,
     entries: u32,
     /// Entries harvested since the start, modulo 2^32; `entries` is a power of two.
     next: u32,
@@ -237,7 +204,7 @@ impl DirtyRing {
     pub(crate) fn new(vcpu: &VcpuFd, entries: u32) -> io::Result<Self> {
         assert!(entries.is_power_of_two());
         let bytes = entries as usize * size_of::<kvm_dirty_gfn>();
-        let map = SharedMap::new(vcpu.as_raw_fd(), KVM_DIRTY_LOG_PAGE_OFFSET as usize * PAGE_SIZE, bytes)?;
+        let map = map(vcpu, KVM_DIRTY_LOG_PAGE_OFFSET as usize * PAGE_SIZE, bytes)?;
         Ok(Self { map, entries, next: 0 })
     }
 
@@ -250,7 +217,7 @@ impl DirtyRing {
             // (release), and does not touch it between GFN_DIRTY and the reset that follows GFN_RESET: after
             // the acquire load that saw GFN_DIRTY, the other two fields are stable and only we read them.
             let (slot, offset) = unsafe {
-                let entry = self.map.at.as_ptr().add(at);
+                let entry = self.map.as_mut_ptr().add(at);
                 let flags = AtomicU32::from_ptr(entry.add(offset_of!(kvm_dirty_gfn, flags)).cast());
                 if flags.load(Ordering::Acquire) & (GFN_DIRTY | GFN_RESET) != GFN_DIRTY {
                     return taken;
