@@ -395,7 +395,10 @@ impl Session {
             let Some(event) = self.next(listening)? else { continue };
             let event = match event {
                 LinkEvent::Message(message) => self.machine.handle(message)?,
-                LinkEvent::Dead(error) => return Err(IncomingError::Link(error)),
+                LinkEvent::Dead(error) => {
+                    self.link = None;
+                    return Err(IncomingError::Link(error));
+                }
             };
             match event {
                 DestinationEvent::StreamLost(stream) => self.stop_stream(stream, listening)?,
@@ -605,18 +608,21 @@ impl Session {
         if !peer_knows {
             self.send(Message::Error { code: error.code(), text: explain(error) });
         }
-        // Lets it get out, and the source close its side, for a moment.
-        let open = self.link.take().is_some() && !matches!(error, IncomingError::Link(_));
+        self.close(listening);
+    }
+
+    /// Lets what was said last get out, and waits until the source has closed its side, for a moment.
+    fn close(&mut self, listening: &Destination) {
+        if self.link.take().is_none() {
+            return;
+        }
         let deadline = Instant::now() + FAREWELL;
-        while open {
-            match listening.events.recv_deadline(deadline) {
-                Ok(Event::Link { generation, event: LinkEvent::Dead(_) })
-                    if generation == self.generation =>
-                {
+        while let Ok(event) = listening.events.recv_deadline(deadline) {
+            match event {
+                Event::Link { generation, event: LinkEvent::Dead(_) } if generation == self.generation => {
                     break;
                 }
-                Ok(_) => {}
-                Err(_) => break,
+                _ => {}
             }
         }
     }

@@ -20,7 +20,7 @@ struct Shared {
 impl Progress {
     /// The report so far.
     pub fn report(&self) -> Report {
-        self.lock().clone()
+        self.lock().clone().rounded()
     }
 
     /// Asks the migration to stop; it does so unless GO was said.

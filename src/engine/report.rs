@@ -98,6 +98,23 @@ pub struct Report {
 }
 
 impl Report {
+    /// Rounds what is measured to what is worth printing: microseconds, and thousandths of the rest.
+    pub fn rounded(mut self) -> Self {
+        for value in [
+            &mut self.total_ms,
+            &mut self.downtime_ms,
+            &mut self.expected_downtime_ms,
+            &mut self.setup_ms,
+            &mut self.dirty_pages_per_s,
+            &mut self.logical_gb_s,
+            &mut self.wire_gb_s,
+            &mut self.cpu_s,
+        ] {
+            *value = (*value * 1e3).round() / 1e3;
+        }
+        self
+    }
+
     /// Fills in what follows from bytes and times.
     pub(crate) fn rates(&mut self, total: Duration) {
         self.total_ms = total.as_secs_f64() * 1e3;
