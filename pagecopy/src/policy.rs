@@ -127,6 +127,8 @@ pub enum Decision {
 struct Mark {
     at_us: u64,
     sample: Sample,
+    /// Pages that all syncs up to this one found dirty.
+    dirtied_total: u64,
 }
 
 /// Amounts over a time, as a rate that is kept exact until it is asked for.
@@ -179,7 +181,7 @@ impl Precopy {
             started_us: now_us,
             rounds: 0,
             forced: false,
-            history: VecDeque::from([Mark { at_us: now_us, sample: Sample::default() }]),
+            history: VecDeque::from([Mark { at_us: now_us, sample: Sample::default(), dirtied_total: 0 }]),
             least_remaining: u64::MAX,
             rounds_since_least: 0,
             expected_downtime_us: u64::MAX,
@@ -212,15 +214,17 @@ impl Precopy {
             self.history.pop_front();
         }
         // A clock that goes back counts as one that stands.
-        let at_us = self.history.back().map_or(now_us, |last| now_us.max(last.at_us));
-        self.history.push_back(Mark { at_us, sample });
+        let (at_us, dirtied_before) =
+            self.history.back().map_or((now_us, 0), |last| (now_us.max(last.at_us), last.dirtied_total));
+        let dirtied_total = dirtied_before.saturating_add(sample.dirtied_pages);
+        self.history.push_back(Mark { at_us, sample, dirtied_total });
         let remaining = sample.remaining_logical_bytes;
         if remaining < self.least_remaining {
             (self.least_remaining, self.rounds_since_least) = (remaining, 0);
         } else {
             self.rounds_since_least = self.rounds_since_least.saturating_add(1);
         }
-        let transfer_us = self.rate(|s| s.acked_logical_bytes).us_for(remaining);
+        let transfer_us = self.rate(|mark| mark.sample.acked_logical_bytes).us_for(remaining);
         self.expected_downtime_us = transfer_us.saturating_add(sample.state_time_us);
         self.decide(remaining, at_us)
     }
@@ -270,15 +274,12 @@ impl Precopy {
     }
 
     /// Growth of a total over the last rounds: back to the youngest sync that is [`RATE_WINDOW_US`] away, or else the oldest.
-    fn rate(&self, total: impl Fn(&Sample) -> u64) -> Rate {
+    fn rate(&self, total: impl Fn(&Mark) -> u64) -> Rate {
         let mut back = self.history.iter().rev();
         let Some(last) = back.next() else { return Rate { amount: 0, us: 1 } };
         let far = |mark: &&Mark| last.at_us - mark.at_us >= RATE_WINDOW_US;
         let Some(before) = back.find(far).or(self.history.front()) else { return Rate { amount: 0, us: 1 } };
-        Rate {
-            amount: total(&last.sample).saturating_sub(total(&before.sample)),
-            us: (last.at_us - before.at_us).max(1),
-        }
+        Rate { amount: total(last).saturating_sub(total(before)), us: (last.at_us - before.at_us).max(1) }
     }
 
     /// Complete rounds, the first pass included.
@@ -291,25 +292,19 @@ impl Precopy {
         self.expected_downtime_us
     }
 
-    /// Pages that the guest wrote per second, between the last two syncs.
+    /// Pages that the guest wrote per second over the last rounds.
     pub fn dirty_pages_per_s(&self) -> u64 {
-        let mut latest = self.history.iter().rev();
-        match (latest.next(), latest.next()) {
-            (Some(last), Some(before)) => {
-                Rate { amount: last.sample.dirtied_pages, us: (last.at_us - before.at_us).max(1) }.per_s()
-            }
-            _ => 0,
-        }
+        self.rate(|mark| mark.dirtied_total).per_s()
     }
 
     /// Logical bytes per second that were acknowledged over the last rounds.
     pub fn logical_bytes_per_s(&self) -> u64 {
-        self.rate(|sample| sample.acked_logical_bytes).per_s()
+        self.rate(|mark| mark.sample.acked_logical_bytes).per_s()
     }
 
     /// Wire bytes per second that were acknowledged over the last rounds.
     pub fn wire_bytes_per_s(&self) -> u64 {
-        self.rate(|sample| sample.acked_wire_bytes).per_s()
+        self.rate(|mark| mark.sample.acked_wire_bytes).per_s()
     }
 
     /// Whether the remainder reached no new low for [`Limits::stall_rounds`] rounds: the guest writes as fast as it is copied.
