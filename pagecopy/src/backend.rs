@@ -50,7 +50,14 @@ pub trait GuestRam: Send + Sync {
     /// are clear. It is only a snapshot: pages filled after a dirty log was started are in that log.
     fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError>;
 
-    /// Faults the memory of `count` chunks from `first` in, for writing, ahead of the data. A hint.
+    /// Whether [`populate`](Self::populate) pays ahead of all data, with all cores, for every 2 MiB that will get some: true for
+    /// anonymous memory and huge pages. Memory that is not populated ahead is populated chunk by chunk, when a whole
+    /// one comes.
+    fn populates_ahead(&self) -> bool {
+        false
+    }
+
+    /// Faults the memory of `count` chunks from `first` in, for writing. They are then no holes any more.
     fn populate(&self, first: u32, count: u32) -> Result<(), BackendError> {
         let _ = (first, count);
         Ok(())

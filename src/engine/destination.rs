@@ -367,6 +367,9 @@ impl Session {
 
     /// Faults in the memory that data will come for, with all cores, before it comes.
     fn populate(&self) -> Result<(), BackendError> {
+        if !self.ram.populates_ahead() {
+            return Ok(());
+        }
         let chunks = self.ram.layout().chunks();
         let pieces: Vec<u32> = (0..chunks)
             .step_by(PRESENCE_CHUNKS as usize)

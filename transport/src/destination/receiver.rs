@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use pagecopy::backend::BackendError;
 use pagecopy::bitmap::{bits, runs};
 use pagecopy::chunk::{ChunkDecoder, DecodeError};
 use pagecopy::digest::receipt;
@@ -77,6 +78,15 @@ pub enum ReceiveError {
         /// What is wrong with it.
         #[source]
         source: DecodeError,
+    },
+    /// Guest memory could not be had.
+    #[error("stream {stream}")]
+    Memory {
+        /// Which stream.
+        stream: u16,
+        /// Why.
+        #[source]
+        source: BackendError,
     },
     /// Told to stop.
     #[error("stream {stream}: stopped")]
@@ -220,7 +230,16 @@ impl Worker<'_> {
                 self.input.connection.shutdown_write();
                 return Ok(StreamEnd { stream, frames: self.frames, fold: self.fold });
             }
-            self.sink.touched.insert(header.chunk, header.pages() & !header.zero);
+            let written = header.pages() & !header.zero;
+            let fresh = self.sink.touched.get(header.chunk) == 0;
+            self.sink.touched.insert(header.chunk, written);
+            if fresh
+                && written == self.sink.ram.layout().valid(header.chunk)
+                && !self.sink.ram.populates_ahead()
+            {
+                let wrong = |source| ReceiveError::Memory { stream, source };
+                self.sink.ram.populate(header.chunk, 1).map_err(wrong)?;
+            }
             self.apply_encoded(&header)?;
             self.read_raw(&header)?;
             self.apply_zero(&header);
