@@ -82,7 +82,7 @@ impl LateBar {
 
 fn style() -> ProgressStyle {
     // The template is a constant that indicatif accepts.
-    ProgressStyle::with_template("{prefix} [{bar:30}] {percent}% {msg}")
+    ProgressStyle::with_template("{prefix} [{bar:20}] {percent}% {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
         .progress_chars("=> ")
 }
@@ -116,6 +116,9 @@ fn show(bar: &ProgressBar, report: &Report) {
 pub(super) fn print(report: &Report, json: bool) {
     let text = if json {
         serde_json::to_string(report).unwrap_or_default() + "\n"
+    } else if report.status == Status::Failed && report.logical_bytes == 0 {
+        // Nothing happened that numbers could tell; the error says it all.
+        return;
     } else {
         let digest = report.digest.as_ref().map(|d| format!("{:<18}{d}\n", "xxh3-128:"));
         report.summary() + &digest.unwrap_or_default()
