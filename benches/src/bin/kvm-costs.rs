@@ -1,16 +1,18 @@
-//! Figures of the VMM and the dirty trackers: `cargo test --release --test kvm_measure -- --ignored
-//! --nocapture`.
+//! Costs of the mini VMM and of KVM's dirty trackers: pause, save, load, the counter's rate, sync and clear.
+//! `cargo run --release -p pageferry-benches --bin kvm-costs`
 
-mod common;
-
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::*;
 use pagecopy::backend::{Guest, GuestRam};
 use pagecopy::bitmap::PageBitmap;
+use vmm_shim::guest_memory::{Backing, GuestMemory};
 use vmm_shim::guests::counter::CounterParams;
 use vmm_shim::guests::writer::{FIRST_FREE, Writer};
-use vmm_shim::vmm::{GuestImage, Tracker};
+use vmm_shim::vmm::{self, GuestImage, Tracker, Vm, VmConfig, VmState};
 
 const MIB: u64 = 1 << 20;
 
@@ -23,24 +25,63 @@ fn counter(working_set: u64, pages_per_s: u64, page_words: u32) -> GuestImage {
     GuestImage::Counter(CounterParams { working_set, pages_per_s, page_words })
 }
 
+/// Counts the lines a guest prints.
+#[derive(Clone, Default)]
+struct Console(Arc<AtomicUsize>);
+
+impl Console {
+    fn lines(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.fetch_add(bytes.iter().filter(|&&b| b == b'\n').count(), Ordering::Relaxed);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn ram(bytes: u64) -> Arc<GuestMemory> {
+    let layout = vmm::layout(bytes).expect("a size that suits");
+    Arc::new(GuestMemory::create(layout, &Backing::Anonymous { huge: true }).expect("memory"))
+}
+
+fn vm(cpus: u8, guest: GuestImage, tracker: Tracker, ram: &Arc<GuestMemory>) -> (Vm, Console) {
+    let console = Console::default();
+    let config = VmConfig { cpus, guest, tracker };
+    let vm = Vm::new(config, ram.clone(), Box::new(console.clone())).expect("a VM");
+    vm.start().expect("threads");
+    (vm, console)
+}
+
+fn main() -> ExitCode {
+    if let Err(error) = vmm_shim::kvm::open() {
+        eprintln!("kvm-costs: {error}");
+        return ExitCode::FAILURE;
+    }
+    stop_save_load();
+    counter_rates();
+    dirty_log_costs();
+    ExitCode::SUCCESS
+}
+
 /// Pages a second over a while; a line of output is a pass.
-fn rate(vm: &vmm_shim::vmm::Vm, console: &Console, pages: u64) -> f64 {
+fn rate(vm: &Vm, console: &Console, pages: u64) -> f64 {
     let (lines, start) = (console.lines(), Instant::now());
     std::thread::sleep(Duration::from_secs(2));
     let passed = (console.lines() - lines) as f64;
-    assert_eq!(vm.state(), vmm_shim::vmm::VmState::Running);
+    assert_eq!(vm.state(), VmState::Running);
     passed * pages as f64 / start.elapsed().as_secs_f64()
 }
 
-#[test]
-#[ignore = "a measurement"]
 fn stop_save_load() {
-    if !kvm() {
-        return;
-    }
     for cpus in [1, 2, 4] {
-        let ram = AnonRam::flat(64 * MIB);
-        let (a, _) = vm(cpus, counter(32 * MIB, 20_000, 16), Tracker::None, &ram);
+        let memory = ram(64 * MIB);
+        let (a, _) = vm(cpus, counter(32 * MIB, 20_000, 16), Tracker::None, &memory);
         let (mut pause, mut save, mut load) = (vec![], vec![], vec![]);
         for _ in 0..50 {
             a.resume().unwrap();
@@ -51,7 +92,7 @@ fn stop_save_load() {
             let start = Instant::now();
             let state = a.save_state().unwrap();
             save.push(start.elapsed());
-            let (b, _) = vm(cpus, GuestImage::Incoming, Tracker::None, &ram);
+            let (b, _) = vm(cpus, GuestImage::Incoming, Tracker::None, &memory);
             let start = Instant::now();
             b.load_state(&state).unwrap();
             load.push(start.elapsed());
@@ -62,41 +103,33 @@ fn stop_save_load() {
     }
 }
 
-#[test]
-#[ignore = "a measurement"]
 fn counter_rates() {
-    if !kvm() {
-        return;
-    }
     for (cpus, words) in [(1, 0), (1, 64), (1, 508), (2, 64)] {
-        let ram = AnonRam::flat(256 * MIB);
-        let (a, console) = vm(cpus, counter(128 * MIB, 0, words), Tracker::Bitmap, &ram);
+        let memory = ram(256 * MIB);
+        let (a, console) = vm(cpus, counter(128 * MIB, 0, words), Tracker::Bitmap, &memory);
         let pages = 128 * MIB / 4096 / u64::from(cpus);
         a.resume().unwrap();
-        wait_for(&a, "two passes", || console.lines() >= 2 * usize::from(cpus));
+        while console.lines() < 2 * usize::from(cpus) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let free = rate(&a, &console, pages);
         a.throttle(50).unwrap();
         let half = rate(&a, &console, pages);
         a.throttle(0).unwrap();
         println!("{cpus} vCPUs, {words} words: {free:.0} pages/s, throttled by 50 % {half:.0}");
     }
-    let ram = AnonRam::flat(64 * MIB);
-    let (a, console) = vm(1, counter(4 * MIB, 50_000, 8), Tracker::None, &ram);
+    let memory = ram(64 * MIB);
+    let (a, console) = vm(1, counter(4 * MIB, 50_000, 8), Tracker::None, &memory);
     a.resume().unwrap();
     println!("paced at 50000 pages/s: {:.0} pages/s", rate(&a, &console, 1024));
 }
 
-#[test]
-#[ignore = "a measurement"]
 fn dirty_log_costs() {
-    if !kvm() {
-        return;
-    }
     for tracker in [Tracker::Bitmap, Tracker::Ring] {
-        let ram = AnonRam::flat(512 * MIB);
-        let (a, _) = vm(1, GuestImage::Writer, tracker, &ram);
+        let memory = ram(512 * MIB);
+        let (a, _) = vm(1, GuestImage::Writer, tracker, &memory);
         let log = a.dirty_log().unwrap();
-        let dirty = PageBitmap::new(ram.layout().chunks());
+        let dirty = PageBitmap::new(memory.layout().chunks());
         let mut writer = Writer::new(&a);
         let list: Vec<u64> = (0..60_000).map(|i| FIRST_FREE + i * 4096).collect();
         writer.write(&list).unwrap();
