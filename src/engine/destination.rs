@@ -36,6 +36,9 @@ use front::{Event, Front};
 /// How often somebody who waits looks at everything that may have happened.
 const TICK: Duration = Duration::from_millis(20);
 
+/// How long a source has to take the last message.
+const FAREWELL: Duration = Duration::from_secs(1);
+
 /// The VMM's side of a destination: makes the memory for a guest that is offered, or refuses it.
 pub trait Incoming {
     /// Memory for this guest, all zeros, or why not. Called once a source has said what it brings; may be called again after a refusal.
@@ -176,8 +179,9 @@ impl Destination {
         let mut session = DestinationSession::new();
         let refuse = |code, reason: String| {
             (self.notice)(&format!("refused a connection from {peer}: {reason}"));
-            link.send(Message::Error { code, text: reason });
+            // In this order: whoever hears of the refusal may come in at once.
             self.front.end_session();
+            link.send(Message::Error { code, text: reason });
         };
         loop {
             match self.events.recv_deadline(deadline) {
@@ -238,8 +242,8 @@ impl Destination {
             Ok(opened) => opened,
             Err(reason) => {
                 (self.notice)(&format!("refused the guest offered by {peer}: {reason}"));
-                link.send(Message::Error { code: ErrorCode::Layout, text: reason });
                 self.front.end_session();
+                link.send(Message::Error { code: ErrorCode::Layout, text: reason });
                 return None;
             }
         };
@@ -406,9 +410,11 @@ impl Session {
                 (listening.notice)(&format!("refused a connection from {peer}: {reason}"));
             }
             Event::Query { link, generation } => {
-                // A source that lost its link and asks: this is its link from now on.
-                link.send(Message::Status(self.machine.status()));
-                if self.link.is_none() {
+                // A source that lost its link and asks: this is its link from now on. Between READY and the end that holds also
+                // while this side takes the old one for alive: whoever knows the session's id has given it up.
+                let status = self.machine.status();
+                link.send(Message::Status(status));
+                if self.link.is_none() || matches!(status, SessionStatus::Ready | SessionStatus::Running) {
                     (self.link, self.generation) = (Some(link), generation);
                 }
             }
@@ -533,6 +539,10 @@ impl Session {
         let timeout = listening.options.handover_timeout;
         let mut lost = None::<Instant>;
         loop {
+            if self.link.is_some() {
+                // It came back by a query.
+                lost = None;
+            }
             if lost.is_some_and(|at| at.elapsed() > timeout) {
                 return Err(IncomingError::NoGo { seconds: timeout.as_secs() });
             }
@@ -587,6 +597,10 @@ impl Session {
         let peer_knows = matches!(error, IncomingError::Session(SessionError::Peer { .. }));
         if !peer_knows {
             self.send(Message::Error { code: error.code(), text: explain(error) });
+        }
+        if let Some(link) = &self.link {
+            // The process may end next, and the source is to hear why.
+            link.flush(FAREWELL);
         }
     }
 

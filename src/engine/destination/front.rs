@@ -12,8 +12,9 @@ use transport::socket::{Connection, Listener};
 use transport::wire::control::{ErrorCode, Message, SessionStatus, StreamEnd};
 use transport::wire::{Preamble, Role, SessionId, WireError};
 
-/// Connections whose preamble is awaited at a time; more are closed at once.
-const STRANGERS_MAX: usize = 1024;
+/// Connections whose preamble is awaited at a time; more are closed at once. Far fewer than the 1024 descriptors that a process
+/// usually may have, so that a session's own connections and files find some.
+const STRANGERS_MAX: usize = 512;
 
 /// What the session's thread hears.
 pub(super) enum Event {
@@ -108,7 +109,10 @@ impl Door {
                 let message = Message::Error { code, text: reason.clone() }.encode();
                 let _ = io::Write::write_all(&mut &*connection, &message);
             }
-            let _ = self.events.try_send(Event::Refused { peer, reason });
+            // Half of the queue is the session's own: no crowd of strangers makes it lose a message.
+            if self.events.capacity().is_none_or(|capacity| self.events.len() < capacity / 2) {
+                let _ = self.events.try_send(Event::Refused { peer, reason });
+            }
         }
     }
 
