@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use tokio::runtime::Runtime;
 use transport::link::{Link, LinkEvent};
-use transport::session::{Learnt, SourceEvent, SourceSession};
+use transport::session::{Learnt, SourceEvent, SourceSession, check_welcome};
 use transport::socket::Connection;
 use transport::source::{LaneEnd, LaneError, PageSource, Unreceipted};
 use transport::uri::Uri;
@@ -26,6 +26,8 @@ const TICK: Duration = Duration::from_millis(20);
 const REPORT_EVERY: Duration = Duration::from_millis(50);
 /// How long a destination that dropped all streams has to say why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long a destination has to take the last message.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// Messages that may wait to be handled; a destination that sends more without need is cut off.
 const INBOX_MAX: usize = 1024;
 
@@ -51,6 +53,7 @@ pub(super) struct Watch {
     progress: Progress,
     began: Instant,
     reported: Instant,
+    timeout: Duration,
     source: Option<Arc<PageSource>>,
     /// Last, so that the link's task outlives what uses it.
     _runtime: Runtime,
@@ -91,6 +94,7 @@ impl Watch {
             progress: progress.clone(),
             began,
             reported: began,
+            timeout: options.timeout,
             source: None,
             _runtime: runtime,
         })
@@ -119,12 +123,15 @@ impl Watch {
         self.lane_ends.0.clone()
     }
 
-    /// Waits for WELCOME and PREPARED.
-    pub(super) fn welcome(&mut self) -> Result<Welcome, Cause> {
+    /// Waits for WELCOME, which must lie within what was offered, and PREPARED.
+    pub(super) fn welcome(&mut self, streams: u16, capabilities: u64) -> Result<Welcome, Cause> {
         let mut welcome = None;
         loop {
             match self.next_event()? {
-                SourceEvent::Welcome(w) => welcome = Some(w),
+                SourceEvent::Welcome(w) => {
+                    check_welcome(&w, streams, capabilities)?;
+                    welcome = Some(w);
+                }
                 SourceEvent::Prepared => return Ok(welcome.expect("the session machine orders the two")),
                 _ => {}
             }
@@ -151,6 +158,11 @@ impl Watch {
         {
             let last = self.last_error.take().unwrap_or_default();
             return Err(Cause::NoStreams { last });
+        }
+        // Until its worker has stopped, what a stream had under way cannot be sent again.
+        let never_stopped = |dead: &Dead| dead.since.elapsed() > self.timeout.max(LAST_WORDS);
+        if let Some((&stream, _)) = self.dead.iter().find(|(_, dead)| never_stopped(dead)) {
+            return Err(Cause::NotStopped { stream, seconds: self.timeout.max(LAST_WORDS).as_secs() });
         }
         if self.reported.elapsed() >= REPORT_EVERY {
             self.report();
@@ -265,7 +277,10 @@ impl Watch {
 
     fn on_stopped(&mut self, stream: u16, reason: String) {
         if !reason.is_empty() {
-            self.last_error = Some(format!("the destination stopped stream {stream}: {reason}"));
+            // Which side was first is not known: the other one's reason is a consequence.
+            let theirs = format!("the destination stopped stream {stream}: {reason}");
+            let own = self.dead.get(&stream).map(|dead| format!("{}; ", dead.error));
+            self.last_error = Some(own.unwrap_or_default() + &theirs);
         }
         self.stopped.insert(stream, reason);
         self.bury(stream);
@@ -278,9 +293,13 @@ impl Watch {
             Err(LaneError::Fatal { source, .. }) => return Err(source.into()),
             Err(error) => {
                 let error = explain(&error);
-                if self.stopped.get(&end.stream).is_none_or(String::is_empty) {
-                    self.last_error = Some(error.clone());
-                }
+                let theirs = self.stopped.get(&end.stream).filter(|reason| !reason.is_empty());
+                self.last_error = Some(match theirs {
+                    Some(reason) => {
+                        format!("{error}; the destination stopped stream {}: {reason}", end.stream)
+                    }
+                    None => error.clone(),
+                });
                 self.progress.update(|r| r.streams_lost += 1);
                 self.send(Message::StreamLost { stream: end.stream });
                 let dead = Dead { frames: end.unreceipted, error, since: Instant::now() };
@@ -309,5 +328,6 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         self.report();
+        self.link.flush(FAREWELL);
     }
 }
