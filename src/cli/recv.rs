@@ -79,6 +79,10 @@ impl Incoming for Taker<'_> {
 
 pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     let options = Options { timeout: std::time::Duration::from_secs(args.timeout), ..Options::default() };
+    if let Some(path) = &args.target.ram_file {
+        // Before a source comes for nothing.
+        GuestMemory::check_ram_file_can_be_made(path).map_err(|e| CliError::cannot_start(&e))?;
+    }
     let progress = Progress::default();
     let cancelled = progress.clone();
     stop::on_signals(move || cancelled.cancel());

@@ -36,8 +36,8 @@ use front::{Event, Front};
 /// How often somebody who waits looks at everything that may have happened.
 const TICK: Duration = Duration::from_millis(20);
 
-/// How long the last message may take to get out.
-const FAREWELL: Duration = Duration::from_millis(500);
+/// How long a source has to take the last message.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// The VMM's side of a destination: makes the memory for a guest that is offered, or refuses it.
 pub trait Incoming {
@@ -151,7 +151,7 @@ impl Destination {
             let cpu = usage::cpu_seconds();
             let result = session.run(&self, incoming);
             if let Err(error) = &result {
-                session.fail(error, &self);
+                session.fail(error);
             }
             session.report(&self.progress, cpu, result.as_ref().err());
             result?;
@@ -189,8 +189,9 @@ impl Destination {
         let mut session = DestinationSession::new();
         let refuse = |code, reason: String| {
             (self.notice)(&format!("refused a connection from {peer}: {reason}"));
-            link.send(Message::Error { code, text: reason });
+            // In this order: whoever hears of the refusal may come in at once.
             self.front.end_session();
+            link.send(Message::Error { code, text: reason });
         };
         loop {
             match self.events.recv_deadline(deadline) {
@@ -251,8 +252,8 @@ impl Destination {
             Ok(opened) => opened,
             Err(reason) => {
                 (self.notice)(&format!("refused the guest offered by {peer}: {reason}"));
-                link.send(Message::Error { code: ErrorCode::Layout, text: reason });
                 self.front.end_session();
+                link.send(Message::Error { code: ErrorCode::Layout, text: reason });
                 return None;
             }
         };
@@ -431,9 +432,11 @@ impl Session {
                 (listening.notice)(&format!("refused a connection from {peer}: {reason}"));
             }
             Event::Query { link, generation } => {
-                // A source that lost its link and asks: this is its link from now on.
-                link.send(Message::Status(self.machine.status()));
-                if self.machine.status() != SessionStatus::Moving {
+                // A source that lost its link and asks: this is its link from now on. Between READY and the end that holds also
+                // while this side takes the old one for alive: whoever knows the session's id has given it up.
+                let status = self.machine.status();
+                link.send(Message::Status(status));
+                if self.link.is_none() || matches!(status, SessionStatus::Ready | SessionStatus::Running) {
                     (self.link, self.generation) = (Some(link), generation);
                 }
             }
@@ -598,7 +601,7 @@ impl Session {
     }
 
     /// Ends a session that failed: the guest is not this side's and never will be, unless it already was.
-    fn fail(&mut self, error: &IncomingError, listening: &Destination) {
+    fn fail(&mut self, error: &IncomingError) {
         self.machine.abandon();
         self.sink.stop();
         for stream in self.streams.values_mut() {
@@ -611,22 +614,9 @@ impl Session {
         if !peer_knows {
             self.send(Message::Error { code: error.code(), text: explain(error) });
         }
-        self.close(listening);
-    }
-
-    /// Lets what was said last get out, and waits until the source has closed its side, for a moment.
-    fn close(&mut self, listening: &Destination) {
-        if self.link.take().is_none() {
-            return;
-        }
-        let deadline = Instant::now() + FAREWELL;
-        while let Ok(event) = listening.events.recv_deadline(deadline) {
-            match event {
-                Event::Link { generation, event: LinkEvent::Dead(_) } if generation == self.generation => {
-                    break;
-                }
-                _ => {}
-            }
+        if let Some(link) = &self.link {
+            // The process may end next, and the source is to hear why.
+            link.flush(FAREWELL);
         }
     }
 

@@ -125,6 +125,16 @@ pub enum Cause {
         /// Why the last one did.
         last: String,
     },
+    /// The destination never said that a lost stream's worker has stopped.
+    #[error(
+        "the destination did not stop stream {stream} within {seconds} s after it was lost, so its pages cannot be sent again"
+    )]
+    NotStopped {
+        /// Which.
+        stream: u16,
+        /// How long was waited.
+        seconds: u64,
+    },
     /// The policy gave up.
     #[error("{0}")]
     Policy(String),
@@ -227,8 +237,10 @@ impl Attempt<'_> {
         let mut watch = Watch::connect(self.uri, self.options, self.progress)?;
         self.backend.log.start()?;
         let populated = self.populated()?;
-        let (welcome, hasher) = self.hello(&mut watch, &populated)?;
-        let source = self.page_source(hasher, welcome.capabilities, populated)?;
+        let hello = self.hello(&mut watch, &populated);
+        let (welcome, hasher) = hello.inspect_err(|cause| watch.say_error(cause))?;
+        let source = self.page_source(hasher, welcome.capabilities, populated);
+        let source = source.inspect_err(|cause| watch.say_error(cause))?;
         let feeder = Feeder::new(source.clone());
         watch.observe(source.clone());
         self.running = Some(Running { watch, source, lanes: Vec::new() });
@@ -287,7 +299,7 @@ impl Attempt<'_> {
             presence,
             machine: self.backend.machine.clone(),
         }));
-        let welcome = watch.welcome()?;
+        let welcome = watch.welcome(self.options.streams, capability::ALL)?;
         Ok((welcome, PageHasher::new(seed)))
     }
 
@@ -469,7 +481,6 @@ impl Attempt<'_> {
         };
         if let Some(running) = &mut self.running {
             running.lanes.drain(..).for_each(Lane::join);
-            running.watch.close();
         }
         // A log that does not stop costs speed and nothing else, and the cause is what matters.
         let _ = self.backend.log.stop();
@@ -518,6 +529,7 @@ impl Cause {
             Self::Cancelled => ErrorCode::Cancelled,
             Self::Fatal(FatalError::Integrity { .. }) => ErrorCode::Integrity,
             Self::Link(LinkError::Timeout(_)) => ErrorCode::Timeout,
+            Self::Session(SessionError::TotalsDiffer { .. }) => ErrorCode::Integrity,
             Self::Session(_) | Self::Link(LinkError::Wire(_)) => ErrorCode::Protocol,
             _ => ErrorCode::Local,
         }

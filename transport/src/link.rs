@@ -58,13 +58,31 @@ pub enum LinkEvent {
 /// The sending end of a control connection. When the last clone is dropped, what is queued is sent and the connection closed.
 #[derive(Clone, Debug)]
 pub struct Link {
-    outbox: mpsc::UnboundedSender<Message>,
+    outbox: mpsc::UnboundedSender<Outgoing>,
+}
+
+/// What waits to be written.
+#[derive(Debug)]
+enum Outgoing {
+    Message(Message),
+    /// Dropped once everything before it is written, or never will be.
+    Flushed(Sender<()>),
 }
 
 impl Link {
     /// Queues a message. On a dead link it goes nowhere; the callback was told.
     pub fn send(&self, message: Message) {
-        let _ = self.outbox.send(message);
+        let _ = self.outbox.send(Outgoing::Message(message));
+    }
+
+    /// Waits until what is queued was given to the system, or the link is dead, at most `limit`. Due before a process ends or its
+    /// runtime is dropped, or the reason why is never heard.
+    pub fn flush(&self, limit: Duration) {
+        let (written, wait) = crossbeam_channel::bounded(0);
+        if self.outbox.send(Outgoing::Flushed(written)).is_ok() {
+            // Nothing is ever sent: the wait ends by the sender's drop.
+            let _ = wait.recv_timeout(limit);
+        }
     }
 
     /// Runs a link over a connection whose preamble is done. What comes in goes to `events`, wrapped; the last of it is
@@ -175,7 +193,7 @@ fn into_async(connection: Connection) -> io::Result<Box<dyn AsyncSocket>> {
 async fn run(
     socket: Box<dyn AsyncSocket>,
     timeout: Duration,
-    mut queue: mpsc::UnboundedReceiver<Message>,
+    mut queue: mpsc::UnboundedReceiver<Outgoing>,
     mut deliver: impl FnMut(LinkEvent) -> bool + Send,
 ) {
     let (mut reader, mut writer) = tokio::io::split(socket);
@@ -190,7 +208,11 @@ async fn run(
                 biased;
                 Some(reply) = replies.recv() => reply,
                 message = queue.recv() => match message {
-                    Some(message) => message,
+                    Some(Outgoing::Message(message)) => message,
+                    Some(Outgoing::Flushed(written)) => {
+                        drop(written);
+                        continue;
+                    }
                     None => break,
                 },
                 _ = ticks.tick() => {

@@ -19,6 +19,7 @@
 //! moment it accepts GO, which it does only in `Ready`.
 
 use crate::wire::control::{ErrorCode, Hello, Message, SessionStatus, Totals, Welcome};
+use crate::wire::{VERSION_MAX, VERSION_MIN};
 
 /// What ended a session, or made a message impossible.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -51,6 +52,26 @@ pub enum SessionError {
         /// What differs.
         what: &'static str,
     },
+    /// A WELCOME that takes what was not offered.
+    #[error("the destination answered HELLO with {what}, which was not offered")]
+    NotOffered {
+        /// What it took.
+        what: String,
+    },
+}
+
+/// Checks that a destination's answer lies within the source's offer.
+pub fn check_welcome(welcome: &Welcome, streams: u16, capabilities: u64) -> Result<(), SessionError> {
+    let what = if !(VERSION_MIN..=VERSION_MAX).contains(&welcome.version) {
+        format!("version {}", welcome.version)
+    } else if !(1..=streams).contains(&welcome.streams) {
+        format!("{} streams", welcome.streams)
+    } else if welcome.capabilities & !capabilities != 0 {
+        format!("capabilities {:#x}", welcome.capabilities)
+    } else {
+        return Ok(());
+    };
+    Err(SessionError::NotOffered { what })
 }
 
 /// Says in which part the accounts of both sides differ.
@@ -387,6 +408,21 @@ mod tests {
         source.handle(Message::Welcome(welcome)).unwrap();
         source.handle(destination.prepared()).unwrap();
         (source, destination)
+    }
+
+    #[test]
+    fn a_welcome_takes_only_what_was_offered() {
+        let good = Welcome { version: 1, capabilities: 1, streams: 2, timeout_ms: 1 };
+        assert_eq!(check_welcome(&good, 2, 3), Ok(()));
+        for bad in [
+            Welcome { version: 0, ..good },
+            Welcome { version: VERSION_MAX + 1, ..good },
+            Welcome { streams: 0, ..good },
+            Welcome { streams: 3, ..good },
+            Welcome { capabilities: 4, ..good },
+        ] {
+            assert!(matches!(check_welcome(&bad, 2, 3), Err(SessionError::NotOffered { .. })), "{bad:?}");
+        }
     }
 
     #[test]

@@ -131,6 +131,23 @@ impl GuestMemory {
         Self::over_file(layout, file, None, !writable)
     }
 
+    /// Fails where [`Self::create`] could make no file: the folder does not exist or takes none, or something that is no
+    /// regular file is in the way. Leaves everything as it was.
+    pub fn check_ram_file_can_be_made(path: &Path) -> Result<(), BackendError> {
+        let existed = path.symlink_metadata().is_ok();
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+        let file = file.map_err(|e| {
+            let what = "cannot make the RAM file; choose a path in a folder that exists and may be written";
+            BackendError::new(format!("{}: {what}", path.display()), e)
+        })?;
+        let regular = require_regular(path, &file);
+        if !existed {
+            // Where this fails the file stays, empty, as it would in the end.
+            let _ = std::fs::remove_file(path);
+        }
+        regular.map(drop)
+    }
+
     /// The file behind a region (an index into `layout().regions()`) and the offset in bytes of the region in it, to
     /// pass to another process; `None` for anonymous memory and where there is no such region.
     pub fn fd_of(&self, region: usize) -> Option<(BorrowedFd<'_>, u64)> {

@@ -12,8 +12,9 @@ use transport::socket::{Connection, Listener};
 use transport::wire::control::{ErrorCode, Message, SessionStatus, StreamEnd};
 use transport::wire::{Preamble, Role, SessionId, WireError};
 
-/// Connections whose preamble is awaited at a time; more are closed at once.
-const STRANGERS_MAX: usize = 1024;
+/// Connections whose preamble is awaited at a time; more are closed at once. Far fewer than the 1024 descriptors that a process
+/// usually may have, so that a session's own connections and files find some.
+const STRANGERS_MAX: usize = 512;
 
 /// Refusals are not told of while this many events wait.
 const REFUSALS_MAX: usize = 1024;

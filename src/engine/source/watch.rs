@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use tokio::runtime::Runtime;
 use transport::link::{Link, LinkError, LinkEvent};
-use transport::session::{Learnt, SourceEvent, SourceSession};
+use transport::session::{Learnt, SourceEvent, SourceSession, check_welcome};
 use transport::socket::Connection;
 use transport::source::{LaneEnd, LaneError, PageSource, Unreceipted};
 use transport::uri::Uri;
@@ -26,8 +26,8 @@ const TICK: Duration = Duration::from_millis(20);
 const REPORT_EVERY: Duration = Duration::from_millis(50);
 /// How long a destination that dropped all streams has to say why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// How long the last message may take to get out.
-const FAREWELL: Duration = Duration::from_millis(500);
+/// How long a destination has to take the last message.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// A stream that died here, until the destination has stopped its worker, too.
 struct Dead {
@@ -39,9 +39,7 @@ struct Dead {
 pub(super) struct Watch {
     session: SourceSession,
     id: SessionId,
-    /// `None` only after [`Watch::close`].
-    link: Option<Link>,
-    timeout: Duration,
+    link: Link,
     inbox: Receiver<LinkEvent>,
     lanes_live: u32,
     lane_ends: (Sender<LaneEnd>, Receiver<LaneEnd>),
@@ -53,6 +51,7 @@ pub(super) struct Watch {
     progress: Progress,
     began: Instant,
     reported: Instant,
+    timeout: Duration,
     source: Option<Arc<PageSource>>,
     /// Last, so that the link's task outlives what uses it.
     _runtime: Runtime,
@@ -80,8 +79,7 @@ impl Watch {
         Ok(Self {
             session: SourceSession::new(),
             id,
-            link: Some(link),
-            timeout: options.timeout,
+            link,
             inbox,
             lanes_live: 0,
             lane_ends: unbounded(),
@@ -92,6 +90,7 @@ impl Watch {
             progress: progress.clone(),
             began,
             reported: began,
+            timeout: options.timeout,
             source: None,
             _runtime: runtime,
         })
@@ -106,9 +105,7 @@ impl Watch {
     }
 
     pub(super) fn send(&self, message: Message) {
-        if let Some(link) = &self.link {
-            link.send(message);
-        }
+        self.link.send(message);
     }
 
     /// Takes note of the data plane whose numbers the report shows.
@@ -122,8 +119,8 @@ impl Watch {
         self.lane_ends.0.clone()
     }
 
-    /// Waits for WELCOME and PREPARED.
-    pub(super) fn welcome(&mut self) -> Result<Welcome, Cause> {
+    /// Waits for WELCOME, which must lie within what was offered, and PREPARED.
+    pub(super) fn welcome(&mut self, streams: u16, capabilities: u64) -> Result<Welcome, Cause> {
         let mut welcome = None;
         let deadline = Instant::now() + self.timeout;
         loop {
@@ -131,7 +128,10 @@ impl Watch {
                 return Err(self.overdue("WELCOME"));
             }
             match self.next_event()? {
-                SourceEvent::Welcome(w) => welcome = Some(w),
+                SourceEvent::Welcome(w) => {
+                    check_welcome(&w, streams, capabilities)?;
+                    welcome = Some(w);
+                }
                 SourceEvent::Prepared => return Ok(welcome.expect("the session machine orders the two")),
                 _ => {}
             }
@@ -149,9 +149,6 @@ impl Watch {
         while let Ok(end) = self.lane_ends.1.try_recv() {
             self.on_lane_end(end)?;
         }
-        if self.dead.values().any(|dead| dead.since.elapsed() > self.timeout) {
-            return Err(self.overdue("STREAM_STOPPED"));
-        }
         // The destination may be about to say why it dropped the streams.
         let silent = |dead: &Dead| dead.since.elapsed() > LAST_WORDS;
         if self.lanes_live == 0
@@ -161,6 +158,11 @@ impl Watch {
         {
             let last = self.last_error.take().unwrap_or_default();
             return Err(Cause::NoStreams { last });
+        }
+        // Until its worker has stopped, what a stream had under way cannot be sent again.
+        let never_stopped = |dead: &Dead| dead.since.elapsed() > self.timeout.max(LAST_WORDS);
+        if let Some((&stream, _)) = self.dead.iter().find(|(_, dead)| never_stopped(dead)) {
+            return Err(Cause::NotStopped { stream, seconds: self.timeout.max(LAST_WORDS).as_secs() });
         }
         if self.reported.elapsed() >= REPORT_EVERY {
             self.report();
@@ -231,13 +233,6 @@ impl Watch {
         }
     }
 
-    /// Lets what was said last get out, and waits until the destination has closed its side, for a moment.
-    pub(super) fn close(&mut self) {
-        self.link = None;
-        let deadline = Instant::now() + FAREWELL;
-        while self.inbox.recv_deadline(deadline).is_ok() {}
-    }
-
     /// Renews the report that others see.
     pub(super) fn report(&mut self) {
         self.reported = Instant::now();
@@ -290,7 +285,10 @@ impl Watch {
 
     fn on_stopped(&mut self, stream: u16, reason: String) {
         if !reason.is_empty() {
-            self.last_error = Some(format!("the destination stopped stream {stream}: {reason}"));
+            // Which side was first is not known: the other one's reason is a consequence.
+            let theirs = format!("the destination stopped stream {stream}: {reason}");
+            let own = self.dead.get(&stream).map(|dead| format!("{}; ", dead.error));
+            self.last_error = Some(own.unwrap_or_default() + &theirs);
         }
         self.stopped.insert(stream, reason);
         self.bury(stream);
@@ -303,9 +301,13 @@ impl Watch {
             Err(LaneError::Fatal { source, .. }) => return Err(source.into()),
             Err(error) => {
                 let error = explain(&error);
-                if self.stopped.get(&end.stream).is_none_or(String::is_empty) {
-                    self.last_error = Some(error.clone());
-                }
+                let theirs = self.stopped.get(&end.stream).filter(|reason| !reason.is_empty());
+                self.last_error = Some(match theirs {
+                    Some(reason) => {
+                        format!("{error}; the destination stopped stream {}: {reason}", end.stream)
+                    }
+                    None => error.clone(),
+                });
                 self.progress.update(|r| r.streams_lost += 1);
                 self.send(Message::StreamLost { stream: end.stream });
                 let dead = Dead { frames: end.unreceipted, error, since: Instant::now() };
@@ -334,5 +336,6 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         self.report();
+        self.link.flush(FAREWELL);
     }
 }

@@ -1,0 +1,187 @@
+//! Peers made by hand: they speak the protocol as far as a test wants, and then break it.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
+
+use pageferry::pagecopy::digest::{PageHasher, receipt};
+use pageferry::pagecopy::layout::Region;
+use pageferry::transport::wire::control::{CHECKSUM_LEN, ErrorCode, HEADER_LEN, Hello, Message, Welcome};
+use pageferry::transport::wire::frame::{FrameHeader, FrameKind, encode_receipt};
+use pageferry::transport::wire::{Preamble, Role};
+
+pub(crate) const SESSION: [u8; 16] = *b"a test's session";
+pub(crate) const SEED: u64 = 42;
+
+/// A preamble of the test's session.
+pub(crate) fn preamble(role: Role, stream: u16) -> Preamble {
+    Preamble { version_min: 1, version_max: 1, role, stream, session: SESSION }
+}
+
+/// HELLO for one stream and one region of `len` bytes.
+pub(crate) fn hello(len: u64) -> Hello {
+    Hello {
+        seed: SEED,
+        capabilities: 3,
+        streams: 1,
+        live: false,
+        timeout_ms: 2000,
+        regions: vec![Region { name: "ram".into(), gpa: 0, len }],
+        presence: vec![0xff],
+        machine: String::new(),
+    }
+}
+
+/// A connection.
+pub(crate) struct Peer {
+    pub(crate) socket: TcpStream,
+}
+
+impl Peer {
+    pub(crate) fn connect(port: u16) -> Self {
+        Self::over(TcpStream::connect(("127.0.0.1", port)).unwrap())
+    }
+
+    pub(crate) fn over(socket: TcpStream) -> Self {
+        // Far more than any wait of the tests: a failure, not a hang.
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        socket.set_nodelay(true).unwrap();
+        Self { socket }
+    }
+
+    /// Writes; the peer may have closed already.
+    pub(crate) fn write(&mut self, bytes: &[u8]) {
+        let _ = self.socket.write_all(bytes);
+    }
+
+    pub(crate) fn send(&mut self, message: &Message) {
+        self.write(&message.encode());
+    }
+
+    /// The next message other than PING and PONG; PINGs are answered. `None` at the end.
+    pub(crate) fn receive(&mut self) -> Option<Message> {
+        loop {
+            let mut bytes = vec![0; HEADER_LEN];
+            self.socket.read_exact(&mut bytes).ok()?;
+            let (_, len) = Message::decode_header(bytes.first_chunk().unwrap()).unwrap();
+            bytes.resize(HEADER_LEN + len + CHECKSUM_LEN, 0);
+            self.socket.read_exact(&mut bytes[HEADER_LEN..]).ok()?;
+            match Message::decode(&bytes).unwrap() {
+                Message::Ping(nonce) => self.send(&Message::Pong(nonce)),
+                Message::Pong(_) => {}
+                message => return Some(message),
+            }
+        }
+    }
+
+    /// The next message is an ERROR with this code and words.
+    #[track_caller]
+    pub(crate) fn expect_error(&mut self, expected: ErrorCode, words: &str) {
+        match self.receive() {
+            Some(Message::Error { code, text }) => {
+                assert_eq!(code, expected, "{text}");
+                assert!(text.contains(words), "{words:?} in {text:?}");
+            }
+            other => panic!("an ERROR with {words:?} was expected, not {other:?}"),
+        }
+    }
+}
+
+/// A source made by hand whose session the destination has accepted.
+pub(crate) fn open_session(port: u16, hello: Hello) -> Peer {
+    let mut peer = Peer::connect(port);
+    peer.write(&preamble(Role::Control, 0).encode());
+    peer.send(&Message::Hello(hello));
+    assert!(matches!(peer.receive(), Some(Message::Welcome(_))));
+    assert_eq!(peer.receive(), Some(Message::Prepared));
+    peer
+}
+
+/// A stream of that session.
+pub(crate) fn open_stream(port: u16, stream: u16) -> Peer {
+    let mut peer = Peer::connect(port);
+    peer.write(&preamble(Role::Stream, stream).encode());
+    assert_eq!(peer.receive(), Some(Message::Attached { stream }));
+    peer
+}
+
+/// A destination made by hand.
+pub(crate) struct Server {
+    listener: TcpListener,
+}
+
+impl Server {
+    pub(crate) fn new() -> (Self, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("tcp:{}", listener.local_addr().unwrap());
+        (Self { listener }, uri)
+    }
+
+    /// The next connection and its preamble.
+    pub(crate) fn accept(&self) -> (Peer, Preamble) {
+        let mut peer = Peer::over(self.listener.accept().unwrap().0);
+        let mut bytes = [0; Preamble::LEN];
+        peer.socket.read_exact(&mut bytes).unwrap();
+        let preamble = Preamble::decode(&bytes).unwrap();
+        (peer, preamble)
+    }
+
+    /// The control connection and its HELLO.
+    pub(crate) fn hello(&self) -> (Peer, Hello) {
+        let (mut peer, preamble) = self.accept();
+        assert_eq!(preamble.role, Role::Control);
+        match peer.receive() {
+            Some(Message::Hello(hello)) => (peer, hello),
+            other => panic!("{other:?} instead of HELLO"),
+        }
+    }
+
+    /// The control connection up to PREPARED; its PINGs are answered from here on, what else it says is dropped.
+    pub(crate) fn prepared(&self) -> (Peer, PageHasher) {
+        let (mut peer, hello) = self.hello();
+        peer.send(&welcome(&hello));
+        peer.send(&Message::Prepared);
+        let mut reader = Peer::over(peer.socket.try_clone().unwrap());
+        std::thread::spawn(move || while reader.receive().is_some() {});
+        (peer, PageHasher::new(hello.seed))
+    }
+
+    /// The next stream, attached.
+    pub(crate) fn stream(&self) -> Peer {
+        let (mut peer, preamble) = self.accept();
+        assert_eq!(preamble.role, Role::Stream);
+        peer.send(&Message::Attached { stream: preamble.stream });
+        peer
+    }
+}
+
+/// WELCOME as a good destination says it.
+pub(crate) fn welcome(hello: &Hello) -> Message {
+    Message::Welcome(Welcome {
+        version: 1,
+        capabilities: hello.capabilities,
+        streams: hello.streams,
+        timeout_ms: 2000,
+    })
+}
+
+/// Reads a frame of raw pages; `None` at the end. Returns its header and the digests of its pages.
+pub(crate) fn read_raw_frame(peer: &mut Peer, hasher: &PageHasher) -> Option<(FrameHeader, Vec<u64>)> {
+    let mut bytes = [0; FrameHeader::LEN];
+    peer.socket.read_exact(&mut bytes).ok()?;
+    let header = FrameHeader::decode(&bytes, hasher).unwrap();
+    if header.kind == FrameKind::End {
+        return None;
+    }
+    assert_eq!(header.pages(), header.raw, "the test's memory is all raw");
+    let mut raw = vec![0; header.raw_len()];
+    peer.socket.read_exact(&mut raw).ok()?;
+    Some((header, raw.chunks(super::PAGE).map(|page| receipt(hasher.page(page))).collect()))
+}
+
+/// A receipt's bytes.
+pub(crate) fn receipt_bytes(seq: u64, digests: &[u64], hasher: &PageHasher) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    encode_receipt(&mut bytes, seq, digests, hasher);
+    bytes
+}

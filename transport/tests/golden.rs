@@ -1,0 +1,263 @@
+//! Golden vectors of the wire format: literal bytes that the code must produce and accept, and that `docs/protocol.md`
+//! must show. A change of either is a change of the protocol and needs a new version.
+
+use pagecopy::backend::StateBlob;
+use pagecopy::chunk::ChunkDecoder;
+use pagecopy::digest::{PageHasher, receipt};
+use pagecopy::layout::{Layout, PAGE_SIZE, Region};
+use transport::wire::control::{
+    ErrorCode, HEADER_LEN, Hello, Message, SessionStatus, StreamEnd, Totals, Welcome, state_digest,
+};
+use transport::wire::frame::{
+    FrameHeader, FrameKind, RECEIPT_HEADER_LEN, check_receipt, decode_receipt_header, encode_receipt,
+    fold_receipt,
+};
+use transport::wire::{Preamble, Role};
+use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_seed};
+
+const DOCUMENT: &str = include_str!("../../docs/protocol.md");
+const SEED: u64 = 0x1122_3344_5566_7788;
+const SESSION: [u8; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+
+fn preambles() -> Vec<(&'static str, Preamble)> {
+    let preamble = |role, stream| Preamble { version_min: 1, version_max: 1, role, stream, session: SESSION };
+    vec![
+        ("8f504746455252590100010001000000000102030405060708090a0b0c0d0e0f", preamble(Role::Control, 0)),
+        ("8f504746455252590100010002000200000102030405060708090a0b0c0d0e0f", preamble(Role::Stream, 2)),
+        ("8f504746455252590100010003000000000102030405060708090a0b0c0d0e0f", preamble(Role::Query, 0)),
+    ]
+}
+
+fn state() -> Vec<StateBlob> {
+    vec![StateBlob { name: "vcpu/0".into(), version: 1, bytes: vec![0xaa, 0xbb] }]
+}
+
+fn totals() -> Totals {
+    let end = StreamEnd { stream: 2, frames: 8, fold: 0x0123_4567_89ab_cdef };
+    Totals { streams: vec![end], pages: 5, state: state_digest(&state()) }
+}
+
+fn messages() -> Vec<(&'static str, Message)> {
+    let hello = Hello {
+        seed: SEED,
+        capabilities: 3,
+        streams: 4,
+        live: true,
+        timeout_ms: 10_000,
+        regions: vec![
+            Region { name: "low".into(), gpa: 0, len: 0x10_0000 },
+            Region { name: "high".into(), gpa: 0x1_0000_0000, len: 0x3000 },
+        ],
+        presence: vec![0b1],
+        machine: "m".into(),
+    };
+    vec![
+        (
+            "010000005d00000088776655443322110300000000000000040001001027000000100000400000000200000000000000000000000000100000000000030000006c6f770000000001000000003000000000000004000000686967680100000001010000006d0e99f2751d560535",
+            Message::Hello(hello),
+        ),
+        (
+            "020000001000000001000400102700000300000000000000ec841c70620554d4",
+            Message::Welcome(Welcome { version: 1, capabilities: 3, streams: 4, timeout_ms: 10_000 }),
+        ),
+        (
+            "030000000a00000003000000020000006e6f2cce08a3f1bce9a3",
+            Message::Error { code: ErrorCode::Busy, text: "no".into() },
+        ),
+        ("0400000008000000010000000000000023feae3fa68910ba", Message::Ping(1)),
+        ("05000000080000000100000000000000eb6ae7228bf7ae2a", Message::Pong(1)),
+        ("06000000000000003b676347da4b996b", Message::Prepared),
+        ("07000000020000000200bdaca05522656e4d", Message::Attached { stream: 2 }),
+        ("080000000200000002008f3f7fa76c21a28f", Message::StreamLost { stream: 2 }),
+        (
+            "090000000900000002000300000063757462136a905be9d507",
+            Message::StreamStopped { stream: 2, reason: "cut".into() },
+        ),
+        (
+            "0a000000180000000100000006000000766370752f300100000002000000aabb5c3e9704478f13fa",
+            Message::State(state()),
+        ),
+        (
+            "0b000000260000000100000002000800000000000000efcdab89674523010500000000000000f7f9d7704c6730d5fb82d47682c6bd44",
+            Message::Finish(totals()),
+        ),
+        (
+            "0c000000260000000100000002000800000000000000efcdab89674523010500000000000000f7f9d7704c6730d53bd9a2d480b3f82d",
+            Message::Ready(totals()),
+        ),
+        ("0d0000000000000089d39c655291cedb", Message::Go),
+        ("0e000000000000003678e5c6a7791431", Message::Running),
+        ("0f0000000000000063f47101c156cee5", Message::Query),
+        ("1000000002000000020014407092abcab33c", Message::Status(SessionStatus::Ready)),
+    ]
+}
+
+/// A delta of page 2, whose base is zeros, and a zstd frame of pages 3 (all `a`) and 4 (all `b`).
+const SECTION: &str = "0800000109c70102070828b52ffd60001f0280006103800062";
+/// The frame of chunk 3 around [`SECTION`], with page 0 raw and page 1 zero.
+const FRAME_HEADER: &str = "504746310100000007000000000000000300000019000000010000000000000002000000000000000400000000000000180000000000000014e8329e4c5bce2a3b6d43d27efcddfe";
+const END_HEADER: &str = "5047463102000000080000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000028196a04b64d059a";
+/// The receipt of that frame.
+const RECEIPT: &str = "50475231050000000700000000000000c101e567d17a51f045e7961452e8eac4a4af2ab1fa936c50a71019b6e72db1bc2cbf9bb4d1c51f4e7ec6862318fd1281";
+/// The fold of a stream whose only receipt is [`RECEIPT`].
+const FOLD: &str = "2708e06134234f89";
+/// xxh3-128 of a page of zeros, the high half first as it is printed.
+const ZERO_PAGE_DIGEST: &str = "8091490f33f435fdc4eae8521496e745";
+
+fn frame() -> FrameHeader {
+    FrameHeader {
+        kind: FrameKind::Pages,
+        seq: 7,
+        chunk: 3,
+        encoded_len: unhex(SECTION).len() as u32,
+        raw: 0b1,
+        zero: 0b10,
+        delta: 0b100,
+        zstd: 0b1_1000,
+        encoded_checksum: PageHasher::new(SEED).checksum(&unhex(SECTION)),
+    }
+}
+
+/// What the five pages of the golden frame hold once it was applied.
+fn pages() -> [[u8; PAGE_SIZE]; 5] {
+    let mut delta = [0; PAGE_SIZE];
+    delta[0] = 9;
+    delta[200..202].copy_from_slice(&[7, 8]);
+    [[0x5a; PAGE_SIZE], [0; PAGE_SIZE], delta, [b'a'; PAGE_SIZE], [b'b'; PAGE_SIZE]]
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let digits: Vec<u8> = text.bytes().map(|b| (b as char).to_digit(16).unwrap_or(0) as u8).collect();
+    digits.chunks(2).map(|pair| pair[0] << 4 | pair.get(1).copied().unwrap_or(0)).collect()
+}
+
+#[test]
+fn preambles_are_these_bytes() {
+    for (golden, preamble) in preambles() {
+        assert_eq!(hex(&preamble.encode()), golden, "{:?}", preamble.role);
+        assert_eq!(Preamble::decode(unhex(golden)[..].try_into().unwrap()), Ok(preamble));
+    }
+}
+
+#[test]
+fn messages_are_these_bytes() {
+    let messages = messages();
+    for (golden, message) in &messages {
+        assert_eq!(hex(&message.encode()), *golden, "{}", message.name());
+        let bytes = unhex(golden);
+        assert_eq!(Message::decode(&bytes).as_ref(), Ok(message), "{}", message.name());
+        let fields = bytes.len() - HEADER_LEN - 8;
+        assert_eq!(
+            Message::decode_header(bytes.first_chunk().unwrap()),
+            Ok((message.kind(), fields)),
+            "{}",
+            message.name()
+        );
+    }
+    let kinds: Vec<u16> = messages.iter().map(|(_, message)| message.kind()).collect();
+    assert_eq!(kinds, Vec::from_iter(1..=16), "every kind has its vector");
+}
+
+#[test]
+fn frame_headers_are_these_bytes() {
+    let hasher = PageHasher::new(SEED);
+    for (golden, header) in [(FRAME_HEADER, frame()), (END_HEADER, FrameHeader::end(8))] {
+        assert_eq!(hex(&header.encode(&hasher)), golden, "{:?}", header.kind);
+        assert_eq!(FrameHeader::decode(unhex(golden)[..].try_into().unwrap(), &hasher), Ok(header));
+    }
+    // The layout of the golden HELLO has no chunk 3 with these pages; one region of 1 MiB has.
+    assert_eq!(frame().check_layout(&Layout::flat(1 << 20).unwrap()), Ok(()));
+}
+
+/// Only decoding is held: other releases of zstd may make other bytes of the same pages.
+#[test]
+fn the_encoded_section_decodes_to_its_pages() {
+    let section = unhex(SECTION);
+    let header = frame();
+    let mut decoder = ChunkDecoder::new();
+    let mut asked = Vec::new();
+    let decoded = decoder
+        .decode(header.delta, header.zstd, &section, |bit, base| {
+            asked.push(bit);
+            base.fill(0);
+        })
+        .unwrap();
+    let expected = pages();
+    let found: Vec<u32> = decoded.iter().map(|(bit, _)| bit).collect();
+    assert_eq!(found, [2, 3, 4]);
+    for (bit, page) in decoded.iter() {
+        assert!(*page == expected[bit as usize], "page {bit}");
+    }
+    assert_eq!(asked, [2], "only a delta has a base");
+}
+
+#[test]
+fn receipts_and_folds_are_these_bytes() {
+    let hasher = PageHasher::new(SEED);
+    let digests: Vec<u64> = pages().iter().map(|page| receipt(hasher.page(page))).collect();
+    let mut bytes = Vec::new();
+    encode_receipt(&mut bytes, 7, &digests, &hasher);
+    assert_eq!(hex(&bytes), RECEIPT);
+    let golden = unhex(RECEIPT);
+    assert_eq!(decode_receipt_header(golden.first_chunk::<RECEIPT_HEADER_LEN>().unwrap()), Ok((5, 7)));
+    let body: Vec<u8> = digests.iter().flat_map(|digest| digest.to_le_bytes()).collect();
+    assert_eq!(check_receipt(&golden, &hasher), Ok(&body[..]));
+    assert_eq!(hex(&fold_receipt(0, &golden, &hasher).to_le_bytes()), FOLD);
+}
+
+/// The document promises that stock xxHash with a seed gives the same values.
+#[test]
+fn digests_are_those_of_stock_xxhash() {
+    let hasher = PageHasher::new(SEED);
+    for page in pages() {
+        assert_eq!(hasher.page(&page), xxh3_128_with_seed(&page, SEED));
+    }
+    assert_eq!(hasher.checksum(b"bytes"), xxh3_64_with_seed(b"bytes", SEED));
+    assert_eq!(format!("{:032x}", hasher.zero()), ZERO_PAGE_DIGEST);
+}
+
+#[test]
+fn the_document_shows_every_vector() {
+    let shown: String = DOCUMENT.chars().filter(|c| !c.is_whitespace()).collect();
+    let named = [SECTION, FRAME_HEADER, END_HEADER, RECEIPT, FOLD, ZERO_PAGE_DIGEST];
+    let messages = messages();
+    let preambles = preambles();
+    let all =
+        named.iter().chain(messages.iter().map(|(hex, _)| hex)).chain(preambles.iter().map(|(hex, _)| hex));
+    for vector in all {
+        assert!(shown.contains(vector), "docs/protocol.md does not show {vector}");
+    }
+}
+
+/// The tables of the document name every message and error code with its number.
+#[test]
+fn the_document_names_every_message_and_code() {
+    for (_, message) in messages() {
+        let row = format!("| {} | {} |", message.kind(), message.name());
+        assert!(DOCUMENT.contains(&row), "docs/protocol.md has no row {row:?}");
+    }
+    for code in [
+        ErrorCode::Protocol,
+        ErrorCode::Version,
+        ErrorCode::Busy,
+        ErrorCode::Layout,
+        ErrorCode::Integrity,
+        ErrorCode::Local,
+        ErrorCode::Cancelled,
+        ErrorCode::UnknownSession,
+        ErrorCode::Timeout,
+    ] {
+        let row = format!("| {} | {code:?} |", code as u32);
+        assert!(DOCUMENT.contains(&row), "docs/protocol.md has no row {row:?}");
+    }
+    for status in
+        [SessionStatus::Moving, SessionStatus::Ready, SessionStatus::Running, SessionStatus::Abandoned]
+    {
+        let row = format!("| {} | {status:?} |", status as u16);
+        assert!(DOCUMENT.contains(&row), "docs/protocol.md has no row {row:?}");
+    }
+}
