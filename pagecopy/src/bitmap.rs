@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use zerocopy::FromZeros;
+
 use crate::layout::Layout;
 
 /// A set of pages of one layout: word `i` holds the pages of chunk `i`.
@@ -14,9 +16,13 @@ pub struct PageBitmap {
 }
 
 impl PageBitmap {
-    /// An empty set for a layout of `chunks` chunks.
+    /// An empty set for a layout of `chunks` chunks. Its memory is only taken from the system where it is written.
+    ///
+    /// # Panics
+    /// When not even the addresses can be had: a word for each 256 KiB of guest.
     pub fn new(chunks: u32) -> Self {
-        Self { words: (0..chunks).map(|_| AtomicU64::new(0)).collect() }
+        let words = <[AtomicU64]>::new_box_zeroed_with_elems(chunks as usize);
+        Self { words: words.expect("a word for each chunk") }
     }
 
     /// The set of all pages of a layout.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
 use pagecopy::digest::PageHasher;
-use pagecopy::layout::{Layout, PAGE_SIZE};
+use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
 use transport::destination::{PageSink, ReceiveError, receive_stream};
 use transport::link::{Link, LinkError, LinkEvent};
 use transport::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
@@ -236,7 +236,9 @@ impl Destination {
         let Opening { link, peer, version, generation, session, hello } = opening;
         let opened = Layout::new(hello.regions.clone())
             .map_err(|e| e.to_string())
+            .and_then(|layout| check_presence(&hello, layout))
             .and_then(|layout| incoming.open(&hello, layout))
+            .and_then(|ram| check_room(&hello, ram))
             .and_then(|ram| match (hello.live, incoming.guest()) {
                 (true, None) => Err(
                     "this destination takes memory alone, not a running guest; use `pageferry vm --incoming`"
@@ -286,6 +288,30 @@ impl Destination {
             setup: Duration::ZERO,
             event_sender: self.event_sender.clone(),
         })
+    }
+}
+
+/// Refuses a presence map that is not the layout's.
+fn check_presence(hello: &Hello, layout: Layout) -> Result<Layout, String> {
+    let (found, expected) = (hello.presence.len(), Hello::presence_len(&layout));
+    if found == expected {
+        Ok(layout)
+    } else {
+        Err(format!("field presence map has {found} bytes; the layout's has {expected}"))
+    }
+}
+
+/// Refuses a guest whose data would be populated ahead and is more than this host has memory for.
+fn check_room(hello: &Hello, ram: Arc<dyn GuestRam>) -> Result<Arc<dyn GuestRam>, String> {
+    let pieces: u64 = hello.presence.iter().map(|byte| u64::from(byte.count_ones())).sum();
+    let wanted = pieces * u64::from(PRESENCE_CHUNKS) * CHUNK_SIZE as u64;
+    match usage::available_bytes() {
+        Some(available) if ram.populates_ahead() && wanted > available => Err(format!(
+            "the guest has data in {} MiB, and this host has {} MiB of memory to give: free some, or use another host",
+            wanted >> 20,
+            available >> 20
+        )),
+        _ => Ok(ram),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use zerocopy::FromZeros;
+
 /// For every chunk, the stream that has frames of it under way, and how many.
 ///
 /// A chunk with nothing under way belongs to nobody and may be claimed by any stream; one with frames under way only by
@@ -14,7 +16,9 @@ pub(crate) struct Owners {
 
 impl Owners {
     pub(crate) fn new(chunks: u32) -> Self {
-        Self { chunks: (0..chunks).map(|_| AtomicU32::new(0)).collect() }
+        // Zeroed by the system, where it is touched: a large guest may be mostly holes.
+        let words = <[AtomicU32]>::new_box_zeroed_with_elems(chunks as usize);
+        Self { chunks: words.expect("four bytes for each chunk") }
     }
 
     /// Counts one more frame of `chunk` under way on `stream`, unless another stream has some.
