@@ -16,7 +16,9 @@ pub struct PageBitmap {
 impl PageBitmap {
     /// An empty set for a layout of `chunks` chunks.
     pub fn new(chunks: u32) -> Self {
-        Self { words: (0..chunks).map(|_| AtomicU64::new(0)).collect() }
+        // Zeroed by the allocator, without touching it: a layout that a peer only claims to have costs address space, not
+        // memory.
+        Self { words: bytemuck::zeroed_slice_box(chunks as usize) }
     }
 
     /// The set of all pages of a layout.
