@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
 use pagecopy::digest::PageHasher;
-use pagecopy::layout::{Layout, PAGE_SIZE};
+use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
 use transport::destination::{PageSink, ReceiveError, receive_stream};
 use transport::link::{Link, LinkError, LinkEvent};
 use transport::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
@@ -353,12 +353,16 @@ impl Session {
         !self.state.iter().any(|blob| blob.name == RUN_STATE && blob.bytes == [0])
     }
 
-    /// Faults in the memory that data will come for, with all cores, before it comes.
+    /// Faults in the memory that data will come for, with all cores, before it comes; never more than this host has to spare,
+    /// for nothing was sent yet and anything may be announced.
     fn populate(&self) -> Result<(), BackendError> {
         let chunks = self.ram.layout().chunks();
+        let piece_bytes = u64::from(PRESENCE_CHUNKS) * CHUNK_SIZE as u64;
+        let spare = usage::available_memory_bytes() / 10 * 9;
         let pieces: Vec<u32> = (0..chunks)
             .step_by(PRESENCE_CHUNKS as usize)
             .filter(|&chunk| self.hello.present(chunk))
+            .take(usize::try_from(spare / piece_bytes).unwrap_or(usize::MAX))
             .collect();
         let cores = std::thread::available_parallelism().map_or(1, usize::from).min(16);
         let next = std::sync::atomic::AtomicUsize::new(0);
