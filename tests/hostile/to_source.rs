@@ -236,6 +236,35 @@ fn a_destination_that_does_not_stop_lost_streams() {
     assert!(began.elapsed() < LIMIT + LIMIT);
 }
 
+/// It takes GO and is never seen again: nobody knows, and the source says so.
+#[test]
+fn a_destination_that_vanishes_after_go() {
+    let _turn = turn();
+    let job = Job::new(Image::Random, 64 * PAGE);
+    let (server, uri) = Server::new();
+    let thread = std::thread::spawn(move || {
+        let (mut control, hello) = server.hello();
+        control.send(&welcome(&hello));
+        control.send(&Message::Prepared);
+        let mut stream = server.stream();
+        let hasher = PageHasher::new(hello.seed);
+        while let Some((header, digests)) = read_raw_frame(&mut stream, &hasher) {
+            let bytes = receipt_bytes(header.seq, &digests, &hasher);
+            stream.write(&bytes);
+        }
+        drop(stream);
+        let Some(Message::Finish(totals)) = control.receive() else { panic!("no FINISH") };
+        control.send(&Message::Ready(totals));
+        assert_eq!(control.receive(), Some(Message::Go));
+    });
+    let sent =
+        send(&uri, &job.from, &["--timeout", TIMEOUT, "--streams", "1", "--codec", "raw"]).wait_for(LIMIT);
+    thread.join().unwrap();
+    sent.code(4).says(&["the handover was not confirmed"]);
+    assert!(!sent.report().verified);
+    assert_eq!(sent.json()["status"], "unknown");
+}
+
 /// Receipts are good, and the account is not.
 #[test]
 fn accounts_that_differ() {
