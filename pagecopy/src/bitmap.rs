@@ -2,8 +2,6 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use zerocopy::FromZeros;
-
 use crate::layout::Layout;
 
 /// A set of pages of one layout: word `i` holds the pages of chunk `i`.
@@ -16,13 +14,11 @@ pub struct PageBitmap {
 }
 
 impl PageBitmap {
-    /// An empty set for a layout of `chunks` chunks. Its memory is only taken from the system where it is written.
-    ///
-    /// # Panics
-    /// When not even the addresses can be had: a word for each 256 KiB of guest.
+    /// An empty set for a layout of `chunks` chunks.
     pub fn new(chunks: u32) -> Self {
-        let words = <[AtomicU64]>::new_box_zeroed_with_elems(chunks as usize);
-        Self { words: words.expect("a word for each chunk") }
+        // Zeroed by the allocator, without touching it: a layout that a peer only claims to have costs address space, not
+        // memory.
+        Self { words: bytemuck::zeroed_slice_box(chunks as usize) }
     }
 
     /// The set of all pages of a layout.

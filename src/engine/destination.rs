@@ -238,7 +238,6 @@ impl Destination {
             .map_err(|e| e.to_string())
             .and_then(|layout| check_presence(&hello, layout))
             .and_then(|layout| incoming.open(&hello, layout))
-            .and_then(|ram| check_room(&hello, ram))
             .and_then(|ram| match (hello.live, incoming.guest()) {
                 (true, None) => Err(
                     "this destination takes memory alone, not a running guest; use `pageferry vm --incoming`"
@@ -298,20 +297,6 @@ fn check_presence(hello: &Hello, layout: Layout) -> Result<Layout, String> {
         Ok(layout)
     } else {
         Err(format!("field presence map has {found} bytes; the layout's has {expected}"))
-    }
-}
-
-/// Refuses a guest whose data would be populated ahead and is more than this host has memory for.
-fn check_room(hello: &Hello, ram: Arc<dyn GuestRam>) -> Result<Arc<dyn GuestRam>, String> {
-    let pieces: u64 = hello.presence.iter().map(|byte| u64::from(byte.count_ones())).sum();
-    let wanted = pieces * u64::from(PRESENCE_CHUNKS) * CHUNK_SIZE as u64;
-    match usage::available_bytes() {
-        Some(available) if ram.populates_ahead() && wanted > available => Err(format!(
-            "the guest has data in {} MiB, and this host has {} MiB of memory to give: free some, or use another host",
-            wanted >> 20,
-            available >> 20
-        )),
-        _ => Ok(ram),
     }
 }
 
@@ -392,15 +377,19 @@ impl Session {
         !self.state.iter().any(|blob| blob.name == RUN_STATE && blob.bytes == [0])
     }
 
-    /// Faults in the memory that data will come for, with all cores, before it comes.
+    /// Faults in the memory that data will come for, with all cores, before it comes; never more than this host has to spare,
+    /// for nothing was sent yet and anything may be announced.
     fn populate(&self) -> Result<(), BackendError> {
         if !self.ram.populates_ahead() {
             return Ok(());
         }
         let chunks = self.ram.layout().chunks();
+        let piece_bytes = u64::from(PRESENCE_CHUNKS) * CHUNK_SIZE as u64;
+        let spare = usage::available_memory_bytes() / 10 * 9;
         let pieces: Vec<u32> = (0..chunks)
             .step_by(PRESENCE_CHUNKS as usize)
             .filter(|&chunk| self.hello.present(chunk))
+            .take(usize::try_from(spare / piece_bytes).unwrap_or(usize::MAX))
             .collect();
         let cores = std::thread::available_parallelism().map_or(1, usize::from).min(16);
         let next = std::sync::atomic::AtomicUsize::new(0);

@@ -75,7 +75,7 @@ impl fmt::Display for Fate {
             Self::RunsOn => "the migration failed; the guest runs on at the source",
             Self::Stuck => "the migration failed, and the guest could not be resumed at the source, where it is whole",
             Self::Unknown => {
-                "the handover was not confirmed; the guest stays paused at the source until you know that the destination does not run it"
+                "the handover was not confirmed; the source is unchanged, and a guest stays paused there until you know that the destination does not run it"
             }
         })
     }
@@ -434,16 +434,18 @@ impl Attempt<'_> {
         }
     }
 
-    /// Asks the destination what became of the session, until it is known. Cancelling ends the asking, not the uncertainty.
+    /// Asks the destination what became of the session, until it is known: without end for a guest, that two may not run; for one
+    /// timeout where memory alone was moved. Cancelling ends the asking, not the uncertainty.
     fn ask(&mut self, options: &Options, first: Cause) -> Result<(), Cause> {
         self.progress.update(|r| {
             r.status = Status::Unknown;
             r.error = Some(super::explain(&first));
         });
-        let uri = self.uri;
+        let (uri, live) = (self.uri, self.backend.guest.is_some());
         let progress = self.progress;
         let (watch, _) = self.parts();
         let mut pause = Duration::from_millis(50);
+        let began = Instant::now();
         loop {
             if let Ok(learnt) = ask_once(uri, watch, options.timeout) {
                 match learnt {
@@ -455,7 +457,7 @@ impl Attempt<'_> {
                     Learnt::SayGoAgain | Learnt::Unknown => {}
                 }
             }
-            if progress.is_cancelled() {
+            if progress.is_cancelled() || (!live && began.elapsed() > options.timeout) {
                 return Err(first);
             }
             std::thread::sleep(pause);

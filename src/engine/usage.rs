@@ -15,9 +15,27 @@ pub(crate) fn max_rss_bytes() -> u64 {
     getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| usage.max_rss() as u64 * 1024)
 }
 
-/// Memory that this host could give without swapping, in bytes; `None` where it does not say.
-pub(crate) fn available_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+/// Memory that this host can give without swapping, in bytes (`MemAvailable`, proc_meminfo(5)); as good as endless where the kernel does not
+/// say.
+pub(crate) fn available_memory_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    available(&text).unwrap_or(u64::MAX)
+}
+
+fn available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_the_kernel_says() {
+        let text = "MemTotal:       24558080 kB\nMemAvailable:   20480000 kB\n";
+        assert_eq!(available(text), Some(20_480_000 << 10));
+        assert_eq!(available("MemTotal: 1 kB\n"), None);
+        assert!(available_memory_bytes() > 1 << 20);
+    }
 }

@@ -293,7 +293,7 @@ impl Image {
         match self {
             Self::Random => Some(rng.bytes(MIB)),
             Self::Zero => Some(vec![0; MIB]),
-            Self::Sparse => (index % 8 == 0).then(|| rng.bytes(MIB)),
+            Self::Sparse => index.is_multiple_of(8).then(|| rng.bytes(MIB)),
             Self::Text => Some(text(rng, words)),
             Self::Mixed => match index % 10 {
                 0..3 => None,

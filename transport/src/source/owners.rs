@@ -2,8 +2,6 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use zerocopy::FromZeros;
-
 /// For every chunk, the stream that has frames of it under way, and how many.
 ///
 /// A chunk with nothing under way belongs to nobody and may be claimed by any stream; one with frames under way only by
@@ -17,8 +15,7 @@ pub(crate) struct Owners {
 impl Owners {
     pub(crate) fn new(chunks: u32) -> Self {
         // Zeroed by the system, where it is touched: a large guest may be mostly holes.
-        let words = <[AtomicU32]>::new_box_zeroed_with_elems(chunks as usize);
-        Self { chunks: words.expect("four bytes for each chunk") }
+        Self { chunks: bytemuck::zeroed_slice_box(chunks as usize) }
     }
 
     /// Counts one more frame of `chunk` under way on `stream`, unless another stream has some.

@@ -84,7 +84,7 @@ impl Preamble {
             value => return Err(WireError::BadValue { field: "role", value: value.into() }),
         };
         let stream = r.u16("stream")?;
-        if stream >= STREAMS_MAX {
+        if stream >= STREAMS_MAX || (role != Role::Stream && stream != 0) {
             return Err(WireError::BadValue { field: "stream", value: stream.into() });
         }
         Ok(Self { version_min, version_max, role, stream, session: r.array("session id")? })
@@ -112,7 +112,7 @@ mod tests {
         assert_eq!(p.agree(), Ok(1));
         let future = Preamble { version_min: 2, ..p };
         assert_eq!(future.agree(), Err(WireError::NoCommonVersion { min: 2, max: 3 }));
-        for (at, value) in [(0, 0), (8, 9), (12, 4), (15, 0xff)] {
+        for (at, value) in [(0, 0), (8, 9), (12, 4), (12, 1), (15, 0xff)] {
             let mut bad = bytes;
             bad[at] = value;
             assert!(Preamble::decode(&bad).is_err(), "byte {at}");
