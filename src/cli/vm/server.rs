@@ -112,9 +112,13 @@ impl Server {
     async fn client(self, stream: tokio::net::UnixStream) {
         let (reader, mut writer) = stream.into_split();
         let mut reader = BufReader::new(reader.take(LINE_MAX));
-        let mut line = String::new();
-        while let Ok(Ok(1..)) = tokio::time::timeout(CLIENT_TIMEOUT, reader.read_line(&mut line)).await {
-            let answer = match serde_json::from_str::<Request>(&line) {
+        let mut line = Vec::new();
+        while let Ok(Ok(1..)) =
+            tokio::time::timeout(CLIENT_TIMEOUT, reader.read_until(b'\n', &mut line)).await
+        {
+            let whole = line.ends_with(b"\n") || (line.len() as u64) < LINE_MAX;
+            let answer = match serde_json::from_slice::<Request>(&line) {
+                _ if !whole => Err(format!("a request is longer than {LINE_MAX} bytes")),
                 Ok(request) => {
                     let server = self.clone();
                     // Pausing and resuming block.
@@ -125,7 +129,8 @@ impl Server {
             };
             let answer = answer.map_or_else(Answer::Error, Answer::Return);
             let text = serde_json::to_string(&answer).unwrap_or_default() + "\n";
-            if writer.write_all(text.as_bytes()).await.is_err() {
+            // What follows in a line that is too long is no request either.
+            if writer.write_all(text.as_bytes()).await.is_err() || !whole {
                 break;
             }
             line.clear();
