@@ -3,11 +3,19 @@
 //!
 //! Without `/dev/kvm` each test says so and goes with `--no-kvm`, where that makes sense.
 
+#[path = "live/commands.rs"]
+mod commands;
 #[path = "live/demo.rs"]
 mod demo;
+#[path = "live/guests.rs"]
+mod guests;
+#[path = "live/handover.rs"]
+mod handover;
 #[path = "live/kill.rs"]
 mod kill;
 #[path = "live/proxy.rs"]
 mod proxy;
+#[path = "live/streams.rs"]
+mod streams;
 #[path = "live/vm.rs"]
 mod vm;

@@ -9,6 +9,7 @@ use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use pageferry::vmm_shim::guests::counter::{Checker, CounterParams, Side};
+use pageferry::vmm_shim::kvm;
 use serde_json::{Value, json};
 
 /// Longest wait for anything that a test has not set a time for itself: this machine may be busy.
@@ -32,7 +33,7 @@ pub(crate) fn wait_for<T>(what: &str, timeout: Duration, mut holds: impl FnMut()
 /// Whether there is KVM; prints why not.
 pub(crate) fn have_kvm() -> bool {
     static TOLD: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
-    let missing = TOLD.get_or_init(|| pageferry::vmm_shim::kvm::open().err().map(|e| e.to_string()));
+    let missing = TOLD.get_or_init(|| kvm::open().err().map(|e| e.to_string()));
     if let Some(why) = missing {
         println!("skipped: no /dev/kvm ({why})");
     }
@@ -304,8 +305,11 @@ impl Vm {
 
     /// Waits for the end of a migration begun with [`Self::begin_migration`]; returns its report.
     pub(crate) fn wait_migration(&self, timeout: Duration) -> Value {
-        wait_for(&format!("{}: the migration's end", self.name), timeout, || {
-            let report = self.status()["migration"].clone();
+        let start = Instant::now();
+        wait_for(&format!("{}: the migration's end", self.name), 2 * timeout, || {
+            let status = self.status();
+            assert!(start.elapsed() < timeout, "{}: still not ended after {timeout:?}: {status}", self.name);
+            let report = status["migration"].clone();
             let ended =
                 ["completed", "failed", "cancelled"].contains(&report["status"].as_str().unwrap_or(""));
             ended.then_some(report)
