@@ -117,7 +117,9 @@ impl Server {
             tokio::time::timeout(CLIENT_TIMEOUT, reader.read_until(b'\n', &mut line)).await
         {
             let whole = line.ends_with(b"\n") || (line.len() as u64) < LINE_MAX;
-            let answer = match serde_json::from_slice::<Request>(&line) {
+            let request = serde_json::from_slice::<Request>(&line);
+            let quits = matches!(request, Ok(Request::Quit)) && whole;
+            let answer = match request {
                 _ if !whole => Err(format!("a request is longer than {LINE_MAX} bytes")),
                 Ok(request) => {
                     let server = self.clone();
@@ -129,8 +131,13 @@ impl Server {
             };
             let answer = answer.map_or_else(Answer::Error, Answer::Return);
             let text = serde_json::to_string(&answer).unwrap_or_default() + "\n";
+            let written = writer.write_all(text.as_bytes()).await;
+            if quits {
+                // Only now: the process may be gone a moment later, and its answer with it.
+                self.quit();
+            }
             // What follows in a line that is too long is no request either.
-            if writer.write_all(text.as_bytes()).await.is_err() || !whole {
+            if written.is_err() || !whole {
                 break;
             }
             line.clear();
@@ -145,10 +152,8 @@ impl Server {
             Request::Pause => self.pause().map(|()| Value::Null),
             Request::Resume { force } => self.resume(force).map(|()| Value::Null),
             Request::Cancel => self.cancel().map(|()| Value::Null),
-            Request::Quit => {
-                self.quit();
-                Ok(Value::Null)
-            }
+            // Done once the answer is written.
+            Request::Quit => Ok(Value::Null),
         }
     }
 
@@ -335,7 +340,6 @@ impl Server {
             }
         };
         drop(state);
-        // The answer to `quit` is on its way.
         api.shutdown_timeout(Duration::from_millis(200));
         result.map_err(|text| CliError { exit: Exit::Failed, text })
     }
