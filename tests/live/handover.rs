@@ -9,7 +9,7 @@ use pageferry::transport::wire::Role;
 use serde_json::json;
 
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::vm::{PATIENCE, Spec, Vm, World, prove, send_signal, wait_for};
+use crate::vm::{PATIENCE, Spec, Vm, World, prove, send_signal, stop_process, wait_for};
 
 /// Whether this is the message with that name on the control connection.
 fn is(seen: &Seen<'_>, name: &str) -> bool {
@@ -161,7 +161,7 @@ fn cancelling_the_question_leaves_the_state_unknown() {
     let proxy = Proxy::new(&uri, move |seen| {
         if is(seen, "READY") {
             // READY goes on; what the source answers to it finds nobody.
-            send_signal(pid, libc::SIGSTOP);
+            stop_process(pid);
         }
         Verdict::Pass
     });

@@ -10,7 +10,7 @@ use pageferry::transport::wire::control::Message;
 use serde_json::json;
 
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::vm::{PATIENCE, Spec, Vm, World, prove, send_signal};
+use crate::vm::{PATIENCE, Spec, Vm, World, prove, send_signal, stop_process, wait_for};
 
 /// Moments at which a process is killed. What comes by at that moment is lost with it, so that nothing is left to chance: it
 /// either arrived before, or never does.
@@ -171,8 +171,11 @@ fn source_killed_after_any_time() {
         source.kill();
         // Later than its session can learn of it; where none had begun, it listens on.
         std::thread::sleep(Duration::from_millis(300));
-        let listens = destination.ask(&json!({"execute": "status"})).map(|s| s["state"] == "incoming");
-        assert!(listens.unwrap_or_else(|_| destination.exited().is_some()), "killed after {delay_ms} ms");
+        let listens =
+            || destination.ask(&json!({"execute": "status"})).is_ok_and(|s| s["state"] == "incoming");
+        wait_for("it listens or ends", PATIENCE, || {
+            (destination.exited().is_some() || listens()).then_some(())
+        });
         assert!(destination.serial().is_empty(), "killed after {delay_ms} ms");
         if let Some(status) = destination.exited() {
             assert_eq!(status.code(), Some(1));
@@ -193,8 +196,10 @@ fn destination_stopped_is_given_up_in_time() {
         let at = stopped.clone();
         let proxy = Proxy::new(&uri, move |seen| {
             if matches!(seen, Seen::Data { by: By::Source, total, .. } if *total >= bytes) {
-                send_signal(pid, libc::SIGSTOP);
-                at.lock().unwrap().get_or_insert_with(Instant::now);
+                at.lock().unwrap().get_or_insert_with(|| {
+                    stop_process(pid);
+                    Instant::now()
+                });
             }
             Verdict::Pass
         });

@@ -345,6 +345,21 @@ pub(crate) fn send_signal(pid: i32, signal: i32) {
     unsafe { libc::kill(pid, signal) };
 }
 
+/// SIGSTOP; returns when all threads stand. The signal alone begins the stop, and a thread of a busy host may run on meanwhile.
+pub(crate) fn stop_process(pid: i32) {
+    send_signal(pid, libc::SIGSTOP);
+    let stands = |task: std::io::Result<std::fs::DirEntry>| {
+        let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat")));
+        // A thread that has gone meanwhile stands, too.
+        stat.map_or(true, |stat| {
+            stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
+        })
+    };
+    wait_for("the process stands", PATIENCE, || {
+        std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.all(stands).then_some(())
+    });
+}
+
 impl Drop for Vm {
     fn drop(&mut self) {
         if std::thread::panicking() {
