@@ -14,6 +14,9 @@ use super::{CliError, Exit, TransferArgs, output};
 /// How often a migration's progress is asked for.
 const POLL: Duration = Duration::from_millis(20);
 
+/// How long a source may ask what became of its handover before that is taken for the result.
+const ASKING: Duration = Duration::from_secs(5);
+
 /// Commands a running `pageferry vm`
 #[derive(Debug, Args)]
 #[command(
@@ -142,16 +145,17 @@ fn show_status(path: &Path, json: bool) -> Result<(), CliError> {
 /// Watches a migration until it ends; shows a bar on a terminal.
 pub(super) fn follow(path: &Path, quiet: bool) -> Result<Report, CliError> {
     let mut bar = output::LateBar::new(quiet);
-    let mut silent: Option<Instant> = None;
+    let (mut silent, mut asking): (Option<Instant>, Option<Instant>) = (None, None);
     loop {
         match api::status(path) {
             Ok(status) => {
                 silent = None;
                 let report = status.migration.unwrap_or_default();
-                let ended = matches!(
-                    report.status,
-                    Status::Completed | Status::Failed | Status::Cancelled | Status::Unknown
-                );
+                let ended = match report.status {
+                    Status::Completed | Status::Failed | Status::Cancelled => true,
+                    Status::Unknown => asking.get_or_insert_with(Instant::now).elapsed() > ASKING,
+                    _ => false,
+                };
                 if ended {
                     bar.finish();
                     return Ok(report);

@@ -45,6 +45,11 @@ pub trait Incoming {
     fn open(&mut self, hello: &Hello, layout: Layout) -> Result<Arc<dyn GuestRam>, String>;
     /// The guest whose state is to be loaded and that is to run, for a live migration.
     fn guest(&self) -> Option<Arc<dyn Guest>>;
+    /// Everything is here and handed over; the guest runs, if there is one and it was not paused at the source. The session
+    /// lasts on, for a source that may not have heard so.
+    fn arrived(&mut self, running: bool) {
+        let _ = running;
+    }
 }
 
 /// Why a destination ended without the guest.
@@ -155,7 +160,7 @@ impl Destination {
             }
             session.report(&self.progress, cpu, result.as_ref().err());
             result?;
-            let running = session.guest.is_some() && session.should_run();
+            let running = session.runs();
             return Ok(Arrival { report: self.progress.report(), running });
         }
     }
@@ -341,8 +346,7 @@ struct Session {
 
 impl Session {
     /// The phases: populate, move, finish, hand over.
-    fn run(&mut self, listening: &Destination, incoming: &dyn Incoming) -> Result<(), IncomingError> {
-        let _ = incoming;
+    fn run(&mut self, listening: &Destination, incoming: &mut dyn Incoming) -> Result<(), IncomingError> {
         self.populate()?;
         let prepared = self.machine.prepared();
         self.send(prepared);
@@ -357,11 +361,12 @@ impl Session {
         // From here on the guest is this side's, whatever becomes of the source.
         listening.front.set_status(SessionStatus::Running);
         if let Some(guest) = &self.guest
-            && self.should_run()
+            && self.runs()
         {
             guest.resume()?;
         }
         self.send(Message::Running);
+        incoming.arrived(self.runs());
         self.linger(listening);
         Ok(())
     }
@@ -372,9 +377,9 @@ impl Session {
         }
     }
 
-    /// Whether the guest ran at the source when it was moved.
-    fn should_run(&self) -> bool {
-        !self.state.iter().any(|blob| blob.name == RUN_STATE && blob.bytes == [0])
+    /// Whether there is a guest that ran at the source when it was moved.
+    fn runs(&self) -> bool {
+        self.guest.is_some() && !self.state.iter().any(|blob| blob.name == RUN_STATE && blob.bytes == [0])
     }
 
     /// Faults in the memory that data will come for, with all cores, before it comes; never more than this host has to spare,
@@ -595,12 +600,16 @@ impl Session {
         }
     }
 
-    /// The guest runs. Stays for a source that has not heard so yet: until it closes its link, for a while.
+    /// The guest runs. Stays for a source that has not heard so yet: until it says that it has, for a while. A link that is
+    /// closed says nothing: RUNNING may have been lost with it. Memory alone has nobody who waits paused for an answer.
     fn linger(&mut self, listening: &Destination) {
-        let deadline = Instant::now() + listening.options.timeout;
+        let options = &listening.options;
+        let live = self.guest.is_some();
+        let deadline = Instant::now() + if live { options.handover_timeout } else { options.timeout };
         while Instant::now() < deadline {
             match self.next(listening) {
-                Ok(Some(LinkEvent::Dead(LinkError::Closed))) | Err(_) => return,
+                Ok(Some(LinkEvent::Message(Message::Running))) | Err(_) => return,
+                Ok(Some(LinkEvent::Dead(LinkError::Closed))) if !live => return,
                 Ok(Some(LinkEvent::Dead(_))) => self.link = None,
                 Ok(Some(LinkEvent::Message(Message::Query))) => {
                     self.send(Message::Status(self.machine.status()));

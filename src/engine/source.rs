@@ -21,7 +21,7 @@ use transport::session::{Learnt, SessionError};
 use transport::socket::{Connection, SocketError};
 use transport::source::{FatalError, Feeder, Lane, PageSource, SourceOptions};
 use transport::uri::Uri;
-use transport::wire::control::{ErrorCode, Hello, Message, Totals, capability, state_digest};
+use transport::wire::control::{ErrorCode, Hello, Message, SessionStatus, Totals, capability, state_digest};
 use transport::wire::{Preamble, Role, VERSION_MAX, VERSION_MIN};
 
 use super::Options;
@@ -187,9 +187,13 @@ pub fn migrate(
         }
         Err(cause) => Some(attempt.unwind(cause)),
     };
+    let total = began.elapsed();
+    if let (None, Some(running)) = (&failure, &mut attempt.running) {
+        // The last word is on its way; the destination waits for it.
+        running.watch.close();
+    }
     // The workers are gone: the numbers are final.
     attempt.running = None;
-    let total = began.elapsed();
     progress.update(|r| {
         r.cpu_s = usage::cpu_seconds() - cpu;
         r.max_rss_bytes = usage::max_rss_bytes();
@@ -429,7 +433,10 @@ impl Attempt<'_> {
         // The point of no return: whatever happens from here on, only the destination's word ends this.
         watch.go();
         match watch.running() {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                watch.send(Message::Running);
+                Ok(())
+            }
             Err(cause) => self.ask(options, cause),
         }
     }
@@ -460,7 +467,10 @@ impl Attempt<'_> {
             if progress.is_cancelled() || (!live && began.elapsed() > options.timeout) {
                 return Err(first);
             }
-            std::thread::sleep(pause);
+            let until = Instant::now() + pause;
+            while Instant::now() < until && !progress.is_cancelled() {
+                std::thread::sleep(Duration::from_millis(10));
+            }
             pause = (pause * 2).min(Duration::from_secs(2));
         }
     }
@@ -505,17 +515,29 @@ fn ask_once(uri: &Uri, watch: &mut Watch, timeout: Duration) -> Result<Learnt, C
     };
     let exchange = Exchange::open(&connection, &preamble, timeout)?;
     exchange.send(&Message::Query)?;
-    loop {
-        match exchange.receive()? {
-            Message::Ping(nonce) => exchange.send(&Message::Pong(nonce))?,
-            Message::Status(status) => match watch.learn(status) {
-                Learnt::SayGoAgain => exchange.send(&Message::Go)?,
-                learnt => return Ok(learnt),
-            },
-            Message::Running => return Ok(Learnt::Running),
-            _ => {}
+    let deadline = Instant::now() + timeout;
+    // Pings alone are no answer: the destination's network lives longer than its session may.
+    while Instant::now() < deadline {
+        let learnt = match exchange.receive()? {
+            Message::Ping(nonce) => {
+                exchange.send(&Message::Pong(nonce))?;
+                continue;
+            }
+            Message::Status(status) => watch.learn(status),
+            Message::Running => watch.learn(SessionStatus::Running),
+            _ => continue,
+        };
+        match learnt {
+            Learnt::SayGoAgain => exchange.send(&Message::Go)?,
+            Learnt::Running => {
+                // Lets the destination know that it is known; if this is lost, it only waits longer.
+                let _ = exchange.send(&Message::Running);
+                return Ok(learnt);
+            }
+            Learnt::Abandoned | Learnt::Unknown => return Ok(learnt),
         }
     }
+    Ok(Learnt::Unknown)
 }
 
 fn random<const N: usize>() -> std::io::Result<[u8; N]> {

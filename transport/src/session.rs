@@ -12,7 +12,7 @@
 //! ExpectReady     <--------------- READY --  Ready
 //! Ready -> Gone   -- GO ----------------->  Running
 //! Gone            <------------- RUNNING --
-//! Done
+//! Done            -- RUNNING ------------>  (knows that the source knows)
 //! ```
 //! The machines hold rule 5: until [`SourceSession::go`] was called the source owns the guest, whatever happens; from that
 //! call on it never resumes it unless the destination says it abandoned the session. The destination owns it from the

@@ -70,6 +70,9 @@ pub(super) struct VmArgs {
     /// Give a silent source up after this many seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     timeout: u64,
+    /// Wait this many seconds for a source that was lost after the guest had come whole, before it was handed over
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    handover_timeout: u64,
 }
 
 /// How written pages are found.
@@ -95,7 +98,11 @@ pub(super) fn run(args: &VmArgs) -> Result<(), CliError> {
     let quitting = server.clone();
     stop::on_signals(move || quitting.quit());
     if let Some(uri) = &args.incoming {
-        let options = Options { timeout: std::time::Duration::from_secs(args.timeout), ..Options::default() };
+        let options = Options {
+            timeout: std::time::Duration::from_secs(args.timeout),
+            handover_timeout: std::time::Duration::from_secs(args.handover_timeout),
+            ..Options::default()
+        };
         let progress = Progress::default();
         let destination =
             Destination::bind(uri, &options, &progress, |notice| eprintln!("pageferry: {notice}"))
@@ -106,8 +113,10 @@ pub(super) fn run(args: &VmArgs) -> Result<(), CliError> {
         std::thread::Builder::new()
             .name("incoming".into())
             .spawn(move || {
-                let result = destination.receive(&mut Taker { machine: taking.machine() });
-                taking.arrived(result.map(|arrival| arrival.running).map_err(|e| explain(&e)));
+                let mut taker = Taker { machine: taking.machine(), server: taking.clone() };
+                if let Err(error) = destination.receive(&mut taker) {
+                    taking.not_arrived(explain(&error));
+                }
             })
             .map_err(|e| fail(format!("cannot start a thread: {e}")))?;
     } else if !args.paused {
@@ -129,6 +138,7 @@ fn open_serial(target: &str) -> Result<Box<dyn Write + Send>, String> {
 /// Takes a guest into the machine that was made for it.
 struct Taker {
     machine: Arc<Machine>,
+    server: Server,
 }
 
 impl Incoming for Taker {
@@ -145,6 +155,10 @@ impl Incoming for Taker {
 
     fn guest(&self) -> Option<Arc<dyn Guest>> {
         Some(self.machine.guest.clone())
+    }
+
+    fn arrived(&mut self, running: bool) {
+        self.server.arrived(running);
     }
 }
 

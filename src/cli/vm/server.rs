@@ -5,6 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use pageferry::engine::progress::Progress;
+use pageferry::engine::report::Status;
 use pageferry::engine::source::{Fate, migrate};
 use pageferry::engine::{Options, explain};
 use pageferry::transport::link::{AsyncConnection, AsyncListener};
@@ -20,6 +21,8 @@ use super::machine::Machine;
 
 /// A client that says nothing for this long is left.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a request waits for a migration to end that is about to; less than a client waits for the answer.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// One VM and who commands it.
 #[derive(Clone)]
@@ -41,6 +44,22 @@ struct State {
     listening: Option<String>,
     /// Set when the process is to end.
     end: Option<Result<(), String>>,
+}
+
+impl State {
+    fn migration(&self) -> Option<Status> {
+        self.progress.as_ref().filter(|_| self.migrating).map(|progress| progress.report().status)
+    }
+
+    /// GO was said, and the source asks what came of it.
+    fn asks(&self) -> bool {
+        self.migration() == Some(Status::Unknown)
+    }
+
+    /// The migration has its result, and its thread is about to enter it here.
+    fn is_ending(&self) -> bool {
+        matches!(self.migration(), Some(Status::Completed | Status::Failed | Status::Cancelled))
+    }
 }
 
 impl Server {
@@ -93,9 +112,15 @@ impl Server {
     async fn client(self, stream: tokio::net::UnixStream) {
         let (reader, mut writer) = stream.into_split();
         let mut reader = BufReader::new(reader.take(LINE_MAX));
-        let mut line = String::new();
-        while let Ok(Ok(1..)) = tokio::time::timeout(CLIENT_TIMEOUT, reader.read_line(&mut line)).await {
-            let answer = match serde_json::from_str::<Request>(&line) {
+        let mut line = Vec::new();
+        while let Ok(Ok(1..)) =
+            tokio::time::timeout(CLIENT_TIMEOUT, reader.read_until(b'\n', &mut line)).await
+        {
+            let whole = line.ends_with(b"\n") || (line.len() as u64) < LINE_MAX;
+            let request = serde_json::from_slice::<Request>(&line);
+            let quits = matches!(request, Ok(Request::Quit)) && whole;
+            let answer = match request {
+                _ if !whole => Err(format!("a request is longer than {LINE_MAX} bytes")),
                 Ok(request) => {
                     let server = self.clone();
                     // Pausing and resuming block.
@@ -106,7 +131,13 @@ impl Server {
             };
             let answer = answer.map_or_else(Answer::Error, Answer::Return);
             let text = serde_json::to_string(&answer).unwrap_or_default() + "\n";
-            if writer.write_all(text.as_bytes()).await.is_err() {
+            let written = writer.write_all(text.as_bytes()).await;
+            if quits {
+                // Only now: the process may be gone a moment later, and its answer with it.
+                self.quit();
+            }
+            // What follows in a line that is too long is no request either.
+            if written.is_err() || !whole {
                 break;
             }
             line.clear();
@@ -121,19 +152,22 @@ impl Server {
             Request::Pause => self.pause().map(|()| Value::Null),
             Request::Resume { force } => self.resume(force).map(|()| Value::Null),
             Request::Cancel => self.cancel().map(|()| Value::Null),
-            Request::Quit => {
-                self.quit();
-                Ok(Value::Null)
-            }
+            // Done once the answer is written.
+            Request::Quit => Ok(Value::Null),
         }
     }
 
     fn status(&self) -> VmStatus {
         let machine = &self.shared.machine;
         let crash = machine.crash();
-        let state = self.state();
+        // A migration whose report is final is one whose guest's place is known: they are shown together.
+        let state = self.wait_while(self.state(), State::is_ending);
         VmStatus {
-            state: if crash.is_some() { RunState::Crashed } else { state.run },
+            state: match crash {
+                Some(_) => RunState::Crashed,
+                None if state.asks() => RunState::Unknown,
+                None => state.run,
+            },
             reason: crash,
             guest: machine.name.clone(),
             cpus: machine.cpus,
@@ -162,7 +196,21 @@ impl Server {
     /// Lets the guest run.
     pub(super) fn resume(&self, force: bool) -> Result<(), String> {
         let mut state = self.state();
+        if force && state.asks() {
+            // The user knows what the source asks for. Only when it asks no more can it not say GO again.
+            if let Some(progress) = &state.progress {
+                progress.cancel();
+            }
+            state = self.wait_while(state, |state| state.migrating);
+            if state.run == RunState::Migrated {
+                return Err(format!(
+                    "the destination has just confirmed the handover: {}",
+                    not_here(state.run)
+                ));
+            }
+        }
         match state.run {
+            _ if state.asks() => return Err(not_here(RunState::Unknown)),
             _ if state.migrating => return Err("a migration is under way: cancel it first".into()),
             RunState::Paused => {}
             RunState::Migrated | RunState::Unknown if force => {}
@@ -227,6 +275,8 @@ impl Server {
                     Err(Fate::Stuck) => state.run = RunState::Paused,
                     Err(Fate::RunsOn | Fate::StaysPaused | Fate::Unmoved) => {}
                 }
+                drop(state);
+                server.shared.changed.notify_all();
             })
             .map(drop)
             .map_err(|e| {
@@ -242,16 +292,16 @@ impl Server {
         state.progress = Some(progress.clone());
     }
 
-    /// The guest came in and runs as it ran before; or it did not, and this process has no purpose any more.
-    pub(super) fn arrived(&self, result: Result<bool, String>) {
-        match result {
-            Ok(running) => {
-                let mut state = self.state();
-                state.listening = None;
-                state.run = if running { RunState::Running } else { RunState::Paused };
-            }
-            Err(error) => self.end(Err(error)),
-        }
+    /// The guest came in, and runs if it ran before.
+    pub(super) fn arrived(&self, running: bool) {
+        let mut state = self.state();
+        state.listening = None;
+        state.run = if running { RunState::Running } else { RunState::Paused };
+    }
+
+    /// It did not, and this process has no purpose any more.
+    pub(super) fn not_arrived(&self, error: String) {
+        self.end(Err(error));
     }
 
     /// Ends the process, after whatever migration is under way was cancelled.
@@ -260,6 +310,16 @@ impl Server {
             progress.cancel();
         }
         self.end(Ok(()));
+    }
+
+    /// Waits while something holds that a migration's thread will change, but not for ever.
+    fn wait_while<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        holds: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        let waited = self.shared.changed.wait_timeout_while(state, CHANGE_TIMEOUT, |state| holds(state));
+        waited.unwrap_or_else(|e| e.into_inner()).0
     }
 
     fn end(&self, result: Result<(), String>) {
@@ -280,7 +340,6 @@ impl Server {
             }
         };
         drop(state);
-        // The answer to `quit` is on its way.
         api.shutdown_timeout(Duration::from_millis(200));
         result.map_err(|text| CliError { exit: Exit::Failed, text })
     }

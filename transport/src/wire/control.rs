@@ -201,7 +201,7 @@ pub enum Message {
     Ready(Totals),
     /// Source: the guest is yours. The source never resumes it by itself from here on.
     Go,
-    /// Destination: it is mine.
+    /// Destination: it is mine. Source, last of all: I know, nobody will ask after the session any more.
     Running,
     /// Source, on a query connection: what became of the session?
     Query,

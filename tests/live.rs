@@ -1,0 +1,21 @@
+//! Live migration end to end: real processes, real sockets, a real guest on KVM, and everything that can be killed or cut
+//! on the way. The judge is the counter guest itself: its output, over all processes, is one unbroken chain.
+//!
+//! Without `/dev/kvm` each test says so and goes with `--no-kvm`, where that makes sense.
+
+#[path = "live/commands.rs"]
+mod commands;
+#[path = "live/demo.rs"]
+mod demo;
+#[path = "live/guests.rs"]
+mod guests;
+#[path = "live/handover.rs"]
+mod handover;
+#[path = "live/kill.rs"]
+mod kill;
+#[path = "live/proxy.rs"]
+mod proxy;
+#[path = "live/streams.rs"]
+mod streams;
+#[path = "live/vm.rs"]
+mod vm;

@@ -1,0 +1,117 @@
+//! Data streams that are cut on the way.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use pageferry::transport::wire::Role;
+use serde_json::json;
+
+use crate::proxy::{By, Proxy, Seen, Verdict};
+use crate::vm::{PATIENCE, Spec, World, prove};
+
+/// A guest that is big and busy enough that every stream carries some MiB.
+fn busy() -> Spec {
+    Spec { cpus: 2, working_set: 24 << 20, rate: 0, ..Spec::counter() }
+}
+
+#[test]
+fn one_stream_cut_is_one_stream_less() {
+    let world = World::new();
+    let spec = busy();
+    let mut here = world.source("vm0", &spec);
+    let mut all = Vec::new();
+    // The same guest, from VM to VM: cut early and late, and in either direction.
+    for (i, (by, bytes)) in
+        [(By::Source, 1), (By::Source, 500_000), (By::Destination, 1000), (By::Source, 2_000_000)]
+            .into_iter()
+            .enumerate()
+    {
+        let (there, uri) = world.destination(&format!("vm{}", i + 1), &spec);
+        let cut = AtomicBool::new(false);
+        let proxy = Proxy::new(&uri, move |seen| match seen {
+            Seen::Data { stream: 2, by: from, total, .. }
+                if *from == by && *total >= bytes && !cut.swap(true, Ordering::Relaxed) =>
+            {
+                Verdict::Cut
+            }
+            _ => Verdict::Pass,
+        });
+        let ended = here.ctl(&["migrate", &proxy.uri(), "--json", "--codec", "raw"]);
+        assert_eq!(ended.code, Some(0), "{by:?} {bytes}: {ended:?}");
+        let report = ended.json();
+        assert_eq!(report["streams_lost"], 1, "{by:?} {bytes}: {report}");
+        assert_eq!(report["mismatches"], 0, "{by:?} {bytes}: {report}");
+        all.push(std::mem::replace(&mut here, there));
+        let mut chain: Vec<_> = all.iter().collect();
+        chain.push(&here);
+        prove(&spec, &chain);
+    }
+}
+
+#[test]
+fn all_streams_but_one_cut() {
+    let world = World::new();
+    let spec = busy();
+    let source = world.source("a", &spec);
+    let (destination, uri) = world.destination("b", &spec);
+    let proxy = Proxy::new(&uri, |seen| match seen {
+        Seen::Data { stream: stream @ 1.., by: By::Source, total, .. }
+            if *total > 300_000 * u64::from(*stream) =>
+        {
+            Verdict::Cut
+        }
+        _ => Verdict::Pass,
+    });
+    let ended = source.ctl(&["migrate", &proxy.uri(), "--json", "--codec", "raw"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(ended.json()["streams_lost"], 3, "{ended:?}");
+    prove(&spec, &[&source, &destination]);
+}
+
+#[test]
+fn all_streams_cut_fails_and_says_so() {
+    let world = World::new();
+    let spec = busy();
+    let source = world.source("a", &spec);
+    let (destination, uri) = world.destination("b", &spec);
+    let total = AtomicU64::new(0);
+    let proxy = Proxy::new(&uri, move |seen| match seen {
+        Seen::Data { by: By::Source, len, .. }
+            if total.fetch_add(*len as u64, Ordering::Relaxed) > 3_000_000 =>
+        {
+            Verdict::Cut
+        }
+        _ => Verdict::Pass,
+    });
+    let ended = source.ctl(&["migrate", &proxy.uri(), "--json"]);
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let report = ended.json();
+    assert_eq!(report["streams_lost"], 4, "{report}");
+    assert!(ended.err.contains("runs on at the source: all data streams are lost"), "{ended:?}");
+    prove(&spec, &[&source]);
+    let status = destination.wait_exit(PATIENCE);
+    assert_eq!(status.code(), Some(1));
+    assert!(destination.errors().contains("all data streams are lost"), "{}", destination.errors());
+    assert!(destination.serial().is_empty());
+    let (destination, uri) = world.destination("c", &spec);
+    source.begin_migration(&uri, &json!({}));
+    assert_eq!(source.wait_migration(PATIENCE)["status"], "completed");
+    prove(&spec, &[&source, &destination]);
+}
+
+#[test]
+fn a_stream_that_cannot_be_opened_fails_and_says_which() {
+    let world = World::new();
+    let spec = Spec::counter();
+    let source = world.source("a", &spec);
+    let (destination, uri) = world.destination("b", &spec);
+    let proxy = Proxy::new(&uri, |seen| match seen {
+        Seen::Open { role: Role::Stream, stream: 3 } => Verdict::Cut,
+        _ => Verdict::Pass,
+    });
+    let ended = source.ctl(&["migrate", &proxy.uri()]);
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.err.contains("data stream 3 could not be opened"), "{ended:?}");
+    prove(&spec, &[&source]);
+    assert_eq!(destination.wait_exit(PATIENCE).code(), Some(1));
+    assert!(destination.serial().is_empty());
+}
