@@ -188,11 +188,7 @@ pub fn migrate(
         Err(cause) => Some(attempt.unwind(cause)),
     };
     let total = began.elapsed();
-    if let (None, Some(running)) = (&failure, &mut attempt.running) {
-        // The last word is on its way; the destination waits for it.
-        running.watch.close();
-    }
-    // The workers are gone: the numbers are final.
+    // The workers are gone and the last word is out: the numbers are final.
     attempt.running = None;
     progress.update(|r| {
         r.cpu_s = usage::cpu_seconds() - cpu;
