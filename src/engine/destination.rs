@@ -617,15 +617,13 @@ impl Session {
         // Lets it get out, and the source close its side, for a moment.
         let open = self.link.take().is_some() && !matches!(error, IncomingError::Link(_));
         let deadline = Instant::now() + FAREWELL;
-        while open {
-            match listening.events.recv_deadline(deadline) {
-                Ok(Event::Link { generation, event: LinkEvent::Dead(_) })
-                    if generation == self.generation =>
-                {
-                    break;
-                }
-                Ok(_) => {}
-                Err(_) => break,
+        if !open {
+            return;
+        }
+        while let Ok(event) = listening.events.recv_deadline(deadline) {
+            if matches!(event, Event::Link { generation, event: LinkEvent::Dead(_) } if generation == self.generation)
+            {
+                return;
             }
         }
     }

@@ -88,7 +88,7 @@ enum TrackerArg {
 
 pub(super) fn run(args: &VmArgs) -> Result<(), CliError> {
     let fail = |text: String| CliError { exit: Exit::CannotStart, text };
-    if args.mem < MEMORY_MIN || args.mem % 4096 != 0 {
+    if args.mem < MEMORY_MIN || !args.mem.is_multiple_of(4096) {
         return Err(fail(format!("--mem {}: guest memory is a multiple of 4096 and at least 16M", args.mem)));
     }
     let serial = open_serial(&args.serial).map_err(fail)?;
