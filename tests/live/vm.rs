@@ -360,12 +360,23 @@ pub(crate) fn stop_process(pid: i32) {
     });
 }
 
+/// What the threads of a process do, as far as the kernel tells.
+fn threads(pid: i32) -> String {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let about = |task: std::fs::DirEntry| {
+        let read = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        format!("{} in {}; ", read("comm").trim(), read("wchan").trim())
+    };
+    tasks.map(about).collect()
+}
+
 impl Drop for Vm {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let status = self.exited();
             let serial = self.serial();
             let tail = String::from_utf8_lossy(&serial[serial.len().saturating_sub(300)..]).into_owned();
+            println!("--- {}: threads: {}", self.name, threads(self.pid));
             println!(
                 "--- {}: exit {status:?}; it printed:\n{}\n--- its guest, at the end:\n{tail}",
                 self.name,
