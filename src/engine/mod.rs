@@ -9,10 +9,13 @@ mod usage;
 use std::time::Duration;
 
 use pagecopy::backend::{BackendError, GuestRam};
-use pagecopy::bitmap::runs;
+use pagecopy::bitmap::{PageBitmap, runs};
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::ContentHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
+
+/// Chunks that are scanned for holes at a time (64 GiB): each scan of a full file walks it to its end, so there should be few.
+const SCAN_CHUNKS: u32 = 1 << 18;
 
 /// What a user may set; the defaults serve.
 #[derive(Clone, Debug)]
@@ -47,17 +50,32 @@ impl Default for Options {
     }
 }
 
+/// Which pages of memory are not holes.
+fn populated(ram: &dyn GuestRam) -> Result<PageBitmap, BackendError> {
+    let chunks = ram.layout().chunks();
+    let bitmap = PageBitmap::new(chunks);
+    let mut words = vec![0; SCAN_CHUNKS.min(chunks) as usize];
+    for first in (0..chunks).step_by(SCAN_CHUNKS as usize) {
+        let words = &mut words[..SCAN_CHUNKS.min(chunks - first) as usize];
+        words.fill(0);
+        ram.populated(first, words)?;
+        for (chunk, &pages) in (first..).zip(words.iter()) {
+            bitmap.insert(chunk, pages);
+        }
+    }
+    Ok(bitmap)
+}
+
 /// xxh3-128 of all of guest memory, region after region, as `xxhsum -H128` of a RAM file gives it. Holes count as zeros and are
 /// not touched. Only for memory that nobody writes meanwhile.
 pub fn content_digest(ram: &dyn GuestRam) -> Result<String, BackendError> {
     let mut hash = ContentHasher::new();
     let mut buffer = vec![0u8; CHUNK_SIZE];
+    let populated = populated(ram)?;
     for chunk in 0..ram.layout().chunks() {
-        let mut pages = [0];
-        ram.populated(chunk, &mut pages)?;
         let memory = ram.chunk(chunk);
         buffer.fill(0);
-        for (first, count) in runs(pages[0]) {
+        for (first, count) in runs(populated.get(chunk)) {
             let (at, len) = (first as usize * PAGE_SIZE, count as usize * PAGE_SIZE);
             let piece = memory.subslice(at, len).expect("pages of a chunk lie in its mapping");
             piece.copy_to(&mut buffer[at..at + len]);

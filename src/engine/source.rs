@@ -7,7 +7,7 @@ mod watch;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, StateBlob};
@@ -34,10 +34,6 @@ use watch::Watch;
 const MISMATCHES_MAX: u64 = 64;
 /// Name of the piece of state that says whether the guest ran: one byte, 0 or 1.
 pub(crate) const RUN_STATE: &str = "pageferry/run-state";
-/// Chunks whose presence is learnt at a time.
-const PRESENCE_STEP: u32 = 1024;
-/// Threads that learn it.
-const SCAN_THREADS_MAX: usize = 8;
 
 /// What is to be moved.
 #[derive(Clone)]
@@ -238,7 +234,8 @@ impl Attempt<'_> {
     fn run(&mut self) -> Result<(), Cause> {
         let mut watch = Watch::connect(self.uri, self.options, self.progress)?;
         self.backend.log.start()?;
-        let populated = self.populated()?;
+        // After the log was started, so that no page falls between the two.
+        let populated = super::populated(&*self.backend.ram)?;
         let hello = self.hello(&mut watch, &populated);
         let (welcome, hasher) = hello.inspect_err(|cause| watch.say_error(cause))?;
         let source = self.page_source(hasher, welcome.capabilities, populated);
@@ -260,38 +257,6 @@ impl Attempt<'_> {
     fn parts(&mut self) -> (&mut Watch, &Arc<PageSource>) {
         let running = self.running.as_mut().expect("set before any phase that needs it");
         (&mut running.watch, &running.source)
-    }
-
-    /// Which pages are not holes. Read after the dirty log was started, so that no page falls between the two. With a few threads: in a
-    /// file that is full the kernel walks every page.
-    fn populated(&self) -> Result<PageBitmap, BackendError> {
-        let ram = &*self.backend.ram;
-        let chunks = ram.layout().chunks();
-        let bitmap = PageBitmap::new(chunks);
-        let next = AtomicU32::new(0);
-        let scan = || {
-            let mut words = vec![0; PRESENCE_STEP as usize];
-            loop {
-                let first = next.fetch_add(1, Ordering::Relaxed).saturating_mul(PRESENCE_STEP);
-                if first >= chunks {
-                    return Ok(());
-                }
-                let words = &mut words[..PRESENCE_STEP.min(chunks - first) as usize];
-                words.fill(0);
-                ram.populated(first, words)?;
-                for (chunk, &pages) in (first..).zip(words.iter()) {
-                    bitmap.insert(chunk, pages);
-                }
-            }
-        };
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = cores.min(SCAN_THREADS_MAX).min(chunks.div_ceil(PRESENCE_STEP) as usize);
-        std::thread::scope(|scope| {
-            let others: Vec<_> = (1..threads).map(|_| scope.spawn(scan)).collect();
-            let own: Result<(), BackendError> = scan();
-            others.into_iter().try_fold((), |(), other| other.join().expect("a scan does not panic")).and(own)
-        })?;
-        Ok(bitmap)
     }
 
     /// HELLO, WELCOME, PREPARED.

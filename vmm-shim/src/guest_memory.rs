@@ -361,13 +361,6 @@ impl GuestRam for GuestMemory {
         let advice = if self.private_file { Advice::LinuxPopulateRead } else { Advice::LinuxPopulateWrite };
         for span in self.spans(first, count as usize)? {
             let (offset, len) = (span.bytes.start, span.bytes.end - span.bytes.start);
-            if let (Kind::Shmem, false, Some((file, base))) =
-                (self.kind, self.private_file, self.fd_of(span.region))
-            {
-                // Allocating first makes the faults that follow cheaper by more than it costs. A hint, like all of this: where it
-                // fails for want of room, so do the faults.
-                let _ = rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, base + offset, len);
-            }
             match self.regions[span.region].advise(offset, len, advice) {
                 // Before Linux 5.14: pages come in as they are touched.
                 Err(e) if e.kind() == io::ErrorKind::InvalidInput => return Ok(()),
