@@ -15,8 +15,8 @@ pub(crate) fn max_rss_bytes() -> u64 {
     getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| usage.max_rss() as u64 * 1024)
 }
 
-/// Memory that this host can give without swapping, in bytes (`MemAvailable`, proc_meminfo(5)); as good as endless where the kernel does not
-/// say.
+/// Memory that this host can give without swapping, in bytes (`MemAvailable`, proc_meminfo(5)); as good as endless where
+/// the kernel does not say.
 pub(crate) fn available_memory_bytes() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     available(&text).unwrap_or(u64::MAX)

@@ -340,9 +340,9 @@ impl Vm {
 
 /// Sends a signal to a process that this test started and has not yet waited for.
 pub(crate) fn send_signal(pid: i32, signal: i32) {
-    // SAFETY: kill(2) touches no memory of this process. The child is waited for only by the owner of its Vm, so its number
-    // is not another process's.
-    unsafe { libc::kill(pid, signal) };
+    let signal = nix::sys::signal::Signal::try_from(signal).expect("a signal's number");
+    // The child is waited for only by the owner of its Vm, so its number is not another process's. It may have ended.
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal);
 }
 
 /// SIGSTOP; returns when all threads stand. The signal alone begins the stop, and a thread of a busy host may run on meanwhile.
