@@ -355,11 +355,9 @@ impl Session {
         let theirs = self.take_pages(listening)?;
         let mine = self.finish(listening, &theirs)?;
         let ready = self.machine.ready(mine);
-        listening.front.set_status(SessionStatus::Ready);
         self.send(ready);
         self.wait_go(listening)?;
         // From here on the guest is this side's, whatever becomes of the source.
-        listening.front.set_status(SessionStatus::Running);
         if let Some(guest) = &self.guest
             && self.runs()
         {

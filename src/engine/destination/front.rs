@@ -9,7 +9,7 @@ use tokio::runtime::{Handle, Runtime};
 use transport::destination::ReceiveError;
 use transport::link::{AsyncConnection, AsyncListener, Link, LinkEvent};
 use transport::socket::{Connection, Listener};
-use transport::wire::control::{ErrorCode, Message, SessionStatus, StreamEnd};
+use transport::wire::control::{ErrorCode, Message, StreamEnd};
 use transport::wire::{Preamble, Role, SessionId, WireError};
 
 /// Connections whose preamble is awaited at a time; more are closed at once. Far fewer than the 1024 descriptors that a process
@@ -39,7 +39,6 @@ pub(super) enum Event {
 struct Session {
     id: Option<SessionId>,
     version: u16,
-    status: SessionStatus,
     generation: u64,
 }
 
@@ -52,12 +51,7 @@ pub(super) struct Front {
 impl Front {
     pub(super) fn start(listener: Listener, timeout: Duration, events: Sender<Event>) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let session = Arc::new(Mutex::new(Session {
-            id: None,
-            version: 0,
-            status: SessionStatus::Moving,
-            generation: 0,
-        }));
+        let session = Arc::new(Mutex::new(Session { id: None, version: 0, generation: 0 }));
         let listener = {
             let _guard = runtime.enter();
             AsyncListener::new(listener)?
@@ -80,11 +74,6 @@ impl Front {
             }
         });
         Ok(Self { session, _runtime: runtime })
-    }
-
-    /// What a query is answered with when the session's thread does not answer itself.
-    pub(super) fn set_status(&self, status: SessionStatus) {
-        lock(&self.session).status = status;
     }
 
     /// The session is over before it began: another may open one.
@@ -142,7 +131,6 @@ impl Door {
                 Role::Control => {
                     session.id = Some(preamble.session);
                     session.version = version;
-                    session.status = SessionStatus::Moving;
                     session.generation += 1;
                     true
                 }
