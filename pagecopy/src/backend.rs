@@ -5,6 +5,7 @@
 //! write it at any time.
 
 use std::io;
+use std::sync::Arc;
 
 use vm_memory::volatile_memory::VolatileSlice;
 
@@ -63,6 +64,11 @@ pub trait GuestRam: Send + Sync {
         Ok(())
     }
 
+    /// Something that fills pages that were never touched for less than touching them costs, where this memory has that.
+    fn placer(self: Arc<Self>) -> Option<Box<dyn Placer>> {
+        None
+    }
+
     /// Makes these pages of a chunk read as zero, and holes again where the memory's kind allows it.
     fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError>;
 
@@ -81,6 +87,17 @@ pub trait GuestRam: Send + Sync {
             .subslice(place.offset as usize, place.bytes())
             .expect("a layout's chunk lies in its region's mapping")
     }
+}
+
+/// Fills pages that were never touched: allocated with their content, where touching them would allocate zeros first, take a
+/// fault, and then be overwritten. Touching such pages in any other way stays possible at any time.
+pub trait Placer: Send + Sync {
+    /// Makes `bytes` the content of pages of a chunk from page `first` on: as many as `bytes` holds. Pages that are there
+    /// already are overwritten.
+    ///
+    /// # Panics
+    /// When `bytes` is not whole pages that the chunk has.
+    fn place(&self, chunk: u32, first: u32, bytes: &[u8]) -> Result<(), BackendError>;
 }
 
 /// A dirty tracker: which pages were written since it was last asked.

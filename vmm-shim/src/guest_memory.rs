@@ -16,8 +16,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 
-use pagecopy::backend::{BackendError, GuestRam};
+use pagecopy::backend::{BackendError, GuestRam, Placer};
 use pagecopy::bitmap::runs;
 use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
@@ -26,6 +27,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::volatile_memory::VolatileSlice;
 
 use crate::pagemap::{Pagemap, Query};
+use crate::placer::UffdPlacer;
 use crate::sys::scan;
 
 /// The size, in bytes, of the huge pages that mappings are aligned for.
@@ -378,6 +380,14 @@ impl GuestRam for GuestMemory {
             }
         }
         Ok(())
+    }
+
+    /// Only shared memory of 4 KiB pages has one: huge pages come in whole, and anonymous memory is populated ahead.
+    fn placer(self: Arc<Self>) -> Option<Box<dyn Placer>> {
+        if self.kind != Kind::Shmem || self.private_file {
+            return None;
+        }
+        UffdPlacer::new(self).map(|placer| Box::new(placer) as Box<dyn Placer>)
     }
 
     /// Pages become holes, except in hugetlbfs and in file systems that cannot punch holes: there zeros are written.

@@ -9,6 +9,7 @@ pub mod guest_memory;
 pub mod guests;
 pub mod kvm;
 mod pagemap;
+mod placer;
 mod sys;
 pub mod uffd_log;
 pub mod vmm;

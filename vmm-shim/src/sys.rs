@@ -1,11 +1,13 @@
-//! Raw system calls: `PAGEMAP_SCAN` and userfaultfd's asynchronous write-protect.
+//! Raw system calls: `PAGEMAP_SCAN`, and of userfaultfd asynchronous write-protect and placing pages.
 //!
-//! Nothing here changes the content of memory or what is mapped; that is in `guest_memory`.
+//! Nothing here changes what is mapped; that is in `guest_memory`.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use vm_memory::volatile_memory::VolatileSlice;
 
 /// Categories and flags of `PAGEMAP_SCAN`. Source: Documentation/admin-guide/mm/pagemap.rst and linux/fs.h.
 pub(crate) mod scan {
@@ -121,11 +123,23 @@ struct UffdWriteProtect {
     mode: u64,
 }
 
+/// `struct uffdio_copy`.
+#[repr(C)]
+struct UffdCopy {
+    to: u64,
+    from: u64,
+    len: u64,
+    mode: u64,
+    /// Out: bytes copied, or an error number, negative.
+    copied: i64,
+}
+
 const _: () = assert!(
     size_of::<UffdRange>() == 16
         && size_of::<UffdApi>() == 24
         && size_of::<UffdRegister>() == 32
         && size_of::<UffdWriteProtect>() == 24
+        && size_of::<UffdCopy>() == 40
 );
 
 /// `_IO(0xaa, 0)`, of /dev/userfaultfd.
@@ -136,12 +150,17 @@ const UFFDIO_API: u64 = 0xc018_aa3f;
 const UFFDIO_REGISTER: u64 = 0xc020_aa00;
 /// `_IOR(0xaa, 1, struct uffdio_range)`
 const UFFDIO_UNREGISTER: u64 = 0x8010_aa01;
+/// `_IOWR(0xaa, 3, struct uffdio_copy)`
+const UFFDIO_COPY: u64 = 0xc028_aa03;
+/// `UFFDIO_COPY`: nobody waits for the page.
+const UFFDIO_COPY_MODE_DONTWAKE: u64 = 1 << 0;
 /// `_IOWR(0xaa, 6, struct uffdio_writeprotect)`
 const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
 /// Flag of userfaultfd(2): faults by the kernel are not handed out; needs no privilege.
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 
-/// A userfaultfd that can only track writes, never stop them: see [`Self::register_wp`].
+/// A userfaultfd that never stops an access: it tracks writes ([`Self::register_wp`]) and places pages
+/// ([`Self::copy`]).
 #[derive(Debug)]
 pub(crate) struct Userfaultfd(OwnedFd);
 
@@ -186,6 +205,35 @@ impl Userfaultfd {
     pub(crate) fn write_protect(&self, range: Range<u64>) -> io::Result<()> {
         let mut arg = UffdWriteProtect { range: UffdRange::of(range), mode: 1 };
         self.ioctl(UFFDIO_WRITEPROTECT, &mut arg)
+    }
+
+    /// Makes `bytes`, whole pages, the content of as many pages from the start of `to` as have none yet, up to the first one
+    /// that has: `EEXIST` when that is the very first. Returns the number of bytes placed. Such a page is allocated and
+    /// filled at once, where touching it would have it filled with zeros first. The memory must be registered.
+    pub(crate) fn copy(&self, to: &VolatileSlice<'_>, bytes: &[u8]) -> io::Result<usize> {
+        assert!(bytes.len() <= to.len(), "{} bytes for {} bytes of memory", bytes.len(), to.len());
+        let mut arg = UffdCopy {
+            to: to.ptr_guard_mut().as_ptr() as u64,
+            from: bytes.as_ptr() as u64,
+            len: bytes.len() as u64,
+            mode: UFFDIO_COPY_MODE_DONTWAKE,
+            copied: 0,
+        };
+        loop {
+            // SAFETY: the kernel reads and writes the struct of this request, reads `bytes`, and writes at most as many
+            // bytes from the start of `to`, which has them: live memory that is only accessed by volatile and raw copies.
+            let result =
+                unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_COPY as _, std::ptr::from_mut(&mut arg)) };
+            let error = io::Error::last_os_error();
+            match usize::try_from(arg.copied) {
+                _ if result >= 0 => return Ok(bytes.len()),
+                // Part of it, and then something that the next call will tell of.
+                Ok(copied) if copied > 0 => return Ok(copied),
+                // The memory map is being changed by another thread.
+                _ if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => arg.copied = 0,
+                _ => return Err(error),
+            }
+        }
     }
 
     /// Ends the registration of a range and takes its protection away.

@@ -72,22 +72,33 @@ impl UffdLog {
         regions.map(|(i, r)| (i, r.name.as_str(), self.memory.host_range(i)))
     }
 
-    /// Finds written pages and protects them again.
-    fn harvest(&self, range: Range<u64>, each: impl FnMut(u64, u64)) -> io::Result<()> {
+    /// Finds written pages and protects them again: looks first, and then walks once more over what was found.
+    ///
+    /// A walk that protects announces all of its range to KVM's MMU notifier, and for as long as it lasts, and once more when
+    /// it ends, a vCPU that faults anywhere in the VM starts over. Syncs that follow each other closely would so keep a guest
+    /// from ever finishing its fault, although it writes nothing. A walk that only looks announces nothing; so a guest is
+    /// disturbed only after it has written, and only about where it wrote.
+    fn harvest(&self, range: Range<u64>, mut each: impl FnMut(u64, u64)) -> io::Result<()> {
         // Private memory: only pages that exist. Otherwise the kernel would report every untouched page that shares a
         // page table with a touched one, and leave markers there that look like swapped pages to `populated` and keep
         // huge pages out. In shared memory, a page without an entry may have content, and markers were set by
         // `protect`. PFNZERO does not take part: a page that was written with zeros can be merged into the kernel's
         // page of zeros.
         let any_of = if self.memory.is_anonymous() { scan::PRESENT | scan::SWAPPED } else { 0 };
-        let query = Query {
-            flags: sys::PM_SCAN_WP_MATCHING | sys::PM_SCAN_CHECK_WPASYNC,
+        let look = Query {
+            flags: sys::PM_SCAN_CHECK_WPASYNC,
             all_of: scan::WRITTEN,
             any_of,
             report: scan::WRITTEN,
             ..Query::default()
         };
-        self.pagemap.scan(&query, range.start, range.end, each)
+        let mut spans = Spans::default();
+        self.pagemap.scan(&look, range.start, range.end, |from, to| spans.add(from, to))?;
+        let protect = Query { flags: look.flags | sys::PM_SCAN_WP_MATCHING, ..look };
+        for span in spans.0 {
+            self.pagemap.scan(&protect, span.start, span.end, &mut each)?;
+        }
+        Ok(())
     }
 
     /// Protects a registered region.
@@ -155,6 +166,23 @@ impl DirtyLog for UffdLog {
     }
 }
 
+/// Runs of addresses, ascending, brought together where little lies between them.
+#[derive(Debug, Default)]
+struct Spans(Vec<Range<u64>>);
+
+impl Spans {
+    /// Runs that are no further apart become one: a system call costs more than passing over this much.
+    const GAP_MAX: u64 = 2 << 20;
+
+    /// Adds a run that does not start before the one added last; it may have been added before.
+    fn add(&mut self, from: u64, to: u64) {
+        match self.0.last_mut() {
+            Some(last) if from <= last.end.saturating_add(Self::GAP_MAX) => last.end = last.end.max(to),
+            _ => self.0.push(from..to),
+        }
+    }
+}
+
 /// Adds pages, counted from the start of chunk `first`, to a bitmap.
 fn insert_run(dirty: &PageBitmap, first: u32, pages: Range<u64>) {
     const PAGES: u64 = CHUNK_PAGES as u64;
@@ -201,6 +229,16 @@ fn open() -> Result<Userfaultfd, BackendError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn runs_come_together_where_they_are_near() {
+        let gap = Spans::GAP_MAX;
+        let mut spans = Spans::default();
+        for (from, to) in [(10, 20), (15, 18), (20 + gap, 30 + gap), (31 + 2 * gap, 40 + 2 * gap)] {
+            spans.add(from, to);
+        }
+        assert_eq!(spans.0, [10..30 + gap, 31 + 2 * gap..40 + 2 * gap]);
+    }
 
     #[test]
     fn runs_cross_chunks() {

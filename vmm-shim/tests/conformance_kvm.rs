@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use common::kvm;
@@ -164,4 +165,42 @@ fn small_kvm_ring_conforms() {
 fn userfaultfd_conforms_under_kvm() {
     conforms(Tracker::None, &Backing::Anonymous { huge: false });
     conforms(Tracker::None, &Backing::Memfd);
+}
+
+/// A scan that protects keeps every fault of the VM from ending while it lasts: syncs without a pause between them, over memory
+/// that takes long to scan, must do that only where the guest has written.
+#[test]
+fn userfaultfd_syncs_back_to_back_do_not_stop_the_guest() {
+    if !kvm() {
+        return;
+    }
+    let memory = Arc::new(
+        GuestMemory::create(Layout::flat(256 * MIB).unwrap(), &Backing::Anonymous { huge: false }).unwrap(),
+    );
+    memory.populate(0, memory.layout().chunks()).unwrap();
+    let config = VmConfig { cpus: 1, guest: GuestImage::Writer, tracker: Tracker::None };
+    let vm = Vm::new(config, memory.clone(), Box::new(std::io::sink())).unwrap();
+    vm.start().unwrap();
+    let log = match UffdLog::new(memory.clone()) {
+        Ok(log) => log,
+        Err(e) => return println!("skipped: {e}: {}", e.source),
+    };
+    log.start().unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let dirty = PageBitmap::new(memory.layout().chunks());
+            while !done.load(Ordering::Acquire) {
+                log.sync(&dirty).unwrap();
+            }
+        });
+        let mut writer = Writer::new(&vm);
+        // Every page is written for the first time since the log started: each takes a fault.
+        let written = (0..20).try_for_each(|round| {
+            let pages: Vec<u64> = (0..50).map(|i| 16 * MIB + (round * 50 + i) * 7 * PAGE).collect();
+            writer.write(&pages).map(drop)
+        });
+        done.store(true, Ordering::Release);
+        written.unwrap();
+    });
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use pagecopy::backend::GuestRam;
+use pagecopy::backend::{GuestRam, Placer};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::digest::PageHasher;
 
@@ -34,6 +34,8 @@ pub struct Received {
 /// Its memory must be fresh: all zeros. A page that no frame ever carried is a hole at the source, and stays one here.
 pub struct PageSink {
     ram: Arc<dyn GuestRam>,
+    /// Fills fresh pages, where the memory has that.
+    placer: Option<Box<dyn Placer>>,
     hasher: PageHasher,
     capabilities: u64,
     timeout: Duration,
@@ -53,6 +55,7 @@ impl PageSink {
             carried: PageBitmap::new(chunks),
             received: Received::default(),
             stop: AtomicBool::new(false),
+            placer: ram.clone().placer(),
             ram,
             hasher,
             capabilities,

@@ -9,7 +9,7 @@ use pagecopy::backend::BackendError;
 use pagecopy::bitmap::{bits, runs};
 use pagecopy::chunk::{ChunkDecoder, DecodeError};
 use pagecopy::digest::receipt;
-use pagecopy::layout::PAGE_SIZE;
+use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 
 use super::PageSink;
 use crate::socket::Connection;
@@ -119,6 +119,7 @@ pub fn receive_stream(
         },
         decoder: ChunkDecoder::new(),
         page: [0; PAGE_SIZE],
+        raw: vec![0; if sink.placer.is_some() { CHUNK_SIZE } else { 0 }].into(),
         frames: 0,
         fold: 0,
     };
@@ -200,6 +201,29 @@ impl Input<'_> {
         }
     }
 
+    /// Reads `left` bytes into the pieces of `list`, and what follows into the empty buffer.
+    fn read_list(&mut self, list: ReceiveList<'_>, mut left: usize) -> Result<(), ReceiveError> {
+        if left == 0 {
+            return Ok(());
+        }
+        let mut buffer = std::mem::take(&mut self.buffer);
+        // Another binding, since the buffer lives shorter than what is in the list.
+        let mut list = list;
+        list.push(&mut buffer[..AHEAD_BYTES]);
+        let mut waited = Instant::now();
+        let result = loop {
+            match self.receive(&mut list, true, &mut waited) {
+                Ok(got) if got < left => left -= got,
+                Ok(got) => break Ok(got - left),
+                Err(e) => break Err(e),
+            }
+        };
+        drop(list);
+        self.buffer = buffer;
+        (self.start, self.end) = (0, result?);
+        Ok(())
+    }
+
     fn send_receipts(&mut self) -> Result<(), ReceiveError> {
         if !self.receipts.is_empty() {
             io::Write::write_all(&mut &*self.connection, &self.receipts)
@@ -215,6 +239,8 @@ struct Worker<'a> {
     input: Input<'a>,
     decoder: ChunkDecoder,
     page: [u8; PAGE_SIZE],
+    /// Raw pages on their way to be placed.
+    raw: Box<[u8]>,
     frames: u64,
     fold: u64,
 }
@@ -231,17 +257,15 @@ impl Worker<'_> {
                 return Ok(StreamEnd { stream, frames: self.frames, fold: self.fold });
             }
             let written = header.pages() & !header.zero;
-            let fresh = self.sink.touched.get(header.chunk) == 0;
+            let fresh = written & !self.sink.touched.get(header.chunk);
             self.sink.touched.insert(header.chunk, written);
-            if fresh
-                && written == self.sink.ram.layout().valid(header.chunk)
-                && !self.sink.ram.populates_ahead()
-            {
-                let wrong = |source| ReceiveError::Memory { stream, source };
-                self.sink.ram.populate(header.chunk, 1).map_err(wrong)?;
+            self.populate(&header, fresh)?;
+            self.apply_encoded(&header, fresh)?;
+            if self.sink.placer.is_some() && header.raw != 0 && header.raw & !fresh == 0 {
+                self.place_raw(&header)?;
+            } else {
+                self.read_raw(&header)?;
             }
-            self.apply_encoded(&header)?;
-            self.read_raw(&header)?;
             self.apply_zero(&header);
             self.sink.carried.insert(header.chunk, header.pages());
             self.count(&header);
@@ -251,6 +275,19 @@ impl Worker<'_> {
                 self.input.send_receipts()?;
             }
         }
+    }
+
+    /// Brings a whole fresh chunk in at once, where memory is neither brought in ahead nor by placing pages.
+    fn populate(&self, header: &FrameHeader, fresh: u64) -> Result<(), ReceiveError> {
+        let ram = &self.sink.ram;
+        if self.sink.placer.is_some() || ram.populates_ahead() || fresh != ram.layout().valid(header.chunk) {
+            return Ok(());
+        }
+        ram.populate(header.chunk, 1).map_err(|source| self.memory_error(source))
+    }
+
+    fn memory_error(&self, source: BackendError) -> ReceiveError {
+        ReceiveError::Memory { stream: self.input.stream, source }
     }
 
     /// The next header, validated against itself, the stream, the session's agreement and the layout.
@@ -275,7 +312,7 @@ impl Worker<'_> {
     }
 
     /// Reads the encoded section, checks it, decodes all of it, and only then writes guest memory.
-    fn apply_encoded(&mut self, header: &FrameHeader) -> Result<(), ReceiveError> {
+    fn apply_encoded(&mut self, header: &FrameHeader, fresh: u64) -> Result<(), ReceiveError> {
         if header.encoded_len == 0 {
             return Ok(());
         }
@@ -313,7 +350,36 @@ impl Worker<'_> {
             })?;
         for bit in bits(header.delta | header.zstd) {
             let page = decoded.page(bit).expect("what was asked for is decoded");
-            page_at(bit).copy_from(&page[..]);
+            match &self.sink.placer {
+                Some(placer) if fresh >> bit & 1 != 0 => {
+                    placer
+                        .place(header.chunk, bit, page)
+                        .map_err(|source| ReceiveError::Memory { stream: self.input.stream, source })?;
+                }
+                _ => page_at(bit).copy_from(&page[..]),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads raw pages, all of which are fresh, into a buffer that stays in cache, and places them.
+    fn place_raw(&mut self, header: &FrameHeader) -> Result<(), ReceiveError> {
+        let len = header.raw_len();
+        let mut raw = std::mem::take(&mut self.raw);
+        let buffered = len.min(self.input.end - self.input.start);
+        raw[..buffered].copy_from_slice(&self.input.buffer[self.input.start..self.input.start + buffered]);
+        self.input.start += buffered;
+        let mut list = ReceiveList::new();
+        list.push(&mut raw[buffered..len]);
+        let result = self.input.read_list(list, len - buffered);
+        self.raw = raw;
+        result?;
+        let Some(placer) = &self.sink.placer else { return Ok(()) };
+        let mut at = 0;
+        for (first, count) in runs(header.raw) {
+            let bytes = &self.raw[at..at + count as usize * PAGE_SIZE];
+            placer.place(header.chunk, first, bytes).map_err(|source| self.memory_error(source))?;
+            at += bytes.len();
         }
         Ok(())
     }
@@ -336,23 +402,7 @@ impl Worker<'_> {
             left -= buffered;
             list.push_guest(&run.offset(buffered).expect("not beyond the run's end"));
         }
-        if left == 0 {
-            return Ok(());
-        }
-        let mut buffer = std::mem::take(&mut self.input.buffer);
-        list.push(&mut buffer[..AHEAD_BYTES]);
-        let mut waited = Instant::now();
-        let result = loop {
-            match self.input.receive(&mut list, true, &mut waited) {
-                Ok(got) if got < left => left -= got,
-                Ok(got) => break Ok(got - left),
-                Err(e) => break Err(e),
-            }
-        };
-        drop(list);
-        self.input.buffer = buffer;
-        (self.input.start, self.input.end) = (0, result?);
-        Ok(())
+        self.input.read_list(list, left)
     }
 
     /// Pages of zeros: memory that was never written is zero already and stays a hole.
