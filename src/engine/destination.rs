@@ -561,6 +561,7 @@ impl Session {
                 return Err(IncomingError::Link(error));
             }
         }
+        self.sink.end_placing();
         let ended = self.streams.values().filter(|s| !s.lost);
         let streams = ended.filter_map(|s| s.result.as_ref()?.as_ref().ok().copied()).collect();
         let mine = Totals { streams, pages: self.sink.carried_pages(), state: state_digest(&self.state) };

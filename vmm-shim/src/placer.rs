@@ -84,10 +84,10 @@ mod tests {
         memory.chunk(1).subslice(5 * PAGE_SIZE, 1).unwrap().copy_from(&[9u8]);
         let bytes: Vec<u8> = (0..20 * PAGE_SIZE).map(|i| (i / 7) as u8).collect();
         placer.place(1, 3, &bytes).unwrap();
-        let found = content(&memory, 1);
-        assert!(found[3 * PAGE_SIZE..23 * PAGE_SIZE] == bytes);
         let mut populated = [0; 3];
         memory.populated(0, &mut populated).unwrap();
+        let found = content(&memory, 1);
+        assert!(found[3 * PAGE_SIZE..23 * PAGE_SIZE] == bytes);
         assert_eq!(populated, [0, ((1 << 20) - 1) << 3, 0]);
         // Untouched pages beside them can be read and written as ever.
         assert_eq!(found[23 * PAGE_SIZE], 0);

@@ -2,8 +2,8 @@
 
 mod receiver;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pagecopy::backend::{GuestRam, Placer};
@@ -34,8 +34,8 @@ pub struct Received {
 /// Its memory must be fresh: all zeros. A page that no frame ever carried is a hole at the source, and stays one here.
 pub struct PageSink {
     ram: Arc<dyn GuestRam>,
-    /// Fills fresh pages, where the memory has that.
-    placer: Option<Box<dyn Placer>>,
+    /// Fills fresh pages, where the memory has that; each worker takes it along when it starts.
+    placer: Mutex<Option<Arc<dyn Placer>>>,
     hasher: PageHasher,
     capabilities: u64,
     timeout: Duration,
@@ -55,7 +55,7 @@ impl PageSink {
             carried: PageBitmap::new(chunks),
             received: Received::default(),
             stop: AtomicBool::new(false),
-            placer: ram.clone().placer(),
+            placer: Mutex::new(ram.clone().placer().map(Arc::from)),
             ram,
             hasher,
             capabilities,
@@ -76,6 +76,15 @@ impl PageSink {
     /// Tells the workers to stop between frames.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// All pages are here: memory goes to its guest as it was before, in nobody's hands but its own. Workers have ended.
+    pub fn end_placing(&self) {
+        self.placing().take();
+    }
+
+    fn placing(&self) -> std::sync::MutexGuard<'_, Option<Arc<dyn Placer>>> {
+        self.placer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn stopped(&self) -> bool {

@@ -2,10 +2,11 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use pagecopy::backend::BackendError;
+use pagecopy::backend::{BackendError, Placer};
 use pagecopy::bitmap::{bits, runs};
 use pagecopy::chunk::{ChunkDecoder, DecodeError};
 use pagecopy::digest::receipt;
@@ -106,6 +107,7 @@ pub fn receive_stream(
     connection
         .set_timeouts(Some(TICK), Some(sink.timeout))
         .map_err(|source| ReceiveError::Io { stream, source })?;
+    let placer = sink.placing().clone();
     let worker = Worker {
         sink,
         input: Input {
@@ -119,7 +121,8 @@ pub fn receive_stream(
         },
         decoder: ChunkDecoder::new(),
         page: [0; PAGE_SIZE],
-        raw: vec![0; if sink.placer.is_some() { CHUNK_SIZE } else { 0 }].into(),
+        raw: vec![0; if placer.is_some() { CHUNK_SIZE } else { 0 }].into(),
+        placer,
         frames: 0,
         fold: 0,
     };
@@ -239,6 +242,8 @@ struct Worker<'a> {
     input: Input<'a>,
     decoder: ChunkDecoder,
     page: [u8; PAGE_SIZE],
+    /// Fills fresh pages.
+    placer: Option<Arc<dyn Placer>>,
     /// Raw pages on their way to be placed.
     raw: Box<[u8]>,
     frames: u64,
@@ -261,7 +266,7 @@ impl Worker<'_> {
             self.sink.touched.insert(header.chunk, written);
             self.populate(&header, fresh)?;
             self.apply_encoded(&header, fresh)?;
-            if self.sink.placer.is_some() && header.raw != 0 && header.raw & !fresh == 0 {
+            if self.placer.is_some() && header.raw != 0 && header.raw & !fresh == 0 {
                 self.place_raw(&header)?;
             } else {
                 self.read_raw(&header)?;
@@ -280,7 +285,7 @@ impl Worker<'_> {
     /// Brings a whole fresh chunk in at once, where memory is neither brought in ahead nor by placing pages.
     fn populate(&self, header: &FrameHeader, fresh: u64) -> Result<(), ReceiveError> {
         let ram = &self.sink.ram;
-        if self.sink.placer.is_some() || ram.populates_ahead() || fresh != ram.layout().valid(header.chunk) {
+        if self.placer.is_some() || ram.populates_ahead() || fresh != ram.layout().valid(header.chunk) {
             return Ok(());
         }
         ram.populate(header.chunk, 1).map_err(|source| self.memory_error(source))
@@ -350,7 +355,7 @@ impl Worker<'_> {
             })?;
         for bit in bits(header.delta | header.zstd) {
             let page = decoded.page(bit).expect("what was asked for is decoded");
-            match &self.sink.placer {
+            match &self.placer {
                 Some(placer) if fresh >> bit & 1 != 0 => {
                     placer
                         .place(header.chunk, bit, page)
@@ -374,7 +379,7 @@ impl Worker<'_> {
         let result = self.input.read_list(list, len - buffered);
         self.raw = raw;
         result?;
-        let Some(placer) = &self.sink.placer else { return Ok(()) };
+        let Some(placer) = &self.placer else { return Ok(()) };
         let mut at = 0;
         for (first, count) in runs(header.raw) {
             let bytes = &self.raw[at..at + count as usize * PAGE_SIZE];
