@@ -16,6 +16,7 @@ use crossbeam_channel::{Receiver, Sender};
 use pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
+use transport::carrier::{Breaker, DestinationEnd};
 use transport::destination::{PageSink, ReceiveError, receive_stream};
 use transport::link::{Link, LinkError, LinkEvent};
 use transport::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
@@ -317,7 +318,7 @@ struct Opening {
 
 /// A data stream's worker.
 struct Stream {
-    connection: Arc<Connection>,
+    breaker: Arc<dyn Breaker>,
     thread: Option<std::thread::JoinHandle<()>>,
     /// Set when the worker has ended.
     result: Option<Result<StreamEnd, ReceiveError>>,
@@ -490,16 +491,17 @@ impl Session {
         if io::Write::write_all(&mut &connection, &answer.encode()).is_err() || refusal.is_some() {
             return Ok(());
         }
-        let connection = Arc::new(connection);
-        let (sink, events, socket) = (self.sink.clone(), self.event_sender.clone(), connection.clone());
+        let carrier = DestinationEnd::socket(connection, self.sink.timeout())?;
+        let breaker = carrier.breaker();
+        let (sink, events, broken) = (self.sink.clone(), self.event_sender.clone(), breaker.clone());
         let thread = std::thread::Builder::new().name(format!("recv-{stream}")).spawn(move || {
-            let result = receive_stream(&sink, &socket, stream);
+            let result = receive_stream(&sink, carrier, stream);
             if result.is_err() {
-                socket.shutdown();
+                broken.shutdown();
             }
             let _ = events.send(Event::StreamEnded { stream, result });
         })?;
-        let entry = Stream { connection, thread: Some(thread), result: None, lost: false };
+        let entry = Stream { breaker, thread: Some(thread), result: None, lost: false };
         self.streams.insert(stream, entry);
         Ok(())
     }
@@ -526,7 +528,7 @@ impl Session {
         if let Some(entry) = self.streams.get_mut(&stream) {
             let told = entry.lost;
             entry.lost = true;
-            entry.connection.shutdown();
+            entry.breaker.shutdown();
             while self.streams.get(&stream).is_some_and(|s| s.result.is_none()) {
                 // The link's messages wait meanwhile; the worker ends as soon as it sees the closed socket.
                 match listening.events.recv_timeout(TICK) {
@@ -628,7 +630,7 @@ impl Session {
         self.machine.abandon();
         self.sink.stop();
         for stream in self.streams.values_mut() {
-            stream.connection.shutdown();
+            stream.breaker.shutdown();
             if let Some(thread) = stream.thread.take() {
                 let _ = thread.join();
             }

@@ -16,6 +16,7 @@ use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::policy::{Decision, Limits, Precopy, Sample};
+use transport::carrier::SourceEnd;
 use transport::link::{Exchange, LinkError, attach_stream};
 use transport::session::{Learnt, SessionError};
 use transport::socket::{Connection, SocketError};
@@ -324,7 +325,8 @@ impl Attempt<'_> {
             connection.tune(options.timeout)?;
             attach_stream(&connection, watch.session_id(), version, stream, options.timeout)
                 .map_err(|source| Cause::Stream { stream, source })?;
-            let lane = Lane::spawn(source, connection, stream, feeder.work(), watch.lane_started())?;
+            let carrier = SourceEnd::socket(connection, options.timeout)?;
+            let lane = Lane::spawn(source, carrier, stream, feeder.work(), watch.lane_started())?;
             self.running.as_mut().expect("parts() used it").lanes.push(lane);
         }
         self.progress.update(|r| r.streams = streams);

@@ -5,6 +5,7 @@
 //! addresses of pages; it refuses to know guests, KVM, or where a dirty log comes from: those come in through the traits of
 //! [`pagecopy::backend`].
 
+pub mod carrier;
 pub mod destination;
 pub mod link;
 pub mod session;

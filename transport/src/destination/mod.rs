@@ -73,6 +73,11 @@ impl PageSink {
         self.carried.count()
     }
 
+    /// Silence after which the rest of a frame is given up.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
     /// Tells the workers to stop between frames.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);

@@ -1,10 +1,9 @@
 //! One stream's worker at the destination.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pagecopy::backend::{BackendError, Placer};
 use pagecopy::bitmap::{bits, runs};
@@ -13,7 +12,7 @@ use pagecopy::digest::receipt;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 
 use super::PageSink;
-use crate::socket::Connection;
+use crate::carrier::{DestinationEnd, FrameReceiver};
 use crate::sys::ReceiveList;
 use crate::wire::WireError;
 use crate::wire::control::{StreamEnd, capability};
@@ -25,8 +24,6 @@ const BUFFER_BYTES: usize = ENCODED_MAX + FrameHeader::LEN + AHEAD_BYTES;
 const AHEAD_BYTES: usize = 4096;
 /// Receipts are sent when this many bytes of them wait, or when there is nothing to read.
 const RECEIPTS_BYTES: usize = 4096;
-/// How often an idle worker looks whether it should stop.
-const TICK: Duration = Duration::from_millis(100);
 
 /// Why a stream ended out of order.
 #[derive(Debug, thiserror::Error)]
@@ -98,20 +95,17 @@ pub enum ReceiveError {
 }
 
 /// Receives the frames of stream `stream` into `sink` until the source ends it. Blocks; returns early when the sink is stopped or the
-/// connection is shut down.
+/// carrier is shut down. The carrier is gone when this returns: nothing more of it reaches memory.
 pub fn receive_stream(
     sink: &PageSink,
-    connection: &Connection,
+    carrier: DestinationEnd,
     stream: u16,
 ) -> Result<StreamEnd, ReceiveError> {
-    connection
-        .set_timeouts(Some(TICK), Some(sink.timeout))
-        .map_err(|source| ReceiveError::Io { stream, source })?;
     let placer = sink.placing().clone();
     let worker = Worker {
         sink,
         input: Input {
-            connection,
+            carrier: carrier.frames,
             sink,
             stream,
             buffer: vec![0; BUFFER_BYTES].into(),
@@ -129,9 +123,9 @@ pub fn receive_stream(
     worker.run()
 }
 
-/// The connection with its read buffer and the receipts that wait to be sent.
+/// The carrier with its read buffer and the receipts that wait to be sent.
 struct Input<'a> {
-    connection: &'a Connection,
+    carrier: Box<dyn FrameReceiver>,
     sink: &'a PageSink,
     stream: u16,
     buffer: Box<[u8]>,
@@ -178,7 +172,7 @@ impl Input<'_> {
         let stream = self.stream;
         let mut wait = false;
         loop {
-            match list.receive(self.connection.as_fd(), wait) {
+            match self.carrier.receive(list, wait) {
                 Ok(0) => {
                     let place = if in_frame { "a frame" } else { "the session" };
                     return Err(ReceiveError::Closed { stream, place });
@@ -229,7 +223,8 @@ impl Input<'_> {
 
     fn send_receipts(&mut self) -> Result<(), ReceiveError> {
         if !self.receipts.is_empty() {
-            io::Write::write_all(&mut &*self.connection, &self.receipts)
+            self.carrier
+                .send(&self.receipts)
                 .map_err(|source| ReceiveError::Io { stream: self.stream, source })?;
             self.receipts.clear();
         }
@@ -258,7 +253,7 @@ impl Worker<'_> {
             if header.kind == FrameKind::End {
                 self.input.send_receipts()?;
                 // The source waits for this: all receipts are on their way.
-                self.input.connection.shutdown_write();
+                self.input.carrier.finish().map_err(|source| ReceiveError::Io { stream, source })?;
                 return Ok(StreamEnd { stream, frames: self.frames, fold: self.fold });
             }
             let written = header.pages() & !header.zero;

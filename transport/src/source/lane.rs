@@ -1,8 +1,7 @@
 //! A stream at the source: one thread that encodes and sends, one that takes receipts.
 
 use std::collections::VecDeque;
-use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,12 +13,13 @@ use pagecopy::chunk::{ChunkEncoder, EncodedChunk};
 use pagecopy::digest::receipt;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 
+use super::receipts::Receipts;
 use super::window::Window;
 use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, ReceiptError};
-use crate::socket::Connection;
+use crate::carrier::{Breaker, FrameSender, SourceEnd};
 use crate::sys::SendList;
 use crate::wire::control::StreamEnd;
-use crate::wire::frame::{self, FrameHeader, FrameKind, RECEIPT_HEADER_LEN};
+use crate::wire::frame::{FrameHeader, FrameKind};
 
 /// Small frames are gathered up to this many bytes before they are written.
 const GATHER_BYTES: usize = 64 << 10;
@@ -83,10 +83,10 @@ pub enum LaneError {
 pub struct Unreceipted {
     pub(super) chunk: u32,
     pub(super) pages: u64,
-    seq: u64,
-    wire_bytes: u64,
-    sent_at: Duration,
-    digests: [u64; 64],
+    pub(super) seq: u64,
+    pub(super) wire_bytes: u64,
+    pub(super) sent_at: Duration,
+    pub(super) digests: [u64; 64],
 }
 
 /// How a stream ended.
@@ -101,26 +101,27 @@ pub struct LaneEnd {
 }
 
 /// Frames under way on a stream.
-struct Flight {
-    frames: VecDeque<Unreceipted>,
-    bytes: u64,
-    window: Window,
+pub(super) struct Flight {
+    pub(super) frames: VecDeque<Unreceipted>,
+    pub(super) bytes: u64,
+    pub(super) window: Window,
     /// When the wait for the destination began: at its last receipt, the first frame sent after silence, or END.
-    waiting_since: Duration,
+    pub(super) waiting_since: Duration,
     /// The sender has sent END: nothing will be added.
-    ended: bool,
+    pub(super) ended: bool,
     /// Frames sent in all, once `ended`.
     total: u64,
     /// Set by whichever thread fails first.
-    error: Option<LaneError>,
+    pub(super) error: Option<LaneError>,
 }
 
-struct Shared {
-    source: Arc<PageSource>,
-    connection: Connection,
-    stream: u16,
+/// What both threads of a stream know.
+pub(super) struct Shared {
+    pub(super) source: Arc<PageSource>,
+    pub(super) stream: u16,
+    breaker: Arc<dyn Breaker>,
     flight: Mutex<Flight>,
-    room: Condvar,
+    pub(super) room: Condvar,
 }
 
 /// A running stream. Dropping it does not stop it; its end is reported on the channel given to [`Lane::spawn`].
@@ -131,16 +132,16 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// Starts the two threads of stream `stream` over a connection on which frames may be sent. The sender takes batches from
+    /// Starts the two threads of stream `stream` over what carries it. The sender takes batches from
     /// `work` until the channel is disconnected and empty, then ends the stream. `ends` gets the end, in order or not.
     pub fn spawn(
         source: Arc<PageSource>,
-        connection: Connection,
+        carrier: SourceEnd,
         stream: u16,
         work: Receiver<Batch>,
         ends: Sender<LaneEnd>,
     ) -> io::Result<Self> {
-        connection.set_timeouts(Some(TICK), Some(source.options.timeout))?;
+        let SourceEnd { frames, receipts, breaker } = carrier;
         let flight = Flight {
             frames: VecDeque::with_capacity(512),
             bytes: 0,
@@ -151,18 +152,16 @@ impl Lane {
             error: None,
         };
         let shared =
-            Arc::new(Shared { source, connection, stream, flight: Mutex::new(flight), room: Condvar::new() });
+            Arc::new(Shared { source, stream, breaker, flight: Mutex::new(flight), room: Condvar::new() });
         let sending = shared.clone();
         let sender = std::thread::Builder::new().name(format!("send-{stream}")).spawn(move || {
-            if let Err(error) = LaneSender::new(&sending).run(&work) {
+            if let Err(error) = LaneSender::new(&sending, frames).run(&work) {
                 sending.fail(error);
             }
         })?;
         let lane = shared.clone();
         let thread = std::thread::Builder::new().name(format!("receipts-{stream}")).spawn(move || {
-            let mut receipts = Receipts { shared: &shared, fold: 0, buffer: vec![0; 64 << 10], len: 0 };
-            let result = receipts.run();
-            let fold = receipts.fold;
+            let (fold, result) = Receipts::new(&shared, receipts).run();
             if let Err(error) = result {
                 shared.fail(error);
             }
@@ -186,7 +185,7 @@ impl Lane {
 }
 
 impl Shared {
-    fn flight(&self) -> MutexGuard<'_, Flight> {
+    pub(super) fn flight(&self) -> MutexGuard<'_, Flight> {
         self.flight.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -195,23 +194,23 @@ impl Shared {
         let mut flight = self.flight();
         flight.error.get_or_insert(error);
         drop(flight);
-        self.connection.shutdown();
+        self.breaker.shutdown();
         self.room.notify_all();
         self.source.notify();
     }
 
-    fn io_error(&self, source: io::Error) -> LaneError {
+    pub(super) fn io_error(&self, source: io::Error) -> LaneError {
         match source.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.timeout(),
             _ => LaneError::Io { stream: self.stream, source },
         }
     }
 
-    fn timeout(&self) -> LaneError {
+    pub(super) fn timeout(&self) -> LaneError {
         LaneError::Timeout { stream: self.stream, seconds: self.source.options.timeout.as_secs() }
     }
 
-    fn fatal(&self, source: impl Into<FatalError>) -> LaneError {
+    pub(super) fn fatal(&self, source: impl Into<FatalError>) -> LaneError {
         LaneError::Fatal { stream: self.stream, source: source.into() }
     }
 
@@ -231,6 +230,7 @@ impl Shared {
 struct LaneSender<'a> {
     shared: &'a Shared,
     source: &'a PageSource,
+    carrier: Box<dyn FrameSender>,
     encoder: ChunkEncoder,
     snapshot: Box<[u8]>,
     /// Headers and encoded sections that are not written yet.
@@ -239,12 +239,13 @@ struct LaneSender<'a> {
 }
 
 impl<'a> LaneSender<'a> {
-    fn new(shared: &'a Shared) -> Self {
+    fn new(shared: &'a Shared, carrier: Box<dyn FrameSender>) -> Self {
         let source = &*shared.source;
         let options = &source.options;
         Self {
             shared,
             source,
+            carrier,
             encoder: ChunkEncoder::new(options.codec, monotonic_nanos),
             snapshot: vec![0; CHUNK_SIZE].into(),
             out: Vec::with_capacity(2 * GATHER_BYTES + CHUNK_SIZE),
@@ -384,15 +385,19 @@ impl<'a> LaneSender<'a> {
         }
         flight.frames.push_back(frame);
         flight.bytes += bytes;
-        if flight.bytes <= flight.window.limit() {
+        let frames_max = self.carrier.frames_max();
+        let full = |flight: &Flight| {
+            (flight.bytes > flight.window.limit() && flight.bytes > bytes) || flight.frames.len() > frames_max
+        };
+        if !full(&flight) {
             return Ok(());
         }
         // What is gathered must be on its way, or the receipts waited for would never come. The newest frame's header goes
         // ahead of its raw pages, for which the destination then waits; the others' receipts make the room.
         drop(flight);
-        self.write(0)?;
+        self.flush()?;
         let mut flight = self.shared.flight();
-        while flight.bytes > flight.window.limit() && flight.bytes > bytes {
+        while full(&flight) {
             if flight.error.is_some() || self.source.stopped() {
                 return Err(LaneError::Stopped { stream: self.shared.stream });
             }
@@ -402,7 +407,12 @@ impl<'a> LaneSender<'a> {
     }
 
     fn flush(&mut self) -> Result<(), LaneError> {
-        if self.out.is_empty() { self.check() } else { self.write(0) }
+        if self.out.is_empty() {
+            self.check()?;
+        } else {
+            self.write(0)?;
+        }
+        self.carrier.flush().map_err(|e| self.shared.io_error(e))
     }
 
     /// Writes what is gathered and then the raw pages of the snapshot.
@@ -413,14 +423,7 @@ impl<'a> LaneSender<'a> {
             let at = first as usize * PAGE_SIZE;
             list.push(&self.snapshot[at..at + count as usize * PAGE_SIZE]);
         }
-        let mut bytes = 0;
-        while !list.is_empty() {
-            match list.send(self.shared.connection.as_fd()) {
-                Ok(sent) => bytes += sent as u64,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(self.shared.io_error(e)),
-            }
-        }
+        let bytes = self.carrier.send(list).map_err(|e| self.shared.io_error(e))?;
         self.out.clear();
         Counters::add(&self.source.counters.wire_sent, bytes);
         Ok(())
@@ -450,118 +453,4 @@ fn count_pages(counters: &Counters, encoded: &EncodedChunk<'_>) {
         }
     }
     Counters::add(&counters.logical_acked, u64::from(encoded.unchanged.count_ones()) * PAGE_SIZE as u64);
-}
-
-/// The thread that takes receipts.
-struct Receipts<'a> {
-    shared: &'a Shared,
-    fold: u64,
-    buffer: Vec<u8>,
-    len: usize,
-}
-
-impl Receipts<'_> {
-    fn run(&mut self) -> Result<(), LaneError> {
-        loop {
-            self.consume()?;
-            {
-                let flight = self.shared.flight();
-                if flight.error.is_some() {
-                    return Ok(());
-                }
-                let waited = self.shared.source.now().saturating_sub(flight.waiting_since);
-                if (!flight.frames.is_empty() || flight.ended) && waited > self.shared.source.options.timeout
-                {
-                    return Err(self.shared.timeout());
-                }
-            }
-            if self.shared.source.stopped() {
-                return Err(LaneError::Stopped { stream: self.shared.stream });
-            }
-            match (&self.shared.connection).read(&mut self.buffer[self.len..]) {
-                Ok(0) => {
-                    // After END and the last receipt the destination closes the stream.
-                    let flight = self.shared.flight();
-                    let in_order = flight.ended && flight.frames.is_empty();
-                    drop(flight);
-                    let closed = LaneError::Closed { stream: self.shared.stream };
-                    return if in_order { Ok(()) } else { Err(closed) };
-                }
-                Ok(read) => self.len += read,
-                // The socket's time-out is the tick at which the conditions above are looked at.
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(e) => return Err(self.shared.io_error(e)),
-            }
-        }
-    }
-
-    /// Settles every receipt that is whole.
-    fn consume(&mut self) -> Result<(), LaneError> {
-        let mut at = 0;
-        let buffer = std::mem::take(&mut self.buffer);
-        let result = loop {
-            let Some(header) = buffer[at..self.len].first_chunk::<RECEIPT_HEADER_LEN>() else { break Ok(()) };
-            let (count, seq) = match frame::decode_receipt_header(header) {
-                Ok(header) => header,
-                Err(e) => break Err(e.into()),
-            };
-            let end = at + RECEIPT_HEADER_LEN + count * 8 + 8;
-            if end > self.len {
-                break Ok(());
-            }
-            if let Err(e) = self.settle(&buffer[at..end], count, seq) {
-                break Err(e);
-            }
-            at = end;
-        };
-        self.buffer = buffer;
-        self.buffer.copy_within(at..self.len, 0);
-        self.len -= at;
-        if at != 0 {
-            self.shared.room.notify_all();
-            self.shared.source.notify();
-        }
-        result.map_err(|source| LaneError::Receipt { stream: self.shared.stream, source })?;
-        let mismatches = self.shared.source.counters.mismatches.load(std::sync::atomic::Ordering::Relaxed);
-        if mismatches > self.shared.source.options.mismatches_max {
-            return Err(self.shared.fatal(FatalError::Integrity { count: mismatches }));
-        }
-        Ok(())
-    }
-
-    fn settle(&mut self, bytes: &[u8], count: usize, seq: u64) -> Result<(), ReceiptError> {
-        let source = &self.shared.source;
-        let hasher = &source.shared.hasher;
-        let digests = frame::check_receipt(bytes, hasher)?;
-        self.fold = frame::fold_receipt(self.fold, bytes, hasher);
-        let now = source.now();
-        let mut flight = self.shared.flight();
-        let expected = flight.frames.front().map(|f| f.seq);
-        let Some(sent) = (if expected == Some(seq) { flight.frames.pop_front() } else { None }) else {
-            return Err(ReceiptError::OutOfOrder { found: seq, expected });
-        };
-        flight.bytes -= sent.wire_bytes;
-        flight.waiting_since = now;
-        let idle = flight.frames.is_empty();
-        flight.window.on_receipt(now, sent.wire_bytes, now.saturating_sub(sent.sent_at), idle);
-        drop(flight);
-        let pages = sent.pages.count_ones() as usize;
-        let mut wrong = if count == pages { 0 } else { sent.pages };
-        for ((theirs, ours), bit) in digests.as_chunks::<8>().0.iter().zip(sent.digests).zip(bits(sent.pages))
-        {
-            if u64::from_le_bytes(*theirs) != ours {
-                wrong |= 1 << bit;
-            }
-        }
-        if wrong != 0 {
-            // What lies there is not what was sent: it is no base for anything, and the pages are dirty again.
-            Counters::add(&source.counters.mismatches, wrong.count_ones().into());
-            source.shared.void(sent.chunk, wrong);
-            source.pending.insert(sent.chunk, wrong);
-        }
-        Counters::add(&source.counters.wire_acked, sent.wire_bytes);
-        Counters::add(&source.counters.logical_acked, (pages * PAGE_SIZE) as u64);
-        source.settle(&sent);
-        if count == pages { Ok(()) } else { Err(ReceiptError::Count { seq, found: count, expected: pages }) }
-    }
 }

@@ -7,6 +7,7 @@
 mod feeder;
 mod lane;
 mod owners;
+mod receipts;
 mod window;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
