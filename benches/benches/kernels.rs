@@ -12,6 +12,7 @@ use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::simd::Level;
 use pagecopy::xbzrle::{Encoded, decode, encode_at, encode_reference};
 use pagecopy::zero::{is_zero_at, zero_pages_at};
+use xxhash_rust::xxh3::xxh3_128_with_secret;
 
 /// Pages per iteration of the delta benches; both versions stay in L2.
 const PAIRS: usize = 64;
@@ -87,8 +88,23 @@ fn hash(c: &mut Criterion) {
     let bytes = random_bytes(2, CHUNK_SIZE);
     let mut group = c.benchmark_group("hash");
     group.throughput(Throughput::Bytes(CHUNK_SIZE as u64));
-    group.bench_function("xxh3-128/l2", |b| {
-        b.iter(|| bytes.chunks(PAGE_SIZE).fold(0, |all, page| all ^ hasher.page(black_box(page))));
+    let large = random_bytes(3, 256 << 20);
+    for level in Level::all() {
+        for (place, bytes) in [("l2", &bytes), ("dram", &large)] {
+            let pages = bytes.as_chunks::<PAGE_SIZE>().0;
+            group.throughput(Throughput::Bytes(bytes.len() as u64));
+            group.bench_function(format!("xxh3-128/{place}/{}", level.name()), |b| {
+                b.iter(|| pages.iter().fold(0, |all, page| all ^ hasher.page_at(level, black_box(page))));
+            });
+        }
+    }
+    group.throughput(Throughput::Bytes(CHUNK_SIZE as u64));
+    group.bench_function("xxh3-128/l2/xxhash-rust", |b| {
+        let secret = [7; 192];
+        b.iter(|| {
+            let pages = bytes.chunks(PAGE_SIZE);
+            pages.fold(0, |all, page| all ^ xxh3_128_with_secret(black_box(page), &secret))
+        });
     });
     group.finish();
 }

@@ -3,10 +3,15 @@
 //! The guest chooses the bytes, so the hash is seeded per session with a value the guest never sees: pages that hash
 //! alike cannot be built in advance. Source: xxHash, <https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md>.
 
+#[allow(unsafe_code)]
+mod simd;
+
+use vm_memory::volatile_memory::VolatileSlice;
 use xxhash_rust::const_xxh3::const_custom_default_secret;
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64_with_seed, xxh3_128_with_secret};
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_64_with_seed};
 
 use crate::layout::PAGE_SIZE;
+use crate::simd::Level;
 
 /// Digest of a page's content: xxh3-128 under the session's secret.
 pub type PageDigest = u128;
@@ -14,7 +19,7 @@ pub type PageDigest = u128;
 /// Hashes pages under one session's secret.
 #[derive(Clone)]
 pub struct PageHasher {
-    secret: [u8; 192],
+    secret: [u8; simd::SECRET],
     seed: u64,
     zero: PageDigest,
 }
@@ -30,14 +35,27 @@ impl PageHasher {
     /// A hasher for the session with this seed; both sides derive the same one.
     pub fn new(seed: u64) -> Self {
         let secret = const_custom_default_secret(seed);
-        let zero = xxh3_128_with_secret(&[0; PAGE_SIZE], &secret);
+        let zero = simd::slice(Level::best(), &[0; PAGE_SIZE], &secret);
         Self { secret, seed, zero }
     }
 
     /// Digest of one page.
-    pub fn page(&self, page: &[u8]) -> PageDigest {
-        debug_assert_eq!(page.len(), PAGE_SIZE);
-        xxh3_128_with_secret(page, &self.secret)
+    pub fn page(&self, page: &[u8; PAGE_SIZE]) -> PageDigest {
+        self.page_at(Level::best(), page)
+    }
+
+    /// [`page`](Self::page) with the CPU features named by `level`.
+    pub fn page_at(&self, level: Level, page: &[u8; PAGE_SIZE]) -> PageDigest {
+        simd::slice(level, page, &self.secret)
+    }
+
+    /// Digest of one page of guest memory, read once where it lies. Of a page that is written meanwhile it is some digest,
+    /// which may be that of no content it ever had.
+    ///
+    /// # Panics
+    /// When the memory is not one page.
+    pub fn memory(&self, page: &VolatileSlice<'_>) -> PageDigest {
+        simd::memory(Level::best(), page, &self.secret)
     }
 
     /// Digest of a page of zeros.
@@ -87,5 +105,32 @@ mod tests {
         assert_ne!(a.zero(), b.zero());
         assert_ne!(a.checksum(b"x"), b.checksum(b"x"));
         assert_eq!(a.zero(), a.page(&[0; PAGE_SIZE]));
+    }
+
+    #[test]
+    fn every_level_agrees_with_xxhash() {
+        let mut state = 7u64;
+        for seed in 0..64 {
+            let hasher = PageHasher::new(seed * 0x0123_4567_89ab_cdef);
+            let mut page = [0u8; PAGE_SIZE];
+            for byte in &mut page {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                *byte = (state >> 56) as u8 & if seed % 4 == 0 { 1 } else { 0xff };
+            }
+            let expected = xxhash_rust::xxh3::xxh3_128_with_secret(&page, &hasher.secret);
+            for level in Level::all() {
+                assert_eq!(hasher.page_at(level, &page), expected, "{}", level.name());
+            }
+            // Neither needs alignment.
+            let mut shifted = vec![0; PAGE_SIZE + 1];
+            shifted[1..].copy_from_slice(&page);
+            assert_eq!(hasher.memory(&VolatileSlice::from(&mut shifted[1..])), expected);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "one page")]
+    fn part_of_a_page_has_no_digest() {
+        PageHasher::new(1).memory(&VolatileSlice::from(&mut [0u8; PAGE_SIZE - 1][..]));
     }
 }

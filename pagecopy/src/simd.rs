@@ -1,4 +1,4 @@
-//! The vector kernels, chosen once by what the CPU offers; the only module of this crate with unsafe code.
+//! The vector kernels, chosen once by what the CPU offers; besides that of `digest`, the only module of this crate with unsafe code.
 //!
 //! The unsafe part is small: calling functions that are compiled for CPU features which were found at run time, and
 //! vector loads from arrays of known size. Each kernel has a portable form in safe Rust which gives the same answer
@@ -15,8 +15,9 @@ const LINES: usize = PAGE_SIZE / LINE;
 /// Bytes folded before a zero test looks at its result.
 const FOLD: usize = 256;
 
+/// What a level is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     Portable,
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -52,6 +53,10 @@ impl Level {
             }
         }
         levels
+    }
+
+    pub(crate) fn kind(self) -> Kind {
+        self.0
     }
 
     /// A short name for reports: `portable`, `avx2`, `avx512`.

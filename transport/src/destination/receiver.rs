@@ -114,7 +114,6 @@ pub fn receive_stream(
             receipts: Vec::with_capacity(2 * RECEIPTS_BYTES),
         },
         decoder: ChunkDecoder::new(),
-        page: [0; PAGE_SIZE],
         raw: vec![0; if placer.is_some() { CHUNK_SIZE } else { 0 }].into(),
         placer,
         frames: 0,
@@ -236,7 +235,6 @@ struct Worker<'a> {
     sink: &'a PageSink,
     input: Input<'a>,
     decoder: ChunkDecoder,
-    page: [u8; PAGE_SIZE],
     /// Fills fresh pages.
     placer: Option<Arc<dyn Placer>>,
     /// Raw pages on their way to be placed.
@@ -417,7 +415,7 @@ impl Worker<'_> {
         }
     }
 
-    /// Hashes what memory now holds, page by page, through a private copy.
+    /// Hashes what memory now holds, page by page.
     fn receipt(&mut self, header: &FrameHeader) {
         let memory = self.sink.ram.chunk(header.chunk);
         let touched = self.sink.touched.get(header.chunk);
@@ -428,8 +426,7 @@ impl Worker<'_> {
                 receipt(self.sink.hasher.zero())
             } else {
                 let page = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
-                page.expect("the header was checked by the layout").copy_to(&mut self.page[..]);
-                receipt(self.sink.hasher.page(&self.page))
+                receipt(self.sink.hasher.memory(&page.expect("the header was checked by the layout")))
             };
             count += 1;
         }
