@@ -123,6 +123,11 @@ pub trait DirtyLog: Send + Sync {
         Ok(())
     }
 
+    /// Whether the memory may be written at all while it is moved.
+    fn expects_writes(&self) -> bool {
+        true
+    }
+
     /// Stops logging and frees what it took. Harmless when not started.
     fn stop(&self) -> Result<(), BackendError>;
 }
@@ -165,6 +170,9 @@ impl DirtyLog for StaticLog {
     }
     fn sync(&self, _dirty: &PageBitmap) -> Result<u64, BackendError> {
         Ok(0)
+    }
+    fn expects_writes(&self) -> bool {
+        false
     }
     fn stop(&self) -> Result<(), BackendError> {
         Ok(())

@@ -138,6 +138,14 @@ pub struct Plan {
     pub probe: Option<i32>,
 }
 
+impl Plan {
+    /// Whether the pages can be looked at where they lie: they are read once, to be hashed, and then at most sent as they are.
+    /// `first_pass`: they were not sent before in this migration.
+    pub fn in_place(self, first_pass: bool) -> bool {
+        first_pass && self.zstd_level.is_none() && self.probe.is_none() && !(self.delta && self.fill)
+    }
+}
+
 /// What part of encoding an observation is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EncodeKind {

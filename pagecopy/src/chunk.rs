@@ -24,6 +24,8 @@
 //! The section ends where these end, and is never longer than the pages it stands for. Its length, the masks, its
 //! checksum and the raw pages belong to the frame around it.
 
+use vm_memory::volatile_memory::VolatileSlice;
+
 use crate::bitmap::{bits, runs};
 use crate::cache::{CachedChunk, PageCache};
 use crate::choose::{Chooser, CodecMode, DELTA_BYTES_MAX, EncodeKind, Plan};
@@ -85,7 +87,7 @@ pub struct EncodedChunk<'a> {
     pub delta: u64,
     /// Pages in the zstd frame.
     pub zstd: u64,
-    /// Pages that the caller writes after the section, from its snapshot.
+    /// Pages that the caller writes after the section, from its snapshot or from where they were looked at.
     pub raw: u64,
     /// The encoded section.
     pub encoded: &'a [u8],
@@ -143,9 +145,27 @@ impl ChunkEncoder {
         pages: u64,
         first_pass: bool,
     ) -> EncodedChunk<'_> {
+        let plan = self.plan(chunk);
+        self.encode_as(plan, shared, chunk, snapshot, pages, first_pass)
+    }
+
+    /// How to encode the next chunk, which is this one; for [`encode_as`](Self::encode_as) or [`survey`](Self::survey).
+    pub fn plan(&mut self, chunk: u32) -> Plan {
+        self.chooser.plan(chunk)
+    }
+
+    /// [`encode`](Self::encode) by a plan that was made for this chunk.
+    pub fn encode_as(
+        &mut self,
+        plan: Plan,
+        shared: &Shared,
+        chunk: u32,
+        snapshot: &[u8],
+        pages: u64,
+        first_pass: bool,
+    ) -> EncodedChunk<'_> {
         let snapshot = snapshot.as_chunks::<PAGE_SIZE>().0;
         let start = (self.clock)();
-        let plan = self.chooser.plan(chunk);
         let (zero, unchanged) = self.scan(shared, chunk, snapshot, pages);
         let rest = pages & !zero & !unchanged;
         let bytes = |pages: u64| u64::from(pages.count_ones()) * PAGE_SIZE as u64;
@@ -172,18 +192,55 @@ impl ChunkEncoder {
         }
     }
 
+    /// Looks at `pages` of a chunk where they lie, by a plan that [is in place](Plan::in_place): each is read once, from
+    /// `memory`, which is the chunk's. Those that are neither zero nor unchanged are `raw`, and the caller sends them from
+    /// there. The guest may write meanwhile: then what is sent is newer than its digest, whose receipt will tell, and the page
+    /// is dirty anyway.
+    ///
+    /// # Panics
+    /// When a page lies beyond the end of `memory`, or the chunk beyond the layout of `shared`.
+    pub fn survey(
+        &mut self,
+        shared: &Shared,
+        chunk: u32,
+        memory: &VolatileSlice<'_>,
+        pages: u64,
+    ) -> EncodedChunk<'_> {
+        let start = (self.clock)();
+        let mut zero = 0;
+        for bit in bits(pages) {
+            let page = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
+            let digest = shared.hasher.memory(&page.expect("the page lies in the chunk's memory"));
+            self.digests[bit as usize] = digest;
+            zero |= u64::from(digest == shared.hasher.zero()) << bit;
+        }
+        let (zero, unchanged) = self.known(shared, chunk, pages, zero);
+        let raw = pages & !zero & !unchanged;
+        let bytes = |pages: u64| u64::from(pages.count_ones()) * PAGE_SIZE as u64;
+        self.observe(EncodeKind::Scan, bytes(pages), bytes(raw), start, (self.clock)());
+        shared.table.set_zeros(chunk, zero);
+        shared.table.set_pages(chunk, raw, &self.digests);
+        EncodedChunk { zero, unchanged, delta: 0, zstd: 0, raw, encoded: &[], digests: &self.digests }
+    }
+
     /// Hashes the pages; returns those that are zero and must be said to be, and those that are as last sent.
     fn scan(&mut self, shared: &Shared, chunk: u32, snapshot: &[Page], pages: u64) -> (u64, u64) {
         let zero = zero_pages(snapshot.as_flattened(), pages);
-        let known = shared.table.known(chunk);
-        let mut unchanged = zero & shared.table.zeros(chunk);
         for bit in bits(zero) {
             self.digests[bit as usize] = shared.hasher.zero();
         }
         for bit in bits(pages & !zero) {
-            let digest = shared.hasher.page(&snapshot[bit as usize]);
-            self.digests[bit as usize] = digest;
-            if known >> bit & 1 != 0 && shared.table.get(chunk, bit) == Some(digest) {
+            self.digests[bit as usize] = shared.hasher.page(&snapshot[bit as usize]);
+        }
+        self.known(shared, chunk, pages, zero)
+    }
+
+    /// Of hashed pages, those that are zero and must be said to be, and those that are as last sent.
+    fn known(&self, shared: &Shared, chunk: u32, pages: u64, zero: u64) -> (u64, u64) {
+        let known = shared.table.known(chunk);
+        let mut unchanged = zero & shared.table.zeros(chunk);
+        for bit in bits(pages & !zero & known) {
+            if shared.table.get(chunk, bit) == Some(self.digests[bit as usize]) {
                 unchanged |= 1 << bit;
             }
         }
@@ -504,6 +561,25 @@ mod tests {
             *byte = (state >> 56) as u8;
         }
         bytes
+    }
+
+    #[test]
+    fn a_survey_finds_what_encoding_finds() {
+        let (a, b) = (shared(), shared());
+        let mut bytes = snapshot();
+        let mut encoder = ChunkEncoder::new(CodecMode::Raw, clock);
+        let plan = encoder.plan(1);
+        assert!(plan.in_place(true) && !plan.in_place(false));
+        let encoded = encoder.encode_as(plan, &a, 1, &bytes, 0b1110, true);
+        let (masks, digests) = ((encoded.zero, encoded.raw, encoded.unchanged), *encoded.digests);
+        let memory = VolatileSlice::from(&mut bytes[..]);
+        let surveyed = encoder.survey(&b, 1, &memory, 0b1110);
+        assert_eq!((surveyed.zero, surveyed.raw, surveyed.unchanged), masks);
+        assert_eq!(surveyed.digests[1..4], digests[1..4]);
+        // What it found counts as sent.
+        let again = encoder.survey(&b, 1, &memory, 0b1111);
+        assert_eq!((again.zero, again.raw, again.unchanged), (1, 0, 0b1110));
+        assert!(again.encoded.is_empty());
     }
 
     #[test]

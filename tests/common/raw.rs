@@ -176,7 +176,7 @@ pub(crate) fn read_raw_frame(peer: &mut Peer, hasher: &PageHasher) -> Option<(Fr
     assert_eq!(header.pages(), header.raw, "the test's memory is all raw");
     let mut raw = vec![0; header.raw_len()];
     peer.socket.read_exact(&mut raw).ok()?;
-    Some((header, raw.chunks(super::PAGE).map(|page| receipt(hasher.page(page))).collect()))
+    Some((header, raw.as_chunks().0.iter().map(|page| receipt(hasher.page(page))).collect()))
 }
 
 /// A receipt's bytes.

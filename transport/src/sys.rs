@@ -50,7 +50,7 @@ impl Parts {
     }
 }
 
-/// Pieces of memory to send.
+/// Pieces of memory to send: buffers of our own and guest memory, of which no Rust reference is ever made.
 pub(crate) struct SendList<'a> {
     parts: Parts,
     memory: PhantomData<&'a [u8]>,
@@ -66,6 +66,11 @@ impl<'a> SendList<'a> {
         self.parts.push(bytes.as_ptr().cast_mut(), bytes.len());
     }
 
+    /// Adds guest memory. What is sent is what it holds when the system reads it.
+    pub(crate) fn push_guest(&mut self, memory: &VolatileSlice<'a>) {
+        self.parts.push(memory.ptr_guard().as_ptr().cast_mut(), memory.len());
+    }
+
     /// Whether everything was sent.
     pub(crate) fn is_empty(&self) -> bool {
         self.parts.next == self.parts.parts.len()
@@ -74,7 +79,8 @@ impl<'a> SendList<'a> {
     /// Sends what is left, as much as one call takes.
     pub(crate) fn send(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let message = self.parts.message();
-        // SAFETY: every iovec points at bytes borrowed for 'a (push), which outlives this call; the kernel only reads them.
+        // SAFETY: every iovec points at bytes borrowed for 'a (push) or at a live guest mapping (push_guest: a VolatileSlice's
+        // contract), both of which outlive this call; the kernel only reads them.
         let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
         self.parts.done(sent)
     }

@@ -12,6 +12,7 @@ use pagecopy::bitmap::{bits, runs};
 use pagecopy::chunk::{ChunkEncoder, EncodedChunk};
 use pagecopy::digest::receipt;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
+use vm_memory::volatile_memory::VolatileSlice;
 
 use super::receipts::Receipts;
 use super::window::Window;
@@ -87,6 +88,8 @@ pub struct Unreceipted {
     pub(super) wire_bytes: u64,
     pub(super) sent_at: Duration,
     pub(super) digests: [u64; 64],
+    /// Pages whose receipt may differ without damage: they were sent from memory that is written meanwhile.
+    pub(super) doubtful: u64,
 }
 
 /// How a stream ended.
@@ -324,9 +327,17 @@ impl<'a> LaneSender<'a> {
 
     /// Sends the pages of a claimed chunk. On failure they are among the unreceipted frames.
     fn send_chunk(&mut self, chunk: u32, pages: u64) -> Result<(), LaneError> {
-        self.take_snapshot(chunk, pages);
-        let first_pass = self.source.carried.get(chunk) & pages == 0;
-        let encoded = self.encoder.encode(&self.source.shared, chunk, &self.snapshot, pages, first_pass);
+        let source = self.source;
+        let first_pass = source.carried.get(chunk) & pages == 0;
+        let plan = self.encoder.plan(chunk);
+        // A page that was torn by being sent from where it lies is not in its first pass any more: it goes from a copy.
+        let in_place = plan.in_place(first_pass);
+        let encoded = if in_place {
+            self.encoder.survey(&source.shared, chunk, &source.ram.chunk(chunk), pages)
+        } else {
+            take_snapshot(&source.ram.chunk(chunk), pages, &mut self.snapshot);
+            self.encoder.encode_as(plan, &source.shared, chunk, &self.snapshot, pages, first_pass)
+        };
         count_pages(&self.source.counters, &encoded);
         let sent = pages & !encoded.unchanged;
         if sent == 0 {
@@ -353,25 +364,17 @@ impl<'a> LaneSender<'a> {
             *slot = receipt(encoded.digests[bit as usize]);
         }
         let sent_at = self.source.now();
-        let frame = Unreceipted { chunk, pages: sent, seq: header.seq, wire_bytes, sent_at, digests };
+        let doubtful = if in_place && source.log.expects_writes() { header.raw } else { 0 };
+        let frame =
+            Unreceipted { chunk, pages: sent, seq: header.seq, wire_bytes, sent_at, digests, doubtful };
         self.source.carried.insert(chunk, sent);
         let begun = Instant::now();
         self.launch(frame)?;
         if header.raw != 0 || self.out.len() >= GATHER_BYTES {
-            self.write(header.raw)?;
+            self.write(header.raw, in_place.then_some(chunk))?;
         }
         self.encoder.observe_link(wire_bytes, begun.elapsed().as_nanos() as u64);
         Ok(())
-    }
-
-    /// Copies the pages, and only these, out of guest memory.
-    fn take_snapshot(&mut self, chunk: u32, pages: u64) {
-        let memory = self.source.ram.chunk(chunk);
-        for (first, count) in runs(pages) {
-            let (at, len) = (first as usize * PAGE_SIZE, count as usize * PAGE_SIZE);
-            let piece = memory.subslice(at, len).expect("pages of a chunk lie in its mapping");
-            piece.copy_to(&mut self.snapshot[at..at + len]);
-        }
     }
 
     /// Puts a frame among those under way, and waits until the window has room for it.
@@ -410,23 +413,39 @@ impl<'a> LaneSender<'a> {
         if self.out.is_empty() {
             self.check()?;
         } else {
-            self.write(0)?;
+            self.write(0, None)?;
         }
         self.carrier.flush().map_err(|e| self.shared.io_error(e))
     }
 
-    /// Writes what is gathered and then the raw pages of the snapshot.
-    fn write(&mut self, raw: u64) -> Result<(), LaneError> {
+    /// Writes what is gathered and then raw pages: from where they lie in a chunk, or from the snapshot.
+    fn write(&mut self, raw: u64, in_place: Option<u32>) -> Result<(), LaneError> {
+        let source = self.source;
+        let memory = in_place.map(|chunk| source.ram.chunk(chunk));
         let mut list = SendList::new();
         list.push(&self.out);
         for (first, count) in runs(raw) {
-            let at = first as usize * PAGE_SIZE;
-            list.push(&self.snapshot[at..at + count as usize * PAGE_SIZE]);
+            let (at, len) = (first as usize * PAGE_SIZE, count as usize * PAGE_SIZE);
+            match &memory {
+                Some(memory) => {
+                    list.push_guest(&memory.subslice(at, len).expect("pages of a chunk lie in its mapping"));
+                }
+                None => list.push(&self.snapshot[at..at + len]),
+            }
         }
         let bytes = self.carrier.send(list).map_err(|e| self.shared.io_error(e))?;
         self.out.clear();
         Counters::add(&self.source.counters.wire_sent, bytes);
         Ok(())
+    }
+}
+
+/// Copies the pages, and only these, out of guest memory.
+fn take_snapshot(memory: &VolatileSlice<'_>, pages: u64, snapshot: &mut [u8]) {
+    for (first, count) in runs(pages) {
+        let (at, len) = (first as usize * PAGE_SIZE, count as usize * PAGE_SIZE);
+        let piece = memory.subslice(at, len).expect("pages of a chunk lie in its mapping");
+        piece.copy_to(&mut snapshot[at..at + len]);
     }
 }
 

@@ -71,8 +71,10 @@ pub struct Counters {
     pub logical_acked: AtomicU64,
     /// Page bytes of frames under way.
     pub logical_under_way: AtomicU64,
-    /// Pages whose receipt did not match.
+    /// Pages whose receipt did not match, without an excuse.
     pub mismatches: AtomicU64,
+    /// Pages that the guest wrote while they were sent from where they lie, so that their receipt did not match.
+    pub torn: AtomicU64,
 }
 
 impl Counters {

@@ -124,8 +124,10 @@ impl<'a> Receipts<'a> {
             }
         }
         if wrong != 0 {
-            // What lies there is not what was sent: it is no base for anything, and the pages are dirty again.
-            Counters::add(&source.counters.mismatches, wrong.count_ones().into());
+            // What lies there is not what was sent: it is no base for anything, and the pages are dirty again. Those that were
+            // sent from where they lie may be newer than what was hashed; sent from a copy next time, they have no excuse.
+            Counters::add(&source.counters.mismatches, (wrong & !sent.doubtful).count_ones().into());
+            Counters::add(&source.counters.torn, (wrong & sent.doubtful).count_ones().into());
             source.shared.void(sent.chunk, wrong);
             source.pending.insert(sent.chunk, wrong);
         }
