@@ -255,6 +255,9 @@ impl Worker<'_> {
         let wrong = |source| ReceiveError::Frame { stream: self.input.stream, seq: self.frames, source };
         let header = FrameHeader::decode(bytes, &self.sink.hasher).map_err(wrong)?;
         header.check_layout(self.sink.ram.layout()).map_err(wrong)?;
+        if header.placed && !self.input.carrier.places() {
+            return Err(wrong(WireError::BadValue { field: "frame flags", value: 1 }));
+        }
         if header.seq != self.frames {
             return Err(wrong(WireError::BadValue { field: "seq", value: header.seq }));
         }

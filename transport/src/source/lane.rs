@@ -16,7 +16,7 @@ use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use super::receipts::Receipts;
 use super::window::Window;
 use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, ReceiptError};
-use crate::carrier::{Breaker, FrameSender, SourceEnd};
+use crate::carrier::{Breaker, FrameSender, Placement, SourceEnd};
 use crate::sys::SendList;
 use crate::wire::control::StreamEnd;
 use crate::wire::frame::{FrameHeader, FrameKind};
@@ -79,7 +79,6 @@ pub enum LaneError {
 }
 
 /// A frame that was sent, or was to be sent, and has no receipt.
-#[derive(Debug)]
 pub struct Unreceipted {
     pub(super) chunk: u32,
     pub(super) pages: u64,
@@ -87,10 +86,14 @@ pub struct Unreceipted {
     pub(super) wire_bytes: u64,
     pub(super) sent_at: Duration,
     pub(super) digests: [u64; 64],
+    /// Pages whose receipt may differ without damage: what was placed may be newer than what was hashed, and a delta may have
+    /// had such a page for its base.
+    pub(super) doubtful: u64,
+    /// What the carrier needs until the frame is settled.
+    pub(super) _placement: Option<Placement>,
 }
 
 /// How a stream ended.
-#[derive(Debug)]
 pub struct LaneEnd {
     /// Which stream.
     pub stream: u16,
@@ -333,6 +336,13 @@ impl<'a> LaneSender<'a> {
             self.source.owners.release(chunk);
             return Ok(());
         }
+        // Pages whose receipt differed when they were placed last time are sent from the snapshot.
+        let by_copy = self.source.by_copy.get(chunk) & encoded.raw != 0;
+        let placement = if encoded.raw == 0 || by_copy {
+            None
+        } else {
+            self.carrier.place(chunk, encoded.raw).map_err(|e| self.shared.io_error(e))?
+        };
         let header = FrameHeader {
             kind: FrameKind::Pages,
             seq: self.seq,
@@ -343,22 +353,36 @@ impl<'a> LaneSender<'a> {
             delta: encoded.delta,
             zstd: encoded.zstd,
             encoded_checksum: checksum_of(&self.source.shared, encoded.encoded),
+            placed: placement.is_some(),
         };
         self.seq += 1;
         self.out.extend_from_slice(&header.encode(&self.source.shared.hasher));
         self.out.extend_from_slice(encoded.encoded);
-        let wire_bytes = (FrameHeader::LEN + encoded.encoded.len() + header.raw_len()) as u64;
+        let raw_bytes = header.raw.count_ones() as usize * PAGE_SIZE;
+        let wire_bytes = (FrameHeader::LEN + encoded.encoded.len() + raw_bytes) as u64;
+        let placed = if header.placed { header.raw } else { 0 };
+        let doubtful = if self.carrier.places() { placed | header.delta } else { 0 };
         let mut digests = [0; 64];
         for (slot, bit) in digests.iter_mut().zip(bits(sent)) {
             *slot = receipt(encoded.digests[bit as usize]);
         }
         let sent_at = self.source.now();
-        let frame = Unreceipted { chunk, pages: sent, seq: header.seq, wire_bytes, sent_at, digests };
+        let frame = Unreceipted {
+            chunk,
+            pages: sent,
+            seq: header.seq,
+            wire_bytes,
+            sent_at,
+            digests,
+            doubtful,
+            _placement: placement,
+        };
         self.source.carried.insert(chunk, sent);
         let begun = Instant::now();
         self.launch(frame)?;
-        if header.raw != 0 || self.out.len() >= GATHER_BYTES {
-            self.write(header.raw)?;
+        // A carrier that places gathers by itself, so that it knows what it has to send before it waits for room to place.
+        if header.raw != 0 || self.carrier.places() || self.out.len() >= GATHER_BYTES {
+            self.write(header.raw & !placed)?;
         }
         self.encoder.observe_link(wire_bytes, begun.elapsed().as_nanos() as u64);
         Ok(())
