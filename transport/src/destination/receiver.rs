@@ -399,5 +399,9 @@ impl Worker<'_> {
         add(&received.compressed, header.zstd);
         let bytes = u64::from(header.pages().count_ones()) * PAGE_SIZE as u64;
         received.logical.fetch_add(bytes, Ordering::Relaxed);
+        if header.placed {
+            let placed = u64::from(header.raw.count_ones()) * PAGE_SIZE as u64;
+            received.wire.fetch_add(placed, Ordering::Relaxed);
+        }
     }
 }
