@@ -136,7 +136,7 @@ proptest! {
                     prop_assert_eq!(masks.iter().map(|m| m.count_ones()).sum::<u32>(), dirty[i].count_ones());
                     for bit in bits(dirty[i]) {
                         let page = &source[i][bit as usize * PAGE_SIZE..][..PAGE_SIZE];
-                        prop_assert_eq!(sent.digests[bit as usize], hasher.page(page));
+                        prop_assert_eq!(sent.digests[bit as usize], hasher.page(page.try_into().unwrap()));
                     }
                     deliver(&sent, &source[i], &mut destination[i], &mut decoder);
                     (dirty[i], first[i]) = (0, false);

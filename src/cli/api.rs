@@ -50,6 +50,10 @@ pub(super) struct MigrateRequest {
     pub downtime_limit_ms: u64,
     #[serde(default = "default_timeout")]
     pub timeout_s: u64,
+    #[serde(default)]
+    pub rdma_pin_all: bool,
+    #[serde(default)]
+    pub rdma_max_pinned: Option<u64>,
 }
 
 fn default_streams() -> u16 {

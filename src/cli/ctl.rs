@@ -62,7 +62,7 @@ enum CtlCommand {
 
 #[derive(Debug, Args)]
 struct MigrateArgs {
-    /// Where the destination listens: tcp:HOST:PORT or unix:PATH
+    /// Where the destination listens: tcp:HOST:PORT, unix:PATH or rdma:HOST:PORT
     uri: Uri,
     #[command(flatten)]
     transfer: TransferArgs,
@@ -82,6 +82,8 @@ impl MigrateArgs {
             codec: self.transfer.codec.to_string(),
             downtime_limit_ms: self.downtime_limit,
             timeout_s: self.transfer.timeout,
+            rdma_pin_all: self.transfer.rdma.rdma_pin_all,
+            rdma_max_pinned: self.transfer.rdma.limit.rdma_max_pinned,
         }
     }
 }

@@ -80,6 +80,8 @@ pub(super) fn run(args: &DemoArgs) -> Result<(), CliError> {
         codec: args.transfer.codec.to_string(),
         downtime_limit_ms: args.downtime_limit,
         timeout_s: args.transfer.timeout,
+        rdma_pin_all: args.transfer.rdma.rdma_pin_all,
+        rdma_max_pinned: args.transfer.rdma.limit.rdma_max_pinned,
     };
     api::ask(&guest.source.api, &Request::Migrate(migrate)).map_err(|e| ctl::refused(&e))?;
     let mut report = ctl::follow(&guest.source.api, args.json)?;

@@ -16,6 +16,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use pageferry::engine::Options;
 use pageferry::pagecopy::choose::CodecMode;
+use pageferry::transport::source::RdmaOptions;
 
 /// Moves the RAM of a running virtual machine between hosts.
 #[derive(Debug, Parser)]
@@ -93,6 +94,38 @@ struct TransferArgs {
     /// Give a silent peer or stream up after this many seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     timeout: u64,
+    #[command(flatten)]
+    rdma: RdmaArgs,
+}
+
+/// Options of the rdma: transport.
+#[derive(Clone, Debug, Args)]
+struct RdmaArgs {
+    /// Over RDMA: pin all memory that holds data before the first page is sent
+    #[arg(long)]
+    rdma_pin_all: bool,
+    #[command(flatten)]
+    limit: PinnedArgs,
+}
+
+/// The one that destinations have, too.
+#[derive(Clone, Debug, Args)]
+struct PinnedArgs {
+    /// Over RDMA: pin at most this much memory at a time
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    rdma_max_pinned: Option<u64>,
+}
+
+impl RdmaArgs {
+    fn options(&self) -> RdmaOptions {
+        RdmaOptions { pin_all: self.rdma_pin_all, ..self.limit.options() }
+    }
+}
+
+impl PinnedArgs {
+    fn options(&self) -> RdmaOptions {
+        RdmaOptions { pin_all: false, pinned_max: self.rdma_max_pinned.unwrap_or(u64::MAX) }
+    }
 }
 
 impl TransferArgs {
@@ -101,6 +134,7 @@ impl TransferArgs {
             streams: self.streams,
             codec: self.codec,
             timeout: Duration::from_secs(self.timeout),
+            rdma: self.rdma.options(),
             ..Options::default()
         }
     }

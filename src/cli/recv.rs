@@ -13,7 +13,7 @@ use pageferry::transport::uri::Uri;
 use pageferry::transport::wire::control::Hello;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 
-use super::{CliError, Exit, output, stop};
+use super::{CliError, Exit, PinnedArgs, output, stop};
 
 /// Receives what `pageferry send` sends
 #[derive(Debug, Args)]
@@ -21,7 +21,7 @@ use super::{CliError, Exit, output, stop};
     after_help = "Examples:\n  pageferry recv tcp:0:4444 --ram-file /dev/shm/copy.img\n  pageferry recv unix:/run/ferry.sock --anon --digest"
 )]
 pub(super) struct RecvArgs {
-    /// Where to listen: tcp:HOST:PORT (port 0: any) or unix:PATH
+    /// Where to listen: tcp:HOST:PORT (port 0: any), unix:PATH or rdma:HOST:PORT
     uri: Uri,
     #[command(flatten)]
     target: Target,
@@ -31,6 +31,8 @@ pub(super) struct RecvArgs {
     /// Give a silent peer or stream up after this many seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     timeout: u64,
+    #[command(flatten)]
+    pinned: PinnedArgs,
     /// Print one JSON object at the end instead of text
     #[arg(long)]
     json: bool,
@@ -78,7 +80,11 @@ impl Incoming for Taker<'_> {
 }
 
 pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
-    let options = Options { timeout: std::time::Duration::from_secs(args.timeout), ..Options::default() };
+    let options = Options {
+        timeout: std::time::Duration::from_secs(args.timeout),
+        rdma: args.pinned.options(),
+        ..Options::default()
+    };
     if let Some(path) = &args.target.ram_file {
         // Before a source comes for nothing.
         GuestMemory::check_ram_file_can_be_made(path).map_err(|e| CliError::cannot_start(&e))?;

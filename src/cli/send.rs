@@ -17,7 +17,7 @@ use super::{CliError, Exit, TransferArgs, output, stop};
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  pageferry send tcp:node7:4444 --ram-file /dev/shm/ram.img --streams 4")]
 pub(super) struct SendArgs {
-    /// Where the destination listens: tcp:HOST:PORT or unix:PATH
+    /// Where the destination listens: tcp:HOST:PORT, unix:PATH or rdma:HOST:PORT
     uri: Uri,
     /// The file; its size must be a multiple of 4096
     #[arg(long, value_name = "FILE")]

@@ -16,11 +16,11 @@ use crossbeam_channel::{Receiver, Sender};
 use pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
-use transport::carrier::{Breaker, DestinationEnd};
+use transport::carrier::{Breaker, StreamRequest};
 use transport::destination::{PageSink, ReceiveError, receive_stream};
 use transport::link::{Link, LinkError, LinkEvent};
 use transport::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
-use transport::socket::{Connection, Listener, SocketError};
+use transport::socket::{Listener, SocketError};
 use transport::uri::Uri;
 use transport::wire::WireError;
 use transport::wire::control::{
@@ -59,6 +59,10 @@ pub enum IncomingError {
     /// No socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// No RDMA.
+    #[cfg(feature = "rdma")]
+    #[error("cannot listen for RDMA")]
+    Rdma(#[from] transport::rdma::RdmaError),
     /// The control connection ended before READY.
     #[error("the source is gone; what arrived is incomplete and was given up")]
     Link(#[source] LinkError),
@@ -130,9 +134,8 @@ impl Destination {
         notice: impl Fn(&str) + Send + Sync + 'static,
     ) -> Result<Self, IncomingError> {
         let listener = Listener::bind(uri)?;
-        let uri = listener.uri();
         let (event_sender, events) = crossbeam_channel::unbounded();
-        let front = Front::start(listener, options.timeout, event_sender.clone())?;
+        let (front, uri) = Front::start(listener, uri, options.timeout, &event_sender)?;
         Ok(Self {
             front,
             events,
@@ -265,8 +268,9 @@ impl Destination {
             }
         };
         let capabilities = hello.capabilities & capability::ALL;
-        let sink =
-            PageSink::new(ram.clone(), PageHasher::new(hello.seed), capabilities, self.options.timeout);
+        let (hasher, options) = (PageHasher::new(hello.seed), &self.options);
+        let pinned_max = options.rdma.pinned_max;
+        let sink = PageSink::new(ram.clone(), hasher, capabilities, options.timeout, pinned_max);
         link.send(Message::Welcome(Welcome {
             version,
             capabilities,
@@ -445,7 +449,7 @@ impl Session {
         let Ok(event) = listening.events.recv_timeout(TICK) else { return Ok(None) };
         match event {
             Event::Link { generation, event } if generation == self.generation => return Ok(Some(event)),
-            Event::Stream { connection, stream } => self.attach(connection, stream)?,
+            Event::Stream { request, stream } => self.attach(request, stream)?,
             Event::StreamEnded { stream, result } => self.stream_ended(stream, result),
             Event::Refused { peer, reason } => {
                 (listening.notice)(&format!("refused a connection from {peer}: {reason}"));
@@ -469,7 +473,7 @@ impl Session {
     }
 
     /// A data stream of this session was opened.
-    fn attach(&mut self, connection: Connection, stream: u16) -> Result<(), IncomingError> {
+    fn attach(&mut self, request: StreamRequest, stream: u16) -> Result<(), IncomingError> {
         let known = self.streams.get(&stream).is_some_and(|s| s.result.is_none());
         let moving = self.machine.status() == SessionStatus::Moving;
         let refusal = if stream >= self.hello.streams {
@@ -481,17 +485,11 @@ impl Session {
         } else {
             None
         };
-        let answer = match refusal {
-            Some(why) => {
-                let text = format!("stream {stream} is refused: {why}");
-                Message::Error { code: ErrorCode::Protocol, text }
-            }
-            None => Message::Attached { stream },
-        };
-        if io::Write::write_all(&mut &connection, &answer.encode()).is_err() || refusal.is_some() {
+        if let Some(why) = refusal {
+            request.refuse(ErrorCode::Protocol, format!("stream {stream} is refused: {why}"));
             return Ok(());
         }
-        let carrier = DestinationEnd::socket(connection, self.sink.timeout())?;
+        let Some(carrier) = request.accept(stream, &self.sink)? else { return Ok(()) };
         let breaker = carrier.breaker();
         let (sink, events, broken) = (self.sink.clone(), self.event_sender.clone(), breaker.clone());
         let thread = std::thread::Builder::new().name(format!("recv-{stream}")).spawn(move || {
@@ -536,7 +534,7 @@ impl Session {
                     Ok(Event::Link { generation, event }) if generation == self.generation => {
                         self.backlog.push_back(event);
                     }
-                    Ok(Event::Stream { connection, stream }) => self.attach(connection, stream)?,
+                    Ok(Event::Stream { request, stream }) => self.attach(request, stream)?,
                     _ => {}
                 }
             }

@@ -13,6 +13,7 @@ use pagecopy::bitmap::{PageBitmap, runs};
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::ContentHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
+use transport::source::RdmaOptions;
 
 /// Chunks that are scanned for holes at a time (64 GiB): each scan of a full file walks it to its end, so there should be few.
 const SCAN_CHUNKS: u32 = 1 << 18;
@@ -34,6 +35,8 @@ pub struct Options {
     pub cache_bytes: u64,
     /// How long a destination that is READY waits for GO after it lost its source.
     pub handover_timeout: Duration,
+    /// How memory is registered for RDMA.
+    pub rdma: RdmaOptions,
 }
 
 impl Default for Options {
@@ -46,6 +49,7 @@ impl Default for Options {
             timeout: Duration::from_secs(10),
             cache_bytes: 64 << 20,
             handover_timeout: Duration::from_secs(60),
+            rdma: RdmaOptions::default(),
         }
     }
 }

@@ -16,8 +16,8 @@ use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::policy::{Decision, Limits, Precopy, Sample};
-use transport::carrier::SourceEnd;
-use transport::link::{Exchange, LinkError, attach_stream};
+use transport::carrier::{OpenError, SourceEnd};
+use transport::link::{Exchange, LinkError};
 use transport::session::{Learnt, SessionError};
 use transport::socket::{Connection, SocketError};
 use transport::source::{FatalError, Feeder, Lane, PageSource, SourceOptions};
@@ -116,7 +116,7 @@ pub enum Cause {
         stream: u16,
         /// Why.
         #[source]
-        source: LinkError,
+        source: OpenError,
     },
     /// Every stream died.
     #[error("all data streams are lost; the last one: {last}")]
@@ -309,6 +309,7 @@ impl Attempt<'_> {
             cache_bytes: self.options.cache_bytes,
             timeout: self.options.timeout,
             mismatches_max: MISMATCHES_MAX,
+            rdma: self.options.rdma,
         };
         let (ram, log) = (self.backend.ram.clone(), self.backend.log.clone());
         self.progress.update(|r| r.pages.hole = ram.layout().pages() - populated.count());
@@ -321,11 +322,9 @@ impl Attempt<'_> {
             let (watch, source) = self.parts();
             let source = source.clone();
             watch.check()?;
-            let connection = Connection::connect(uri, options.timeout)?;
-            connection.tune(options.timeout)?;
-            attach_stream(&connection, watch.session_id(), version, stream, options.timeout)
+            let session = watch.session_id();
+            let carrier = SourceEnd::open(&source, uri, session, version, stream, options.timeout)
                 .map_err(|source| Cause::Stream { stream, source })?;
-            let carrier = SourceEnd::socket(connection, options.timeout)?;
             let lane = Lane::spawn(source, carrier, stream, feeder.work(), watch.lane_started())?;
             self.running.as_mut().expect("parts() used it").lanes.push(lane);
         }

@@ -1,14 +1,21 @@
-//! What a stream needs of whatever carries it: bytes in order both ways.
+//! What a stream needs of whatever carries it: bytes in order both ways and, where the carrier can, pages that it places straight
+//! into the destination's memory.
 //!
-//! The workers of [`crate::source`] and [`crate::destination`] know no more of a socket than this.
+//! The workers of [`crate::source`] and [`crate::destination`] know no more of a socket or a queue pair than this.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::socket::Connection;
+use crate::destination::PageSink;
+use crate::link::{LinkError, attach_stream};
+use crate::socket::{Connection, SocketError};
+use crate::source::PageSource;
 use crate::sys::{ReceiveList, SendList};
+use crate::uri::Uri;
+use crate::wire::control::{ErrorCode, Message};
+use crate::wire::{Preamble, Role, SessionId};
 
 /// How often a thread that waits for bytes looks whether it should stop.
 const TICK: Duration = Duration::from_millis(100);
@@ -34,7 +41,22 @@ pub(crate) trait FrameSender: Send {
     fn frames_max(&self) -> usize {
         usize::MAX
     }
+
+    /// Whether raw pages may be placed at all.
+    fn places(&self) -> bool {
+        false
+    }
+
+    /// Queues these pages of a chunk to be placed, before the header that is sent next; `None` if they must travel with
+    /// it. What is returned is kept until the frame is receipted, or its stream dead on both sides.
+    fn place(&mut self, chunk: u32, pages: u64) -> io::Result<Option<Placement>> {
+        let _ = (chunk, pages);
+        Ok(None)
+    }
 }
+
+/// Holds what a placed frame needs for as long as it is under way.
+pub(crate) type Placement = Box<dyn std::any::Any + Send>;
 
 /// The source's receiving end: receipts.
 pub(crate) trait ReceiptReader: Send {
@@ -53,6 +75,26 @@ pub(crate) trait FrameReceiver: Send {
 
     /// Says that nothing more will be sent, once what was is on its way.
     fn finish(&mut self) -> io::Result<()>;
+
+    /// Whether frames may come whose raw pages were placed.
+    fn places(&self) -> bool {
+        false
+    }
+}
+
+/// A stream that could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No connection.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The destination refused, or did not answer.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// No connection over RDMA.
+    #[cfg(feature = "rdma")]
+    #[error(transparent)]
+    Rdma(#[from] crate::rdma::RdmaError),
 }
 
 /// What a stream is at the source: an end to give to [`crate::source::Lane::spawn`].
@@ -63,8 +105,35 @@ pub struct SourceEnd {
 }
 
 impl SourceEnd {
+    /// Opens stream `stream` of a session with the destination at `uri`, which speaks `version`.
+    pub fn open(
+        source: &Arc<PageSource>,
+        uri: &Uri,
+        session: SessionId,
+        version: u16,
+        stream: u16,
+        timeout: Duration,
+    ) -> Result<Self, OpenError> {
+        let preamble =
+            Preamble { version_min: version, version_max: version, role: Role::Stream, stream, session };
+        match uri {
+            Uri::Tcp { .. } | Uri::Unix(_) => {
+                // Only RDMA registers the source's memory.
+                let _ = source;
+                let connection = Connection::connect(uri, timeout)?;
+                connection.tune(timeout).map_err(LinkError::Io)?;
+                attach_stream(&connection, &preamble, timeout)?;
+                Ok(Self::socket(connection, timeout).map_err(LinkError::Io)?)
+            }
+            #[cfg(feature = "rdma")]
+            Uri::Rdma { host, port } => Ok(crate::rdma::connect(source, (host, *port), preamble, timeout)?),
+            #[cfg(not(feature = "rdma"))]
+            Uri::Rdma { .. } => unreachable!("such a URI is not read without the feature"),
+        }
+    }
+
     /// A stream over a socket on which ATTACHED has come. `timeout` bounds the wait for room to write.
-    pub fn socket(connection: Connection, timeout: Duration) -> io::Result<Self> {
+    fn socket(connection: Connection, timeout: Duration) -> io::Result<Self> {
         connection.set_timeouts(Some(TICK), Some(timeout))?;
         let socket = Arc::new(connection);
         Ok(Self {
@@ -83,10 +152,15 @@ pub struct DestinationEnd {
 
 impl DestinationEnd {
     /// A stream over a socket whose preamble was answered. `timeout` bounds the wait for room to write.
-    pub fn socket(connection: Connection, timeout: Duration) -> io::Result<Self> {
+    fn socket(connection: Connection, timeout: Duration) -> io::Result<Self> {
         connection.set_timeouts(Some(TICK), Some(timeout))?;
         let socket = Arc::new(connection);
         Ok(Self { frames: Box::new(SocketReceiver(socket.clone())), breaker: socket })
+    }
+
+    #[cfg(feature = "rdma")]
+    pub(crate) fn new(frames: Box<dyn FrameReceiver>, breaker: Arc<dyn Breaker>) -> Self {
+        Self { frames, breaker }
     }
 
     /// What ends the stream from outside.
@@ -98,6 +172,46 @@ impl DestinationEnd {
 impl Breaker for Connection {
     fn shutdown(&self) {
         Connection::shutdown(self);
+    }
+}
+
+/// A source that asks to open a stream, not yet answered.
+#[derive(Debug)]
+pub enum StreamRequest {
+    /// Over a socket whose preamble was read.
+    Socket(Connection),
+    /// Over RDMA.
+    #[cfg(feature = "rdma")]
+    Queue(crate::rdma::ConnectRequest),
+}
+
+impl StreamRequest {
+    /// Says no, and why.
+    pub fn refuse(self, code: ErrorCode, text: String) {
+        match self {
+            Self::Socket(connection) => {
+                // Whoever asked hears of the end in any case.
+                let _ = io::Write::write_all(&mut &connection, &Message::Error { code, text }.encode());
+            }
+            #[cfg(feature = "rdma")]
+            Self::Queue(request) => request.refuse(code, &text),
+        }
+    }
+
+    /// Says ATTACHED, after which frames may come. `None` when the source is gone already.
+    pub fn accept(self, stream: u16, sink: &Arc<PageSink>) -> io::Result<Option<DestinationEnd>> {
+        match self {
+            Self::Socket(connection) => {
+                let attached = Message::Attached { stream }.encode();
+                if io::Write::write_all(&mut &connection, &attached).is_err() {
+                    return Ok(None);
+                }
+                DestinationEnd::socket(connection, sink.timeout()).map(Some)
+            }
+            // The source hears of what fails here, and its other streams go on.
+            #[cfg(feature = "rdma")]
+            Self::Queue(request) => Ok(crate::rdma::accept(request, sink).ok()),
+        }
     }
 }
 

@@ -8,6 +8,8 @@
 pub mod carrier;
 pub mod destination;
 pub mod link;
+#[cfg(feature = "rdma")]
+pub mod rdma;
 pub mod session;
 pub mod socket;
 pub mod source;

@@ -12,9 +12,9 @@ use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 use crate::socket::{Connection, Listener};
+use crate::wire::Preamble;
 use crate::wire::WireError;
 use crate::wire::control::{CHECKSUM_LEN, HEADER_LEN, Message};
-use crate::wire::{Preamble, Role, SessionId};
 
 /// How often the peer is pinged: often enough for the shortest time-out that a peer may have, [`TIMEOUT_MIN`].
 const PING_EVERY: Duration = Duration::from_millis(250);
@@ -334,17 +334,13 @@ impl<'a> Exchange<'a> {
 }
 
 /// Opens a data stream of a session, blocking: preamble out, ATTACHED back.
-pub fn attach_stream(
+pub(crate) fn attach_stream(
     connection: &Connection,
-    session: SessionId,
-    version: u16,
-    stream: u16,
+    preamble: &Preamble,
     timeout: Duration,
 ) -> Result<(), LinkError> {
-    let preamble =
-        Preamble { version_min: version, version_max: version, role: Role::Stream, stream, session };
-    match Exchange::open(connection, &preamble, timeout)?.receive()? {
-        Message::Attached { stream: answered } if answered == stream => Ok(()),
+    match Exchange::open(connection, preamble, timeout)?.receive()? {
+        Message::Attached { stream } if stream == preamble.stream => Ok(()),
         other => {
             let field = "answer to a stream's preamble";
             Err(WireError::BadValue { field, value: other.kind().into() }.into())

@@ -41,7 +41,7 @@ pub enum Connection {
 }
 
 impl Connection {
-    /// Connects to a destination within `timeout`, trying every address the name has.
+    /// Connects to a destination within `timeout`, trying every address the name has. Of RDMA that is its control connection.
     pub fn connect(uri: &Uri, timeout: Duration) -> Result<Self, SocketError> {
         let fail = |hint: &str, source: io::Error| {
             SocketError::new(format!("cannot connect to {uri}{hint}"), source)
@@ -56,7 +56,7 @@ impl Connection {
                 };
                 fail(hint, e)
             }),
-            Uri::Tcp { host, port } => {
+            Uri::Tcp { host, port } | Uri::Rdma { host, port } => {
                 let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
                 for address in
                     resolve(host, *port, false).map_err(|e| fail(": the name does not resolve", e))?
@@ -179,7 +179,7 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// Listens. A Unix socket's path that nobody listens on any more is replaced; any other file there is left alone.
+    /// Listens; for RDMA, for its control connections. A Unix socket's path that nobody listens on any more is replaced; any other file there is left alone.
     pub fn bind(uri: &Uri) -> Result<Self, SocketError> {
         let fail =
             |hint: &str, source: io::Error| SocketError::new(format!("cannot listen on {uri}{hint}"), source);
@@ -200,7 +200,7 @@ impl Listener {
                 let listener = UnixListener::bind(path).map_err(|e| fail(hint(&e), e))?;
                 Ok(Self::Unix(listener, path.clone()))
             }
-            Uri::Tcp { host, port } => {
+            Uri::Tcp { host, port } | Uri::Rdma { host, port } => {
                 let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
                 for address in
                     resolve(host, *port, true).map_err(|e| fail(": the name does not resolve", e))?
@@ -228,6 +228,14 @@ impl Listener {
         match self {
             Self::Tcp(listener) => listener.set_nonblocking(nonblocking),
             Self::Unix(listener, _) => listener.set_nonblocking(nonblocking),
+        }
+    }
+
+    /// The address of a TCP listener.
+    pub fn address(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(listener) => listener.local_addr().ok(),
+            Self::Unix(..) => None,
         }
     }
 
@@ -278,7 +286,7 @@ fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// The addresses of a host; an empty name or `0` is every address (listening) or the loopback (connecting).
-fn resolve(host: &str, port: u16, listening: bool) -> io::Result<Vec<SocketAddr>> {
+pub(crate) fn resolve(host: &str, port: u16, listening: bool) -> io::Result<Vec<SocketAddr>> {
     let host = match (host, listening) {
         ("" | "0", true) => "0.0.0.0",
         ("" | "0", false) => "127.0.0.1",

@@ -76,6 +76,20 @@ impl<'a> SendList<'a> {
         self.parts.next == self.parts.parts.len()
     }
 
+    /// Copies what is left to the start of `out`, as much as has room.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn copy_to(&mut self, out: &mut [u8]) -> usize {
+        let mut at = 0;
+        for part in &self.parts.parts[self.parts.next..] {
+            let len = part.iov_len.min(out.len() - at);
+            // SAFETY: the part points at bytes borrowed for 'a (push), `out` is borrowed exclusively, and `len` lies in both.
+            unsafe { std::ptr::copy_nonoverlapping(part.iov_base.cast(), out[at..].as_mut_ptr(), len) };
+            at += len;
+        }
+        self.parts.advance(at);
+        at
+    }
+
     /// Sends what is left, as much as one call takes.
     pub(crate) fn send(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let message = self.parts.message();
@@ -105,6 +119,21 @@ impl<'a> ReceiveList<'a> {
     /// Adds guest memory.
     pub(crate) fn push_guest(&mut self, memory: &VolatileSlice<'a>) {
         self.parts.push(memory.ptr_guard_mut().as_ptr(), memory.len());
+    }
+
+    /// Copies bytes that came into what is left; returns how many had room.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn fill(&mut self, bytes: &[u8]) -> usize {
+        let mut at = 0;
+        for part in &self.parts.parts[self.parts.next..] {
+            let len = part.iov_len.min(bytes.len() - at);
+            // SAFETY: the part is memory borrowed exclusively for 'a or a live guest mapping (as in `receive`), of which no
+            // reference exists; it cannot overlap `bytes`, a buffer of our own, and `len` lies in both.
+            unsafe { std::ptr::copy_nonoverlapping(bytes[at..].as_ptr(), part.iov_base.cast(), len) };
+            at += len;
+        }
+        self.parts.advance(at);
+        at
     }
 
     /// Receives into what is left, as much as one call brings. With `wait` false, fails with `WouldBlock` when nothing is there.

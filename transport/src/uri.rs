@@ -1,4 +1,4 @@
-//! Migration URIs, written as QEMU writes them: `tcp:HOST:PORT`, `unix:PATH`.
+//! Migration URIs, written as QEMU writes them: `tcp:HOST:PORT`, `unix:PATH`, `rdma:HOST:PORT`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -16,11 +16,20 @@ pub enum Uri {
     },
     /// `unix:PATH`.
     Unix(PathBuf),
+    /// `rdma:HOST:PORT`, written as for TCP: control over TCP, pages over queue pairs. The address is of an RDMA device.
+    Rdma {
+        /// Name or address, without brackets.
+        host: String,
+        /// Port, the same one for both; 0 lets the system choose when listening.
+        port: u16,
+    },
 }
 
 /// A text that is no URI this version understands.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{uri:?} is not a migration URI: {why}; expected tcp:HOST:PORT, tcp:[IPV6]:PORT or unix:PATH")]
+#[error(
+    "{uri:?} is not a migration URI: {why}; expected tcp:HOST:PORT, tcp:[IPV6]:PORT, unix:PATH or rdma:HOST:PORT"
+)]
 pub struct UriError {
     uri: String,
     why: String,
@@ -40,7 +49,11 @@ impl FromStr for Uri {
             "unix" if rest.len() > UNIX_PATH_MAX => fail("the path is longer than 107 bytes"),
             "unix" if rest.contains('\0') => fail("the path holds a NUL"),
             "unix" => Ok(Self::Unix(rest.into())),
-            "tcp" => {
+            "rdma" if !cfg!(feature = "rdma") => fail(
+                "the rdma transport is not built in; build with `--features rdma`, which needs libibverbs-dev, librdmacm-dev \
+                 and libclang-dev (Debian's names)",
+            ),
+            "tcp" | "rdma" => {
                 let Some((host, port)) = rest.rsplit_once(':') else { return fail("no port") };
                 let Ok(port) = port.parse() else { return fail("the port is not a number from 0 to 65535") };
                 let host = match host.strip_prefix('[').map(|h| h.strip_suffix(']')) {
@@ -49,9 +62,10 @@ impl FromStr for Uri {
                     None if host.contains(':') => return fail("an IPv6 address needs brackets"),
                     None => host,
                 };
-                Ok(Self::Tcp { host: host.into(), port })
+                let host = host.into();
+                Ok(if scheme == "tcp" { Self::Tcp { host, port } } else { Self::Rdma { host, port } })
             }
-            "exec" | "fd" | "file" | "rdma" | "vsock" => {
+            "exec" | "fd" | "file" | "vsock" => {
                 fail(&format!("the {scheme} transport is not built into this version"))
             }
             _ => fail("unknown scheme"),
@@ -61,10 +75,15 @@ impl FromStr for Uri {
 
 impl fmt::Display for Uri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
-            Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
-            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        let (scheme, host, port) = match self {
+            Self::Tcp { host, port } => ("tcp", host, port),
+            Self::Rdma { host, port } => ("rdma", host, port),
+            Self::Unix(path) => return write!(f, "unix:{}", path.display()),
+        };
+        if host.contains(':') {
+            write!(f, "{scheme}:[{host}]:{port}")
+        } else {
+            write!(f, "{scheme}:{host}:{port}")
         }
     }
 }
@@ -90,6 +109,22 @@ mod tests {
     }
 
     #[test]
+    fn rdma_is_there_or_says_what_it_takes() {
+        let uri = "rdma:[fe80::1]:4444".parse::<Uri>();
+        if cfg!(feature = "rdma") {
+            let uri = uri.unwrap();
+            assert_eq!(uri, Uri::Rdma { host: "fe80::1".into(), port: 4444 });
+            assert_eq!(uri.to_string(), "rdma:[fe80::1]:4444");
+            assert!("rdma:h".parse::<Uri>().unwrap_err().to_string().contains("no port"));
+        } else {
+            let error = uri.unwrap_err().to_string();
+            for word in ["--features rdma", "libibverbs-dev", "librdmacm-dev", "libclang-dev"] {
+                assert!(error.contains(word), "{error}");
+            }
+        }
+    }
+
+    #[test]
     fn refuses_with_a_reason() {
         for (text, why) in [
             ("", "no scheme"),
@@ -98,7 +133,7 @@ mod tests {
             ("tcp:::1:80", "brackets"),
             ("tcp:[::1:80", "not closed"),
             ("unix:", "empty"),
-            ("rdma:h:1", "not built"),
+            ("vsock:2:1", "not built"),
             ("ftp:x", "unknown scheme"),
         ] {
             let error = text.parse::<Uri>().unwrap_err().to_string();

@@ -115,6 +115,7 @@ fn frame() -> FrameHeader {
         delta: 0b100,
         zstd: 0b1_1000,
         encoded_checksum: PageHasher::new(SEED).checksum(&unhex(SECTION)),
+        placed: false,
     }
 }
 

@@ -17,7 +17,7 @@ use pageferry::transport::uri::Uri;
 use pageferry::transport::wire::control::Hello;
 
 use super::api::ApiAddress;
-use super::{CliError, Exit, size, stop};
+use super::{CliError, Exit, PinnedArgs, size, stop};
 use machine::Machine;
 use server::Server;
 
@@ -43,7 +43,7 @@ pub(super) struct VmArgs {
     /// Control socket: unix:PATH
     #[arg(long)]
     api: ApiAddress,
-    /// Wait for a guest instead of starting one: tcp:HOST:PORT or unix:PATH
+    /// Wait for a guest instead of starting one: tcp:HOST:PORT, unix:PATH or rdma:HOST:PORT
     #[arg(long, value_name = "URI")]
     incoming: Option<Uri>,
     /// Where console output goes: stdio, none, or a file
@@ -73,6 +73,8 @@ pub(super) struct VmArgs {
     /// Wait this many seconds for a source that was lost after the guest had come whole, before it was handed over
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86400))]
     handover_timeout: u64,
+    #[command(flatten)]
+    pinned: PinnedArgs,
 }
 
 /// How written pages are found.
@@ -101,6 +103,7 @@ pub(super) fn run(args: &VmArgs) -> Result<(), CliError> {
         let options = Options {
             timeout: std::time::Duration::from_secs(args.timeout),
             handover_timeout: std::time::Duration::from_secs(args.handover_timeout),
+            rdma: args.pinned.options(),
             ..Options::default()
         };
         let progress = Progress::default();

@@ -10,6 +10,7 @@ use pageferry::engine::source::{Fate, migrate};
 use pageferry::engine::{Options, explain};
 use pageferry::transport::link::{AsyncConnection, AsyncListener};
 use pageferry::transport::socket::Listener;
+use pageferry::transport::source::RdmaOptions;
 use pageferry::transport::uri::Uri;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -244,6 +245,10 @@ impl Server {
             codec,
             downtime_limit: Duration::from_millis(request.downtime_limit_ms),
             timeout: Duration::from_secs(request.timeout_s),
+            rdma: RdmaOptions {
+                pin_all: request.rdma_pin_all,
+                pinned_max: request.rdma_max_pinned.unwrap_or(u64::MAX),
+            },
             ..Options::default()
         };
         let mut state = self.state();

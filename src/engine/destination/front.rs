@@ -1,16 +1,24 @@
 //! The listening socket: reads preambles and hands connections to the session they belong to.
 
 use std::io;
+#[cfg(feature = "rdma")]
+use std::net::SocketAddr;
+#[cfg(feature = "rdma")]
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use tokio::runtime::{Handle, Runtime};
+use transport::carrier::StreamRequest;
 use transport::destination::ReceiveError;
 use transport::link::{AsyncConnection, AsyncListener, Link, LinkEvent};
 use transport::socket::{Connection, Listener};
+use transport::uri::Uri;
 use transport::wire::control::{ErrorCode, Message, StreamEnd};
 use transport::wire::{Preamble, Role, SessionId, WireError};
+
+use super::IncomingError;
 
 /// Connections whose preamble is awaited at a time; more are closed at once. Far fewer than the 1024 descriptors that a process
 /// usually may have, so that a session's own connections and files find some.
@@ -26,7 +34,7 @@ pub(super) enum Event {
     /// Something came over a link.
     Link { generation: u64, event: LinkEvent },
     /// A data stream of the session, unanswered yet.
-    Stream { connection: Connection, stream: u16 },
+    Stream { request: StreamRequest, stream: u16 },
     /// A source asks what became of the session.
     Query { link: Link, generation: u64 },
     /// A stream's worker has ended.
@@ -45,18 +53,31 @@ struct Session {
 /// The running front; dropping it stops listening.
 pub(super) struct Front {
     session: Arc<Mutex<Session>>,
+    #[cfg(feature = "rdma")]
+    _rdma: Option<RdmaFront>,
     _runtime: Runtime,
 }
 
 impl Front {
-    pub(super) fn start(listener: Listener, timeout: Duration, events: Sender<Event>) -> io::Result<Self> {
+    /// Listens; returns where a source connects, with the port that the system chose.
+    pub(super) fn start(
+        listener: Listener,
+        uri: &Uri,
+        timeout: Duration,
+        events: &Sender<Event>,
+    ) -> Result<(Self, Uri), IncomingError> {
+        let listening = listener.uri();
+        #[cfg(feature = "rdma")]
+        let address = listener.address();
+        #[cfg(not(feature = "rdma"))]
+        let _ = uri;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let session = Arc::new(Mutex::new(Session { id: None, version: 0, generation: 0 }));
         let listener = {
             let _guard = runtime.enter();
             AsyncListener::new(listener)?
         };
-        let shared = session.clone();
+        let (shared, events_of) = (session.clone(), events.clone());
         runtime.spawn(async move {
             let strangers = Arc::new(tokio::sync::Semaphore::new(STRANGERS_MAX));
             loop {
@@ -66,14 +87,28 @@ impl Front {
                     continue;
                 };
                 let Ok(permit) = strangers.clone().try_acquire_owned() else { continue };
-                let door = Door { session: shared.clone(), timeout, events: events.clone() };
+                let door = Door { session: shared.clone(), timeout, events: events_of.clone() };
                 tokio::spawn(async move {
                     door.greet(connection, peer).await;
                     drop(permit);
                 });
             }
         });
-        Ok(Self { session, _runtime: runtime })
+        #[cfg(feature = "rdma")]
+        let (rdma, listening) = match (uri, address, &listening) {
+            (Uri::Rdma { .. }, Some(address), Uri::Tcp { host, port }) => {
+                let listening = Uri::Rdma { host: host.clone(), port: *port };
+                (Some(RdmaFront::start(address, session.clone(), events.clone())?), listening)
+            }
+            _ => (None, listening),
+        };
+        let front = Self {
+            session,
+            #[cfg(feature = "rdma")]
+            _rdma: rdma,
+            _runtime: runtime,
+        };
+        Ok((front, listening))
     }
 
     /// The session is over before it began: another may open one.
@@ -84,6 +119,76 @@ impl Front {
 
 fn lock(session: &Mutex<Session>) -> std::sync::MutexGuard<'_, Session> {
     session.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Listens for streams over RDMA; dropping it stops that.
+#[cfg(feature = "rdma")]
+struct RdmaFront {
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+#[cfg(feature = "rdma")]
+impl RdmaFront {
+    fn start(
+        address: SocketAddr,
+        session: Arc<Mutex<Session>>,
+        events: Sender<Event>,
+    ) -> Result<Self, IncomingError> {
+        let listener = transport::rdma::Listener::bind(address)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::Builder::new().name("rdma-accept".into()).spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                match listener.accept() {
+                    Ok(Some(request)) => admit(request, &session, &events),
+                    Ok(None) => {}
+                    // The manager failed, or the adapter is gone: those who wait still want in when it is back.
+                    Err(_) => std::thread::sleep(Duration::from_millis(50)),
+                }
+            }
+        })?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+}
+
+#[cfg(feature = "rdma")]
+impl Drop for RdmaFront {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Lets a stream over RDMA in that belongs to the session.
+#[cfg(feature = "rdma")]
+fn admit(request: transport::rdma::ConnectRequest, session: &Mutex<Session>, events: &Sender<Event>) {
+    let preamble = request.preamble();
+    let refusal = match preamble.agree() {
+        Err(e) => Some((ErrorCode::Version, e.to_string())),
+        Ok(_) if preamble.role != Role::Stream => {
+            Some((ErrorCode::Protocol, "only streams come over RDMA; the rest over TCP".into()))
+        }
+        Ok(_) if lock(session).id != Some(preamble.session) => {
+            Some((ErrorCode::UnknownSession, "there is no such session here".into()))
+        }
+        Ok(_) => None,
+    };
+    let stream = preamble.stream;
+    match refusal {
+        None => {
+            let _ = events.send(Event::Stream { request: StreamRequest::Queue(request), stream });
+        }
+        Some((code, reason)) => {
+            request.refuse(code, &reason);
+            if events.len() < REFUSALS_MAX {
+                let _ = events.send(Event::Refused { peer: "an RDMA peer".into(), reason });
+            }
+        }
+    }
 }
 
 /// What one connection needs to be let in.
@@ -147,7 +252,8 @@ impl Door {
                 if blocking.and(timeouts).is_err() {
                     return refuse(connection, ErrorCode::Local, "its socket takes no options");
                 }
-                let _ = self.events.send(Event::Stream { connection, stream: preamble.stream });
+                let request = StreamRequest::Socket(connection);
+                let _ = self.events.send(Event::Stream { request, stream: preamble.stream });
             }
             Role::Control => {
                 let generation = lock(&self.session).generation;

@@ -44,11 +44,22 @@ pub struct PageSink {
     carried: PageBitmap,
     received: Received,
     stop: AtomicBool,
+    #[cfg(feature = "rdma")]
+    registrar: crate::rdma::Registrar,
 }
 
 impl PageSink {
     /// A sink over fresh memory. `capabilities` is what both sides agreed on: other encodings are refused.
-    pub fn new(ram: Arc<dyn GuestRam>, hasher: PageHasher, capabilities: u64, timeout: Duration) -> Self {
+    /// `pinned_max` bounds the bytes that are registered for RDMA at a time.
+    pub fn new(
+        ram: Arc<dyn GuestRam>,
+        hasher: PageHasher,
+        capabilities: u64,
+        timeout: Duration,
+        pinned_max: u64,
+    ) -> Self {
+        #[cfg(not(feature = "rdma"))]
+        let _ = pinned_max;
         let chunks = ram.layout().chunks();
         Self {
             touched: PageBitmap::new(chunks),
@@ -56,6 +67,8 @@ impl PageSink {
             received: Received::default(),
             stop: AtomicBool::new(false),
             placer: Mutex::new(ram.clone().placer().map(Arc::from)),
+            #[cfg(feature = "rdma")]
+            registrar: crate::rdma::Registrar::new(pinned_max),
             ram,
             hasher,
             capabilities,
@@ -76,6 +89,27 @@ impl PageSink {
     /// Silence after which the rest of a frame is given up.
     pub fn timeout(&self) -> Duration {
         self.timeout
+    }
+
+    #[cfg(feature = "rdma")]
+    pub(crate) fn ram(&self) -> &Arc<dyn GuestRam> {
+        &self.ram
+    }
+
+    #[cfg(feature = "rdma")]
+    pub(crate) fn hasher(&self) -> &PageHasher {
+        &self.hasher
+    }
+
+    #[cfg(feature = "rdma")]
+    pub(crate) fn registrar(&self) -> &crate::rdma::Registrar {
+        &self.registrar
+    }
+
+    /// The chunk's memory may be written to by others than the workers: it is not known to be zero any more.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn touch(&self, chunk: u32) {
+        self.touched.insert(chunk, self.ram.layout().valid(chunk));
     }
 
     /// Tells the workers to stop between frames.

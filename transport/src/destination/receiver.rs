@@ -295,6 +295,9 @@ impl Worker<'_> {
         let wrong = |source| ReceiveError::Frame { stream: self.input.stream, seq: self.frames, source };
         let header = FrameHeader::decode(bytes, &self.sink.hasher).map_err(wrong)?;
         header.check_layout(self.sink.ram.layout()).map_err(wrong)?;
+        if header.placed && !self.input.carrier.places() {
+            return Err(wrong(WireError::BadValue { field: "frame flags", value: 1 }));
+        }
         if header.seq != self.frames {
             return Err(wrong(WireError::BadValue { field: "seq", value: header.seq }));
         }
@@ -448,5 +451,9 @@ impl Worker<'_> {
         add(&received.compressed, header.zstd);
         let bytes = u64::from(header.pages().count_ones()) * PAGE_SIZE as u64;
         received.logical.fetch_add(bytes, Ordering::Relaxed);
+        if header.placed {
+            let placed = u64::from(header.raw.count_ones()) * PAGE_SIZE as u64;
+            received.wire.fetch_add(placed, Ordering::Relaxed);
+        }
     }
 }

@@ -10,14 +10,14 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use pagecopy::backend::BackendError;
 use pagecopy::bitmap::{bits, runs};
 use pagecopy::chunk::{ChunkEncoder, EncodedChunk};
-use pagecopy::digest::receipt;
+use pagecopy::digest::{PageDigest, receipt};
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use vm_memory::volatile_memory::VolatileSlice;
 
 use super::receipts::Receipts;
 use super::window::Window;
 use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, ReceiptError};
-use crate::carrier::{Breaker, FrameSender, SourceEnd};
+use crate::carrier::{Breaker, FrameSender, Placement, SourceEnd};
 use crate::sys::SendList;
 use crate::wire::control::StreamEnd;
 use crate::wire::frame::{FrameHeader, FrameKind};
@@ -80,7 +80,6 @@ pub enum LaneError {
 }
 
 /// A frame that was sent, or was to be sent, and has no receipt.
-#[derive(Debug)]
 pub struct Unreceipted {
     pub(super) chunk: u32,
     pub(super) pages: u64,
@@ -88,12 +87,14 @@ pub struct Unreceipted {
     pub(super) wire_bytes: u64,
     pub(super) sent_at: Duration,
     pub(super) digests: [u64; 64],
-    /// Pages whose receipt may differ without damage: they were sent from memory that is written meanwhile.
+    /// Pages whose receipt may differ without damage: they were sent from memory that is written meanwhile, so that they may be
+    /// newer than what was hashed; or as a delta whose base may have been such a page.
     pub(super) doubtful: u64,
+    /// What the carrier needs until the frame is settled.
+    pub(super) _placement: Option<Placement>,
 }
 
 /// How a stream ended.
-#[derive(Debug)]
 pub struct LaneEnd {
     /// Which stream.
     pub stream: u16,
@@ -344,6 +345,13 @@ impl<'a> LaneSender<'a> {
             self.source.owners.release(chunk);
             return Ok(());
         }
+        // Pages whose receipt differed when they were placed last time are sent from the snapshot.
+        let by_copy = self.source.by_copy.get(chunk) & encoded.raw != 0;
+        let placement = if encoded.raw == 0 || by_copy {
+            None
+        } else {
+            self.carrier.place(chunk, encoded.raw).map_err(|e| self.shared.io_error(e))?
+        };
         let header = FrameHeader {
             kind: FrameKind::Pages,
             seq: self.seq,
@@ -354,24 +362,38 @@ impl<'a> LaneSender<'a> {
             delta: encoded.delta,
             zstd: encoded.zstd,
             encoded_checksum: checksum_of(&self.source.shared, encoded.encoded),
+            placed: placement.is_some(),
         };
         self.seq += 1;
         self.out.extend_from_slice(&header.encode(&self.source.shared.hasher));
         self.out.extend_from_slice(encoded.encoded);
-        let wire_bytes = (FrameHeader::LEN + encoded.encoded.len() + header.raw_len()) as u64;
-        let mut digests = [0; 64];
-        for (slot, bit) in digests.iter_mut().zip(bits(sent)) {
-            *slot = receipt(encoded.digests[bit as usize]);
-        }
-        let sent_at = self.source.now();
-        let doubtful = if in_place && source.log.expects_writes() { header.raw } else { 0 };
-        let frame =
-            Unreceipted { chunk, pages: sent, seq: header.seq, wire_bytes, sent_at, digests, doubtful };
+        let placed = if header.placed { header.raw } else { 0 };
+        let doubtful = if !source.log.expects_writes() {
+            0
+        } else if in_place {
+            header.raw
+        } else if self.carrier.places() {
+            placed | header.delta
+        } else {
+            0
+        };
+        let frame = Unreceipted {
+            chunk,
+            pages: sent,
+            seq: header.seq,
+            wire_bytes: header.wire_bytes(),
+            sent_at: source.now(),
+            digests: receipts_of(sent, encoded.digests),
+            doubtful,
+            _placement: placement,
+        };
+        let wire_bytes = frame.wire_bytes;
         self.source.carried.insert(chunk, sent);
         let begun = Instant::now();
         self.launch(frame)?;
-        if header.raw != 0 || self.out.len() >= GATHER_BYTES {
-            self.write(header.raw, in_place.then_some(chunk))?;
+        // A carrier that places gathers by itself, so that it knows what it has to send before it waits for room to place.
+        if header.raw != 0 || self.carrier.places() || self.out.len() >= GATHER_BYTES {
+            self.write(header.raw & !placed, in_place.then_some(chunk))?;
         }
         self.encoder.observe_link(wire_bytes, begun.elapsed().as_nanos() as u64);
         Ok(())
@@ -453,6 +475,15 @@ fn take_snapshot(memory: &VolatileSlice<'_>, pages: u64, snapshot: &mut [u8]) {
 fn monotonic_nanos() -> u64 {
     static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
     START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+}
+
+/// What the receipt of these pages must say.
+fn receipts_of(pages: u64, digests: &[PageDigest; 64]) -> [u64; 64] {
+    let mut receipts = [0; 64];
+    for (slot, bit) in receipts.iter_mut().zip(bits(pages)) {
+        *slot = receipt(digests[bit as usize]);
+    }
+    receipts
 }
 
 fn checksum_of(shared: &pagecopy::chunk::Shared, encoded: &[u8]) -> u64 {

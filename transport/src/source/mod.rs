@@ -48,6 +48,23 @@ pub struct SourceOptions {
     pub timeout: Duration,
     /// Receipts that may mismatch before the migration fails.
     pub mismatches_max: u64,
+    /// How memory is registered for RDMA.
+    pub rdma: RdmaOptions,
+}
+
+/// How memory is registered for RDMA.
+#[derive(Clone, Copy, Debug)]
+pub struct RdmaOptions {
+    /// Register all that is no hole before the first page is sent.
+    pub pin_all: bool,
+    /// Bytes of guest memory that are registered at most at a time.
+    pub pinned_max: u64,
+}
+
+impl Default for RdmaOptions {
+    fn default() -> Self {
+        Self { pin_all: false, pinned_max: u64::MAX }
+    }
 }
 
 /// What was sent and delivered so far; all counters only rise.
@@ -91,6 +108,8 @@ pub struct PageSource {
     shared: Shared,
     pending: PageBitmap,
     carried: PageBitmap,
+    /// Pages to be sent from a copy the next time, not placed from where they lie.
+    by_copy: PageBitmap,
     owners: Owners,
     counters: Counters,
     started: Instant,
@@ -98,6 +117,8 @@ pub struct PageSource {
     /// Batches given out and not yet worked off.
     outstanding: AtomicU64,
     stop: AtomicBool,
+    #[cfg(feature = "rdma")]
+    registry: Arc<crate::rdma::Registry>,
 }
 
 impl PageSource {
@@ -112,18 +133,31 @@ impl PageSource {
         let chunks = ram.layout().chunks();
         Self {
             shared: Shared::new(hasher, chunks, options.cache_bytes),
-            pending,
             carried: PageBitmap::new(chunks),
+            by_copy: PageBitmap::new(chunks),
             owners: Owners::new(chunks),
             counters: Counters::default(),
             started: Instant::now(),
             progress: (Mutex::new(()), Condvar::new()),
             outstanding: AtomicU64::new(0),
             stop: AtomicBool::new(false),
+            #[cfg(feature = "rdma")]
+            registry: Arc::new(crate::rdma::Registry::new(ram.clone(), options.rdma, &pending)),
+            pending,
             ram,
             log,
             options,
         }
+    }
+
+    #[cfg(feature = "rdma")]
+    pub(crate) fn registry(&self) -> &Arc<crate::rdma::Registry> {
+        &self.registry
+    }
+
+    #[cfg(feature = "rdma")]
+    pub(crate) fn hasher(&self) -> &PageHasher {
+        &self.shared.hasher
     }
 
     /// Pages that wait to be sent.

@@ -128,8 +128,13 @@ impl<'a> Receipts<'a> {
             // sent from where they lie may be newer than what was hashed; sent from a copy next time, they have no excuse.
             Counters::add(&source.counters.mismatches, (wrong & !sent.doubtful).count_ones().into());
             Counters::add(&source.counters.torn, (wrong & sent.doubtful).count_ones().into());
+            source.by_copy.insert(sent.chunk, wrong);
             source.shared.void(sent.chunk, wrong);
             source.pending.insert(sent.chunk, wrong);
+        }
+        let copied = source.by_copy.get(sent.chunk) & sent.pages & !wrong & !sent.doubtful;
+        if copied != 0 {
+            source.by_copy.remove(sent.chunk, copied);
         }
         Counters::add(&source.counters.wire_acked, sent.wire_bytes);
         Counters::add(&source.counters.logical_acked, (pages * PAGE_SIZE) as u64);

@@ -19,6 +19,9 @@ pub const RECEIPT_MAGIC: u32 = u32::from_le_bytes(*b"PGR1");
 /// Longest encoded section: every page of a chunk as a delta of a whole page, with its length.
 pub const ENCODED_MAX: usize = CHUNK_SIZE + 64 * 2;
 
+/// The flag of a frame whose raw pages were placed.
+const FLAG_PLACED: u16 = 1;
+
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
@@ -40,7 +43,7 @@ pub struct FrameHeader {
     pub chunk: u32,
     /// Bytes in the encoded section.
     pub encoded_len: u32,
-    /// Pages that follow as they are.
+    /// Pages that follow as they are, or were placed.
     pub raw: u64,
     /// Pages of zeros.
     pub zero: u64,
@@ -50,6 +53,8 @@ pub struct FrameHeader {
     pub zstd: u64,
     /// xxh3-64 of the encoded section under the session's seed; 0 where there is none.
     pub encoded_checksum: u64,
+    /// The raw pages do not follow: the carrier has placed them in the destination's memory. Carriers that place only.
+    pub placed: bool,
 }
 
 impl FrameHeader {
@@ -68,6 +73,7 @@ impl FrameHeader {
             delta: 0,
             zstd: 0,
             encoded_checksum: 0,
+            placed: false,
         }
     }
 
@@ -78,15 +84,21 @@ impl FrameHeader {
 
     /// Bytes of raw pages that follow.
     pub fn raw_len(&self) -> usize {
-        self.raw.count_ones() as usize * PAGE_SIZE
+        if self.placed { 0 } else { self.raw.count_ones() as usize * PAGE_SIZE }
     }
 
-    /// Offsets: 0 magic, 4 kind, 6 flags (0), 8 seq, 16 chunk, 20 encoded_len, 24 raw, 32 zero, 40 delta, 48 zstd,
+    /// Bytes of the frame on the wire, whichever way its raw pages go.
+    pub fn wire_bytes(&self) -> u64 {
+        Self::LEN as u64 + u64::from(self.encoded_len) + u64::from(self.raw.count_ones()) * PAGE_SIZE as u64
+    }
+
+    /// Offsets: 0 magic, 4 kind, 6 flags (1 placed), 8 seq, 16 chunk, 20 encoded_len, 24 raw, 32 zero, 40 delta, 48 zstd,
     /// 56 encoded_checksum, 64 checksum of bytes 0..64.
     pub fn encode(&self, hasher: &PageHasher) -> [u8; Self::LEN] {
         let mut out = [0; Self::LEN];
         out[0..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());
         out[4..6].copy_from_slice(&(self.kind as u16).to_le_bytes());
+        out[6..8].copy_from_slice(&u16::from(self.placed).to_le_bytes());
         out[8..16].copy_from_slice(&self.seq.to_le_bytes());
         out[16..20].copy_from_slice(&self.chunk.to_le_bytes());
         out[20..24].copy_from_slice(&self.encoded_len.to_le_bytes());
@@ -118,6 +130,7 @@ impl FrameHeader {
             delta: r.u64("delta")?,
             zstd: r.u64("zstd")?,
             encoded_checksum: r.u64("encoded_checksum")?,
+            placed: flags == FLAG_PLACED,
         };
         let (expected, found) = (r.u64("checksum")?, hasher.checksum(&bytes[..64]));
         if expected != found {
@@ -126,7 +139,7 @@ impl FrameHeader {
         if !(1..=2).contains(&kind) {
             return Err(WireError::BadValue { field: "frame kind", value: kind.into() });
         }
-        if flags != 0 {
+        if flags & !FLAG_PLACED != 0 || (header.placed && header.raw == 0) {
             return Err(WireError::BadValue { field: "frame flags", value: flags.into() });
         }
         header.check_shape()?;
@@ -232,6 +245,7 @@ mod tests {
             delta: 0b100,
             zstd: 0b1000,
             encoded_checksum: 77,
+            placed: false,
         }
     }
 

@@ -7,6 +7,7 @@
 mod codec;
 pub mod control;
 pub mod frame;
+pub mod queue;
 
 pub use codec::WireError;
 pub(crate) use codec::{Reader, Writer};

@@ -1,0 +1,314 @@
+//! The destination's end of a queue pair: messages in, receipts out, and guest memory registered for the source to write to.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
+
+use super::connect::{ConnectRequest, RdmaError, domain_of, failed};
+use super::sys::{Access, Depth, Domain, QueuePair, Region, Slot, wait_readable};
+use super::{Cut, NotRegistered, POLLS, TICK, aborted, is_over};
+use crate::carrier::{Breaker, DestinationEnd, FrameReceiver};
+use crate::destination::PageSink;
+use crate::sys::ReceiveList;
+use crate::wire::WireError;
+use crate::wire::queue::{ANSWER_BYTES, Accept, Kind, MESSAGE_BYTES, MessageHeader, Range, Registered};
+
+/// Buffers for what the source sends.
+const RECEIVES: u32 = 32;
+/// Buffers for messages to the source.
+const ANSWERS: u32 = 32;
+
+/// What the destination has registered, for all streams of a session.
+pub(crate) struct Registrar {
+    pinned_max: u64,
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    /// One for each adapter that streams came in on.
+    domains: Vec<Arc<Domain>>,
+    /// By adapter and range; with how often it was asked for.
+    regions: HashMap<(usize, Range), (Arc<Region>, u32)>,
+    pinned: u64,
+}
+
+impl Registrar {
+    /// Registers at most `pinned_max` bytes at a time.
+    pub(crate) fn new(pinned_max: u64) -> Self {
+        Self { pinned_max, table: Mutex::default() }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Registers a range for the source to write to; `None` if it cannot be.
+    fn register(&self, sink: &PageSink, adapter: usize, range: Range) -> io::Result<Option<(u64, u32)>> {
+        let (region, offset, bytes) = place_of(sink, range).map_err(io::Error::other)?;
+        let domain = {
+            let mut table = self.table();
+            if let Some((known, users)) = table.regions.get_mut(&(adapter, range)) {
+                *users += 1;
+                return Ok(Some(known.remote()));
+            }
+            // A source that asks for overlapping ranges pins no more than twice its guest.
+            let most = self.pinned_max.min(2 * sink.ram().layout().bytes());
+            if table.pinned + bytes > most {
+                return Ok(None);
+            }
+            table.pinned += bytes;
+            table.domains[adapter].clone()
+        };
+        // From here on anything may come to lie there, announced or not: none of it counts as fresh any more.
+        for chunk in range.first..range.first + range.count {
+            sink.touch(chunk);
+        }
+        let made = Region::guest(&domain, sink.ram(), region, offset, bytes, Access::RemoteWrite);
+        let mut table = self.table();
+        match made.map_err(|e| NotRegistered::of(&e, bytes)) {
+            Ok(made) => {
+                let (region, users) = table.regions.entry((adapter, range)).or_insert((made, 0));
+                *users += 1;
+                Ok(Some(region.remote()))
+            }
+            Err(refused) => {
+                table.pinned -= bytes;
+                match refused {
+                    NotRegistered::Unfit => Ok(None),
+                    NotRegistered::Fatal(error) => Err(error),
+                }
+            }
+        }
+    }
+
+    /// Lets a range go, if whoever asked for it last does.
+    fn release(&self, sink: &PageSink, adapter: usize, range: Range) -> Result<(), WireError> {
+        let (_, _, bytes) = place_of(sink, range)?;
+        let mut table = self.table();
+        let Some((_, users)) = table.regions.get_mut(&(adapter, range)) else {
+            return Err(WireError::BadValue { field: "first chunk", value: range.first.into() });
+        };
+        *users -= 1;
+        if *users == 0 {
+            table.regions.remove(&(adapter, range));
+            table.pinned -= bytes;
+        }
+        Ok(())
+    }
+}
+
+/// The region that a range lies in, its offset there, and its bytes.
+fn place_of(sink: &PageSink, range: Range) -> Result<(usize, u64, u64), WireError> {
+    let layout = sink.ram().layout();
+    let bad = |field, value: u32| WireError::BadValue { field, value: value.into() };
+    let first = layout.locate(range.first).ok_or(bad("first chunk", range.first))?;
+    let last = range.first.checked_add(range.count - 1).and_then(|chunk| layout.locate(chunk));
+    let last = last.filter(|last| last.region == first.region).ok_or(bad("number of chunks", range.count))?;
+    let bytes = u64::from(range.count - 1) * CHUNK_SIZE as u64 + (last.pages * PAGE_SIZE) as u64;
+    Ok((first.region, first.offset, bytes))
+}
+
+/// Accepts a stream.
+pub(crate) fn accept(request: ConnectRequest, sink: &Arc<PageSink>) -> Result<DestinationEnd, RdmaError> {
+    let stream = request.preamble().stream;
+    let id = request.into_id().map_err(failed("take a connection over RDMA"))?;
+    let registrar = sink.registrar();
+    let device = failed("use the RDMA device");
+    let (adapter, domain) = {
+        let mut table = registrar.table();
+        let (known, domain) = domain_of(table.domains.iter().enumerate(), &id).map_err(device)?;
+        let adapter = known.unwrap_or_else(|| {
+            table.domains.push(domain.clone());
+            table.domains.len() - 1
+        });
+        (adapter, domain)
+    };
+    let depth = Depth { sends: ANSWERS, receives: RECEIVES };
+    let pair = QueuePair::new(id, &domain, depth).map_err(failed("make a queue pair"))?;
+    let buffers = failed("register buffers for RDMA (is `ulimit -l` large enough?)");
+    let free = Slot::make(&domain, ANSWERS as usize, ANSWER_BYTES, Access::Read)
+        .and_then(|free| {
+            let receives = Slot::make(&domain, RECEIVES as usize, MESSAGE_BYTES, Access::Receive)?;
+            receives.into_iter().try_for_each(|slot| pair.post_receive(slot))?;
+            Ok(free)
+        })
+        .map_err(buffers)?;
+    let answer =
+        Accept { stream, buffers: RECEIVES, adapter: adapter as u32, pinned_max: registrar.pinned_max };
+    pair.id().accept(&answer.encode()).map_err(failed("accept a connection over RDMA"))?;
+    let cut = Cut::new(pair.id());
+    let receiver = Receiver {
+        pair,
+        cut: cut.clone(),
+        sink: sink.clone(),
+        adapter,
+        came: VecDeque::new(),
+        rest: None,
+        taken: 0,
+        free,
+        over: false,
+    };
+    Ok(DestinationEnd::new(Box::new(receiver), cut))
+}
+
+struct Receiver {
+    pair: QueuePair,
+    cut: Arc<Cut>,
+    sink: Arc<PageSink>,
+    adapter: usize,
+    came: VecDeque<(Slot, usize)>,
+    /// A message whose bytes are read in part: from here to there.
+    rest: Option<(Slot, usize, usize)>,
+    /// Messages taken, whose buffers are posted again.
+    taken: u64,
+    free: Vec<Slot>,
+    over: bool,
+}
+
+impl Receiver {
+    /// Waits a moment for something to happen.
+    fn wait(&mut self) -> io::Result<()> {
+        let queue = self.pair.receive_queue();
+        for _ in 0..POLLS {
+            if self.pair.poll_receives(&mut self.came)? {
+                return Ok(());
+            }
+            std::hint::spin_loop();
+        }
+        queue.arm()?;
+        if self.pair.poll_receives(&mut self.came)? {
+            return Ok(());
+        }
+        let [_, event] = wait_readable([queue.fd(), self.pair.id().channel().fd()], TICK)?;
+        queue.clear_events();
+        if event && is_over(self.pair.id())? {
+            // What came before the end is still there.
+            self.pair.poll_receives(&mut self.came)?;
+            self.over = true;
+        }
+        Ok(())
+    }
+
+    fn give_back(&mut self, slot: Slot) -> io::Result<()> {
+        self.pair.post_receive(slot)?;
+        self.taken += 1;
+        Ok(())
+    }
+
+    /// Takes a message; bytes of the stream are left in `rest`.
+    fn take(&mut self, slot: Slot, len: usize) -> io::Result<()> {
+        let sink = self.sink.clone();
+        let (header, payload) =
+            MessageHeader::decode(&slot.bytes()[..len], sink.hasher()).map_err(io::Error::other)?;
+        match header.kind {
+            Kind::Data => {
+                self.rest = Some((slot, MessageHeader::LEN, len));
+                Ok(())
+            }
+            Kind::Register => {
+                let range = Range::decode(payload, sink.hasher()).map_err(io::Error::other)?;
+                self.give_back(slot)?;
+                let place = sink.registrar().register(&sink, self.adapter, range)?;
+                self.answer(Kind::Register, &Registered { range, place }.encode(sink.hasher()))
+            }
+            Kind::Release => {
+                let range = Range::decode(payload, sink.hasher()).map_err(io::Error::other)?;
+                sink.registrar().release(&sink, self.adapter, range).map_err(io::Error::other)?;
+                self.give_back(slot)
+            }
+            Kind::End => Err(io::Error::other("the source sent a message of the destination's")),
+        }
+    }
+
+    fn answer(&mut self, kind: Kind, payload: &[u8]) -> io::Result<()> {
+        self.wait_sends(|this| !this.free.is_empty())?;
+        let mut slot = self.free.pop().expect("waited for");
+        let end = MessageHeader::LEN + payload.len();
+        let header = MessageHeader { kind, len: payload.len() as u32, taken: self.taken };
+        slot.bytes_mut()[..MessageHeader::LEN].copy_from_slice(&header.encode(self.sink.hasher()));
+        slot.bytes_mut()[MessageHeader::LEN..end].copy_from_slice(payload);
+        self.pair.post(&[], Some((slot, end)))
+    }
+
+    /// Takes completions of answers until `ready` says yes.
+    fn wait_sends(&mut self, ready: impl Fn(&Self) -> bool) -> io::Result<()> {
+        let deadline = Instant::now() + self.sink.timeout();
+        loop {
+            self.pair.poll_sends(&mut self.free)?;
+            if ready(self) {
+                return Ok(());
+            }
+            if self.cut.is_done() {
+                return Err(aborted());
+            }
+            if Instant::now() > deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let queue = self.pair.send_queue();
+            queue.arm()?;
+            if !self.pair.poll_sends(&mut self.free)? {
+                wait_readable([queue.fd()], TICK)?;
+                queue.clear_events();
+            }
+        }
+    }
+}
+
+impl FrameReceiver for Receiver {
+    fn receive(&mut self, list: &mut ReceiveList<'_>, wait: bool) -> io::Result<usize> {
+        let mut waited = !wait;
+        loop {
+            if let Some((slot, at, end)) = self.rest.take() {
+                let filled = list.fill(&slot.bytes()[at..end]);
+                if at + filled < end {
+                    self.rest = Some((slot, at + filled, end));
+                } else {
+                    self.give_back(slot)?;
+                }
+                if filled != 0 {
+                    return Ok(filled);
+                }
+                continue;
+            }
+            if self.came.is_empty() {
+                self.pair.poll_receives(&mut self.came)?;
+            }
+            if let Some((slot, len)) = self.came.pop_front() {
+                self.take(slot, len)?;
+            } else if self.over {
+                return Ok(0);
+            } else if waited {
+                return Err(io::ErrorKind::WouldBlock.into());
+            } else {
+                self.wait()?;
+                waited = true;
+            }
+        }
+    }
+
+    fn send(&mut self, receipts: &[u8]) -> io::Result<()> {
+        receipts
+            .chunks(ANSWER_BYTES - MessageHeader::LEN)
+            .try_for_each(|receipts| self.answer(Kind::Data, receipts))
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.answer(Kind::End, &[])?;
+        // The connection ends with this value: not before the last receipt is there.
+        self.wait_sends(|this| this.pair.room() == ANSWERS as usize)
+    }
+
+    fn places(&self) -> bool {
+        true
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.cut.shutdown();
+    }
+}
