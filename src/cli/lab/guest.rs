@@ -5,12 +5,13 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::child::Running;
 use super::error::LabError;
 use super::kernel::Kernel;
 use super::needs;
@@ -93,7 +94,7 @@ pub(super) enum Output {
 /// A running guest; killed when dropped.
 #[derive(Debug)]
 pub(super) struct Guest {
-    child: Child,
+    child: Running,
     control: UnixStream,
     threads: Vec<JoinHandle<()>>,
     console: PathBuf,
@@ -126,8 +127,8 @@ impl Guest {
             .stderr(stderr);
         // A Ctrl-C is for us; we end the guest.
         command.process_group(0);
-        let child = command.spawn().map_err(LabError::file("start", Path::new("qemu-system-x86_64")))?;
-        let mut child = Killed(Some(child));
+        let mut child =
+            Running::start(&mut command).map_err(LabError::file("start", Path::new("qemu-system-x86_64")))?;
         let mut ports = Vec::new();
         for listener in &listeners {
             ports.push(accept(listener, &mut child, &errors)?);
@@ -142,7 +143,6 @@ impl Guest {
             std::thread::spawn(move || pass_on(out, &to_out, host, false)),
             std::thread::spawn(move || pass_on(err, &to_err, host, true)),
         ];
-        let child = child.0.take().unwrap_or_else(|| unreachable!());
         Ok(Self { child, control, threads, console, errors })
     }
 
@@ -154,8 +154,7 @@ impl Guest {
 
     /// Kills it, and waits until all of its output was passed on.
     pub(super) fn end(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.child.kill();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
@@ -176,18 +175,6 @@ impl Guest {
 impl Drop for Guest {
     fn drop(&mut self) {
         self.end();
-    }
-}
-
-/// A child that is killed if the start fails after it.
-struct Killed(Option<Child>);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
     }
 }
 
@@ -215,7 +202,7 @@ fn last_lines(text: &str) -> String {
 }
 
 /// Waits until QEMU has connected, or ended.
-fn accept(listener: &UnixListener, child: &mut Killed, errors: &Path) -> Result<UnixStream, LabError> {
+fn accept(listener: &UnixListener, child: &mut Running, errors: &Path) -> Result<UnixStream, LabError> {
     let deadline = Instant::now() + START_PATIENCE;
     loop {
         match listener.accept() {
@@ -226,9 +213,7 @@ fn accept(listener: &UnixListener, child: &mut Killed, errors: &Path) -> Result<
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             Err(e) => return Err(LabError::file("use the socket of", errors)(e)),
         }
-        let ended =
-            child.0.as_mut().is_some_and(|child| child.try_wait().is_ok_and(|status| status.is_some()));
-        if ended || Instant::now() > deadline {
+        if child.has_ended() || Instant::now() > deadline {
             let reason = fs::read_to_string(errors).unwrap_or_default().trim().to_owned();
             let reason = if reason.is_empty() { "it does not open its ports".into() } else { reason };
             return Err(LabError::Tool { command: "qemu-system-x86_64".into(), reason });

@@ -28,7 +28,10 @@ const ADDRESS_PATIENCE: Duration = Duration::from_secs(5);
 /// Runs the command; returns its exit code.
 pub(super) fn run(command: &[OsString], timeout: Duration) -> Result<u8, LabError> {
     let (to, cancelled) = channel();
-    stop::on_signals(move || drop(to.send(())));
+    stop::on_signals(move || {
+        // Nobody listens any more once the command has ended.
+        let _ = to.send(());
+    });
     let links = match devices(Path::new(DEVICES)) {
         found if found.is_empty() => Some(Links::set_up()?),
         found => {

@@ -3,7 +3,10 @@
 //! The guest is Debian's kernel under QEMU's software emulation, so neither KVM nor root is needed. It sees the host's files
 //! (read-only, with a writable layer on top) and runs the host's programs.
 
+mod bench;
+mod child;
 mod cpio;
+mod demo;
 mod error;
 mod guest;
 mod host;
@@ -14,7 +17,7 @@ mod run;
 mod script;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -36,7 +39,12 @@ pub(super) struct LabArgs {
 #[derive(Debug, Subcommand)]
 enum LabCommand {
     Run(RunArgs),
+    Demo(demo::DemoArgs),
+    Bench(bench::BenchArgs),
     Prepare(PrepareArgs),
+    /// The bench's part that runs in the guest
+    #[command(hide = true)]
+    BenchInside(bench::InsideArgs),
 }
 
 const RUN_HELP: &str = "Examples:\n  pageferry lab run -- ibv_devinfo\n  \
@@ -135,7 +143,10 @@ impl GuestArgs {
 pub(super) fn run(args: &LabArgs) -> Result<ExitCode, CliError> {
     match &args.command {
         LabCommand::Run(args) => run_command(args),
+        LabCommand::Demo(args) => demo::run(args),
+        LabCommand::Bench(args) => bench::run(args),
         LabCommand::Prepare(args) => prepare(args),
+        LabCommand::BenchInside(args) => bench::run_inside(args),
     }
     .map_err(CliError::from)
 }
@@ -151,6 +162,11 @@ fn run_command(args: &RunArgs) -> Result<ExitCode, LabError> {
     let mut plan = args.guest.plan(args.cmd.clone(), args.hosts, output);
     plan.rdma = !args.no_rdma;
     Ok(first_failure(&run::run(&plan)?))
+}
+
+/// This program, which a guest sees at the same place.
+fn own_program() -> Result<PathBuf, LabError> {
+    std::env::current_exe().map_err(LabError::file("find this program by", Path::new("/proc/self/exe")))
 }
 
 /// The exit code for those of the guests.

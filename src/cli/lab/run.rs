@@ -48,7 +48,10 @@ pub(super) fn run(plan: &Plan) -> Result<Vec<u8>, LabError> {
     let folder = Folder::new().map_err(LabError::file("make a folder in", &std::env::temp_dir()))?;
     let (to, events) = channel();
     let cancel = to.clone();
-    stop::on_signals(move || drop(cancel.send(Event::Cancelled)));
+    stop::on_signals(move || {
+        // Nobody listens any more once the guests have ended.
+        let _ = cancel.send(Event::Cancelled);
+    });
     let deadline = Instant::now() + plan.timeout;
     let mut guests = Vec::new();
     for host in 0..plan.hosts {
