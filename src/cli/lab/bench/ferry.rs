@@ -67,6 +67,7 @@ fn reason(text: &str) -> String {
     // clap's complaints come first, and its hints after them.
     let line = text.lines().find(|line| line.starts_with("error:")).or_else(|| text.lines().last());
     let line = line.unwrap_or("it said nothing").trim();
+    let line = line.split_once("for '<URI>': ").map_or(line, |(_, complaint)| complaint);
     line.trim_start_matches("pageferry: ").to_owned()
 }
 
@@ -95,6 +96,7 @@ mod tests {
             reason("error: invalid value\n\nFor more information, try '--help'.\n"),
             "error: invalid value"
         );
+        assert_eq!(reason("error: invalid value 'x:' for '<URI>': no URI\n"), "no URI");
         assert_eq!(reason(""), "it said nothing");
     }
 }

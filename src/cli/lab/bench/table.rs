@@ -64,9 +64,10 @@ pub(super) struct Table {
     pub rows: Vec<Row>,
 }
 
-/// The table as text. Rates are relative to the fastest of the first row's kind: the limit.
+/// The table as text. Rates are relative to the device's limit, which is the first row, if it was measured.
 pub(super) fn text(table: &Table) -> String {
-    let limit = table.rows.first().and_then(|row| row.median_mb_s).filter(|rate| *rate > 0.0);
+    let limit = table.rows.first().filter(|row| row.image.is_none());
+    let limit = limit.and_then(|row| row.median_mb_s).filter(|rate| *rate > 0.0);
     let width = table.rows.iter().map(|row| row.what.len()).max().unwrap_or(0).max(4);
     let mut text = format!(
         "{} MiB images, {} CPUs, Linux {}, {}; emulated, so only the ratios mean something\n\n",
