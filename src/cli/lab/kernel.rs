@@ -21,8 +21,8 @@ const REQUIRED: &[&str] = &[
     "veth",
     "virtio_net",
 ];
-/// Modules that some kernels have built in under other names, or that only some users need. rdma_rxe asks the crypto API for crc32 without saying so.
-/// KVM works because QEMU emulates AMD's SVM.
+/// Modules that some kernels have built in under other names, or that only some users need. rdma_rxe asks the crypto API for crc32
+/// without saying so. KVM works because QEMU emulates AMD's SVM.
 const WELCOME: &[&str] =
     &["crc32_generic", "crc32-pclmul", "irqbypass", "kvm", "ccp", "kvm-amd", "sch_tbf", "sch_netem"];
 /// The package that depends on the current kernel's.
@@ -41,8 +41,8 @@ pub(super) struct Kernel {
     pub modules: Vec<PathBuf>,
 }
 
-/// Where kernels and initial file systems are kept: `PAGEFERRY_LAB_CACHE`, else the user's cache. Never a folder that others may write to: the
-/// guest reads all that the caller may.
+/// Where kernels and initial file systems are kept: `PAGEFERRY_LAB_CACHE`, else the user's cache. Never a folder that others may
+/// write to: the guest reads all that the caller may.
 pub(super) fn cache() -> Result<PathBuf, LabError> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let user = || nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.dir);

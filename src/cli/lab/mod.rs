@@ -50,8 +50,9 @@ enum LabCommand {
 const RUN_HELP: &str = "Examples:\n  pageferry lab run -- ibv_devinfo\n  \
 pageferry lab run --share /tmp/results -- sh -c 'ib_write_bw & sleep 1; ib_write_bw 10.9.0.1 > /tmp/results/bw'\n  \
 pageferry lab run --hosts 2 -- sh -c 'ping -c 3 $PAGEFERRY_LAB_PEER'\n\n\
-The command sees the host's files; what it writes is gone afterwards, other than in --share folders. The RDMA device is rxe0 on pferry0, which has the \
-address 10.9.0.1 (the second of two hosts: 10.9.0.2). With --hosts 2, PAGEFERRY_LAB_HOST is 0 or 1 and PAGEFERRY_LAB_PEER the other one's address.\n\n\
+The command sees the host's files; what it writes is gone afterwards, other than in --share folders. \
+The RDMA device is rxe0 on pferry0, which has the address 10.9.0.1 (the second of two hosts: 10.9.0.2). \
+With --hosts 2, PAGEFERRY_LAB_HOST is 0 or 1 and PAGEFERRY_LAB_PEER the other one's address.\n\n\
 Exit codes: the command's own (with --hosts 2 the first that is not 0); 124 timed out; 125 the guest stopped or could not be set up; \
 2 wrong arguments; 3 could not start, something is missing; 130 cancelled.";
 

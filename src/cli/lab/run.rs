@@ -160,12 +160,13 @@ fn follow(
 }
 
 /// A folder for sockets, scripts and consoles, removed in the end. Only its owner may enter: the scripts have the caller's environment.
-struct Folder {
-    path: PathBuf,
+pub(super) struct Folder {
+    /// Where it is.
+    pub path: PathBuf,
 }
 
 impl Folder {
-    fn new() -> std::io::Result<Self> {
+    pub(super) fn new() -> std::io::Result<Self> {
         let mut random = [0u8; 8];
         getrandom::fill(&mut random).map_err(std::io::Error::other)?;
         let name = format!("pageferry-lab-{:016x}", u64::from_le_bytes(random));

@@ -44,8 +44,8 @@ pub(super) fn transfer(
     Ok(report.total_ms)
 }
 
-/// Reads until the destination says that it listens; what else it says is read in the background, so that it never waits for a reader. The error
-/// is all that it said before it ended.
+/// Reads until the destination says that it listens; what else it says is read in the background, so that it never waits for a
+/// reader. The error is all that it said before it ended.
 fn wait_until_it_listens(stderr: ChildStderr) -> Result<(), String> {
     let mut reader = BufReader::new(stderr);
     let mut said = String::new();

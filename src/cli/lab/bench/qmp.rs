@@ -41,8 +41,8 @@ impl Mode {
     }
 }
 
-/// Migrates the image into a file that is made for it; returns the milliseconds from the request until the destination has it. QEMU's own total
-/// time ends when the source has sent everything, which may be well before that.
+/// Migrates the image into a file that is made for it; returns the milliseconds from the request until the destination has it.
+/// QEMU's own total time ends when the source has sent everything, which may be well before that.
 pub(super) fn migrate(
     mode: Mode,
     image: &Path,
@@ -60,19 +60,19 @@ pub(super) fn migrate(
         qemu.connect()?;
         if let Some(capability) = mode.capability() {
             let on = json!([{"capability": capability, "state": true}]);
-            qemu.ask("migrate-set-capabilities", json!({ "capabilities": on }))?;
+            qemu.ask("migrate-set-capabilities", &json!({ "capabilities": on }))?;
         }
         let mut parameters = json!({"max-bandwidth": BANDWIDTH, "downtime-limit": 300});
         if let Mode::Multifd(channels) = mode {
             parameters["multifd-channels"] = channels.into();
         }
-        qemu.ask("migrate-set-parameters", parameters)?;
+        qemu.ask("migrate-set-parameters", &parameters)?;
     }
     let scheme = if matches!(mode, Mode::Multifd(_)) { "tcp" } else { "rdma" };
     let uri = format!("{scheme}:{host}:{port}");
-    destination.ask("migrate-incoming", json!({ "uri": uri }))?;
+    destination.ask("migrate-incoming", &json!({ "uri": uri }))?;
     let begin = Instant::now();
-    source.ask("migrate", json!({ "uri": uri }))?;
+    source.ask("migrate", &json!({ "uri": uri }))?;
     source.wait_for_migration(begin)?;
     destination.wait_for_migration(begin)?;
     Ok(begin.elapsed().as_secs_f64() * 1e3)
@@ -131,11 +131,11 @@ impl Qemu {
         };
         stream.set_read_timeout(Some(PATIENCE)).map_err(|e| e.to_string())?;
         self.link = Some(BufReader::new(stream));
-        self.ask("qmp_capabilities", json!({})).map(drop)
+        self.ask("qmp_capabilities", &json!({})).map(drop)
     }
 
     /// One command; its return value.
-    fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
+    fn ask(&mut self, command: &str, arguments: &Value) -> Result<Value, String> {
         let broke = |e: &dyn std::fmt::Display| format!("QEMU does not answer {command}: {e}");
         let link = self.link.as_mut().ok_or("QEMU is not connected")?;
         let line = json!({"execute": command, "arguments": arguments}).to_string() + "\n";
@@ -151,7 +151,7 @@ impl Qemu {
     /// Waits for the end of a migration that began at `begin`.
     fn wait_for_migration(&mut self, begin: Instant) -> Result<(), String> {
         loop {
-            let state = self.ask("query-migrate", json!({}))?;
+            let state = self.ask("query-migrate", &json!({}))?;
             match state["status"].as_str() {
                 Some("completed") => return Ok(()),
                 Some("failed" | "cancelled") => {
