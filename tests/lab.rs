@@ -103,6 +103,61 @@ fn a_panic_is_reported_with_the_console() {
 }
 
 #[test]
+fn the_demos_guest_moves_between_two_hosts() {
+    let Some(_turn) = turn() else { return };
+    let args =
+        ["demo", "--hosts", "2", "--timeout", TIMEOUT_S, "--uri", "tcp:10.9.0.2:4444", "--", "--mem", "64M"];
+    let output = ferry(&args).output().unwrap();
+    let (out, errors) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(0), "{out}{errors}");
+    assert!(out.contains("host0| Migration status: completed\n"), "{out}{errors}");
+    assert!(
+        out.lines().any(|line| line.starts_with("host1| vCPU 0: ") && line.ends_with("none twice")),
+        "{out}"
+    );
+}
+
+#[test]
+fn the_bench_measures_and_shows_failures() {
+    let Some(_turn) = turn() else { return };
+    let args =
+        ["bench", "--timeout", TIMEOUT_S, "--runs", "1", "--mem", "8M", "--images", "sparse", "--json"];
+    let output = ferry(&[&args[..], &["--only", "tcp"]].concat()).output().unwrap();
+    let errors = text(&output.stderr);
+    if output.status.code() == Some(3) && errors.contains("perftest") {
+        return println!("skipped: {errors}");
+    }
+    assert_eq!(output.status.code(), Some(0), "{errors}");
+    let table: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = table["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 3, "{table}");
+    for row in rows {
+        assert!(row["failed"].is_null() && row["median_mb_s"].as_f64().unwrap() > 0.0, "{row}");
+        assert_eq!(row["runs_mb_s"].as_array().unwrap().len(), 1, "{row}");
+    }
+}
+
+#[test]
+fn a_guest_ends_when_nobody_reads_its_output() {
+    let Some(_turn) = turn() else { return };
+    let script =
+        format!("{} lab run --timeout {TIMEOUT_S} -- yes; echo $? >&2", env!("CARGO_BIN_EXE_pageferry"));
+    let mut child = Command::new("sh")
+        .args(["-c", &script])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let mut first = [0; 4];
+    std::io::Read::read_exact(&mut stdout, &mut first).unwrap();
+    drop(stdout);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(&first, b"y\ny\n");
+    assert_eq!(text(&output.stderr), "141\n");
+}
+
+#[test]
 fn a_guest_that_hangs_is_killed() {
     let Some(_turn) = turn() else { return };
     let folder = tempfile::tempdir().unwrap();

@@ -78,6 +78,8 @@ pub(super) enum Event {
     Said(usize, Word),
     /// Somebody wants an end.
     Cancelled,
+    /// Nobody reads the output any more.
+    ReaderGone,
 }
 
 /// Where a command's output goes.
@@ -136,12 +138,17 @@ impl Guest {
         let [control, out, err]: [UnixStream; 3] = ports.try_into().unwrap_or_else(|_| unreachable!());
         let host = machine.host;
         let reader = control.try_clone().map_err(LabError::file("use the socket", folder))?;
-        let events = events.clone();
+        let (events, gone) = (events.clone(), events.clone());
         let (to_out, to_err) = (output.clone(), output.clone());
         let threads = vec![
             std::thread::spawn(move || listen(reader, host, &events)),
-            std::thread::spawn(move || pass_on(out, &to_out, host, false)),
-            std::thread::spawn(move || pass_on(err, &to_err, host, true)),
+            std::thread::spawn(move || {
+                if pass_on(out, &to_out, host, false).is_err() {
+                    // As a command ends that writes into a broken pipe.
+                    let _ = gone.send(Event::ReaderGone);
+                }
+            }),
+            std::thread::spawn(move || pass_on(err, &to_err, host, true).unwrap_or_default()),
         ];
         Ok(Self { child, control, threads, console, errors })
     }
@@ -281,8 +288,8 @@ fn listen(control: UnixStream, host: usize, events: &Sender<Event>) {
     let _ = events.send(Event::Said(host, Word::Gone));
 }
 
-/// Passes a port's bytes on until the guest is gone.
-fn pass_on(mut port: UnixStream, output: &Output, host: usize, errors: bool) {
+/// Passes a port's bytes on until the guest is gone, or the reader.
+fn pass_on(mut port: UnixStream, output: &Output, host: usize, errors: bool) -> io::Result<()> {
     let mut buffer = vec![0; 1 << 16];
     let mut lines = Lines::default();
     loop {
@@ -291,28 +298,28 @@ fn pass_on(mut port: UnixStream, output: &Output, host: usize, errors: bool) {
             Ok(length) => &buffer[..length],
         };
         match output {
-            Output::Through => write(errors, bytes),
-            Output::Prefixed => write(errors, &lines.whole(host, bytes)),
-            Output::Captured(_) if errors => write(errors, bytes),
+            Output::Through => write(errors, bytes)?,
+            Output::Prefixed => write(errors, &lines.whole(host, bytes))?,
+            Output::Captured(_) if errors => write(errors, bytes)?,
             Output::Captured(into) => {
                 into.lock().unwrap_or_else(std::sync::PoisonError::into_inner).extend_from_slice(bytes);
             }
         }
     }
-    write(errors, &lines.rest(host));
+    write(errors, &lines.rest(host))
 }
 
-/// Writes at once. A reader that went away does not end the guest.
-fn write(errors: bool, bytes: &[u8]) {
+/// Writes at once.
+fn write(errors: bool, bytes: &[u8]) -> io::Result<()> {
     if bytes.is_empty() {
-        return;
+        return Ok(());
     }
-    let _ = if errors {
+    if errors {
         io::stderr().lock().write_all(bytes)
     } else {
         let mut out = io::stdout().lock();
         out.write_all(bytes).and_then(|()| out.flush())
-    };
+    }
 }
 
 /// Makes whole lines, each with the guest's number before it.

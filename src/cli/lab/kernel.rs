@@ -56,36 +56,51 @@ pub(super) fn cache() -> Result<PathBuf, LabError> {
 /// The kernel for the guest: `package`, or one that is in the cache, or the host's own, or the distribution's current one.
 pub(super) fn find(cache: &Path, package: Option<&str>) -> Result<Kernel, LabError> {
     fs::create_dir_all(cache).map_err(LabError::file("make the folder", cache))?;
-    if let Some(found) = cached(cache, package) {
-        return Ok(found);
+    match package {
+        Some(package) => named(cache, package).map_or_else(|| fetch(cache, package), Ok),
+        None => {
+            // Someone's choice of another kernel must not become everyone's.
+            let note = cache.join(format!("default.{}", list_key()));
+            if let Some(kernel) = fs::read_to_string(&note).ok().and_then(|name| load(&cache.join(name))) {
+                return Ok(kernel);
+            }
+            let kernel = default(cache)?;
+            let folder = kernel.image.parent().and_then(Path::file_name).unwrap_or_default();
+            fs::write(&note, folder.as_encoded_bytes()).map_err(LabError::file("write", &note))?;
+            Ok(kernel)
+        }
     }
-    if package.is_none()
-        && let Some((version, image, modules)) = installed(Path::new("/"))
+}
+
+/// A kernel that was kept before, by its package.
+fn named(cache: &Path, package: &str) -> Option<Kernel> {
+    let (start, end) = (format!("{package}_"), format!(".{}", list_key()));
+    let entries = fs::read_dir(cache).ok()?.flatten();
+    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.retain(|name| name.starts_with(&start) && name.ends_with(&end));
+    names.sort_by_key(|name| numbers(name));
+    names.into_iter().rev().find_map(|name| load(&cache.join(name)))
+}
+
+/// The host's own kernel if it will do, else the distribution's current one.
+fn default(cache: &Path) -> Result<Kernel, LabError> {
+    if let Some((version, image, modules)) = installed(Path::new("/"))
         && let Ok(kernel) = keep(cache, &format!("host-{version}"), &version, &image, &modules)
     {
         return Ok(kernel);
     }
     needs::check(needs::APT)?;
-    let name = match package {
-        Some(name) => name.to_owned(),
-        None => current_package()?,
-    };
-    let parts = cache.join(format!(".unpack-{}", std::process::id()));
-    let kernel = download(&parts, &name).and_then(|file| unpack(cache, &parts, &file));
-    let _ = fs::remove_dir_all(&parts);
-    kernel
+    let package = current_package()?;
+    named(cache, &package).map_or_else(|| fetch(cache, &package), Ok)
 }
 
-/// A kernel that was kept before.
-fn cached(cache: &Path, package: Option<&str>) -> Option<Kernel> {
-    let mut folders: Vec<PathBuf> = fs::read_dir(cache).ok()?.flatten().map(|entry| entry.path()).collect();
-    folders.sort();
-    let suffix = format!(".{}", list_key());
-    let fits = |path: &PathBuf| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        name.ends_with(&suffix) && package.is_none_or(|package| name.starts_with(&format!("{package}_")))
-    };
-    folders.into_iter().rev().filter(fits).find_map(|path| load(&path))
+/// Downloads a package and keeps what the lab takes of it.
+fn fetch(cache: &Path, package: &str) -> Result<Kernel, LabError> {
+    needs::check(needs::APT)?;
+    let parts = cache.join(format!(".unpack-{}", std::process::id()));
+    let kernel = download(&parts, package).and_then(|file| unpack(cache, &parts, &file));
+    let _ = fs::remove_dir_all(&parts);
+    kernel
 }
 
 /// Tells what this version of the program keeps of a kernel from what others keep.
@@ -354,6 +369,35 @@ mod tests {
         let at = |name| taken.iter().position(|taken| taken == name).unwrap();
         assert!(at("ib_core") < at("rdma_rxe") && at("kvm") < at("kvm_amd"));
         assert_eq!(taken.len(), all.len(), "each once, what is built in not at all: {taken:?}");
+    }
+
+    #[test]
+    fn a_chosen_kernel_does_not_become_the_default() {
+        let cache = tempfile::tempdir().unwrap();
+        let all: Vec<(&str, &str)> = REQUIRED.iter().map(|name| (*name, "")).collect();
+        let modules = tree(&all);
+        let image = modules.path().join("vmlinuz");
+        fs::write(&image, "kernel").unwrap();
+        for (name, version) in
+            [("linux-image-b_2", "6.2"), ("linux-image-b_10", "6.10"), ("linux-image-a_1", "6.1")]
+        {
+            keep(cache.path(), name, version, &image, modules.path()).unwrap();
+        }
+        assert_eq!(
+            find(cache.path(), Some("linux-image-b")).unwrap().version,
+            "6.10",
+            "the newest of its name"
+        );
+        fs::write(
+            cache.path().join(format!("default.{}", list_key())),
+            format!("linux-image-a_1.{}", list_key()),
+        )
+        .unwrap();
+        let kernel = find(cache.path(), None).unwrap();
+        assert_eq!(kernel.version, "6.1");
+        let names: Vec<_> = kernel.modules.iter().filter_map(|path| module_name(path)).collect();
+        assert_eq!(names.len(), REQUIRED.len());
+        assert!(names.is_sorted(), "in the order in which they are to be loaded: {names:?}");
     }
 
     #[test]

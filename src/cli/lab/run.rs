@@ -13,6 +13,9 @@ use super::guest::{Event, Guest, Machine, Output, Word};
 use super::script::{self, Network};
 use super::{initramfs, kernel, needs};
 
+/// A shell's exit code for a command that a broken pipe ended.
+const BROKEN_PIPE: u8 = 141;
+
 /// What runs, where.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
@@ -133,6 +136,7 @@ fn follow(
         let left = deadline.saturating_duration_since(Instant::now());
         let (host, word) = match events.recv_timeout(left) {
             Ok(Event::Said(host, word)) => (host, word),
+            Ok(Event::ReaderGone) => return Ok(vec![BROKEN_PIPE; guests.len()]),
             Ok(Event::Cancelled) | Err(RecvTimeoutError::Disconnected) => return Err(LabError::Cancelled),
             Err(RecvTimeoutError::Timeout) => {
                 let slow = codes.iter().position(Option::is_none).unwrap_or_default();
