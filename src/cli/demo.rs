@@ -1,5 +1,7 @@
 //! `pageferry demo`: a guest that keeps writing moves between two processes of this host, and proves that it went on.
 
+mod half;
+
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -51,6 +53,12 @@ pub(super) struct DemoArgs {
     /// Without KVM: a process moves that writes its own memory
     #[arg(long)]
     no_kvm: bool,
+    /// Only one side, for two hosts that share a folder: its name
+    #[arg(long, hide = true, requires_all = ["meet", "uri"])]
+    side: Option<half::Which>,
+    /// The folder that both sides share
+    #[arg(long, hide = true, value_name = "DIR", requires = "side")]
+    meet: Option<PathBuf>,
     /// Print one JSON object at the end instead of text
     #[arg(long)]
     json: bool,
@@ -70,21 +78,14 @@ struct DemoReport {
 pub(super) fn run(args: &DemoArgs) -> Result<(), CliError> {
     let process = args.no_kvm || !have_kvm(args.json);
     let folder = Folder::new().map_err(|e| CliError::cannot_start(&e))?;
+    if let (Some(side), Some(meet)) = (args.side, &args.meet) {
+        return half::run(args, side, meet, process, &folder.path);
+    }
     let guest = Pair::start(args, process, &folder.path)?;
     let mut check = Checker::new(args.cpus, pages_of_each(args));
-    guest.wait_passes(&mut check, Side::Source)?;
+    wait_passes(&guest.source.serial, &mut check, Side::Source)?;
     say(args.json, "the guest runs at the source and keeps writing; moving it");
-    let migrate = MigrateRequest {
-        uri: guest.uri.clone(),
-        streams: args.transfer.streams,
-        codec: args.transfer.codec.to_string(),
-        downtime_limit_ms: args.downtime_limit,
-        timeout_s: args.transfer.timeout,
-        rdma_pin_all: args.transfer.rdma.rdma_pin_all,
-        rdma_max_pinned: args.transfer.rdma.limit.rdma_max_pinned,
-    };
-    api::ask(&guest.source.api, &Request::Migrate(migrate)).map_err(|e| ctl::refused(&e))?;
-    let mut report = ctl::follow(&guest.source.api, args.json)?;
+    let mut report = migrate(args, &guest.source, guest.uri.clone())?;
     let went = ctl::verdict(&report).and_then(|()| guest.prove(&mut check));
     report.verified &= went.is_ok();
     if let (Err(error), None) = (&went, &report.error) {
@@ -97,13 +98,32 @@ pub(super) fn run(args: &DemoArgs) -> Result<(), CliError> {
         println!("{}", serde_json::to_string(&demo).unwrap_or_default());
     } else {
         output::print(&report, false);
-        for (cpu, (before, after)) in passes.iter().enumerate() {
-            println!(
-                "vCPU {cpu}: {before} passes over its memory before the handover, {after} after it, none lost, none twice"
-            );
-        }
+        print_passes(&passes);
     }
     went
+}
+
+/// Migrates the guest; its report.
+fn migrate(args: &DemoArgs, source: &VmProcess, uri: String) -> Result<Report, CliError> {
+    let migrate = MigrateRequest {
+        uri,
+        streams: args.transfer.streams,
+        codec: args.transfer.codec.to_string(),
+        downtime_limit_ms: args.downtime_limit,
+        timeout_s: args.transfer.timeout,
+        rdma_pin_all: args.transfer.rdma.rdma_pin_all,
+        rdma_max_pinned: args.transfer.rdma.limit.rdma_max_pinned,
+    };
+    api::ask(&source.api, &Request::Migrate(migrate)).map_err(|e| ctl::refused(&e))?;
+    ctl::follow(&source.api, args.json)
+}
+
+fn print_passes(passes: &[(u64, u64)]) {
+    for (cpu, (before, after)) in passes.iter().enumerate() {
+        println!(
+            "vCPU {cpu}: {before} passes over its memory before the handover, {after} after it, none lost, none twice"
+        );
+    }
 }
 
 fn say(quiet: bool, text: &str) {
@@ -250,39 +270,43 @@ impl Pair {
         Ok(Self { source, destination, uri })
     }
 
-    /// Waits until every vCPU has finished some passes on one side.
-    fn wait_passes(&self, check: &mut Checker, side: Side) -> Result<(), CliError> {
-        let vm = if side == Side::Source { &self.source } else { &self.destination };
-        let mut console = Console::open(&vm.serial)?;
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            console.feed(check, side)?;
-            let enough = |&(before, after): &(u64, u64)| match side {
-                Side::Source => before >= PASSES,
-                Side::Destination => after >= PASSES,
-            };
-            if check.passes().iter().all(enough) {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                return Err(CliError {
-                    exit: Exit::Failed,
-                    text: format!(
-                        "the guest shows no progress at the {} for {} s",
-                        if side == Side::Source { "source" } else { "destination" },
-                        PATIENCE.as_secs()
-                    ),
-                });
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-
     /// The guest's own word: what it printed at the source, then at the destination, is one unbroken chain.
     fn prove(&self, check: &mut Checker) -> Result<(), CliError> {
-        *check = Checker::new(check.passes().len() as u8, check.pages());
-        Console::open(&self.source.serial)?.feed(check, Side::Source)?;
-        self.wait_passes(check, Side::Destination)
+        prove(&self.source.serial, &self.destination.serial, check)
+    }
+}
+
+/// What the guest printed at the source, then at the destination, is one unbroken chain.
+fn prove(source: &Path, destination: &Path, check: &mut Checker) -> Result<(), CliError> {
+    *check = Checker::new(check.passes().len() as u8, check.pages());
+    Console::open(source)?.feed(check, Side::Source)?;
+    wait_passes(destination, check, Side::Destination)
+}
+
+/// Waits until every vCPU has finished some passes on one side.
+fn wait_passes(serial: &Path, check: &mut Checker, side: Side) -> Result<(), CliError> {
+    let mut console = Console::open(serial)?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        console.feed(check, side)?;
+        let enough = |&(before, after): &(u64, u64)| match side {
+            Side::Source => before >= PASSES,
+            Side::Destination => after >= PASSES,
+        };
+        if check.passes().iter().all(enough) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(CliError {
+                exit: Exit::Failed,
+                text: format!(
+                    "the guest shows no progress at the {} for {} s",
+                    if side == Side::Source { "source" } else { "destination" },
+                    PATIENCE.as_secs()
+                ),
+            });
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

@@ -3,6 +3,7 @@
 mod api;
 mod ctl;
 mod demo;
+mod lab;
 mod output;
 mod recv;
 mod send;
@@ -36,6 +37,7 @@ enum Command {
     Ctl(ctl::CtlArgs),
     Send(send::SendArgs),
     Recv(recv::RecvArgs),
+    Lab(lab::LabArgs),
 }
 
 /// How a command ends when it does not succeed.
@@ -48,6 +50,10 @@ enum Exit {
     CannotStart = 3,
     /// Nobody knows who has the guest.
     Unknown = 4,
+    /// A lab guest's command took too long.
+    TimedOut = 124,
+    /// A lab guest stopped, or could not be set up.
+    LabStopped = 125,
     /// Somebody asked.
     Cancelled = 130,
 }
@@ -66,20 +72,19 @@ impl CliError {
 }
 
 pub(crate) fn run() -> ExitCode {
+    let done = |()| ExitCode::SUCCESS;
     let result = match Cli::parse().command {
-        Command::Demo(args) => demo::run(&args),
-        Command::Vm(args) => vm::run(&args),
-        Command::Ctl(args) => ctl::run(&args),
-        Command::Send(args) => send::run(&args),
-        Command::Recv(args) => recv::run(&args),
+        Command::Demo(args) => demo::run(&args).map(done),
+        Command::Vm(args) => vm::run(&args).map(done),
+        Command::Ctl(args) => ctl::run(&args).map(done),
+        Command::Send(args) => send::run(&args).map(done),
+        Command::Recv(args) => recv::run(&args).map(done),
+        Command::Lab(args) => lab::run(&args),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("pageferry: {}", error.text);
-            ExitCode::from(error.exit as u8)
-        }
-    }
+    result.unwrap_or_else(|error| {
+        eprintln!("pageferry: {}", error.text);
+        ExitCode::from(error.exit as u8)
+    })
 }
 
 /// Options of every command that migrates.

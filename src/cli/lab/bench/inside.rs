@@ -1,0 +1,236 @@
+//! The bench itself, as it runs in the guest: contenders take turns, so that what disturbs one disturbs all.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use super::super::error::LabError;
+use super::super::script;
+use super::image::{self, Kind};
+use super::qmp::{self, Mode};
+use super::table::{Row, Table};
+use super::{InsideArgs, WhatArgs, ferry, folder, perftest};
+
+/// The first port; every run has its own, so that none waits for an earlier one's connections to time out.
+const FIRST_PORT: u16 = 20_000;
+/// Runs of ib_write_bw with each message size, to choose the best.
+const SWEEPS: usize = 3;
+
+/// What moves an image.
+#[derive(Clone, Debug)]
+enum Contender {
+    /// Ours: scheme, streams or queue pairs, codec.
+    Ferry(&'static str, u16, &'static str),
+    /// QEMU's.
+    Qemu(Mode),
+}
+
+impl Contender {
+    fn name(&self) -> String {
+        match self {
+            Self::Ferry(scheme, streams, codec) => {
+                let unit = if *scheme == "rdma" { "queue pair" } else { "stream" };
+                let plural = if *streams == 1 { "" } else { "s" };
+                format!("pageferry {scheme}, {streams} {unit}{plural}, {codec}")
+            }
+            Self::Qemu(Mode::Rdma) => "QEMU rdma".into(),
+            Self::Qemu(Mode::RdmaPinAll) => "QEMU rdma, pin-all".into(),
+            Self::Qemu(Mode::Multifd(channels)) => format!("QEMU tcp multifd, {channels} channels"),
+        }
+    }
+}
+
+/// Everyone, in the order of the table.
+fn contenders() -> Vec<Contender> {
+    let mut all = Vec::new();
+    for codec in ["auto", "raw"] {
+        all.extend([1, 2, 4].map(|pairs| Contender::Ferry("rdma", pairs, codec)));
+    }
+    all.extend([Mode::Rdma, Mode::RdmaPinAll].map(Contender::Qemu));
+    all.extend(["auto", "raw"].map(|codec| Contender::Ferry("tcp", 4, codec)));
+    all.push(Contender::Qemu(Mode::Multifd(4)));
+    all
+}
+
+/// Measures and prints the table as JSON; progress goes to standard error.
+pub(in super::super) fn run(args: &InsideArgs) -> Result<ExitCode, LabError> {
+    let mut bench = Bench { what: &args.what, port: FIRST_PORT, folder: folder() };
+    fs::create_dir_all(&bench.folder).map_err(LabError::file("make the folder", &bench.folder))?;
+    let mut rows = Vec::new();
+    if args.what.wants("ib_write_bw") {
+        rows.push(bench.limit());
+    }
+    for kind in &args.what.images {
+        rows.extend(bench.image(*kind)?);
+    }
+    let table = Table {
+        image_bytes: args.what.mem,
+        cpus: std::thread::available_parallelism().map_or(1, usize::from),
+        kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
+        qemu: qemu_version(),
+        rows,
+    };
+    println!("{}", serde_json::to_string(&table).unwrap_or_default());
+    Ok(ExitCode::SUCCESS)
+}
+
+impl WhatArgs {
+    fn wants(&self, name: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| name.contains(only))
+    }
+}
+
+fn qemu_version() -> String {
+    let output = Command::new("qemu-system-x86_64").arg("--version").output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    // QEMU emulator version 10.0.2 (Debian ...)
+    text.split_whitespace().nth(3).map_or_else(|| "no QEMU".into(), |version| format!("QEMU {version}"))
+}
+
+struct Bench<'a> {
+    what: &'a WhatArgs,
+    port: u16,
+    folder: PathBuf,
+}
+
+impl Bench<'_> {
+    fn next_port(&mut self) -> u16 {
+        self.port += 1;
+        self.port
+    }
+
+    /// What the device carries with the message size that suits it best.
+    fn limit(&mut self) -> Row {
+        let host = script::address(0);
+        let mut sizes = perftest::SIZES.map(|size| Row::new(format!("ib_write_bw, {size} B"), None));
+        // Large messages lose packets now and then, so one run tells little.
+        for _ in 0..SWEEPS {
+            for (size, row) in perftest::SIZES.into_iter().zip(&mut sizes) {
+                let run = perftest::run(size, &host, self.next_port());
+                say(&row.what, &run);
+                row.add(run);
+                if row.failed.is_some() {
+                    return row.clone();
+                }
+            }
+        }
+        let by_median = |a: &&(u64, Row), b: &&(u64, Row)| {
+            a.1.median_mb_s.unwrap_or_default().total_cmp(&b.1.median_mb_s.unwrap_or_default())
+        };
+        let sizes: Vec<(u64, Row)> = perftest::SIZES.into_iter().zip(sizes).collect();
+        let best = sizes.iter().max_by(by_median).map_or(perftest::SIZES[0], |(size, _)| *size);
+        let mut row = Row::new(format!("ib_write_bw, {best} B"), None);
+        for _ in 0..self.what.runs {
+            let run = perftest::run(best, &host, self.next_port());
+            say(&row.what, &run);
+            row.add(run);
+        }
+        row
+    }
+
+    /// Every contender with one image.
+    fn image(&mut self, kind: Kind) -> Result<Vec<Row>, LabError> {
+        let image = self.folder.join("image");
+        image::make(&image, kind, self.what.mem).map_err(LabError::file("make the image", &image))?;
+        let all: Vec<_> = contenders().into_iter().filter(|one| self.what.wants(&one.name())).collect();
+        let mut rows: Vec<_> = all.iter().map(|one| Row::new(one.name(), Some(kind))).collect();
+        // The first run warms caches and memory up, and checks the copy; it does not count.
+        for run in 0..=self.what.runs {
+            for (contender, row) in all.iter().zip(&mut rows) {
+                if row.failed.is_some() {
+                    continue;
+                }
+                let rate = self.measure(contender, &image, run == 0);
+                say(&format!("{kind}: {}", row.what), &rate);
+                if run > 0 || rate.is_err() {
+                    row.add(rate);
+                }
+            }
+        }
+        fs::remove_file(&image).map_err(LabError::file("remove", &image))?;
+        Ok(rows)
+    }
+
+    /// One run: 10^6 bytes of the image in a second. With `check` the copy must be equal.
+    fn measure(&mut self, contender: &Contender, image: &Path, check: bool) -> Result<f64, String> {
+        let (host, port) = (script::address(0), self.next_port());
+        let copy = self.folder.join("copy");
+        let _ = fs::remove_file(&copy);
+        let total_ms = match contender {
+            Contender::Ferry(scheme, streams, codec) => {
+                ferry::transfer(&format!("{scheme}:{host}:{port}"), image, &copy, *streams, codec)
+            }
+            Contender::Qemu(mode) => qmp::migrate(*mode, image, &copy, &self.folder, &host, port),
+        };
+        let equal = !check || total_ms.is_err() || same(image, &copy).map_err(|e| e.to_string())?;
+        let _ = fs::remove_file(&copy);
+        match total_ms? {
+            _ if !equal => Err("the copy differs from the image".into()),
+            total_ms if total_ms > 0.0 => Ok(self.what.mem as f64 / 1e3 / total_ms),
+            _ => Err("it took no time at all".into()),
+        }
+    }
+}
+
+fn say(what: &str, rate: &Result<f64, String>) {
+    match rate {
+        Ok(rate) => eprintln!("{what}: {rate:.1} MB/s"),
+        Err(reason) => eprintln!("{what}: failed: {reason}"),
+    }
+    // Whatever the run left to the kernel is done before the next one.
+    std::thread::sleep(Duration::from_millis(100));
+}
+
+/// Whether two files have the same content.
+fn same(left: &Path, right: &Path) -> std::io::Result<bool> {
+    use std::io::Read;
+    let mut files = (fs::File::open(left)?, fs::File::open(right)?);
+    let length = files.0.metadata()?.len();
+    if length != files.1.metadata()?.len() {
+        return Ok(false);
+    }
+    let mut buffers = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    let mut left = length;
+    while left > 0 {
+        let part = left.min(1 << 20) as usize;
+        files.0.read_exact(&mut buffers.0[..part])?;
+        files.1.read_exact(&mut buffers.1[..part])?;
+        if buffers.0[..part] != buffers.1[..part] {
+            return Ok(false);
+        }
+        left -= part as u64;
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_compared_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, bytes: &[u8]| {
+            let path = folder.path().join(name);
+            fs::write(&path, bytes).unwrap();
+            path
+        };
+        let mut bytes = vec![1; (2 << 20) + 5];
+        let one = file("one", &bytes);
+        assert!(same(&one, &file("two", &bytes)).unwrap());
+        *bytes.last_mut().unwrap() = 2;
+        assert!(!same(&one, &file("three", &bytes)).unwrap());
+        assert!(!same(&one, &file("four", &bytes[1..])).unwrap());
+    }
+
+    #[test]
+    fn every_contender_has_a_name_of_its_own() {
+        let mut names: Vec<_> = contenders().iter().map(Contender::name).collect();
+        let all = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), all);
+        assert_eq!(all, 6 + 2 + 2 + 1);
+    }
+}
