@@ -91,6 +91,9 @@ pub(super) fn run(args: &BenchArgs) -> Result<ExitCode, LabError> {
         needs::install(&all)?;
     }
     needs::check(&all)?;
+    if cfg!(debug_assertions) {
+        eprintln!("pageferry: this is a debug build: its own rows are slower than those of a release build");
+    }
     let captured = Arc::new(Mutex::new(Vec::new()));
     let plan = Plan {
         command: command(args)?,
