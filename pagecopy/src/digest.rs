@@ -35,13 +35,13 @@ impl PageHasher {
     /// A hasher for the session with this seed; both sides derive the same one.
     pub fn new(seed: u64) -> Self {
         let secret = const_custom_default_secret(seed);
-        let zero = simd::slice(Level::best(), &[0; PAGE_SIZE], &secret);
+        let zero = simd::slice(Level::best_to_hash(), &[0; PAGE_SIZE], &secret);
         Self { secret, seed, zero }
     }
 
     /// Digest of one page.
     pub fn page(&self, page: &[u8; PAGE_SIZE]) -> PageDigest {
-        self.page_at(Level::best(), page)
+        self.page_at(Level::best_to_hash(), page)
     }
 
     /// [`page`](Self::page) with the CPU features named by `level`.
@@ -55,7 +55,7 @@ impl PageHasher {
     /// # Panics
     /// When the memory is not one page.
     pub fn memory(&self, page: &VolatileSlice<'_>) -> PageDigest {
-        simd::memory(Level::best(), page, &self.secret)
+        simd::memory(Level::best_to_hash(), page, &self.secret)
     }
 
     /// Digest of a page of zeros.
