@@ -352,7 +352,7 @@ mod tests {
         let layout = Layout::flat(20 * CHUNK_SIZE as u64 + 4096).unwrap();
         // Chunk 5 has a hole of one page, chunks 6 and 8 stand alone, 7, 9 and 10 are empty; the last chunk has one page.
         let populated = |chunk| match chunk {
-            5 => u64::MAX & !2,
+            5 => !2,
             7 | 9 | 10 => 0,
             20 => 1,
             _ => u64::MAX,
