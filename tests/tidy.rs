@@ -28,6 +28,8 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("transport", &["vmm-shim", "pageferry-vmm-shim", "pageferry"]),
     ("vmm-shim", &["transport", "pageferry-transport", "pageferry"]),
 ];
+/// Licences of packages that say theirs in a file instead of their manifest: read there.
+const LICENCES_IN_FILES: &[(&str, &str)] = &[("rdma-sys", "MIT")];
 /// The only place that packages come from.
 const REGISTRY: &str = "registry+https://github.com/rust-lang/crates.io-index";
 
@@ -421,7 +423,8 @@ fn package(package: &serde_json::Value, allowed: &[String]) -> Option<String> {
     if let Some(source) = package["source"].as_str().filter(|source| *source != REGISTRY) {
         return Some(format!("{name} comes from {source}; crates.io is the only source allowed"));
     }
-    let licence = package["license"].as_str().unwrap_or("(none)");
+    let in_file = LICENCES_IN_FILES.iter().find(|(known, _)| *name == *known).map(|(_, licence)| *licence);
+    let licence = package["license"].as_str().or(in_file).unwrap_or("(none)");
     let wrong = !licence_allowed(licence, allowed);
     wrong.then(|| format!("{name} has licence {licence}, which deny.toml does not allow"))
 }

@@ -43,7 +43,8 @@ pub trait GuestRam: Send + Sync {
     /// The layout; it never changes during a session.
     fn layout(&self) -> &Layout;
 
-    /// The whole mapping of a region (an index into `layout().regions()`).
+    /// The whole mapping of a region (an index into `layout().regions()`). It stays where it is until this value is dropped:
+    /// adapters that write to memory by themselves rely on it.
     fn region(&self, region: usize) -> VolatileSlice<'_>;
 
     /// Tells which pages may hold something other than zeros: for each chunk from `first`, one word of `pages`. A clear bit is a

@@ -33,6 +33,8 @@ use watch::Watch;
 
 /// Receipts that may mismatch before the migration fails.
 const MISMATCHES_MAX: u64 = 64;
+/// Streams that are opened at the same time.
+const OPENING_MAX: u16 = 16;
 /// Name of the piece of state that says whether the guest ran: one byte, 0 or 1.
 pub(crate) const RUN_STATE: &str = "pageferry/run-state";
 
@@ -316,18 +318,45 @@ impl Attempt<'_> {
         Ok(Arc::new(PageSource::new(ram, log, hasher, options, populated)))
     }
 
+    /// Opens all streams at the same time: what takes long is the way there and back.
     fn open_streams(&mut self, version: u16, streams: u16, feeder: &Feeder) -> Result<(), Cause> {
-        let (uri, options) = (self.uri, self.options);
-        for stream in 0..streams {
-            let (watch, source) = self.parts();
-            let source = source.clone();
-            watch.check()?;
-            let session = watch.session_id();
-            let carrier = SourceEnd::open(&source, uri, session, version, stream, options.timeout)
-                .map_err(|source| Cause::Stream { stream, source })?;
-            let lane = Lane::spawn(source, carrier, stream, feeder.work(), watch.lane_started())?;
-            self.running.as_mut().expect("parts() used it").lanes.push(lane);
-        }
+        let (uri, timeout) = (self.uri, self.options.timeout);
+        let (watch, source) = self.parts();
+        let (session, source) = (watch.session_id(), source.clone());
+        let (opened, ends) = crossbeam_channel::unbounded();
+        let mut lanes = Vec::new();
+        let result: Result<(), Cause> = std::thread::scope(|scope| {
+            for first in 0..streams.min(OPENING_MAX) {
+                let (opened, source) = (opened.clone(), &source);
+                scope.spawn(move || {
+                    for stream in (first..streams).step_by(OPENING_MAX.into()) {
+                        let end = SourceEnd::open(source, uri, session, version, stream, timeout);
+                        let failed = end.is_err();
+                        // Nobody listens any more once one has failed.
+                        if opened.send((stream, end)).is_err() || failed {
+                            return;
+                        }
+                    }
+                });
+            }
+            drop(opened);
+            // By value: once one has failed, nobody listens to the others.
+            ends.into_iter().try_for_each(|(stream, end)| {
+                let carrier = end.map_err(|source| Cause::Stream { stream, source })?;
+                watch.check()?;
+                lanes.push(Lane::spawn(
+                    source.clone(),
+                    carrier,
+                    stream,
+                    feeder.work(),
+                    watch.lane_started(),
+                )?);
+                Ok(())
+            })
+        });
+        // Also of an attempt that failed: what was started has to be ended.
+        self.running.as_mut().expect("parts() used it").lanes = lanes;
+        result?;
         self.progress.update(|r| r.streams = streams);
         Ok(())
     }

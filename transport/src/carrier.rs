@@ -208,9 +208,8 @@ impl StreamRequest {
                 }
                 DestinationEnd::socket(connection, sink.timeout()).map(Some)
             }
-            // The source hears of what fails here, and its other streams go on.
             #[cfg(feature = "rdma")]
-            Self::Queue(request) => Ok(crate::rdma::accept(request, sink).ok()),
+            Self::Queue(request) => Ok(crate::rdma::accept(request, sink)),
         }
     }
 }

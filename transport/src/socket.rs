@@ -179,7 +179,9 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// Listens; for RDMA, for its control connections. A Unix socket's path that nobody listens on any more is replaced; any other file there is left alone.
+    /// Listens; for RDMA, for its control connections.
+    ///
+    /// A Unix socket's path that nobody listens on any more is replaced; any other file there is left alone.
     pub fn bind(uri: &Uri) -> Result<Self, SocketError> {
         let fail =
             |hint: &str, source: io::Error| SocketError::new(format!("cannot listen on {uri}{hint}"), source);

@@ -12,6 +12,7 @@ use transport::wire::frame::{
     FrameHeader, FrameKind, RECEIPT_HEADER_LEN, check_receipt, decode_receipt_header, encode_receipt,
     fold_receipt,
 };
+use transport::wire::queue::{Accept, Kind, MessageHeader, Range, Refusal, Registered, Request};
 use transport::wire::{Preamble, Role};
 use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_seed};
 
@@ -119,6 +120,63 @@ fn frame() -> FrameHeader {
     }
 }
 
+/// What travels over queue pairs, with its bytes.
+fn queue_pair() -> Vec<(&'static str, Vec<u8>)> {
+    let hasher = PageHasher::new(SEED);
+    let preamble =
+        Preamble { version_min: 1, version_max: 1, role: Role::Stream, stream: 2, session: SESSION };
+    let range = Range { first: 256, count: 64 };
+    let message = |kind, taken, payload: &[u8]| {
+        let header = MessageHeader { kind, len: payload.len() as u32, taken };
+        [&header.encode(&hasher)[..], payload].concat()
+    };
+    let registered = Registered { range, place: Some((0x7f00_1234_5000, 0x1d6c)) };
+    let refused = Registered { range, place: None };
+    let placed = FrameHeader {
+        placed: true,
+        raw: u64::MAX,
+        chunk: 3,
+        seq: 7,
+        kind: FrameKind::Pages,
+        ..FrameHeader::end(0)
+    };
+    vec![
+        (
+            "8f504746455252590100010002000200000102030405060708090a0b0c0d0e0f3125a5142856332a",
+            Request { preamble }.encode().to_vec(),
+        ),
+        (
+            "50474131020000002000000001000000ffffffffffffffffa0d6a66535d62dda",
+            Accept { stream: 2, buffers: 32, adapter: 1, pinned_max: u64::MAX }.encode().to_vec(),
+        ),
+        (
+            "5047583108000000020000006e6f000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000b7cbcd76478f12c9",
+            Refusal::new(ErrorCode::UnknownSession, "no").encode().to_vec(),
+        ),
+        (
+            "50474d310100000048000000000000000000000000000000bbb7d270510fcc34504746310100010007000000000000000300000000000000ffffffffffffffff0000000000000000000000000000000000000000000000000000000000000000de04950400b98d29",
+            message(Kind::Data, 0, &placed.encode(&hasher)),
+        ),
+        (
+            "50474d3102000000100000000000000000000000000000006a76f837ccafa9f000010000400000006c45260dc79d2596",
+            message(Kind::Register, 0, &range.encode(&hasher)),
+        ),
+        (
+            "50474d3102000000200000000000000005000000000000004c00c72befd660a00001000040000000000000006c1d000000503412007f0000799d1964cf943ca9",
+            message(Kind::Register, 5, &registered.encode(&hasher)),
+        ),
+        (
+            "50474d3102000000200000000000000005000000000000004c00c72befd660a00001000040000000010000000000000000000000000000008d69e81cfb373bfe",
+            message(Kind::Register, 5, &refused.encode(&hasher)),
+        ),
+        (
+            "50474d3103000000100000000000000000000000000000005007914aa8040fbc00010000400000006c45260dc79d2596",
+            message(Kind::Release, 0, &range.encode(&hasher)),
+        ),
+        ("50474d3104000000000000000000000009000000000000005c96c02483974014", message(Kind::End, 9, &[])),
+    ]
+}
+
 /// What the five pages of the golden frame hold once it was applied.
 fn pages() -> [[u8; PAGE_SIZE]; 5] {
     let mut delta = [0; PAGE_SIZE];
@@ -197,6 +255,13 @@ fn the_encoded_section_decodes_to_its_pages() {
 }
 
 #[test]
+fn private_data_and_messages_are_these_bytes() {
+    for (golden, bytes) in queue_pair() {
+        assert_eq!(hex(&bytes), golden);
+    }
+}
+
+#[test]
 fn receipts_and_folds_are_these_bytes() {
     let hasher = PageHasher::new(SEED);
     let digests: Vec<u64> = pages().iter().map(|page| receipt(hasher.page(page))).collect();
@@ -227,8 +292,12 @@ fn the_document_shows_every_vector() {
     let named = [SECTION, FRAME_HEADER, END_HEADER, RECEIPT, FOLD, ZERO_PAGE_DIGEST];
     let messages = messages();
     let preambles = preambles();
-    let all =
-        named.iter().chain(messages.iter().map(|(hex, _)| hex)).chain(preambles.iter().map(|(hex, _)| hex));
+    let queue_pair = queue_pair();
+    let all = named
+        .iter()
+        .chain(queue_pair.iter().map(|(hex, _)| hex))
+        .chain(messages.iter().map(|(hex, _)| hex))
+        .chain(preambles.iter().map(|(hex, _)| hex));
     for vector in all {
         assert!(shown.contains(vector), "docs/protocol.md does not show {vector}");
     }

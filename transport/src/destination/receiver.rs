@@ -192,6 +192,10 @@ impl Input<'_> {
                     self.send_receipts()?;
                     wait = true;
                 }
+                Err(source) if source.kind() == io::ErrorKind::OutOfMemory => {
+                    let source = BackendError::new("guest memory cannot be received into", source);
+                    return Err(ReceiveError::Memory { stream, source });
+                }
                 Err(source) => return Err(ReceiveError::Io { stream, source }),
             }
         }

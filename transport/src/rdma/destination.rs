@@ -8,13 +8,16 @@ use std::time::Instant;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 
 use super::connect::{ConnectRequest, RdmaError, domain_of, failed};
-use super::sys::{Access, Depth, Domain, QueuePair, Region, Slot, wait_readable};
-use super::{Cut, NotRegistered, POLLS, TICK, aborted, is_over};
+use super::sys::{Access, Depth, Domain, Id, QueuePair, Region, Slot, wait_readable};
+use super::{Cut, NotRegistered, POLLS, TICK, aborted, buffers_failed, is_over};
 use crate::carrier::{Breaker, DestinationEnd, FrameReceiver};
 use crate::destination::PageSink;
 use crate::sys::ReceiveList;
 use crate::wire::WireError;
-use crate::wire::queue::{ANSWER_BYTES, Accept, Kind, MESSAGE_BYTES, MessageHeader, Range, Registered};
+use crate::wire::control::ErrorCode;
+use crate::wire::queue::{
+    ANSWER_BYTES, Accept, Kind, MESSAGE_BYTES, MessageHeader, Range, Refusal, Registered,
+};
 
 /// Buffers for what the source sends.
 const RECEIVES: u32 = 32;
@@ -112,15 +115,27 @@ fn place_of(sink: &PageSink, range: Range) -> Result<(usize, u64, u64), WireErro
     Ok((first.region, first.offset, bytes))
 }
 
-/// Accepts a stream.
-pub(crate) fn accept(request: ConnectRequest, sink: &Arc<PageSink>) -> Result<DestinationEnd, RdmaError> {
+/// Accepts a stream. What fails here the source is told, whose other streams go on.
+pub(crate) fn accept(request: ConnectRequest, sink: &Arc<PageSink>) -> Option<DestinationEnd> {
     let stream = request.preamble().stream;
-    let id = request.into_id().map_err(failed("take a connection over RDMA"))?;
+    let id = request.into_id().ok()?;
+    match attach(&id, stream, sink) {
+        Ok(end) => Some(end),
+        Err(error) => {
+            let cause = std::error::Error::source(&error).map(|e| format!(": {e}")).unwrap_or_default();
+            // Whoever asks hears of the end in any case.
+            let _ = id.reject(&Refusal::new(ErrorCode::Local, &format!("{error}{cause}")).encode());
+            None
+        }
+    }
+}
+
+fn attach(id: &Arc<Id>, stream: u16, sink: &Arc<PageSink>) -> Result<DestinationEnd, RdmaError> {
     let registrar = sink.registrar();
     let device = failed("use the RDMA device");
     let (adapter, domain) = {
         let mut table = registrar.table();
-        let (known, domain) = domain_of(table.domains.iter().enumerate(), &id).map_err(device)?;
+        let (known, domain) = domain_of(table.domains.iter().enumerate(), id).map_err(device)?;
         let adapter = known.unwrap_or_else(|| {
             table.domains.push(domain.clone());
             table.domains.len() - 1
@@ -128,15 +143,15 @@ pub(crate) fn accept(request: ConnectRequest, sink: &Arc<PageSink>) -> Result<De
         (adapter, domain)
     };
     let depth = Depth { sends: ANSWERS, receives: RECEIVES };
-    let pair = QueuePair::new(id, &domain, depth).map_err(failed("make a queue pair"))?;
-    let buffers = failed("register buffers for RDMA (is `ulimit -l` large enough?)");
+    let pair = QueuePair::new(id.clone(), &domain, depth).map_err(failed("make a queue pair"))?;
+    let bytes = ANSWERS as usize * ANSWER_BYTES + RECEIVES as usize * MESSAGE_BYTES;
     let free = Slot::make(&domain, ANSWERS as usize, ANSWER_BYTES, Access::Read)
         .and_then(|free| {
             let receives = Slot::make(&domain, RECEIVES as usize, MESSAGE_BYTES, Access::Receive)?;
             receives.into_iter().try_for_each(|slot| pair.post_receive(slot))?;
             Ok(free)
         })
-        .map_err(buffers)?;
+        .map_err(|e| failed("register buffers")(buffers_failed(e, bytes)))?;
     let answer =
         Accept { stream, buffers: RECEIVES, adapter: adapter as u32, pinned_max: registrar.pinned_max };
     pair.id().accept(&answer.encode()).map_err(failed("accept a connection over RDMA"))?;

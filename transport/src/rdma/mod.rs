@@ -85,16 +85,26 @@ impl NotRegistered {
         if error.raw_os_error() != Some(libc::ENOMEM) {
             return Self::Unfit;
         }
-        let text = match sys::memlock_limit() {
-            Some(limit) => format!(
-                "cannot pin {bytes} bytes of guest memory for RDMA: RLIMIT_MEMLOCK is {limit} bytes; run `ulimit -l unlimited` in the \
+        Self::Fatal(out_of_memory(bytes))
+    }
+}
+
+/// Why so many bytes cannot be pinned, and what to do.
+fn out_of_memory(bytes: u64) -> io::Error {
+    let text = match sys::memlock_limit() {
+        Some(limit) => format!(
+            "cannot pin {bytes} bytes of memory for RDMA: RLIMIT_MEMLOCK is {limit} bytes; run `ulimit -l unlimited` in the \
                  shell that starts pageferry (as root, or with `* - memlock unlimited` in /etc/security/limits.conf), \
                  or bound it with --rdma-max-pinned"
-            ),
-            None => format!(
-                "cannot pin {bytes} bytes of guest memory for RDMA: this host has not enough free memory; bound it with --rdma-max-pinned"
-            ),
-        };
-        Self::Fatal(io::Error::new(io::ErrorKind::OutOfMemory, text))
-    }
+        ),
+        None => format!(
+            "cannot pin {bytes} bytes of memory for RDMA: this host has not enough free memory; bound it with --rdma-max-pinned"
+        ),
+    };
+    io::Error::new(io::ErrorKind::OutOfMemory, text)
+}
+
+/// The same for message buffers, whose registration failed with `error`.
+fn buffers_failed(error: io::Error, bytes: usize) -> io::Error {
+    if error.raw_os_error() == Some(libc::ENOMEM) { out_of_memory(bytes as u64) } else { error }
 }

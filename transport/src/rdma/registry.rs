@@ -1,7 +1,7 @@
 //! What a source has registered, at both ends: which runs of memory, who uses them, and which to let go.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use pagecopy::backend::GuestRam;
@@ -63,8 +63,10 @@ struct Table {
 pub(crate) struct Registry {
     ram: Arc<dyn GuestRam>,
     options: RdmaOptions,
-    /// Runs of whole chunks of data, ascending.
-    plan: Vec<Range>,
+    /// Runs of whole chunks of data, ascending, as long as they may be.
+    whole: Vec<Range>,
+    /// The same, cut so that several fit into what both ends may pin, once that is known.
+    plan: OnceLock<Vec<Range>>,
     table: Mutex<Table>,
     changed: Condvar,
 }
@@ -114,11 +116,9 @@ impl Drop for Hold {
 impl Registry {
     /// For memory in which `populated` is no hole. Only whole chunks of data are registered: that would allocate holes.
     pub(crate) fn new(ram: Arc<dyn GuestRam>, options: RdmaOptions, populated: &PageBitmap) -> Self {
-        let chunk_bytes = CHUNK_SIZE as u64;
-        let longest = (options.pinned_max / PINNED_PARTS / chunk_bytes).clamp(1, REGISTER_CHUNKS_MAX.into());
-        let plan = plan(ram.layout(), longest as u32, |chunk| populated.get(chunk));
+        let whole = plan(ram.layout(), |chunk| populated.get(chunk));
         let table = Table { pinned_max: options.pinned_max, ..Table::default() };
-        Self { ram, options, plan, table: Mutex::new(table), changed: Condvar::new() }
+        Self { ram, options, whole, plan: OnceLock::new(), table: Mutex::new(table), changed: Condvar::new() }
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -140,20 +140,28 @@ impl Registry {
         if let Some(at) = table.pairs.iter().position(is_this) {
             return at;
         }
-        let runs = self.plan.iter().map(|_| Run { state: State::Idle, users: 0, used: 0 }).collect();
+        let longest = table.pinned_max / PINNED_PARTS / CHUNK_SIZE as u64;
+        let longest = longest.clamp(1, REGISTER_CHUNKS_MAX.into()) as u32;
+        let plan = self.plan.get_or_init(|| cut(&self.whole, longest));
+        let runs = plan.iter().map(|_| Run { state: State::Idle, users: 0, used: 0 }).collect();
         table.pairs.push(Pair { domain: domain.clone(), adapter, runs });
         table.pairs.len() - 1
     }
 
+    /// The plan; empty before there is a stream.
+    fn plan(&self) -> &[Range] {
+        self.plan.get().map_or(&[], Vec::as_slice)
+    }
+
     /// The run of the plan that a chunk lies in.
     pub(super) fn run_of(&self, chunk: u32) -> Option<usize> {
-        let at = self.plan.partition_point(|range| range.first <= chunk).checked_sub(1)?;
-        (chunk < self.plan[at].first + self.plan[at].count).then_some(at)
+        let at = self.plan().partition_point(|range| range.first <= chunk).checked_sub(1)?;
+        (chunk < self.plan()[at].first + self.plan()[at].count).then_some(at)
     }
 
     /// Runs in all.
     pub(super) fn runs(&self) -> usize {
-        self.plan.len()
+        self.plan().len()
     }
 
     pub(super) fn pins_all(&self) -> bool {
@@ -170,7 +178,7 @@ impl Registry {
             State::Refused => Next::Message,
             State::Asked { .. } => Next::Wait,
             State::Ready { region, to, key } => {
-                let offset = u64::from(chunk - self.plan[run].first) * CHUNK_SIZE as u64;
+                let offset = u64::from(chunk - self.plan()[run].first) * CHUNK_SIZE as u64;
                 let (region, to, key) = (region.clone(), to + offset, *key);
                 (entry.users, entry.used) = (entry.users + 1, clock);
                 let hold = Hold { registry: self.clone(), pair, run };
@@ -192,7 +200,7 @@ impl Registry {
     /// Makes an idle run asked for, if there is room or room can be made.
     fn claim(&self, table: &mut Table, pair: usize, run: usize, evict: bool) -> Next {
         let pins = !table.pairs[pair].domain.on_demand();
-        let bytes = if pins { bytes_of(self.ram.layout(), self.plan[run]) } else { 0 };
+        let bytes = if pins { bytes_of(self.ram.layout(), self.plan()[run]) } else { 0 };
         let mut release = Vec::new();
         while table.pinned + bytes > table.pinned_max {
             if !evict {
@@ -207,17 +215,17 @@ impl Registry {
                 return if any { Next::Wait } else { Next::Message };
             };
             table.pairs[pair].runs[oldest].state = State::Idle;
-            table.pinned -= bytes_of(self.ram.layout(), self.plan[oldest]);
-            release.push(self.plan[oldest]);
+            table.pinned -= bytes_of(self.ram.layout(), self.plan()[oldest]);
+            release.push(self.plan()[oldest]);
         }
         table.pinned += bytes;
         table.pairs[pair].runs[run].state = State::Asked { local: None, remote: None };
-        Next::Ask { run, range: self.plan[run], release }
+        Next::Ask { run, range: self.plan()[run], release }
     }
 
     /// Registers a run that was asked for at this end.
     pub(super) fn register(&self, pair: usize, run: usize) -> io::Result<()> {
-        let range = self.plan[run];
+        let range = self.plan()[run];
         let domain = self.table().pairs[pair].domain.clone();
         let place = self.ram.layout().locate(range.first).expect("the plan is the layout's");
         let bytes = bytes_of(self.ram.layout(), range);
@@ -239,7 +247,8 @@ impl Registry {
 
     /// Takes the destination's answer; says whether it was waited for.
     pub(super) fn answer(&self, pair: usize, answer: Registered) -> bool {
-        let Some(run) = self.run_of(answer.range.first).filter(|&run| self.plan[run] == answer.range) else {
+        let Some(run) = self.run_of(answer.range.first).filter(|&run| self.plan()[run] == answer.range)
+        else {
             return false;
         };
         let mut asked = false;
@@ -269,7 +278,7 @@ impl Registry {
             *state = State::Ready { region: region.clone(), to: *to, key: *key };
         }
         if matches!(state, State::Refused) && !was_refused && pins {
-            table.pinned -= bytes_of(self.ram.layout(), self.plan[run]);
+            table.pinned -= bytes_of(self.ram.layout(), self.plan()[run]);
         }
         drop(table);
         self.changed.notify_all();
@@ -283,7 +292,7 @@ impl Registry {
             if matches!(state, State::Asked { .. }) {
                 *state = State::Idle;
                 if !table.pairs[pair].domain.on_demand() {
-                    table.pinned -= bytes_of(self.ram.layout(), self.plan[run]);
+                    table.pinned -= bytes_of(self.ram.layout(), self.plan()[run]);
                 }
             }
         }
@@ -305,27 +314,33 @@ fn bytes_of(layout: &Layout, range: Range) -> u64 {
     u64::from(range.count - 1) * CHUNK_SIZE as u64 + last
 }
 
-/// Runs of chunks that are all data, each in one region, at most `longest` chunks long.
-fn plan(layout: &Layout, longest: u32, populated: impl Fn(u32) -> u64) -> Vec<Range> {
+/// Runs of chunks that are all data, each in one region.
+fn plan(layout: &Layout, populated: impl Fn(u32) -> u64) -> Vec<Range> {
     let mut plan: Vec<Range> = Vec::new();
     for region in 0..layout.regions().len() {
-        let mut run: Option<Range> = None;
-        let mut done =
-            |run: &mut Option<Range>| plan.extend(run.take().filter(|r| r.count >= RUN_CHUNKS_MIN));
+        let mut open = false;
         for chunk in layout.region_chunks(region) {
             let valid = layout.valid(chunk);
-            match &mut run {
-                _ if populated(chunk) & valid != valid => done(&mut run),
-                Some(range) if range.count < longest => range.count += 1,
-                _ => {
-                    done(&mut run);
-                    run = Some(Range { first: chunk, count: 1 });
-                }
+            let data = populated(chunk) & valid == valid;
+            match plan.last_mut() {
+                Some(last) if data && open => last.count += 1,
+                _ if data => plan.push(Range { first: chunk, count: 1 }),
+                _ => {}
             }
+            open = data;
         }
-        done(&mut run);
     }
     plan
+}
+
+/// Runs of at most `longest` chunks; those that are not worth it are left out.
+fn cut(whole: &[Range], longest: u32) -> Vec<Range> {
+    let pieces = whole.iter().flat_map(|range| {
+        let end = range.first + range.count;
+        let starts = (range.first..end).step_by(longest as usize);
+        starts.map(move |first| Range { first, count: longest.min(end - first) })
+    });
+    pieces.filter(|range| range.count >= RUN_CHUNKS_MIN).collect()
 }
 
 #[cfg(test)]
@@ -335,16 +350,19 @@ mod tests {
     #[test]
     fn a_plan_leaves_holes_alone() {
         let layout = Layout::flat(20 * CHUNK_SIZE as u64 + 4096).unwrap();
-        // Chunk 5 has a hole of one page, chunk 8 stands alone, chunk 10 is empty; the last chunk has one page.
+        // Chunk 5 has a hole of one page, chunks 6 and 8 stand alone, 7, 9 and 10 are empty; the last chunk has one page.
         let populated = |chunk| match chunk {
-            5 => u64::MAX & !2,
+            5 => !2,
             7 | 9 | 10 => 0,
             20 => 1,
             _ => u64::MAX,
         };
         let range = |first, count| Range { first, count };
-        assert_eq!(plan(&layout, 256, populated), [range(0, 5), range(11, 10)]);
-        assert_eq!(plan(&layout, 4, populated), [range(0, 4), range(11, 4), range(15, 4), range(19, 2)]);
+        let whole = plan(&layout, populated);
+        assert_eq!(whole, [range(0, 5), range(6, 1), range(8, 1), range(11, 10)]);
+        assert_eq!(cut(&whole, 256), [range(0, 5), range(11, 10)]);
+        assert_eq!(cut(&whole, 4), [range(0, 4), range(11, 4), range(15, 4), range(19, 2)]);
+        assert_eq!(cut(&whole, 1), []);
         assert_eq!(bytes_of(&layout, range(19, 2)), CHUNK_SIZE as u64 + 4096);
     }
 }

@@ -12,7 +12,7 @@ use pagecopy::layout::PAGE_SIZE;
 use super::connect::{RdmaError, ask, failed, reach};
 use super::registry::{Next, Registry, Target};
 use super::sys::{Access, Depth, QueuePair, Slot, Write, wait_readable};
-use super::{Cut, POLLS, TICK, aborted, is_over};
+use super::{Cut, POLLS, TICK, aborted, buffers_failed, is_over};
 use crate::carrier::{Breaker, FrameSender, Placement, ReceiptReader, SourceEnd};
 use crate::source::PageSource;
 use crate::sys::SendList;
@@ -82,14 +82,14 @@ pub(crate) fn connect(
     let depth = Depth { sends: SENDS, receives: RECEIVES };
     let make = failed("make a queue pair");
     let pair = QueuePair::new(id, &domain, depth).map_err(make)?;
-    let buffers = failed("register buffers for RDMA (is `ulimit -l` large enough?)");
+    let bytes = MESSAGES * MESSAGE_BYTES + RECEIVES as usize * ANSWER_BYTES;
     let free = Slot::make(&domain, MESSAGES, MESSAGE_BYTES, Access::Read)
         .and_then(|free| {
             let receives = Slot::make(&domain, RECEIVES as usize, ANSWER_BYTES, Access::Receive)?;
             receives.into_iter().try_for_each(|slot| pair.post_receive(slot))?;
             Ok(free)
         })
-        .map_err(buffers)?;
+        .map_err(|e| failed("register buffers")(buffers_failed(e, bytes)))?;
     let accept = ask(&pair, address, preamble, timeout)?;
     if accept.stream != preamble.stream {
         return Err(WireError::BadValue { field: "stream", value: accept.stream.into() }.into());

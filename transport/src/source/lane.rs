@@ -39,6 +39,15 @@ pub enum LaneError {
         #[source]
         source: io::Error,
     },
+    /// This host lacks memory for it, or may not use it.
+    #[error("stream {stream}")]
+    Memory {
+        /// Which stream.
+        stream: u16,
+        /// What, and what to do.
+        #[source]
+        source: io::Error,
+    },
     /// The destination closed the stream.
     #[error("stream {stream}: the destination closed the connection")]
     Closed {
@@ -206,6 +215,7 @@ impl Shared {
     pub(super) fn io_error(&self, source: io::Error) -> LaneError {
         match source.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.timeout(),
+            io::ErrorKind::OutOfMemory => LaneError::Memory { stream: self.stream, source },
             _ => LaneError::Io { stream: self.stream, source },
         }
     }
