@@ -173,6 +173,27 @@ fn moves(address: Ipv4Addr, from: &Path, send: &[&str], recv: &[&str]) -> serde_
 }
 
 #[test]
+fn what_is_missing_is_named() {
+    if device().is_ok() {
+        return println!("skipped: nothing is missing here");
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_pageferry"))
+        .args(["recv", "rdma:127.0.0.1:0", "--anon"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let (code, words) = if cfg!(feature = "rdma") {
+        (3, &["no RDMA device", "pageferry lab"][..])
+    } else {
+        (2, &["--features rdma", "libibverbs-dev", "librdmacm-dev", "libclang-dev"][..])
+    };
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    for word in words {
+        assert!(said.contains(word), "{said}");
+    }
+}
+
+#[test]
 fn images_arrive_whole_and_sparse() {
     let address = device_or_skip!();
     let _turn = turn();

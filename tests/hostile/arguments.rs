@@ -16,7 +16,7 @@ fn arguments_that_make_no_sense_exit_with_2() {
         (&["recv", "tcp:127.0.0.1:99999", "--anon"], "not a number from 0 to 65535"),
         (&["recv", "tcp:::1:80", "--anon"], "brackets"),
         (&["recv", "unix:", "--anon"], "path is empty"),
-        (&["recv", "rdma:x:1", "--anon"], "not built into this version"),
+        (&["recv", "vsock:2:1", "--anon"], "not built into this version"),
         (&["send", "nonsense", "--ram-file", "x"], "expected tcp:HOST:PORT"),
         (&["send", "tcp::1", "--ram-file", "x", "--streams", "0"], "1..=256"),
         (&["send", "tcp::1", "--ram-file", "x", "--streams", "257"], "1..=256"),

@@ -2,7 +2,7 @@
 //!
 //! The control connection stays TCP. A stream's bytes (frames one way, receipts the other) travel in messages as they would over a
 //! socket; raw pages do not: the source writes them straight from its guest's memory into the destination's, in the
-//! order in which frames name them, so that what a header announces is there when the header is. [`sys`] has all the unsafe
+//! order in which frames name them, so that what a header announces is there when the header is. `sys.rs` has all the unsafe
 //! code and keeps alive what the adapter uses; everything above it is ordinary code.
 
 mod connect;
