@@ -244,6 +244,8 @@ pub struct Chooser {
     delta: bool,
     /// Of the sampled chunks.
     delta_seen: Option<Average>,
+    /// Each page is sent once.
+    once: bool,
     chunks: u32,
     next_probe: usize,
 }
@@ -263,9 +265,15 @@ impl Chooser {
             current,
             delta: matches!(mode, CodecMode::Auto | CodecMode::Delta),
             delta_seen: None,
+            once: false,
             chunks: 0,
             next_probe: 0,
         }
+    }
+
+    /// For memory that nobody writes: each page is sent once, so no content is kept for deltas.
+    pub fn each_once(self) -> Self {
+        Self { once: true, ..self }
     }
 
     /// What the user asked for.
@@ -292,10 +300,11 @@ impl Chooser {
         let auto = self.mode == CodecMode::Auto;
         let slow = self.link.nanos.is_none_or(|nanos| nanos >= FILL_LINK_NANOS);
         let sampled = auto && is_delta_sample(chunk);
+        let keeps = !self.once;
         let share = self.current.map_or(1.0, |level| self.estimate(level).out);
         Plan {
-            delta: self.delta || sampled,
-            fill: self.delta && (!auto || slow) || sampled,
+            delta: keeps && (self.delta || sampled),
+            fill: keeps && (self.delta && (!auto || slow) || sampled),
             // Beside compression a delta must be shorter than what compression would make of the page.
             delta_bytes_max: ((PAGE_SIZE as f64 * share) as usize).clamp(PAGE_SIZE / 8, DELTA_BYTES_MAX),
             zstd_level: level,
@@ -487,6 +496,16 @@ mod tests {
             })
             .max_by(|a, b| a.0.total_cmp(&b.0))
             .unwrap()
+    }
+
+    #[test]
+    fn nothing_is_kept_of_what_is_sent_once() {
+        for mode in [CodecMode::Auto, CodecMode::Delta] {
+            let mut chooser = Chooser::new(mode).each_once();
+            let plans: Vec<Plan> = (0..200).map(|chunk| chooser.plan(chunk)).collect();
+            assert!(plans.iter().all(|plan| !plan.delta && !plan.fill));
+            assert!(plans.iter().any(|plan| plan.in_place(true)));
+        }
     }
 
     #[test]

@@ -121,6 +121,11 @@ impl ChunkEncoder {
         }
     }
 
+    /// For memory that nobody writes; see [`Chooser::each_once`].
+    pub fn each_once(self) -> Self {
+        Self { chooser: self.chooser.each_once(), ..self }
+    }
+
     /// What chooses the codec.
     pub fn chooser(&self) -> &Chooser {
         &self.chooser

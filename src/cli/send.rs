@@ -33,7 +33,11 @@ pub(super) struct SendArgs {
 }
 
 pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
-    let ram = GuestMemory::open_ram_file(&args.ram_file, false).map_err(|e| CliError::cannot_start(&e))?;
+    let ram = match args.uri {
+        Uri::Rdma { .. } => GuestMemory::open_ram_file_to_register(&args.ram_file),
+        Uri::Tcp { .. } | Uri::Unix(_) => GuestMemory::open_ram_file(&args.ram_file, false),
+    };
+    let ram = ram.map_err(|e| CliError::cannot_start(&e))?;
     let ram: Arc<dyn GuestRam> = Arc::new(ram);
     let backend = SourceBackend {
         ram: ram.clone(),

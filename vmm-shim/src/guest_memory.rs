@@ -133,6 +133,18 @@ impl GuestMemory {
         Self::over_file(layout, file, None, !writable)
     }
 
+    /// Opens a file as [`Self::open_ram_file`] does, to be read by a network adapter from where its pages lie.
+    ///
+    /// Registering a private mapping copies the file on some kernels, which take every registration for one to be written.
+    /// So a file in memory is mapped shared where it may be opened for writing; nothing here writes it, but registering it
+    /// moves its time of change. Files on a disk are mapped privately: there such a registration would write pages back.
+    pub fn open_ram_file_to_register(path: &Path) -> Result<Self, BackendError> {
+        match Self::open_ram_file(path, true) {
+            Ok(shared) if shared.kind != Kind::Disk => Ok(shared),
+            _ => Self::open_ram_file(path, false),
+        }
+    }
+
     /// Fails where [`Self::create`] could make no file: the folder does not exist or takes none, or something that is no
     /// regular file is in the way. Leaves everything as it was.
     pub fn check_ram_file_can_be_made(path: &Path) -> Result<(), BackendError> {

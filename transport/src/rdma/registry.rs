@@ -13,8 +13,12 @@ use super::{NotRegistered, TICK, connect};
 use crate::source::RdmaOptions;
 use crate::wire::queue::{REGISTER_CHUNKS_MAX, Range, Registered};
 
+const _: () = assert!(RUN_CHUNKS_MAX <= REGISTER_CHUNKS_MAX);
+
 /// Shorter runs of data are not worth a registration: their pages travel in messages.
 const RUN_CHUNKS_MIN: u32 = 2;
+/// Longest run: so short that registering the next one overlaps with sending from this one.
+const RUN_CHUNKS_MAX: u32 = 32;
 /// Of what may be pinned, each run takes at most this part, so that there is room for several.
 const PINNED_PARTS: u64 = 8;
 
@@ -141,7 +145,7 @@ impl Registry {
             return at;
         }
         let longest = table.pinned_max / PINNED_PARTS / CHUNK_SIZE as u64;
-        let longest = longest.clamp(1, REGISTER_CHUNKS_MAX.into()) as u32;
+        let longest = longest.clamp(1, RUN_CHUNKS_MAX.into()) as u32;
         let plan = self.plan.get_or_init(|| cut(&self.whole, longest));
         let runs = plan.iter().map(|_| Run { state: State::Idle, users: 0, used: 0 }).collect();
         table.pairs.push(Pair { domain: domain.clone(), adapter, runs });

@@ -255,12 +255,12 @@ struct LaneSender<'a> {
 impl<'a> LaneSender<'a> {
     fn new(shared: &'a Shared, carrier: Box<dyn FrameSender>) -> Self {
         let source = &*shared.source;
-        let options = &source.options;
+        let encoder = ChunkEncoder::new(source.options.codec, monotonic_nanos);
         Self {
             shared,
             source,
             carrier,
-            encoder: ChunkEncoder::new(options.codec, monotonic_nanos),
+            encoder: if source.log.expects_writes() { encoder } else { encoder.each_once() },
             snapshot: vec![0; CHUNK_SIZE].into(),
             out: Vec::with_capacity(2 * GATHER_BYTES + CHUNK_SIZE),
             seq: 0,

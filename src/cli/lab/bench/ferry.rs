@@ -9,18 +9,19 @@ use pageferry::engine::report::{Report, Status};
 
 use super::super::child::Running;
 use super::super::own_program;
+use super::Took;
 
 /// How long a destination may take to listen, and both to end.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// Moves the image into a new file; returns the report's total time in milliseconds.
+/// Moves the image into a new file; returns the report's times.
 pub(super) fn transfer(
     uri: &str,
     image: &Path,
     copy: &Path,
     streams: u16,
     codec: &str,
-) -> Result<f64, String> {
+) -> Result<Took, String> {
     let program = own_program().map_err(|e| e.to_string())?;
     let start = |command: &mut Command| {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -41,7 +42,7 @@ pub(super) fn transfer(
     if !received.status.success() {
         return Err(format!("the destination ended with {}", received.status));
     }
-    Ok(report.total_ms)
+    Ok(Took { total_ms: report.total_ms, setup_ms: report.setup_ms })
 }
 
 /// Reads until the destination says that it listens; what else it says is read in the background, so that it never waits for a

@@ -9,8 +9,8 @@ use super::super::error::LabError;
 use super::super::script;
 use super::image::{self, Kind};
 use super::qmp::{self, Mode};
-use super::table::{Row, Table};
-use super::{InsideArgs, WhatArgs, ferry, folder, perftest};
+use super::table::{Rates, Row, Table};
+use super::{InsideArgs, Took, WhatArgs, ferry, folder, perftest};
 
 /// The first port; every run has its own, so that none waits for an earlier one's connections to time out.
 const FIRST_PORT: u16 = 20_000;
@@ -108,8 +108,8 @@ impl Bench<'_> {
         for _ in 0..SWEEPS {
             for (size, row) in perftest::SIZES.into_iter().zip(&mut sizes) {
                 let run = perftest::run(size, &host, self.next_port());
-                say(&row.what, &run);
-                row.add(run);
+                say(&row.what, run.as_ref().copied());
+                row.add(run.map(Rates::plain));
                 if row.failed.is_some() {
                     return row.clone();
                 }
@@ -123,8 +123,8 @@ impl Bench<'_> {
         let mut row = Row::new(format!("ib_write_bw, {best} B"), None);
         for _ in 0..self.what.runs {
             let run = perftest::run(best, &host, self.next_port());
-            say(&row.what, &run);
-            row.add(run);
+            say(&row.what, run.as_ref().copied());
+            row.add(run.map(Rates::plain));
         }
         row
     }
@@ -143,7 +143,7 @@ impl Bench<'_> {
                 // Made anew for each: a source that reads holes through a mapping fills them, and its successor would find none.
                 image::make(&image, kind, self.what.mem).map_err(LabError::file("make the image", &image))?;
                 let rate = self.measure(contender, &image, run == 0);
-                say(&format!("{kind}: {}", row.what), &rate);
+                say(&format!("{kind}: {}", row.what), rate.as_ref().map(|rates| rates.total));
                 if run > 0 || rate.is_err() {
                     row.add(rate);
                 }
@@ -153,28 +153,32 @@ impl Bench<'_> {
         Ok(rows)
     }
 
-    /// One run: 10^6 bytes of the image in a second. With `check` the copy must be equal.
-    fn measure(&mut self, contender: &Contender, image: &Path, check: bool) -> Result<f64, String> {
+    /// One run. With `check` the copy must be equal.
+    fn measure(&mut self, contender: &Contender, image: &Path, check: bool) -> Result<Rates, String> {
         let (host, port) = (script::address(0), self.next_port());
         let copy = self.folder.join("copy");
         let _ = fs::remove_file(&copy);
-        let total_ms = match contender {
+        let took = match contender {
             Contender::Ferry(scheme, streams, codec) => {
                 ferry::transfer(&format!("{scheme}:{host}:{port}"), image, &copy, *streams, codec)
             }
             Contender::Qemu(mode) => qmp::migrate(*mode, image, &copy, &self.folder, &host, port),
         };
-        let equal = !check || total_ms.is_err() || same(image, &copy).map_err(|e| e.to_string())?;
+        let equal = !check || took.is_err() || same(image, &copy).map_err(|e| e.to_string())?;
         let _ = fs::remove_file(&copy);
-        match total_ms? {
-            _ if !equal => Err("the copy differs from the image".into()),
-            total_ms if total_ms > 0.0 => Ok(self.what.mem as f64 / 1e3 / total_ms),
-            _ => Err("it took no time at all".into()),
+        let Took { total_ms, setup_ms } = took?;
+        if !equal {
+            return Err("the copy differs from the image".into());
         }
+        if total_ms <= setup_ms {
+            return Err("it took no time at all".into());
+        }
+        let rate = |ms: f64| self.what.mem as f64 / 1e3 / ms;
+        Ok(Rates { total: rate(total_ms), moving: rate(total_ms - setup_ms) })
     }
 }
 
-fn say(what: &str, rate: &Result<f64, String>) {
+fn say(what: &str, rate: Result<f64, &String>) {
     match rate {
         Ok(rate) => eprintln!("{what}: {rate:.1} MB/s"),
         Err(reason) => eprintln!("{what}: failed: {reason}"),

@@ -139,6 +139,13 @@ fn command(args: &BenchArgs) -> Result<Vec<OsString>, LabError> {
     Ok(command)
 }
 
+/// How long a transfer took, in milliseconds.
+struct Took {
+    total_ms: f64,
+    /// Of that, before the first page could be sent: connecting, and what both sides prepare.
+    setup_ms: f64,
+}
+
 /// Files of the bench, in the guest's memory.
 fn folder() -> PathBuf {
     "/dev/shm/pageferry-bench".into()

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::super::child::Running;
 use super::super::needs;
+use super::Took;
 
 /// How long a QEMU may take to open its socket, and to answer.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -50,7 +51,7 @@ pub(super) fn migrate(
     folder: &Path,
     host: &str,
     port: u16,
-) -> Result<f64, String> {
+) -> Result<Took, String> {
     let length = image.metadata().map_err(|e| format!("{}: {e}", image.display()))?.len();
     let file = std::fs::File::create(copy).and_then(|file| file.set_len(length));
     file.map_err(|e| format!("{}: {e}", copy.display()))?;
@@ -73,9 +74,10 @@ pub(super) fn migrate(
     destination.ask("migrate-incoming", &json!({ "uri": uri }))?;
     let begin = Instant::now();
     source.ask("migrate", &json!({ "uri": uri }))?;
-    source.wait_for_migration(begin)?;
+    let state = source.wait_for_migration(begin)?;
     destination.wait_for_migration(begin)?;
-    Ok(begin.elapsed().as_secs_f64() * 1e3)
+    let total_ms = begin.elapsed().as_secs_f64() * 1e3;
+    Ok(Took { total_ms, setup_ms: state["setup-time"].as_f64().unwrap_or(0.0) })
 }
 
 /// A QEMU with a paused guest.
@@ -148,12 +150,12 @@ impl Qemu {
         }
     }
 
-    /// Waits for the end of a migration that began at `begin`.
-    fn wait_for_migration(&mut self, begin: Instant) -> Result<(), String> {
+    /// Waits for the end of a migration that began at `begin`; returns what QEMU says of it.
+    fn wait_for_migration(&mut self, begin: Instant) -> Result<Value, String> {
         loop {
             let state = self.ask("query-migrate", &json!({}))?;
             match state["status"].as_str() {
-                Some("completed") => return Ok(()),
+                Some("completed") => return Ok(state),
                 Some("failed" | "cancelled") => {
                     let reason = state["error-desc"].as_str().unwrap_or("QEMU's migration failed");
                     return Err(format!("{reason}{}", self.last_words()));
