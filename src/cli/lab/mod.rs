@@ -39,6 +39,7 @@ pub(super) struct LabArgs {
 #[derive(Debug, Subcommand)]
 enum LabCommand {
     Run(RunArgs),
+    Up(UpArgs),
     Demo(demo::DemoArgs),
     Bench(bench::BenchArgs),
     Prepare(PrepareArgs),
@@ -73,6 +74,23 @@ struct RunArgs {
     no_rdma: bool,
     /// The command, and its arguments
     #[arg(required = true, last = true, value_name = "CMD")]
+    cmd: Vec<OsString>,
+}
+
+/// Gives this host, not a guest, an RDMA device for as long as a command runs
+///
+/// A device that is there is used; else one is made, as root, by rdma_rxe on a pair of virtual network devices, and taken down
+/// again. The same as `lab run --host`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples, as root:\n  pageferry lab up -- ibv_devinfo\n  pageferry lab up\n\n\
+The device that is made is rxe0, with the address 10.9.0.1.\n\n\
+Exit codes: the command's own; 124 timed out; 2 wrong arguments; 3 could not start, something is missing; 130 cancelled.")]
+struct UpArgs {
+    /// End a command that has not ended after this many seconds
+    #[arg(long, default_value_t = 86_400, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
+    /// The command, and its arguments; without one the device stays until Ctrl-C
+    #[arg(last = true, value_name = "CMD")]
     cmd: Vec<OsString>,
 }
 
@@ -144,6 +162,7 @@ impl GuestArgs {
 pub(super) fn run(args: &LabArgs) -> Result<ExitCode, CliError> {
     match &args.command {
         LabCommand::Run(args) => run_command(args),
+        LabCommand::Up(args) => up(args),
         LabCommand::Demo(args) => demo::run(args),
         LabCommand::Bench(args) => bench::run(args),
         LabCommand::Prepare(args) => prepare(args),
@@ -163,6 +182,13 @@ fn run_command(args: &RunArgs) -> Result<ExitCode, LabError> {
     let mut plan = args.guest.plan(args.cmd.clone(), args.hosts, output);
     plan.rdma = !args.no_rdma;
     Ok(first_failure(&run::run(&plan)?))
+}
+
+fn up(args: &UpArgs) -> Result<ExitCode, LabError> {
+    let stay =
+        ["sh", "-c", "echo 'RDMA is up; Ctrl-C takes down what was made for it' >&2; exec sleep infinity"];
+    let command = if args.cmd.is_empty() { stay.map(OsString::from).to_vec() } else { args.cmd.clone() };
+    host::run(&command, Duration::from_secs(args.timeout)).map(ExitCode::from)
 }
 
 /// This program, which a guest sees at the same place.
