@@ -263,7 +263,8 @@ impl Worker<'_> {
             self.sink.touched.insert(header.chunk, written);
             self.populate(&header, fresh)?;
             self.apply_encoded(&header, fresh)?;
-            if self.placer.is_some() && header.raw != 0 && header.raw & !fresh == 0 {
+            let by_stream = header.raw_len() != 0;
+            if by_stream && self.placer.is_some() && header.raw & !fresh == 0 {
                 self.place_raw(&header)?;
             } else {
                 self.read_raw(&header)?;
