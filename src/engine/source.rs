@@ -235,6 +235,7 @@ struct Running {
 
 impl Attempt<'_> {
     fn run(&mut self) -> Result<(), Cause> {
+        transport::carrier::warm_up(self.uri);
         let mut watch = Watch::connect(self.uri, self.options, self.progress)?;
         self.backend.log.start()?;
         // After the log was started, so that no page falls between the two.

@@ -104,6 +104,18 @@ pub struct SourceEnd {
     pub(crate) breaker: Arc<dyn Breaker>,
 }
 
+/// Begins, in the background, what opening the first stream to `uri` would otherwise wait for: the RDMA libraries look for devices
+/// and load their drivers.
+pub fn warm_up(uri: &Uri) {
+    #[cfg(feature = "rdma")]
+    if matches!(uri, Uri::Rdma { .. }) {
+        // Whatever fails here fails again, and is reported, where a stream is opened.
+        std::thread::spawn(crate::rdma::warm_up);
+    }
+    #[cfg(not(feature = "rdma"))]
+    let _ = uri;
+}
+
 impl SourceEnd {
     /// Opens stream `stream` of a session with the destination at `uri`, which speaks `version`.
     pub fn open(

@@ -57,6 +57,11 @@ impl Breaker for Cut {
     }
 }
 
+/// Has the libraries find devices and load drivers, which they do once in a process.
+pub(crate) fn warm_up() {
+    drop(sys::EventChannel::new());
+}
+
 fn aborted() -> io::Error {
     io::Error::new(io::ErrorKind::ConnectionAborted, "the stream was ended")
 }
