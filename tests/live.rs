@@ -7,6 +7,8 @@
 mod commands;
 #[path = "live/demo.rs"]
 mod demo;
+#[path = "common/ends.rs"]
+mod ends;
 #[path = "live/guests.rs"]
 mod guests;
 #[path = "live/handover.rs"]
@@ -17,5 +19,7 @@ mod kill;
 mod proxy;
 #[path = "live/streams.rs"]
 mod streams;
+#[path = "live/torn.rs"]
+mod torn;
 #[path = "live/vm.rs"]
 mod vm;

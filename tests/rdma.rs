@@ -1,4 +1,16 @@
-//! Transfers over real RDMA devices: soft-RoCE does. Where there is none, or the feature is not built in, all of it is skipped.
+//! Transfers over real RDMA devices: soft-RoCE does. Where there is none, a lab guest that has one runs all of this once more.
+
+#[cfg(feature = "rdma")]
+#[path = "common/ends.rs"]
+mod ends;
+#[path = "rdma/lab.rs"]
+mod lab;
+#[cfg(feature = "rdma")]
+#[path = "rdma/loss.rs"]
+mod loss;
+#[cfg(feature = "rdma")]
+#[path = "rdma/torn.rs"]
+mod torn;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -43,6 +55,17 @@ macro_rules! device_or_skip {
         }
     };
 }
+use device_or_skip;
+
+/// Returns from the test with a printed reason where there is no KVM.
+macro_rules! kvm_or_skip {
+    () => {
+        if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+            return println!("skipped: /dev/kvm: {error}");
+        }
+    };
+}
+use kvm_or_skip;
 
 /// Tests take turns: each may use all there is.
 fn turn() -> std::sync::MutexGuard<'static, ()> {
@@ -207,7 +230,7 @@ fn images_arrive_whole_and_sparse() {
     ];
     for (name, kind) in kinds {
         let from = folder.path().join(name);
-        image(&from, 16, kind);
+        image(&from, 32, kind);
         for args in [&["--streams", "1"][..], &["--streams", "4"], &["--streams", "4", "--rdma-pin-all"]] {
             moves(address, &from, args, &[]);
         }
@@ -266,27 +289,29 @@ fn a_killed_side_ends_the_other_with_an_error() {
 fn a_running_guest_moves() {
     let address = device_or_skip!();
     let _turn = turn();
-    let kvm = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
-    if let Err(error) = kvm {
-        return println!("skipped: /dev/kvm: {error}");
-    }
+    kvm_or_skip!();
     for args in [&["--streams", "1"][..], &["--streams", "3", "--rdma-pin-all"]] {
-        let output = Command::new(env!("CARGO_BIN_EXE_pageferry"))
-            .args(["demo", "--json", "--mem", "64M", "--working-set", "4M", "--rate", "2000"])
-            .args(["--uri", &format!("rdma:{address}:0")])
-            .args(args)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-        let report = report(&output);
-        assert_eq!((&report["verified"], &report["accelerator"]), (&true.into(), &"kvm".into()), "{report}");
+        demo(address, &[&["--working-set", "4M", "--rate", "2000"], args].concat());
     }
 }
 
-/// Inside one process, so that what a connection leaves behind shows.
+/// Moves a guest on KVM, which says itself that it is whole.
+fn demo(address: Ipv4Addr, args: &[&str]) -> serde_json::Value {
+    let output = Command::new(env!("CARGO_BIN_EXE_pageferry"))
+        .args(["demo", "--json", "--mem", "64M", "--uri", &format!("rdma:{address}:0")])
+        .args(args)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    let report = report(&output);
+    assert_eq!((&report["verified"], &report["accelerator"]), (&true.into(), &"kvm".into()), "{report}");
+    report
+}
+
+/// Inside one process, so that what a connection leaves behind shows. `PAGEFERRY_TEST_CONNECTIONS` says how many.
 #[cfg(feature = "rdma")]
 #[test]
-fn a_thousand_connections_leave_nothing_behind() {
+fn connections_leave_nothing_behind() {
     use std::sync::Arc;
 
     use pageferry::pagecopy::backend::{GuestRam, StaticLog};
@@ -301,7 +326,7 @@ fn a_thousand_connections_leave_nothing_behind() {
     use pageferry::transport::uri::Uri;
     use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 
-    const CONNECTIONS: u32 = 1000;
+    let connections = std::env::var("PAGEFERRY_TEST_CONNECTIONS").map_or(100, |many| many.parse().unwrap());
     let address = device_or_skip!();
     let _turn = turn();
     let ram = || -> Arc<dyn GuestRam> {
@@ -349,7 +374,7 @@ fn a_thousand_connections_leave_nothing_behind() {
     };
     connect(20);
     let before = (open_files(), status("VmPin:"), status("VmRSS:"));
-    connect(CONNECTIONS);
+    connect(connections);
     let after = (open_files(), status("VmPin:"), status("VmRSS:"));
     println!("files, pinned KiB, resident KiB: {before:?} before, {after:?} after");
     assert_eq!((before.0, before.1), (after.0, after.1), "files and pinned memory");

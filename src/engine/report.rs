@@ -85,6 +85,9 @@ pub struct Report {
     pub max_rss_bytes: u64,
     /// Pages whose receipt did not match and that were sent again.
     pub mismatches: u64,
+    /// Pages that the guest wrote while they were sent from where they lie, and that were sent again from a copy.
+    #[serde(default)]
+    pub torn: u64,
     /// Streams that were lost on the way.
     pub streams_lost: u32,
     /// Every page was receipted with the digest of what was sent, and both sides' accounts are equal.
@@ -166,6 +169,12 @@ impl Report {
                 self.pages.raw, self.pages.compressed, self.pages.delta
             ),
         );
+        if self.torn != 0 {
+            line("torn:", format!("{} pages (written while they were sent, and sent again)", self.torn));
+        }
+        if self.mismatches != 0 {
+            line("mismatches:", format!("{} pages (arrived damaged, and sent again)", self.mismatches));
+        }
         line("dirty sync count:", format!("{} (rounds)", self.rounds));
         line("dirty pages rate:", format!("{:.0} pages/s", self.dirty_pages_per_s));
         line("page size:", format!("{} kbytes", self.page_size / 1024));
@@ -182,5 +191,23 @@ impl Report {
             if self.verified { "yes: every page receipted, accounts equal".into() } else { "no".into() },
         );
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_that_were_sent_again_are_shown_where_there_are_any() {
+        let text = Report::default().summary();
+        assert!(!text.contains("torn") && !text.contains("mismatches"), "{text}");
+        let report = Report { torn: 7, mismatches: 3, ..Report::default() };
+        let text = report.summary();
+        for line in ["torn:             7 pages", "mismatches:       3 pages"] {
+            assert!(text.lines().any(|l| l.starts_with(line)), "{line}: {text}");
+        }
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!((&json["torn"], &json["mismatches"]), (&7.into(), &3.into()));
     }
 }

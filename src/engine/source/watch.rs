@@ -250,6 +250,7 @@ impl Watch {
             r.logical_bytes = get(&counters.logical_acked);
             r.wire_bytes = get(&counters.wire_acked);
             r.mismatches = get(&counters.mismatches);
+            r.torn = get(&counters.torn);
             r.remaining_bytes = remaining;
             if matches!(r.status, Status::Setup | Status::Active | Status::Device) {
                 r.rates(total);

@@ -336,7 +336,7 @@ impl<'a> LaneSender<'a> {
         result
     }
 
-    /// Sends the pages of a claimed chunk. On failure they are among the unreceipted frames.
+    /// Sends the pages of a claimed chunk. On failure they are among the unreceipted frames, or pending.
     fn send_chunk(&mut self, chunk: u32, pages: u64) -> Result<(), LaneError> {
         let source = self.source;
         let first_pass = source.carried.get(chunk) & pages == 0;
@@ -355,13 +355,7 @@ impl<'a> LaneSender<'a> {
             self.source.owners.release(chunk);
             return Ok(());
         }
-        // Pages whose receipt differed when they were placed last time are sent from the snapshot.
-        let by_copy = self.source.by_copy.get(chunk) & encoded.raw != 0;
-        let placement = if encoded.raw == 0 || by_copy {
-            None
-        } else {
-            self.carrier.place(chunk, encoded.raw).map_err(|e| self.shared.io_error(e))?
-        };
+        let placement = place(self.shared, &mut *self.carrier, chunk, encoded.raw, sent)?;
         let header = FrameHeader {
             kind: FrameKind::Pages,
             seq: self.seq,
@@ -470,6 +464,28 @@ impl<'a> LaneSender<'a> {
         Counters::add(&self.source.counters.wire_sent, bytes);
         Ok(())
     }
+}
+
+/// Has the carrier place these raw pages, of those that a frame is to carry. Pages whose receipt differed when they were placed
+/// last time are sent from the snapshot.
+fn place(
+    shared: &Shared,
+    carrier: &mut dyn FrameSender,
+    chunk: u32,
+    raw: u64,
+    sent: u64,
+) -> Result<Option<Placement>, LaneError> {
+    let source = &shared.source;
+    if raw == 0 || source.by_copy.get(chunk) & raw != 0 {
+        return Ok(None);
+    }
+    carrier.place(chunk, raw).map_err(|e| {
+        // There is no frame yet that would be taken back with the stream: the pages wait again, and are no base for anything.
+        source.shared.void(chunk, sent);
+        source.pending.insert(chunk, sent);
+        source.owners.release(chunk);
+        shared.io_error(e)
+    })
 }
 
 /// Copies the pages, and only these, out of guest memory.
