@@ -171,6 +171,29 @@ fn a_guest_that_hangs_is_killed() {
 }
 
 #[test]
+fn a_boot_that_hangs_is_tried_once_more() {
+    let Some(_turn) = turn() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let (own, mark) = (folder.path().join("qemu-system-x86_64"), folder.path().join("mark"));
+    // The first machine has ports and never runs.
+    let script = "#!/bin/sh
+        PATH=$REST
+        if mkdir $MARK 2>/dev/null; then exec qemu-system-x86_64 -S \"$@\"; fi
+        exec qemu-system-x86_64 \"$@\"\n";
+    std::fs::write(&own, script).unwrap();
+    std::fs::set_permissions(&own, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let rest = std::env::var("PATH").unwrap();
+    let output = ferry(&["run", "--boot-patience", "2", "--timeout", TIMEOUT_S, "--", "echo", "here"])
+        .env("PATH", format!("{}:{rest}", folder.path().display()))
+        .envs([("REST", rest.as_str()), ("MARK", mark.to_str().unwrap())])
+        .output()
+        .unwrap();
+    let errors = text(&output.stderr);
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(0), "here\n"), "{errors}");
+    assert!(errors.contains("lab guest 0 hangs in its boot; booting it once more"), "{errors}");
+}
+
+#[test]
 fn two_hosts_reach_each_other() {
     let Some(_turn) = turn() else { return };
     let script = "busybox ping -c 2 $PAGEFERRY_LAB_PEER; code=$?

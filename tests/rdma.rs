@@ -55,6 +55,7 @@ macro_rules! device_or_skip {
         }
     };
 }
+#[cfg(feature = "rdma")]
 use device_or_skip;
 
 /// Returns from the test with a printed reason where there is no KVM.
@@ -65,6 +66,7 @@ macro_rules! kvm_or_skip {
         }
     };
 }
+#[cfg(feature = "rdma")]
 use kvm_or_skip;
 
 /// Tests take turns: each may use all there is.

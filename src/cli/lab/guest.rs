@@ -6,6 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -19,6 +20,8 @@ use super::script::Network;
 
 /// How long QEMU may take until it has opened its ports.
 const START_PATIENCE: Duration = Duration::from_secs(60);
+/// How many seconds a boot may take until the guest's first word, unless somebody says otherwise.
+pub(super) const BOOT_PATIENCE_S: u64 = 60;
 /// Lines of the console that an error shows.
 const CONSOLE_LINES: usize = 12;
 /// Longest line on the control port, in bytes.
@@ -45,11 +48,15 @@ pub(super) struct Machine<'a> {
     pub host: usize,
     /// Keep the console here.
     pub console: Option<&'a Path>,
+    /// How long it may take until it says its first word; then it is booted once more.
+    pub boot_patience: Duration,
 }
 
 /// What a guest says.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Word {
+    /// It has booted as far as its first process.
+    Alive,
     /// It waits for the word to start the command.
     Ready,
     /// The command ended with this code, and all its output is here.
@@ -63,6 +70,7 @@ pub(super) enum Word {
 impl Word {
     fn parse(line: &str) -> Option<Self> {
         match line.split_once(' ').unwrap_or((line, "")) {
+            ("alive", "") => Some(Self::Alive),
             ("ready", "") => Some(Self::Ready),
             ("exit", code) => code.parse().ok().map(Self::Exit),
             ("fail", reason) => Some(Self::Fail(reason.into())),
@@ -93,14 +101,79 @@ pub(super) enum Output {
     Captured(Arc<Mutex<Vec<u8>>>),
 }
 
-/// A running guest; killed when dropped.
+/// What it takes to start QEMU.
 #[derive(Debug)]
-pub(super) struct Guest {
+struct Boot {
+    arguments: Vec<String>,
+    folder: PathBuf,
+    errors: PathBuf,
+    output: Output,
+    host: usize,
+    events: Sender<Event>,
+}
+
+/// A running QEMU.
+#[derive(Debug)]
+struct Booted {
     child: Running,
     control: UnixStream,
     threads: Vec<JoinHandle<()>>,
+    /// Set when nobody wants to know any more that it is gone.
+    dropped: Arc<AtomicBool>,
+}
+
+impl Boot {
+    fn start(&self) -> Result<Booted, LabError> {
+        let mut listeners = Vec::new();
+        for port in PORTS {
+            let path = self.folder.join(port);
+            // There is one already when this is not the first boot.
+            let _ = fs::remove_file(&path);
+            let listen = || UnixListener::bind(&path).and_then(|l| l.set_nonblocking(true).map(|()| l));
+            listeners.push(listen().map_err(LabError::file("make the socket", &path))?);
+        }
+        let errors = &self.errors;
+        let stderr = fs::File::create(errors).map_err(LabError::file("write", errors))?;
+        let mut command =
+            Command::new(needs::program("qemu-system-x86_64").unwrap_or("qemu-system-x86_64".into()));
+        command.args(&self.arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+        // A Ctrl-C is for us; we end the guest.
+        command.process_group(0);
+        let mut child =
+            Running::start(&mut command).map_err(LabError::file("start", Path::new("qemu-system-x86_64")))?;
+        let mut ports = Vec::new();
+        for listener in &listeners {
+            ports.push(accept(listener, &mut child, errors)?);
+        }
+        let [control, out, err]: [UnixStream; 3] = ports.try_into().unwrap_or_else(|_| unreachable!());
+        let host = self.host;
+        let reader = control.try_clone().map_err(LabError::file("use the socket", &self.folder))?;
+        let (events, gone) = (self.events.clone(), self.events.clone());
+        let (to_out, to_err) = (self.output.clone(), self.output.clone());
+        let dropped = Arc::new(AtomicBool::new(false));
+        let unwanted = dropped.clone();
+        let threads = vec![
+            std::thread::spawn(move || listen(reader, host, &events, &unwanted)),
+            std::thread::spawn(move || {
+                if pass_on(out, &to_out, host, false).is_err() {
+                    // As a command ends that writes into a broken pipe.
+                    let _ = gone.send(Event::ReaderGone);
+                }
+            }),
+            std::thread::spawn(move || pass_on(err, &to_err, host, true).unwrap_or_default()),
+        ];
+        Ok(Booted { child, control, threads, dropped })
+    }
+}
+
+/// A running guest; killed when dropped.
+#[derive(Debug)]
+pub(super) struct Guest {
+    boot: Boot,
+    booted: Booted,
     console: PathBuf,
-    errors: PathBuf,
+    /// When it is booted once more, unless it has said something.
+    silent_until: Option<Instant>,
 }
 
 impl Guest {
@@ -112,57 +185,49 @@ impl Guest {
         events: &Sender<Event>,
     ) -> Result<Self, LabError> {
         let console = machine.console.map_or_else(|| folder.join("console"), Path::to_path_buf);
-        let errors = folder.join("qemu.err");
-        let mut listeners = Vec::new();
-        for port in PORTS {
-            let path = folder.join(port);
-            let listen = || UnixListener::bind(&path).and_then(|l| l.set_nonblocking(true).map(|()| l));
-            listeners.push(listen().map_err(LabError::file("make the socket", &path))?);
-        }
-        let stderr = fs::File::create(&errors).map_err(LabError::file("write", &errors))?;
-        let mut command =
-            Command::new(needs::program("qemu-system-x86_64").unwrap_or("qemu-system-x86_64".into()));
-        command
-            .args(arguments(machine, folder, &console))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(stderr);
-        // A Ctrl-C is for us; we end the guest.
-        command.process_group(0);
-        let mut child =
-            Running::start(&mut command).map_err(LabError::file("start", Path::new("qemu-system-x86_64")))?;
-        let mut ports = Vec::new();
-        for listener in &listeners {
-            ports.push(accept(listener, &mut child, &errors)?);
-        }
-        let [control, out, err]: [UnixStream; 3] = ports.try_into().unwrap_or_else(|_| unreachable!());
-        let host = machine.host;
-        let reader = control.try_clone().map_err(LabError::file("use the socket", folder))?;
-        let (events, gone) = (events.clone(), events.clone());
-        let (to_out, to_err) = (output.clone(), output.clone());
-        let threads = vec![
-            std::thread::spawn(move || listen(reader, host, &events)),
-            std::thread::spawn(move || {
-                if pass_on(out, &to_out, host, false).is_err() {
-                    // As a command ends that writes into a broken pipe.
-                    let _ = gone.send(Event::ReaderGone);
-                }
-            }),
-            std::thread::spawn(move || pass_on(err, &to_err, host, true).unwrap_or_default()),
-        ];
-        Ok(Self { child, control, threads, console, errors })
+        let boot = Boot {
+            arguments: arguments(machine, folder, &console),
+            folder: folder.into(),
+            errors: folder.join("qemu.err"),
+            output: output.clone(),
+            host: machine.host,
+            events: events.clone(),
+        };
+        let booted = boot.start()?;
+        Ok(Self { boot, booted, console, silent_until: Some(Instant::now() + machine.boot_patience) })
+    }
+
+    /// When [`Self::boot_again`] is due, if ever.
+    pub(super) fn silent_until(&self) -> Option<Instant> {
+        self.silent_until
+    }
+
+    /// It has said something.
+    pub(super) fn heard(&mut self) {
+        self.silent_until = None;
+    }
+
+    /// Boots a guest once more that hangs in its boot: kernels do so where emulated CPUs are starved.
+    pub(super) fn boot_again(&mut self) -> Result<(), LabError> {
+        self.silent_until = None;
+        let host = self.boot.host;
+        eprintln!("pageferry: lab guest {host} hangs in its boot; booting it once more{}", self.console());
+        self.booted.dropped.store(true, Ordering::Release);
+        self.end();
+        self.booted = self.boot.start()?;
+        Ok(())
     }
 
     /// Lets it start the command.
     pub(super) fn go(&mut self) {
         // A guest that is gone says so itself.
-        let _ = self.control.write_all(b"go\n");
+        let _ = self.booted.control.write_all(b"go\n");
     }
 
     /// Kills it, and waits until all of its output was passed on.
     pub(super) fn end(&mut self) {
-        self.child.kill();
-        for thread in self.threads.drain(..) {
+        self.booted.child.kill();
+        for thread in self.booted.threads.drain(..) {
             let _ = thread.join();
         }
     }
@@ -175,7 +240,7 @@ impl Guest {
 
     /// What QEMU said before it ended.
     pub(super) fn qemu_errors(&self) -> String {
-        qemu_errors(&self.errors)
+        qemu_errors(&self.boot.errors)
     }
 }
 
@@ -273,7 +338,7 @@ fn arguments(machine: &Machine<'_>, folder: &Path, console: &Path) -> Vec<String
 }
 
 /// Tells what a guest says on its control port.
-fn listen(control: UnixStream, host: usize, events: &Sender<Event>) {
+fn listen(control: UnixStream, host: usize, events: &Sender<Event>, dropped: &AtomicBool) {
     let mut reader = BufReader::new(control);
     loop {
         let mut line = Vec::new();
@@ -285,7 +350,9 @@ fn listen(control: UnixStream, host: usize, events: &Sender<Event>) {
             let _ = events.send(Event::Said(host, word));
         }
     }
-    let _ = events.send(Event::Said(host, Word::Gone));
+    if !dropped.load(Ordering::Acquire) {
+        let _ = events.send(Event::Said(host, Word::Gone));
+    }
 }
 
 /// Passes a port's bytes on until the guest is gone, or the reader.
@@ -352,6 +419,7 @@ mod tests {
 
     #[test]
     fn words_of_a_guest() {
+        assert_eq!(Word::parse("alive"), Some(Word::Alive));
         assert_eq!(Word::parse("ready"), Some(Word::Ready));
         assert_eq!(Word::parse("exit 7"), Some(Word::Exit(7)));
         assert_eq!(Word::parse("fail no such device"), Some(Word::Fail("no such device".into())));
@@ -394,6 +462,7 @@ mod tests {
             network: Network::Card,
             host: 1,
             console: None,
+            boot_patience: Duration::from_secs(60),
         };
         let args = arguments(&machine, Path::new("/run/x/1"), Path::new("/c")).join(" ");
         assert!(args.contains("path=/a,,b,mount_tag=share0"), "{args}");

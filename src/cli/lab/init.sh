@@ -29,6 +29,7 @@ port() {
 }
 
 exec 3<>"$(port ctl)"
+echo alive >&3
 
 fail() {
     echo "fail $*" >&3

@@ -24,7 +24,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use self::error::LabError;
-use self::guest::Output;
+use self::guest::{BOOT_PATIENCE_S, Output};
 use self::run::Plan;
 use super::{CliError, size};
 
@@ -106,6 +106,9 @@ struct GuestArgs {
     /// Kill a guest that has not ended after this many seconds
     #[arg(long, default_value_t = 900, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
+    /// Boot a guest once more that shows no sign of life for this many seconds
+    #[arg(long, default_value_t = BOOT_PATIENCE_S, hide = true, value_name = "S")]
+    boot_patience: u64,
     /// A folder of the host that the command may write to; may be given several times
     #[arg(long, value_name = "DIR")]
     share: Vec<PathBuf>,
@@ -150,6 +153,7 @@ impl GuestArgs {
             cpus: self.cpus,
             memory: self.mem,
             timeout: Duration::from_secs(self.timeout),
+            boot_patience: Duration::from_secs(self.boot_patience),
             shares: self.share.clone(),
             console: self.console.clone(),
             rdma: true,

@@ -29,6 +29,8 @@ pub(super) struct Plan {
     pub memory: u64,
     /// How long all of it may take.
     pub timeout: Duration,
+    /// How long a guest's boot may take before it is booted once more.
+    pub boot_patience: Duration,
     /// Folders of the host that the guests may write to.
     pub shares: Vec<PathBuf>,
     /// Keep the consoles here; the second guest's with `.1` after the name.
@@ -68,6 +70,7 @@ pub(super) fn run(plan: &Plan) -> Result<Vec<u8>, LabError> {
             network: network(plan),
             host,
             console: consoles.first().map(PathBuf::as_path),
+            boot_patience: plan.boot_patience,
         };
         guests.push(start(plan, &machine, &folder.path, &to)?);
     }
@@ -133,17 +136,25 @@ fn follow(
     let mut ready = 0;
     let mut codes = vec![None; guests.len()];
     while codes.iter().any(Option::is_none) {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let (host, word) = match events.recv_timeout(left) {
+        let until = guests.iter().filter_map(Guest::silent_until).min().map_or(deadline, |t| t.min(deadline));
+        let (host, word) = match events.recv_timeout(until.saturating_duration_since(Instant::now())) {
             Ok(Event::Said(host, word)) => (host, word),
             Ok(Event::ReaderGone) => return Ok(vec![BROKEN_PIPE; guests.len()]),
             Ok(Event::Cancelled) | Err(RecvTimeoutError::Disconnected) => return Err(LabError::Cancelled),
+            Err(RecvTimeoutError::Timeout) if until < deadline => {
+                for guest in guests.iter_mut().filter(|guest| guest.silent_until() == Some(until)) {
+                    guest.boot_again()?;
+                }
+                continue;
+            }
             Err(RecvTimeoutError::Timeout) => {
                 let slow = codes.iter().position(Option::is_none).unwrap_or_default();
                 return Err(LabError::TimedOut { after: limit, console: guests[slow].console() });
             }
         };
+        guests[host].heard();
         match word {
+            Word::Alive => {}
             Word::Ready => ready += 1,
             Word::Exit(code) => codes[host] = Some(code),
             Word::Fail(reason) => return Err(LabError::Setup { reason, console: guests[host].console() }),

@@ -19,7 +19,7 @@ use self::image::Kind;
 use self::table::Table;
 use super::super::size;
 use super::error::LabError;
-use super::guest::Output;
+use super::guest::{BOOT_PATIENCE_S, Output};
 use super::run::{self, Plan};
 use super::{memory, needs};
 
@@ -101,6 +101,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<ExitCode, LabError> {
         cpus: args.cpus,
         memory: args.guest_mem,
         timeout: Duration::from_secs(args.timeout),
+        boot_patience: Duration::from_secs(BOOT_PATIENCE_S),
         shares: vec![],
         console: None,
         rdma: true,
