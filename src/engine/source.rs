@@ -435,6 +435,10 @@ impl Attempt<'_> {
         let (options, progress, live) = (self.options, self.progress, self.backend.guest.is_some());
         let (watch, source) = self.parts();
         let streams = watch.streams_ended()?;
+        match source.never_carried() {
+            0 => {}
+            pages => return Err(FatalError::NeverSent { pages }.into()),
+        }
         let totals = Totals { streams, pages: source.carried_pages(), state };
         watch.finish(totals, live)?;
         if progress.is_cancelled() {

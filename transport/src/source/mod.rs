@@ -108,6 +108,8 @@ pub struct PageSource {
     shared: Shared,
     pending: PageBitmap,
     carried: PageBitmap,
+    /// Pages that were no holes at the start.
+    initial: PageBitmap,
     /// Pages to be sent from a copy the next time, not placed from where they lie.
     by_copy: PageBitmap,
     owners: Owners,
@@ -134,6 +136,7 @@ impl PageSource {
         Self {
             shared: Shared::new(hasher, chunks, options.cache_bytes),
             carried: PageBitmap::new(chunks),
+            initial: copy_of(&pending),
             by_copy: PageBitmap::new(chunks),
             owners: Owners::new(chunks),
             counters: Counters::default(),
@@ -173,6 +176,16 @@ impl PageSource {
     /// Distinct pages that frames carried.
     pub fn carried_pages(&self) -> u64 {
         self.carried.count()
+    }
+
+    /// Pages that were no holes at the start and that no frame has carried. Once everything is delivered there are none: a page
+    /// is pending or in a frame, until its receipt comes. Asked before the handover, because a page that got lost between the
+    /// two would be missing from both sides' accounts alike.
+    pub fn never_carried(&self) -> u64 {
+        self.initial
+            .iter()
+            .map(|(chunk, pages)| u64::from((pages & !self.carried.get(chunk)).count_ones()))
+            .sum()
     }
 
     /// Adds what the dirty log holds to the pending pages; returns how many pages it held.
@@ -248,6 +261,14 @@ impl PageSource {
     }
 }
 
+fn copy_of(bitmap: &PageBitmap) -> PageBitmap {
+    let copy = PageBitmap::new(bitmap.chunks());
+    bitmap.iter().for_each(|(chunk, pages)| {
+        copy.insert(chunk, pages);
+    });
+    copy
+}
+
 /// Why a session's data plane cannot go on at all.
 #[derive(Debug, thiserror::Error)]
 pub enum FatalError {
@@ -259,6 +280,12 @@ pub enum FatalError {
     Integrity {
         /// Pages that mismatched.
         count: u64,
+    },
+    /// Pages were lost on the way to the streams.
+    #[error("{pages} pages were never sent, which is a fault of pageferry's: please report it")]
+    NeverSent {
+        /// Pages that no frame carried.
+        pages: u64,
     },
     /// The dirty log failed.
     #[error("the dirty log failed: {0}")]
@@ -291,4 +318,63 @@ pub enum ReceiptError {
         /// Pages in the frame.
         expected: usize,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use pagecopy::backend::StaticLog;
+    use pagecopy::layout::{CHUNK_SIZE, Layout};
+    use vm_memory::volatile_memory::VolatileSlice;
+
+    use super::*;
+
+    /// Memory that nobody looks at.
+    struct Nowhere(Layout);
+
+    impl GuestRam for Nowhere {
+        fn layout(&self) -> &Layout {
+            &self.0
+        }
+        fn region(&self, _region: usize) -> VolatileSlice<'_> {
+            unreachable!("accounts need no memory")
+        }
+        fn populated(&self, _first: u32, _pages: &mut [u64]) -> Result<(), BackendError> {
+            Ok(())
+        }
+        fn discard(&self, _chunk: u32, _pages: u64) -> Result<(), BackendError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn pages_that_no_frame_carried_are_missed() {
+        let layout = Layout::flat(4 * CHUNK_SIZE as u64).unwrap();
+        let pending = PageBitmap::new(4);
+        pending.insert(0, 0b111);
+        pending.insert(3, 1 << 63);
+        let options = SourceOptions {
+            codec: CodecMode::Raw,
+            cache_bytes: 0,
+            timeout: Duration::from_secs(1),
+            mismatches_max: 0,
+            rdma: RdmaOptions::default(),
+        };
+        let source = PageSource::new(
+            Arc::new(Nowhere(layout)),
+            Arc::new(StaticLog),
+            PageHasher::new(1),
+            options,
+            pending,
+        );
+        assert_eq!(source.never_carried(), 4);
+        // Taken, and in no frame: pending no more, and still missed.
+        source.pending.take(0);
+        assert_eq!(source.never_carried(), 4);
+        source.carried.insert(0, 0b101);
+        source.carried.insert(1, 1);
+        assert_eq!(source.never_carried(), 2);
+        source.carried.insert(0, 0b010);
+        source.carried.insert(3, 1 << 63);
+        assert_eq!(source.never_carried(), 0);
+    }
 }
