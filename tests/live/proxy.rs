@@ -136,9 +136,14 @@ fn pump(shared: &Shared, role: Role, stream: u16, by: By, mut from: TcpStream, m
     match result {
         // An end in order is passed on, and the other direction stays.
         Ok(true) => drop(to.shutdown(Shutdown::Write)),
-        Ok(false) | Err(_) => {
+        Ok(false) => {
             let _ = from.shutdown(Shutdown::Both);
             let _ = to.shutdown(Shutdown::Both);
+        }
+        // Whoever closed may have said why before: what is under way the other way still gets there.
+        Err(_) => {
+            let _ = from.shutdown(Shutdown::Read);
+            let _ = to.shutdown(Shutdown::Write);
         }
     }
 }
