@@ -270,8 +270,8 @@ fn a_killed_side_ends_the_other_with_an_error() {
         }
     };
     for kill_source in [true, false] {
-        let mut destination = Recv::start(address, &to, &["--timeout", "3"]);
-        let mut source = destination.send(&from, &["--streams", "2", "--timeout", "3"]);
+        let mut destination = Recv::start(address, &to, &["--link-timeout", "3"]);
+        let mut source = destination.send(&from, &["--streams", "2", "--link-timeout", "3"]);
         begun(&to);
         if kill_source {
             source.kill().unwrap();

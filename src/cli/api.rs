@@ -48,8 +48,8 @@ pub(super) struct MigrateRequest {
     pub codec: String,
     #[serde(default = "default_downtime")]
     pub downtime_limit_ms: u64,
-    #[serde(default = "default_timeout")]
-    pub timeout_s: u64,
+    #[serde(default = "default_link_timeout")]
+    pub link_timeout_s: u64,
     #[serde(default)]
     pub rdma_pin_all: bool,
     #[serde(default)]
@@ -65,7 +65,7 @@ fn default_codec() -> String {
 fn default_downtime() -> u64 {
     300
 }
-fn default_timeout() -> u64 {
+fn default_link_timeout() -> u64 {
     10
 }
 

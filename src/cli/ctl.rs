@@ -81,7 +81,7 @@ impl MigrateArgs {
             streams: self.transfer.streams,
             codec: self.transfer.codec.to_string(),
             downtime_limit_ms: self.downtime_limit,
-            timeout_s: self.transfer.timeout,
+            link_timeout_s: self.transfer.link_timeout,
             rdma_pin_all: self.transfer.rdma.rdma_pin_all,
             rdma_max_pinned: self.transfer.rdma.limit.rdma_max_pinned,
         }

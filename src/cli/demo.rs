@@ -110,7 +110,7 @@ fn migrate(args: &DemoArgs, source: &VmProcess, uri: String) -> Result<Report, C
         streams: args.transfer.streams,
         codec: args.transfer.codec.to_string(),
         downtime_limit_ms: args.downtime_limit,
-        timeout_s: args.transfer.timeout,
+        link_timeout_s: args.transfer.link_timeout,
         rdma_pin_all: args.transfer.rdma.rdma_pin_all,
         rdma_max_pinned: args.transfer.rdma.limit.rdma_max_pinned,
     };
@@ -199,7 +199,7 @@ impl VmProcess {
             .args(["--guest", "counter", "--tracker", &args.tracker])
             .args(["--mem", &args.mem.to_string(), "--cpus", &args.cpus.to_string()])
             .args(["--working-set", &args.working_set.to_string(), "--rate", &args.rate.to_string()])
-            .args(["--timeout", &args.transfer.timeout.to_string()])
+            .args(["--link-timeout", &args.transfer.link_timeout.to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(&errors).map_err(system)?);

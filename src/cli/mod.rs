@@ -98,7 +98,7 @@ struct TransferArgs {
     codec: CodecMode,
     /// Give a silent peer or stream up after this many seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
-    timeout: u64,
+    link_timeout: u64,
     #[command(flatten)]
     rdma: RdmaArgs,
 }
@@ -138,7 +138,7 @@ impl TransferArgs {
         Options {
             streams: self.streams,
             codec: self.codec,
-            timeout: Duration::from_secs(self.timeout),
+            timeout: Duration::from_secs(self.link_timeout),
             rdma: self.rdma.options(),
             ..Options::default()
         }

@@ -30,7 +30,7 @@ pub(super) struct RecvArgs {
     digest: bool,
     /// Give a silent peer or stream up after this many seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
-    timeout: u64,
+    link_timeout: u64,
     #[command(flatten)]
     pinned: PinnedArgs,
     /// Print one JSON object at the end instead of text
@@ -81,7 +81,7 @@ impl Incoming for Taker<'_> {
 
 pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     let options = Options {
-        timeout: std::time::Duration::from_secs(args.timeout),
+        timeout: std::time::Duration::from_secs(args.link_timeout),
         rdma: args.pinned.options(),
         ..Options::default()
     };

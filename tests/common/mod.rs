@@ -230,7 +230,7 @@ impl Recv {
     /// A destination for `file` on a TCP port of the system's choice.
     pub(crate) fn to_file(file: &Path, timeout: u64) -> Self {
         let timeout = timeout.to_string();
-        let args = ["--json", "--timeout", &timeout, "--ram-file"].map(OsStr::new);
+        let args = ["--json", "--link-timeout", &timeout, "--ram-file"].map(OsStr::new);
         Self::start("tcp:127.0.0.1:0", args.into_iter().chain([file.as_os_str()]))
     }
 

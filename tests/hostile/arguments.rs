@@ -20,7 +20,7 @@ fn arguments_that_make_no_sense_exit_with_2() {
         (&["send", "nonsense", "--ram-file", "x"], "expected tcp:HOST:PORT"),
         (&["send", "tcp::1", "--ram-file", "x", "--streams", "0"], "1..=256"),
         (&["send", "tcp::1", "--ram-file", "x", "--streams", "257"], "1..=256"),
-        (&["send", "tcp::1", "--ram-file", "x", "--timeout", "0"], "1..=3600"),
+        (&["send", "tcp::1", "--ram-file", "x", "--link-timeout", "0"], "1..=3600"),
         (&["send", "tcp::1", "--ram-file", "x", "--codec", "rar"], "codec"),
         (&["send", "tcp::1", "--ram-file", "x", "--codec", "zstd:99"], "codec"),
         (&["send", "tcp::1", "--ram-file", "x", "--what"], "unexpected argument"),

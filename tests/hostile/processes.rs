@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::common::proxy::{Harm, Plan, Proxy, Way};
 use crate::common::{Image, Job, MIB, Recv, send, turn};
 
-/// `--timeout` of both sides, and what they may take at most.
+/// `--link-timeout` of both sides, and what they may take at most.
 const TIMEOUT: u64 = 2;
 const LIMIT: Duration = Duration::from_secs(3 * TIMEOUT + 10);
 
@@ -17,7 +17,7 @@ fn middle() -> (Job, Recv, Proxy, crate::common::Ferry) {
     let job = Job::new(Image::Random, 24 * MIB);
     let recv = Recv::to_file(&job.to, TIMEOUT);
     let proxy = Proxy::start(recv.port(), MIDDLE);
-    let sender = send(&proxy.uri(), &job.from, &["--streams", "1", "--timeout", "2"]);
+    let sender = send(&proxy.uri(), &job.from, &["--streams", "1", "--link-timeout", "2"]);
     proxy.wait_done();
     (job, recv, proxy, sender)
 }
@@ -87,7 +87,7 @@ fn a_stream_that_stalls_is_given_up() {
     let recv = Recv::to_file(&job.to, TIMEOUT);
     let plan = Plan { at: 60, ..MIDDLE };
     let proxy = Proxy::start(recv.port(), plan);
-    let sent = send(&proxy.uri(), &job.from, &["--streams", "4", "--timeout", "2"]).wait_for(LIMIT);
+    let sent = send(&proxy.uri(), &job.from, &["--streams", "4", "--link-timeout", "2"]).wait_for(LIMIT);
     let received = recv.ferry.wait_for(LIMIT);
     assert!(proxy.done());
     assert_eq!(sent.code(0).report().streams_lost, 1, "{sent:?}");

@@ -11,7 +11,7 @@ use pageferry::transport::wire::{Preamble, Role};
 use crate::common::raw::{Peer, SEED, hello, open_session, open_stream, preamble};
 use crate::common::{Image, Job, MIB, PAGE, Recv, send, turn};
 
-/// `--timeout` of the destinations here.
+/// `--link-timeout` of the destinations here.
 const TIMEOUT: u64 = 1;
 /// A timeout, and slack for a busy machine.
 const LIMIT: Duration = Duration::from_secs(TIMEOUT + 5);

@@ -8,7 +8,7 @@ use pageferry::transport::wire::control::{ErrorCode, Message, Totals, Welcome};
 use crate::common::raw::{Peer, Server, read_raw_frame, receipt_bytes, welcome};
 use crate::common::{Ended, Image, Job, MIB, PAGE, send, turn};
 
-/// `--timeout` of the sources here.
+/// `--link-timeout` of the sources here.
 const TIMEOUT: &str = "1";
 /// A timeout for the control connection, one for a stream, and slack for a busy machine.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -25,7 +25,7 @@ fn facing(
     let job = Job::new(Image::Random, pages * PAGE);
     let (server, uri) = Server::new();
     let thread = std::thread::spawn(move || script(&server));
-    let args = ["--timeout", TIMEOUT, "--streams", streams, "--codec", "raw"];
+    let args = ["--link-timeout", TIMEOUT, "--streams", streams, "--codec", "raw"];
     let sent = send(&uri, &job.from, &args).wait_for(LIMIT);
     sent.code(1).says(&["the source is unchanged"]).says(words);
     assert!(!sent.report().verified);
@@ -257,8 +257,8 @@ fn a_destination_that_vanishes_after_go() {
         control.send(&Message::Ready(totals));
         assert_eq!(control.receive(), Some(Message::Go));
     });
-    let sent =
-        send(&uri, &job.from, &["--timeout", TIMEOUT, "--streams", "1", "--codec", "raw"]).wait_for(LIMIT);
+    let sent = send(&uri, &job.from, &["--link-timeout", TIMEOUT, "--streams", "1", "--codec", "raw"])
+        .wait_for(LIMIT);
     thread.join().unwrap();
     sent.code(4).says(&["the handover was not confirmed"]);
     assert!(!sent.report().verified);

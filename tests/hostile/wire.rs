@@ -20,7 +20,7 @@ const BODY: usize = FRAME + FrameHeader::LEN;
 fn harmed(job: &Job, plan: Plan, args: &[&str]) -> (Ended, Recv, bool) {
     let recv = Recv::to_file(&job.to, 2);
     let proxy = Proxy::start(recv.port(), plan);
-    let args = [&["--timeout", "2"], args].concat();
+    let args = [&["--link-timeout", "2"], args].concat();
     let sent = send(&proxy.uri(), &job.from, &args).wait_for(LIMIT);
     (sent, recv, proxy.done())
 }

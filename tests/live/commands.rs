@@ -258,7 +258,7 @@ fn bad_requests_get_errors_and_harm_nothing() {
         "{\"execute\":\"migrate\",\"uri\":\"tcp:h:1\",\"streams\":0}\n",
         "{\"execute\":\"migrate\",\"uri\":\"tcp:h:1\",\"streams\":70000}\n",
         "{\"execute\":\"migrate\",\"uri\":\"tcp:h:1\",\"codec\":\"brotli\"}\n",
-        "{\"execute\":\"migrate\",\"uri\":\"tcp:h:1\",\"timeout_s\":0}\n",
+        "{\"execute\":\"migrate\",\"uri\":\"tcp:h:1\",\"link_timeout_s\":0}\n",
         "{\"execute\":\"resume\",\"force\":\"yes\"}\n",
         &deep,
     ] {
@@ -319,7 +319,7 @@ fn a_stuck_receipt_path_is_given_up_in_time() {
         Seen::Data { by: By::Destination, total, .. } if *total > 1000 => Verdict::Lose,
         _ => Verdict::Pass,
     });
-    let ended = source.ctl(&["migrate", &proxy.uri(), "--timeout", "1"]);
+    let ended = source.ctl(&["migrate", &proxy.uri(), "--link-timeout", "1"]);
     refused(&ended, &["runs on at the source", "all data streams are lost"]);
     prove(&spec, &[&source]);
     assert_eq!(destination.wait_exit(PATIENCE).code(), Some(1));

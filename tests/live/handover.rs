@@ -42,7 +42,7 @@ fn running_cut_is_learnt_by_asking() {
 
 #[test]
 fn running_lost_is_learnt_by_asking() {
-    arrives("RUNNING lost", &["--timeout", "1"], |seen| {
+    arrives("RUNNING lost", &["--link-timeout", "1"], |seen| {
         if is(seen, "RUNNING") { Verdict::Lose } else { Verdict::Pass }
     });
 }
@@ -56,7 +56,7 @@ fn go_cut_is_said_again() {
 fn go_lost_is_said_again() {
     arrives(
         "GO lost",
-        &["--timeout", "1"],
+        &["--link-timeout", "1"],
         |seen| if is(seen, "GO") { Verdict::Lose } else { Verdict::Pass },
     );
 }
@@ -165,7 +165,7 @@ fn cancelling_the_question_leaves_the_state_unknown() {
         }
         Verdict::Pass
     });
-    source.begin_migration(&proxy.uri(), &json!({"timeout_s": 1}));
+    source.begin_migration(&proxy.uri(), &json!({"link_timeout_s": 1}));
     source.wait_state("unknown");
     let cancelled = source.ctl(&["cancel"]);
     assert_eq!(cancelled.code, Some(0), "{cancelled:?}");

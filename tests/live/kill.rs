@@ -115,7 +115,7 @@ fn destination_killed_at_any_point() {
         let (destination, uri) = world.destination(&format!("b{i}"), &spec);
         let pid = destination.pid();
         let proxy = killer(&uri, point, pid);
-        source.begin_migration(&proxy.uri(), &json!({"timeout_s": 4}));
+        source.begin_migration(&proxy.uri(), &json!({"link_timeout_s": 4}));
         runs_on(&spec, &source, &format!("{point:?}"));
         assert!(destination.serial().is_empty(), "{point:?}");
     }
@@ -131,7 +131,7 @@ fn source_killed_at_any_point() {
     let spec = Spec::counter();
     for (i, point) in POINTS.into_iter().enumerate() {
         let source = world.source(&format!("a{i}"), &spec);
-        let short = spec.clone().with(&["--timeout", "3", "--handover-timeout", "2"]);
+        let short = spec.clone().with(&["--link-timeout", "3", "--handover-timeout", "2"]);
         let (destination, uri) = world.destination(&format!("b{i}"), &short);
         let pid = source.pid();
         let proxy = killer(&uri, point, pid);
@@ -203,7 +203,7 @@ fn destination_stopped_is_given_up_in_time() {
             }
             Verdict::Pass
         });
-        let ended = source.ctl(&["migrate", &proxy.uri(), "--timeout", "2"]);
+        let ended = source.ctl(&["migrate", &proxy.uri(), "--link-timeout", "2"]);
         let waited = stopped.lock().unwrap().expect("the proxy stopped it").elapsed();
         assert_eq!(ended.code, Some(1), "{ended:?}");
         assert!(waited < Duration::from_secs(2 + 3), "given up after {waited:?}");

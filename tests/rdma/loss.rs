@@ -146,7 +146,7 @@ fn too_little_memory_to_pin_is_named_with_what_to_do() {
     if !tried.as_ref().is_ok_and(|output| output.status.success()) {
         return println!("skipped: setpriv and prlimit do not lower the limit: {tried:?}");
     }
-    let destination = Recv::start(address, &folder.path().join("copy"), &["--timeout", "5"]);
+    let destination = Recv::start(address, &folder.path().join("copy"), &["--link-timeout", "5"]);
     let output = Command::new("setpriv")
         .args(less)
         .args([env!("CARGO_BIN_EXE_pageferry"), "send", &destination.uri, "--ram-file"])
@@ -204,7 +204,7 @@ fn the_guest_runs_on_when_its_device_is_removed() {
         let api = format!("unix:{}", path(name).display());
         let child = Command::new(env!("CARGO_BIN_EXE_pageferry"))
             .args(["vm", "--guest", "counter", "--mem", "256M", "--working-set", "128M", "--rate", "0"])
-            .args(["--timeout", "4", "--api", &api, "--serial"])
+            .args(["--link-timeout", "4", "--api", &api, "--serial"])
             .arg(path(&format!("{name}.serial")))
             .args(more)
             .stdin(Stdio::null())

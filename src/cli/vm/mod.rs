@@ -69,7 +69,7 @@ pub(super) struct VmArgs {
     paused: bool,
     /// Give a silent source up after this many seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
-    timeout: u64,
+    link_timeout: u64,
     /// Wait this many seconds for a source that was lost after the guest had come whole, before it was handed over
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86400))]
     handover_timeout: u64,
@@ -101,7 +101,7 @@ pub(super) fn run(args: &VmArgs) -> Result<(), CliError> {
     stop::on_signals(move || quitting.quit());
     if let Some(uri) = &args.incoming {
         let options = Options {
-            timeout: std::time::Duration::from_secs(args.timeout),
+            timeout: std::time::Duration::from_secs(args.link_timeout),
             handover_timeout: std::time::Duration::from_secs(args.handover_timeout),
             rdma: args.pinned.options(),
             ..Options::default()

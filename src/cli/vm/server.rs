@@ -237,14 +237,14 @@ impl Server {
     fn migrate(&self, request: &MigrateRequest) -> Result<(), String> {
         let uri: Uri = request.uri.parse().map_err(|e| explain(&e))?;
         let codec = request.codec.parse().map_err(|e| format!("codec: {e}"))?;
-        if !(1..=256).contains(&request.streams) || !(1..=3600).contains(&request.timeout_s) {
-            return Err("streams are 1 to 256, timeout_s is 1 to 3600".into());
+        if !(1..=256).contains(&request.streams) || !(1..=3600).contains(&request.link_timeout_s) {
+            return Err("streams are 1 to 256, link_timeout_s is 1 to 3600".into());
         }
         let options = Options {
             streams: request.streams,
             codec,
             downtime_limit: Duration::from_millis(request.downtime_limit_ms),
-            timeout: Duration::from_secs(request.timeout_s),
+            timeout: Duration::from_secs(request.link_timeout_s),
             rdma: RdmaOptions {
                 pin_all: request.rdma_pin_all,
                 pinned_max: request.rdma_max_pinned.unwrap_or(u64::MAX),
