@@ -6,7 +6,7 @@
 
 mod front;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,6 +21,7 @@ use transport::destination::{PageSink, ReceiveError, receive_stream};
 use transport::link::{Link, LinkError, LinkEvent};
 use transport::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
 use transport::socket::{Listener, SocketError};
+use transport::streams::{DestinationStreams, Stop};
 use transport::uri::Uri;
 use transport::wire::WireError;
 use transport::wire::control::{
@@ -286,12 +287,12 @@ impl Destination {
             machine: session,
             link: Some(link),
             generation,
-            backlog: VecDeque::new(),
             hello,
             ram,
             guest,
             sink: Arc::new(sink),
-            streams: BTreeMap::new(),
+            streams: DestinationStreams::new(),
+            workers: BTreeMap::new(),
             state: Vec::new(),
             began: Instant::now(),
             setup: Duration::ZERO,
@@ -321,13 +322,9 @@ struct Opening {
 }
 
 /// A data stream's worker.
-struct Stream {
+struct Worker {
     breaker: Arc<dyn Breaker>,
     thread: Option<std::thread::JoinHandle<()>>,
-    /// Set when the worker has ended.
-    result: Option<Result<StreamEnd, ReceiveError>>,
-    /// The source calls it dead: its account does not count.
-    lost: bool,
 }
 
 /// One session.
@@ -336,13 +333,12 @@ struct Session {
     /// `None` once it broke.
     link: Option<Link>,
     generation: u64,
-    /// What came over the link while a stream was being stopped.
-    backlog: VecDeque<LinkEvent>,
     hello: Hello,
     ram: Arc<dyn GuestRam>,
     guest: Option<Arc<dyn Guest>>,
     sink: Arc<PageSink>,
-    streams: BTreeMap<u16, Stream>,
+    streams: DestinationStreams,
+    workers: BTreeMap<u16, Worker>,
     state: Vec<StateBlob>,
     began: Instant,
     setup: Duration,
@@ -428,7 +424,7 @@ impl Session {
                 }
             };
             match event {
-                DestinationEvent::StreamLost(stream) => self.stop_stream(stream, listening)?,
+                DestinationEvent::StreamLost(stream) => self.stop_stream(stream),
                 DestinationEvent::State(blobs) => self.state = blobs,
                 DestinationEvent::Finish(totals) => return Ok(totals),
                 DestinationEvent::Reply(reply) => self.send(reply),
@@ -443,9 +439,6 @@ impl Session {
             return Err(IncomingError::Cancelled);
         }
         self.show(&listening.progress);
-        if let Some(event) = self.backlog.pop_front() {
-            return Ok(Some(event));
-        }
         let Ok(event) = listening.events.recv_timeout(TICK) else { return Ok(None) };
         match event {
             Event::Link { generation, event } if generation == self.generation => return Ok(Some(event)),
@@ -474,18 +467,8 @@ impl Session {
 
     /// A data stream of this session was opened.
     fn attach(&mut self, request: StreamRequest, stream: u16) -> Result<(), IncomingError> {
-        let known = self.streams.get(&stream).is_some_and(|s| s.result.is_none());
-        let moving = self.machine.status() == SessionStatus::Moving;
-        let refusal = if stream >= self.hello.streams {
-            Some("it was not agreed on")
-        } else if known {
-            Some("it is already connected")
-        } else if !moving || self.setup.is_zero() {
-            Some("pages are not moving")
-        } else {
-            None
-        };
-        if let Some(why) = refusal {
+        let moving = self.machine.status() == SessionStatus::Moving && !self.setup.is_zero();
+        if let Err(why) = self.streams.admit(stream, self.hello.streams, moving) {
             request.refuse(ErrorCode::Protocol, format!("stream {stream} is refused: {why}"));
             return Ok(());
         }
@@ -499,61 +482,39 @@ impl Session {
             }
             let _ = events.send(Event::StreamEnded { stream, result });
         })?;
-        let entry = Stream { breaker, thread: Some(thread), result: None, lost: false };
-        self.streams.insert(stream, entry);
+        self.streams.started(stream);
+        self.workers.insert(stream, Worker { breaker, thread: Some(thread) });
         Ok(())
     }
 
+    /// Nothing of the stream reaches memory any more; a connection that broke is no news to the source.
     fn stream_ended(&mut self, stream: u16, result: Result<StreamEnd, ReceiveError>) {
-        let Some(entry) = self.streams.get_mut(&stream) else { return };
-        if let Some(thread) = entry.thread.take() {
+        if let Some(thread) = self.workers.get_mut(&stream).and_then(|worker| worker.thread.take()) {
             let _ = thread.join();
         }
-        if entry.result.is_some() {
-            return;
-        }
-        let failed = result.as_ref().err().map(|e| explain(e));
-        entry.result = Some(result);
-        if let Some(reason) = failed {
-            // Nothing of it reaches memory any more; a connection that broke is no news to the source.
-            entry.lost = true;
-            self.send(Message::StreamStopped { stream, reason });
+        if let Some(stopped) = self.streams.ended(stream, result.map_err(|e| explain(&e))) {
+            self.send(stopped);
         }
     }
 
-    /// The source calls a stream dead: stops its worker, and says so once nothing more of it can reach memory.
-    fn stop_stream(&mut self, stream: u16, listening: &Destination) -> Result<(), IncomingError> {
-        if let Some(entry) = self.streams.get_mut(&stream) {
-            let told = entry.lost;
-            entry.lost = true;
-            entry.breaker.shutdown();
-            while self.streams.get(&stream).is_some_and(|s| s.result.is_none()) {
-                // The link's messages wait meanwhile; the worker ends as soon as it sees the closed socket.
-                match listening.events.recv_timeout(TICK) {
-                    Ok(Event::StreamEnded { stream: ended, result }) => self.stream_ended(ended, result),
-                    Ok(Event::Link { generation, event }) if generation == self.generation => {
-                        self.backlog.push_back(event);
-                    }
-                    Ok(Event::Stream { request, stream }) => self.attach(request, stream)?,
-                    _ => {}
+    /// The source calls a stream dead. Its worker ends as soon as it sees the closed connection, which [`Event::StreamEnded`]
+    /// tells.
+    fn stop_stream(&mut self, stream: u16) {
+        match self.streams.lost(stream) {
+            Stop::Say(stopped) => self.send(stopped),
+            Stop::Worker => {
+                if let Some(worker) = self.workers.get(&stream) {
+                    worker.breaker.shutdown();
                 }
             }
-            if told {
-                return Ok(());
-            }
-            if self.streams.get(&stream).is_some_and(|s| matches!(s.result, Some(Err(_)))) {
-                // stream_ended() said so.
-                return Ok(());
-            }
+            Stop::Nothing => {}
         }
-        self.send(Message::StreamStopped { stream, reason: String::new() });
-        Ok(())
     }
 
     /// Waits for the streams' ends, compares accounts, loads device state, makes memory durable.
     fn finish(&mut self, listening: &Destination, theirs: &Totals) -> Result<Totals, IncomingError> {
         let deadline = Instant::now() + listening.options.timeout;
-        while let Some((&stream, _)) = self.streams.iter().find(|(_, s)| s.result.is_none()) {
+        while let Some(stream) = self.streams.unfinished() {
             if Instant::now() > deadline {
                 return Err(IncomingError::Stream { stream });
             }
@@ -562,8 +523,7 @@ impl Session {
             }
         }
         self.sink.end_placing();
-        let ended = self.streams.values().filter(|s| !s.lost);
-        let streams = ended.filter_map(|s| s.result.as_ref()?.as_ref().ok().copied()).collect();
+        let streams = self.streams.accounts();
         let mine = Totals { streams, pages: self.sink.carried_pages(), state: state_digest(&self.state) };
         compare_totals(&mine, theirs)?;
         if let Some(guest) = &self.guest {
@@ -627,9 +587,9 @@ impl Session {
     fn fail(&mut self, error: &IncomingError) {
         self.machine.abandon();
         self.sink.stop();
-        for stream in self.streams.values_mut() {
-            stream.breaker.shutdown();
-            if let Some(thread) = stream.thread.take() {
+        for worker in self.workers.values_mut() {
+            worker.breaker.shutdown();
+            if let Some(thread) = worker.thread.take() {
                 let _ = thread.join();
             }
         }

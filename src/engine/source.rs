@@ -21,6 +21,7 @@ use transport::link::{Exchange, LinkError};
 use transport::session::{Learnt, SessionError};
 use transport::socket::{Connection, SocketError};
 use transport::source::{FatalError, Feeder, Lane, PageSource, SourceOptions};
+use transport::streams::StreamsError;
 use transport::uri::Uri;
 use transport::wire::control::{ErrorCode, Hello, Message, SessionStatus, Totals, capability, state_digest};
 use transport::wire::{Preamble, Role, VERSION_MAX, VERSION_MIN};
@@ -120,22 +121,9 @@ pub enum Cause {
         #[source]
         source: OpenError,
     },
-    /// Every stream died.
-    #[error("all data streams are lost; the last one: {last}")]
-    NoStreams {
-        /// Why the last one did.
-        last: String,
-    },
-    /// The destination never said that a lost stream's worker has stopped.
-    #[error(
-        "the destination did not stop stream {stream} within {seconds} s after it was lost, so its pages cannot be sent again"
-    )]
-    NotStopped {
-        /// Which.
-        stream: u16,
-        /// How long was waited.
-        seconds: u64,
-    },
+    /// Too many streams died.
+    #[error(transparent)]
+    Streams(#[from] StreamsError),
     /// The policy gave up.
     #[error("{0}")]
     Policy(String),

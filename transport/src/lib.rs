@@ -13,6 +13,7 @@ pub mod rdma;
 pub mod session;
 pub mod socket;
 pub mod source;
+pub mod streams;
 mod sys;
 pub mod uri;
 pub mod wire;

@@ -1,6 +1,5 @@
 //! What the source hears while it works: control messages, ends of streams, and requests to cancel.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -11,6 +10,7 @@ use transport::link::{Link, LinkError, LinkEvent};
 use transport::session::{Learnt, SourceEvent, SourceSession, check_welcome};
 use transport::socket::Connection;
 use transport::source::{LaneEnd, LaneError, PageSource, Unreceipted};
+use transport::streams::SourceStreams;
 use transport::uri::Uri;
 use transport::wire::control::{Message, SessionStatus, StreamEnd, Totals, Welcome};
 use transport::wire::{Preamble, Role, SessionId, VERSION_MAX, VERSION_MIN};
@@ -24,30 +24,16 @@ use crate::engine::{Options, explain};
 const TICK: Duration = Duration::from_millis(20);
 /// How often the report that others see is renewed.
 const REPORT_EVERY: Duration = Duration::from_millis(50);
-/// How long a destination that dropped all streams has to say why.
-const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long a destination has to take the last message.
 const FAREWELL: Duration = Duration::from_secs(1);
-
-/// A stream that died here, until the destination has stopped its worker, too.
-struct Dead {
-    frames: Vec<Unreceipted>,
-    error: String,
-    since: Instant,
-}
 
 pub(super) struct Watch {
     session: SourceSession,
     id: SessionId,
     link: Link,
     inbox: Receiver<LinkEvent>,
-    lanes_live: u32,
+    streams: SourceStreams<Unreceipted>,
     lane_ends: (Sender<LaneEnd>, Receiver<LaneEnd>),
-    ended: Vec<StreamEnd>,
-    dead: BTreeMap<u16, Dead>,
-    /// Streams whose worker the destination has stopped, with its reason.
-    stopped: BTreeMap<u16, String>,
-    last_error: Option<String>,
     progress: Progress,
     began: Instant,
     reported: Instant,
@@ -81,12 +67,8 @@ impl Watch {
             id,
             link,
             inbox,
-            lanes_live: 0,
+            streams: SourceStreams::new(),
             lane_ends: unbounded(),
-            ended: Vec::new(),
-            dead: BTreeMap::new(),
-            stopped: BTreeMap::new(),
-            last_error: None,
             progress: progress.clone(),
             began,
             reported: began,
@@ -115,7 +97,7 @@ impl Watch {
 
     /// Where a new lane reports its end.
     pub(super) fn lane_started(&mut self) -> Sender<LaneEnd> {
-        self.lanes_live += 1;
+        self.streams.started();
         self.lane_ends.0.clone()
     }
 
@@ -149,21 +131,7 @@ impl Watch {
         while let Ok(end) = self.lane_ends.1.try_recv() {
             self.on_lane_end(end)?;
         }
-        // The destination may be about to say why it dropped the streams.
-        let silent = |dead: &Dead| dead.since.elapsed() > LAST_WORDS;
-        if self.lanes_live == 0
-            && self.ended.is_empty()
-            && self.last_error.is_some()
-            && (self.dead.is_empty() || self.dead.values().any(silent))
-        {
-            let last = self.last_error.take().unwrap_or_default();
-            return Err(Cause::NoStreams { last });
-        }
-        // Until its worker has stopped, what a stream had under way cannot be sent again.
-        let never_stopped = |dead: &Dead| dead.since.elapsed() > self.timeout.max(LAST_WORDS);
-        if let Some((&stream, _)) = self.dead.iter().find(|(_, dead)| never_stopped(dead)) {
-            return Err(Cause::NotStopped { stream, seconds: self.timeout.max(LAST_WORDS).as_secs() });
-        }
+        self.streams.check(self.began.elapsed(), self.timeout)?;
         if self.reported.elapsed() >= REPORT_EVERY {
             self.report();
         }
@@ -172,14 +140,13 @@ impl Watch {
 
     /// Waits until every stream has ended, in order or dead on both sides; returns the accounts of the former.
     pub(super) fn streams_ended(&mut self) -> Result<Vec<StreamEnd>, Cause> {
-        while self.lanes_live != 0 || !self.dead.is_empty() {
+        while !self.streams.all_over() {
             self.check()?;
             if let Ok(end) = self.lane_ends.1.recv_timeout(Duration::from_millis(1)) {
                 self.on_lane_end(end)?;
             }
         }
-        self.ended.sort_by_key(|end| end.stream);
-        Ok(std::mem::take(&mut self.ended))
+        Ok(self.streams.take_accounts())
     }
 
     /// FINISH; waits for READY. With a paused guest not for ever: `bounded`.
@@ -278,58 +245,34 @@ impl Watch {
         let event = self.session.handle(message)?;
         match &event {
             SourceEvent::Reply(reply) => self.send(reply.clone()),
-            SourceEvent::StreamStopped { stream, reason } => self.on_stopped(*stream, reason.clone()),
+            SourceEvent::StreamStopped { stream, reason } => {
+                let frames = self.streams.stopped(*stream, reason.clone());
+                self.take_back(frames);
+            }
             _ => {}
         }
         Ok(event)
     }
 
-    fn on_stopped(&mut self, stream: u16, reason: String) {
-        if !reason.is_empty() {
-            // Which side was first is not known: the other one's reason is a consequence.
-            let theirs = format!("the destination stopped stream {stream}: {reason}");
-            let own = self.dead.get(&stream).map(|dead| format!("{}; ", dead.error));
-            self.last_error = Some(own.unwrap_or_default() + &theirs);
-        }
-        self.stopped.insert(stream, reason);
-        self.bury(stream);
-    }
-
     fn on_lane_end(&mut self, end: LaneEnd) -> Result<(), Cause> {
-        self.lanes_live -= 1;
         match end.result {
-            Ok(account) => self.ended.push(account),
+            Ok(account) => self.streams.ended(account),
             Err(LaneError::Fatal { source, .. }) => return Err(source.into()),
             Err(error) => {
-                let error = explain(&error);
-                let theirs = self.stopped.get(&end.stream).filter(|reason| !reason.is_empty());
-                self.last_error = Some(match theirs {
-                    Some(reason) => {
-                        format!("{error}; the destination stopped stream {}: {reason}", end.stream)
-                    }
-                    None => error.clone(),
-                });
                 self.progress.update(|r| r.streams_lost += 1);
                 self.send(Message::StreamLost { stream: end.stream });
-                let dead = Dead { frames: end.unreceipted, error, since: Instant::now() };
-                self.dead.insert(end.stream, dead);
-                self.bury(end.stream);
+                let now = self.began.elapsed();
+                let frames = self.streams.died(end.stream, explain(&error), end.unreceipted, now);
+                self.take_back(frames);
             }
         }
         Ok(())
     }
 
-    /// A stream that is dead on both sides: its unreceipted pages are dirty again, and any stream may take them.
-    fn bury(&mut self, stream: u16) {
-        if self.stopped.contains_key(&stream)
-            && let Some(dead) = self.dead.remove(&stream)
-        {
-            if self.last_error.is_none() {
-                self.last_error = Some(dead.error);
-            }
-            if let Some(source) = &self.source {
-                source.take_back(dead.frames);
-            }
+    /// Frames of a stream that is dead on both sides: their pages are dirty again, and any stream may take them.
+    fn take_back(&self, frames: Vec<Unreceipted>) {
+        if let Some(source) = &self.source {
+            source.take_back(frames);
         }
     }
 }
