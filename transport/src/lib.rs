@@ -6,6 +6,7 @@
 //! [`pagecopy::backend`].
 
 pub mod carrier;
+mod clock;
 pub mod destination;
 pub mod link;
 #[cfg(feature = "rdma")]

@@ -101,25 +101,7 @@ pub fn receive_stream(
     carrier: DestinationEnd,
     stream: u16,
 ) -> Result<StreamEnd, ReceiveError> {
-    let placer = sink.placing().clone();
-    let worker = Worker {
-        sink,
-        input: Input {
-            carrier: carrier.frames,
-            sink,
-            stream,
-            buffer: vec![0; BUFFER_BYTES].into(),
-            start: 0,
-            end: 0,
-            receipts: Vec::with_capacity(2 * RECEIPTS_BYTES),
-        },
-        decoder: ChunkDecoder::new(),
-        raw: vec![0; if placer.is_some() { CHUNK_SIZE } else { 0 }].into(),
-        placer,
-        frames: 0,
-        fold: 0,
-    };
-    worker.run()
+    Worker::new(sink, carrier.frames, stream).run()
 }
 
 /// The carrier with its read buffer and the receipts that wait to be sent.
@@ -235,7 +217,7 @@ impl Input<'_> {
     }
 }
 
-struct Worker<'a> {
+pub(super) struct Worker<'a> {
     sink: &'a PageSink,
     input: Input<'a>,
     decoder: ChunkDecoder,
@@ -247,37 +229,66 @@ struct Worker<'a> {
     fold: u64,
 }
 
-impl Worker<'_> {
+impl<'a> Worker<'a> {
+    pub(super) fn new(sink: &'a PageSink, carrier: Box<dyn FrameReceiver>, stream: u16) -> Self {
+        let placer = sink.placing().clone();
+        Self {
+            sink,
+            input: Input {
+                carrier,
+                sink,
+                stream,
+                buffer: vec![0; BUFFER_BYTES].into(),
+                start: 0,
+                end: 0,
+                receipts: Vec::with_capacity(2 * RECEIPTS_BYTES),
+            },
+            decoder: ChunkDecoder::new(),
+            raw: vec![0; if placer.is_some() { CHUNK_SIZE } else { 0 }].into(),
+            placer,
+            frames: 0,
+            fold: 0,
+        }
+    }
+
     fn run(mut self) -> Result<StreamEnd, ReceiveError> {
-        let stream = self.input.stream;
         loop {
-            let header = self.header()?;
-            if header.kind == FrameKind::End {
-                self.input.send_receipts()?;
-                // The source waits for this: all receipts are on their way.
-                self.input.carrier.finish().map_err(|source| ReceiveError::Io { stream, source })?;
-                return Ok(StreamEnd { stream, frames: self.frames, fold: self.fold });
-            }
-            let written = header.pages() & !header.zero;
-            let fresh = written & !self.sink.touched.get(header.chunk);
-            self.sink.touched.insert(header.chunk, written);
-            self.populate(&header, fresh)?;
-            self.apply_encoded(&header, fresh)?;
-            let by_stream = header.raw_len() != 0;
-            if by_stream && self.placer.is_some() && header.raw & !fresh == 0 {
-                self.place_raw(&header)?;
-            } else {
-                self.read_raw(&header)?;
-            }
-            self.apply_zero(&header);
-            self.sink.carried.insert(header.chunk, header.pages());
-            self.count(&header);
-            self.receipt(&header);
-            self.frames += 1;
-            if self.input.receipts.len() >= RECEIPTS_BYTES {
-                self.input.send_receipts()?;
+            if let Some(end) = self.frame()? {
+                return Ok(end);
             }
         }
+    }
+
+    /// Takes the next frame; returns the stream's account when it was the last.
+    pub(super) fn frame(&mut self) -> Result<Option<StreamEnd>, ReceiveError> {
+        let stream = self.input.stream;
+        let header = self.header()?;
+        if header.kind == FrameKind::End {
+            self.input.send_receipts()?;
+            // The source waits for this: all receipts are on their way.
+            self.input.carrier.finish().map_err(|source| ReceiveError::Io { stream, source })?;
+            return Ok(Some(StreamEnd { stream, frames: self.frames, fold: self.fold }));
+        }
+        let written = header.pages() & !header.zero;
+        let fresh = written & !self.sink.touched.get(header.chunk);
+        self.sink.touched.insert(header.chunk, written);
+        self.populate(&header, fresh)?;
+        self.apply_encoded(&header, fresh)?;
+        let by_stream = header.raw_len() != 0;
+        if by_stream && self.placer.is_some() && header.raw & !fresh == 0 {
+            self.place_raw(&header)?;
+        } else {
+            self.read_raw(&header)?;
+        }
+        self.apply_zero(&header);
+        self.sink.carried.insert(header.chunk, header.pages());
+        self.count(&header);
+        self.receipt(&header);
+        self.frames += 1;
+        if self.input.receipts.len() >= RECEIPTS_BYTES {
+            self.input.send_receipts()?;
+        }
+        Ok(None)
     }
 
     /// Brings a whole fresh chunk in at once, where memory is neither brought in ahead nor by placing pages.

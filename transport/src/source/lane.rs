@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use pagecopy::backend::BackendError;
@@ -18,6 +18,7 @@ use super::receipts::Receipts;
 use super::window::Window;
 use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, ReceiptError};
 use crate::carrier::{Breaker, FrameSender, Placement, SourceEnd};
+use crate::clock;
 use crate::sys::SendList;
 use crate::wire::control::StreamEnd;
 use crate::wire::frame::{FrameHeader, FrameKind};
@@ -155,17 +156,7 @@ impl Lane {
         ends: Sender<LaneEnd>,
     ) -> io::Result<Self> {
         let SourceEnd { frames, receipts, breaker } = carrier;
-        let flight = Flight {
-            frames: VecDeque::with_capacity(512),
-            bytes: 0,
-            window: Window::new(),
-            waiting_since: source.now(),
-            ended: false,
-            total: 0,
-            error: None,
-        };
-        let shared =
-            Arc::new(Shared { source, stream, breaker, flight: Mutex::new(flight), room: Condvar::new() });
+        let shared = Arc::new(Shared::new(source, stream, breaker));
         let sending = shared.clone();
         let sender = std::thread::Builder::new().name(format!("send-{stream}")).spawn(move || {
             if let Err(error) = LaneSender::new(&sending, frames).run(&work) {
@@ -198,12 +189,25 @@ impl Lane {
 }
 
 impl Shared {
+    pub(super) fn new(source: Arc<PageSource>, stream: u16, breaker: Arc<dyn Breaker>) -> Self {
+        let flight = Flight {
+            frames: VecDeque::with_capacity(512),
+            bytes: 0,
+            window: Window::new(),
+            waiting_since: source.now(),
+            ended: false,
+            total: 0,
+            error: None,
+        };
+        Self { source, stream, breaker, flight: Mutex::new(flight), room: Condvar::new() }
+    }
+
     pub(super) fn flight(&self) -> MutexGuard<'_, Flight> {
         self.flight.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Notes the first error and wakes the other thread.
-    fn fail(&self, error: LaneError) {
+    pub(super) fn fail(&self, error: LaneError) {
         let mut flight = self.flight();
         flight.error.get_or_insert(error);
         drop(flight);
@@ -228,7 +232,7 @@ impl Shared {
         LaneError::Fatal { stream: self.stream, source: source.into() }
     }
 
-    fn end(&self, fold: u64, panicked: bool) -> LaneEnd {
+    pub(super) fn end(&self, fold: u64, panicked: bool) -> LaneEnd {
         let mut flight = self.flight();
         let stream = self.stream;
         let result = match flight.error.take() {
@@ -241,7 +245,7 @@ impl Shared {
 }
 
 /// The thread that encodes and sends.
-struct LaneSender<'a> {
+pub(super) struct LaneSender<'a> {
     shared: &'a Shared,
     source: &'a PageSource,
     carrier: Box<dyn FrameSender>,
@@ -253,9 +257,9 @@ struct LaneSender<'a> {
 }
 
 impl<'a> LaneSender<'a> {
-    fn new(shared: &'a Shared, carrier: Box<dyn FrameSender>) -> Self {
+    pub(super) fn new(shared: &'a Shared, carrier: Box<dyn FrameSender>) -> Self {
         let source = &*shared.source;
-        let encoder = ChunkEncoder::new(source.options.codec, monotonic_nanos);
+        let encoder = ChunkEncoder::new(source.options.codec, clock::nanos);
         Self {
             shared,
             source,
@@ -283,6 +287,11 @@ impl<'a> LaneSender<'a> {
                 Err(RecvTimeoutError::Timeout) => self.check()?,
             }
         }
+        self.end()
+    }
+
+    /// Says that no more frames come.
+    pub(super) fn end(&mut self) -> Result<(), LaneError> {
         self.out.extend_from_slice(&FrameHeader::end(self.seq).encode(&self.source.shared.hasher));
         let mut flight = self.shared.flight();
         (flight.ended, flight.total) = (true, self.seq);
@@ -299,7 +308,7 @@ impl<'a> LaneSender<'a> {
         Ok(())
     }
 
-    fn work_off(&mut self, batch: Batch) -> Result<(), LaneError> {
+    pub(super) fn work_off(&mut self, batch: Batch) -> Result<(), LaneError> {
         let result = self.send_batch(batch);
         self.source.batch_done();
         result
@@ -393,13 +402,13 @@ impl<'a> LaneSender<'a> {
         };
         let wire_bytes = frame.wire_bytes;
         self.source.carried.insert(chunk, sent);
-        let begun = Instant::now();
+        let begun = clock::nanos();
         self.launch(frame)?;
         // A carrier that places gathers by itself, so that it knows what it has to send before it waits for room to place.
         if header.raw != 0 || self.carrier.places() || self.out.len() >= GATHER_BYTES {
             self.write(header.raw & !placed, in_place.then_some(chunk))?;
         }
-        self.encoder.observe_link(wire_bytes, begun.elapsed().as_nanos() as u64);
+        self.encoder.observe_link(wire_bytes, clock::nanos() - begun);
         Ok(())
     }
 
@@ -435,7 +444,7 @@ impl<'a> LaneSender<'a> {
         Ok(())
     }
 
-    fn flush(&mut self) -> Result<(), LaneError> {
+    pub(super) fn flush(&mut self) -> Result<(), LaneError> {
         if self.out.is_empty() {
             self.check()?;
         } else {
@@ -495,12 +504,6 @@ fn take_snapshot(memory: &VolatileSlice<'_>, pages: u64, snapshot: &mut [u8]) {
         let piece = memory.subslice(at, len).expect("pages of a chunk lie in its mapping");
         piece.copy_to(&mut snapshot[at..at + len]);
     }
-}
-
-/// Nanoseconds since the first call.
-fn monotonic_nanos() -> u64 {
-    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
-    START.get_or_init(Instant::now).elapsed().as_nanos() as u64
 }
 
 /// What the receipt of these pages must say.

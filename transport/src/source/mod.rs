@@ -12,7 +12,7 @@ mod window;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pagecopy::backend::{BackendError, DirtyLog, GuestRam};
 use pagecopy::bitmap::PageBitmap;
@@ -25,6 +25,7 @@ pub use feeder::Feeder;
 pub use lane::{Lane, LaneEnd, LaneError, Unreceipted};
 use owners::Owners;
 
+use crate::clock;
 use crate::wire::WireError;
 
 /// Chunks that are claimed, re-armed in the dirty log and encoded together.
@@ -114,7 +115,6 @@ pub struct PageSource {
     by_copy: PageBitmap,
     owners: Owners,
     counters: Counters,
-    started: Instant,
     progress: (Mutex<()>, Condvar),
     /// Batches given out and not yet worked off.
     outstanding: AtomicU64,
@@ -140,7 +140,6 @@ impl PageSource {
             by_copy: PageBitmap::new(chunks),
             owners: Owners::new(chunks),
             counters: Counters::default(),
-            started: Instant::now(),
             progress: (Mutex::new(()), Condvar::new()),
             outstanding: AtomicU64::new(0),
             stop: AtomicBool::new(false),
@@ -257,7 +256,7 @@ impl PageSource {
     }
 
     fn now(&self) -> Duration {
-        self.started.elapsed()
+        clock::now()
     }
 }
 

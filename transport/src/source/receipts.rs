@@ -15,7 +15,7 @@ use crate::wire::frame::{self, RECEIPT_HEADER_LEN};
 pub(super) struct Receipts<'a> {
     shared: &'a Shared,
     carrier: Box<dyn ReceiptReader>,
-    fold: u64,
+    pub(super) fold: u64,
     buffer: Vec<u8>,
     len: usize,
 }
@@ -32,36 +32,42 @@ impl<'a> Receipts<'a> {
     }
 
     fn take(&mut self) -> Result<(), LaneError> {
-        loop {
-            self.consume()?;
-            {
+        while !self.turn()? {}
+        Ok(())
+    }
+
+    /// Settles what came and waits a moment for more; says whether the stream is over.
+    pub(super) fn turn(&mut self) -> Result<bool, LaneError> {
+        self.consume()?;
+        {
+            let flight = self.shared.flight();
+            if flight.error.is_some() {
+                return Ok(true);
+            }
+            let waited = self.shared.source.now().saturating_sub(flight.waiting_since);
+            if (!flight.frames.is_empty() || flight.ended) && waited > self.shared.source.options.timeout {
+                return Err(self.shared.timeout());
+            }
+        }
+        if self.shared.source.stopped() {
+            return Err(LaneError::Stopped { stream: self.shared.stream });
+        }
+        match self.carrier.read(&mut self.buffer[self.len..]) {
+            Ok(0) => {
+                // After END and the last receipt the destination closes the stream.
                 let flight = self.shared.flight();
-                if flight.error.is_some() {
-                    return Ok(());
-                }
-                let waited = self.shared.source.now().saturating_sub(flight.waiting_since);
-                if (!flight.frames.is_empty() || flight.ended) && waited > self.shared.source.options.timeout
-                {
-                    return Err(self.shared.timeout());
-                }
+                let in_order = flight.ended && flight.frames.is_empty();
+                drop(flight);
+                let closed = LaneError::Closed { stream: self.shared.stream };
+                if in_order { Ok(true) } else { Err(closed) }
             }
-            if self.shared.source.stopped() {
-                return Err(LaneError::Stopped { stream: self.shared.stream });
+            Ok(read) => {
+                self.len += read;
+                Ok(false)
             }
-            match self.carrier.read(&mut self.buffer[self.len..]) {
-                Ok(0) => {
-                    // After END and the last receipt the destination closes the stream.
-                    let flight = self.shared.flight();
-                    let in_order = flight.ended && flight.frames.is_empty();
-                    drop(flight);
-                    let closed = LaneError::Closed { stream: self.shared.stream };
-                    return if in_order { Ok(()) } else { Err(closed) };
-                }
-                Ok(read) => self.len += read,
-                // The carrier's time-out is the tick at which the conditions above are looked at.
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(e) => return Err(self.shared.io_error(e)),
-            }
+            // The carrier's time-out is the tick at which the conditions above are looked at.
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(false),
+            Err(e) => Err(self.shared.io_error(e)),
         }
     }
 
