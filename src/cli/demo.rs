@@ -16,6 +16,7 @@ use pageferry::vmm_shim::kvm;
 use serde::Serialize;
 
 use super::api::{self, MigrateRequest, Request, RunState, VmStatus};
+use super::folder::Folder;
 use super::{CliError, Exit, TransferArgs, ctl, output, size};
 
 /// How long a VM may take to start, and the guest to print.
@@ -77,7 +78,7 @@ struct DemoReport {
 
 pub(super) fn run(args: &DemoArgs) -> Result<(), CliError> {
     let process = args.no_kvm || !have_kvm(args.json);
-    let folder = Folder::new().map_err(|e| CliError::cannot_start(&e))?;
+    let folder = Folder::new("demo").map_err(|e| CliError::cannot_start(&e))?;
     if let (Some(side), Some(meet)) = (args.side, &args.meet) {
         return half::run(args, side, meet, process, &folder.path);
     }
@@ -145,28 +146,6 @@ fn have_kvm(quiet: bool) -> bool {
 
 fn pages_of_each(args: &DemoArgs) -> u64 {
     CounterParams { working_set: args.working_set, pages_per_s: args.rate, page_words: 0 }.pages(args.cpus)
-}
-
-/// A folder for sockets and console output, removed in the end.
-struct Folder {
-    path: PathBuf,
-}
-
-impl Folder {
-    fn new() -> std::io::Result<Self> {
-        let mut random = [0u8; 8];
-        getrandom::fill(&mut random).map_err(std::io::Error::other)?;
-        let name = format!("pageferry-demo-{:016x}", u64::from_le_bytes(random));
-        let path = std::env::temp_dir().join(name);
-        std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&path)?;
-        Ok(Self { path })
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.path);
-    }
 }
 
 /// One VM process; killed when dropped.

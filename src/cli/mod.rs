@@ -1,13 +1,18 @@
 //! The command line.
 
 mod api;
+mod backing;
+mod bench;
 mod ctl;
 mod demo;
+mod folder;
 mod lab;
 mod output;
+mod random;
 mod recv;
 mod send;
 mod size;
+mod stats;
 mod stop;
 mod vm;
 
@@ -38,6 +43,7 @@ enum Command {
     Send(send::SendArgs),
     Recv(recv::RecvArgs),
     Lab(lab::LabArgs),
+    Bench(bench::BenchArgs),
 }
 
 /// How a command ends when it does not succeed.
@@ -80,6 +86,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Send(args) => send::run(&args).map(done),
         Command::Recv(args) => recv::run(&args).map(done),
         Command::Lab(args) => lab::run(&args),
+        Command::Bench(args) => bench::run(&args).map(done),
     };
     result.unwrap_or_else(|error| {
         eprintln!("pageferry: {}", error.text);

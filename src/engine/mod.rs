@@ -6,6 +6,8 @@ pub mod report;
 pub mod source;
 mod usage;
 
+pub use usage::available_memory_bytes;
+
 use std::time::Duration;
 
 use pagecopy::backend::{BackendError, GuestRam};

@@ -17,7 +17,7 @@ pub(crate) fn max_rss_bytes() -> u64 {
 
 /// Memory that this host can give without swapping, in bytes (`MemAvailable`, proc_meminfo(5)); as good as endless where
 /// the kernel does not say.
-pub(crate) fn available_memory_bytes() -> u64 {
+pub fn available_memory_bytes() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     available(&text).unwrap_or(u64::MAX)
 }

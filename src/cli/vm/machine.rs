@@ -7,14 +7,15 @@ use pageferry::engine::explain;
 use pageferry::engine::source::SourceBackend;
 use pageferry::pagecopy::backend::{DirtyLog, Guest, GuestRam};
 use pageferry::pagecopy::layout::Layout;
-use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
+use pageferry::vmm_shim::guest_memory::GuestMemory;
 use pageferry::vmm_shim::guests::counter::{CounterParams, PAGE_WORDS_MAX};
 use pageferry::vmm_shim::guests::map;
 use pageferry::vmm_shim::uffd_log::UffdLog;
 use pageferry::vmm_shim::vmm::{self, GuestImage, Tracker, Vm, VmConfig, VmState};
 use pageferry::vmm_shim::writer::{MemoryWriter, WriterOptions};
 
-use super::{TrackerArg, VmArgs, memory_file};
+use super::super::backing;
+use super::{TrackerArg, VmArgs};
 
 /// A guest with its memory and its dirty log.
 pub(super) struct Machine {
@@ -30,7 +31,7 @@ pub(super) struct Machine {
 impl Machine {
     pub(super) fn new(args: &VmArgs, serial: Box<dyn Write + Send>) -> Result<Self, String> {
         let layout = vmm::layout(args.mem).map_err(|e| format!("--mem: {e}"))?;
-        let backing = backing(&args.memory)?;
+        let backing = backing::parse(&args.memory)?;
         let ram = Arc::new(GuestMemory::create(layout, &backing).map_err(|e| explain(&e))?);
         if args.no_kvm { Self::process(args, ram, serial) } else { Self::kvm(args, ram, serial) }
     }
@@ -123,21 +124,6 @@ impl Machine {
             machine: self.describe(),
         }
     }
-}
-
-fn backing(memory: &str) -> Result<Backing, String> {
-    Ok(match memory {
-        "anon" => Backing::Anonymous { huge: true },
-        "anon4k" => Backing::Anonymous { huge: false },
-        "memfd" => Backing::Memfd,
-        "hugetlb" => Backing::MemfdHuge,
-        other => match memory_file(other) {
-            Some(path) => Backing::File { path, create: true },
-            None => {
-                return Err(format!("--memory {other}: use anon, anon4k, memfd, hugetlb or file:PATH"));
-            }
-        },
-    })
 }
 
 fn image(args: &VmArgs) -> Result<GuestImage, String> {

@@ -4,7 +4,6 @@ mod machine;
 mod server;
 
 use std::io::Write;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
@@ -163,9 +162,4 @@ impl Incoming for Taker {
     fn arrived(&mut self, running: bool) {
         self.server.arrived(running);
     }
-}
-
-/// The file's path of `--memory file:PATH`.
-fn memory_file(memory: &str) -> Option<PathBuf> {
-    memory.strip_prefix("file:").filter(|path| !path.is_empty()).map(PathBuf::from)
 }

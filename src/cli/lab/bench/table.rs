@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::image::Kind;
+use crate::cli::stats::median;
 
 /// One line: what moved which image, how fast.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -68,18 +69,6 @@ impl Row {
     }
 }
 
-/// The middle one, or the mean of the two in the middle.
-pub(super) fn median(values: &[f64]) -> Option<f64> {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    match sorted.len() {
-        0 => None,
-        n if n % 2 == 1 => Some(sorted[middle]),
-        _ => Some((sorted[middle - 1] + sorted[middle]) / 2.0),
-    }
-}
-
 /// The whole result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Table {
@@ -138,13 +127,6 @@ pub(super) fn text(table: &Table) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn medians() {
-        assert_eq!(median(&[]), None);
-        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
-        assert_eq!(median(&[4.0, 1.0]), Some(2.5));
-    }
 
     #[test]
     fn failed_rows_are_shown_with_their_reason() {

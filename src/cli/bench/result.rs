@@ -1,0 +1,355 @@
+//! What the bench found, as JSON and as a table.
+
+use pageferry::engine::report::Pages;
+use serde::{Deserialize, Serialize};
+
+use super::side::Outcome;
+use crate::cli::stats::median;
+
+/// The whole result.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Results {
+    /// Bytes of guest RAM.
+    pub ram_bytes: u64,
+    /// What it holds: a composition, or the path of an image.
+    pub content: String,
+    /// What carries the streams.
+    pub transport: String,
+    /// What the destination's memory is made of.
+    pub memory: String,
+    /// CPUs of this host.
+    pub cpus: usize,
+    /// One for each configuration.
+    pub rows: Vec<Row>,
+}
+
+/// One configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Row {
+    pub streams: u16,
+    pub codec: String,
+    /// Runs that count, in the order they ran in.
+    pub runs: Vec<Run>,
+    /// The middle of each of their figures; codec mix and rounds are those of the run in the middle by total time.
+    pub median: Option<Run>,
+    /// Why there are no more.
+    pub failed: Option<String>,
+}
+
+/// One migration.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Run {
+    /// From the request to the end, in milliseconds.
+    pub total_ms: f64,
+    /// Of that, before the first page could be sent.
+    pub setup_ms: f64,
+    /// Guest not running anywhere, in milliseconds.
+    pub downtime_ms: f64,
+    /// What it was predicted to be.
+    pub expected_downtime_ms: f64,
+    /// Guest memory moved in a second of the total time, in 10^9 bytes: pages as often as they were delivered, and holes.
+    pub logical_gb_s: f64,
+    /// Bytes on the wire in a second of the total time, in 10^9 bytes.
+    pub wire_gb_s: f64,
+    /// As `logical_gb_s`, in a second of the time after setup.
+    pub after_setup_gb_s: f64,
+    /// Page bytes delivered.
+    pub logical_bytes: u64,
+    /// Bytes on the wire for them.
+    pub wire_bytes: u64,
+    /// Passes over a dirty set.
+    pub rounds: u64,
+    /// Pages by what became of them.
+    pub pages: Pages,
+    /// What it cost the source.
+    pub source: Cost,
+    /// What it cost the destination.
+    pub destination: Cost,
+}
+
+/// What a run cost one side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Cost {
+    /// CPU time, in seconds.
+    pub cpu_s: f64,
+    /// CPU time for a GiB of guest RAM, in seconds.
+    pub cpu_s_per_gib: f64,
+    /// Largest resident set less guest memory, in bytes.
+    pub peak_beyond_bytes: u64,
+}
+
+impl Cost {
+    fn of(outcome: &Outcome, ram_bytes: u64) -> Self {
+        let cpu_s = outcome.report.cpu_s;
+        let gib = ram_bytes as f64 / f64::from(1 << 30);
+        Self { cpu_s, cpu_s_per_gib: cpu_s / gib, peak_beyond_bytes: outcome.peak_beyond_bytes }.rounded()
+    }
+
+    fn rounded(mut self) -> Self {
+        round(&mut self.cpu_s);
+        round(&mut self.cpu_s_per_gib);
+        self
+    }
+}
+
+impl Run {
+    /// The figures of what both sides say.
+    pub(super) fn new(source: &Outcome, destination: &Outcome) -> Self {
+        let report = &source.report;
+        let ram_bytes = report.pages.total * u64::from(report.page_size);
+        let nanoseconds = (report.total_ms * 1e6).max(1.0);
+        let holes = report.pages.hole * u64::from(report.page_size);
+        Self {
+            total_ms: report.total_ms,
+            setup_ms: report.setup_ms,
+            downtime_ms: report.downtime_ms,
+            expected_downtime_ms: report.expected_downtime_ms,
+            logical_gb_s: (report.logical_bytes + holes) as f64 / nanoseconds,
+            wire_gb_s: report.wire_bytes as f64 / nanoseconds,
+            after_setup_gb_s: report.logical_gb_s,
+            logical_bytes: report.logical_bytes,
+            wire_bytes: report.wire_bytes,
+            rounds: report.rounds,
+            pages: report.pages,
+            source: Cost::of(source, ram_bytes),
+            destination: Cost::of(destination, ram_bytes),
+        }
+        .rounded()
+    }
+
+    fn rounded(mut self) -> Self {
+        for value in [
+            &mut self.total_ms,
+            &mut self.setup_ms,
+            &mut self.downtime_ms,
+            &mut self.expected_downtime_ms,
+            &mut self.logical_gb_s,
+            &mut self.wire_gb_s,
+            &mut self.after_setup_gb_s,
+        ] {
+            round(value);
+        }
+        self
+    }
+
+    /// The middle of each figure of these runs.
+    fn middle(runs: &[Self]) -> Option<Self> {
+        let mut by_time: Vec<_> = runs.iter().collect();
+        by_time.sort_by(|a, b| a.total_ms.total_cmp(&b.total_ms));
+        let typical = *by_time.get((by_time.len().max(1) - 1) / 2)?;
+        let middle = |figure: &dyn Fn(&Self) -> f64| {
+            let figures: Vec<f64> = runs.iter().map(figure).collect();
+            median(&figures).unwrap_or_default()
+        };
+        let cost = |side: &dyn Fn(&Self) -> Cost| Cost {
+            cpu_s: middle(&|run| side(run).cpu_s),
+            cpu_s_per_gib: middle(&|run| side(run).cpu_s_per_gib),
+            peak_beyond_bytes: middle(&|run| side(run).peak_beyond_bytes as f64) as u64,
+        };
+        let median = Self {
+            total_ms: middle(&|run| run.total_ms),
+            setup_ms: middle(&|run| run.setup_ms),
+            downtime_ms: middle(&|run| run.downtime_ms),
+            expected_downtime_ms: middle(&|run| run.expected_downtime_ms),
+            logical_gb_s: middle(&|run| run.logical_gb_s),
+            wire_gb_s: middle(&|run| run.wire_gb_s),
+            after_setup_gb_s: middle(&|run| run.after_setup_gb_s),
+            logical_bytes: middle(&|run| run.logical_bytes as f64) as u64,
+            wire_bytes: middle(&|run| run.wire_bytes as f64) as u64,
+            rounds: typical.rounds,
+            pages: typical.pages,
+            source: cost(&|run| run.source).rounded(),
+            destination: cost(&|run| run.destination).rounded(),
+        };
+        Some(median.rounded())
+    }
+}
+
+impl Row {
+    /// A configuration that has not run yet.
+    pub(super) fn new(streams: u16, codec: String) -> Self {
+        Self { streams, codec, runs: vec![], median: None, failed: None }
+    }
+
+    /// Takes in a run. After a failure there are no more.
+    pub(super) fn add(&mut self, run: Result<Run, String>) {
+        match run {
+            Ok(run) => {
+                self.runs.push(run);
+                self.median = Run::middle(&self.runs);
+            }
+            Err(reason) => self.failed = Some(reason),
+        }
+    }
+}
+
+/// To thousandths.
+fn round(value: &mut f64) {
+    *value = (*value * 1e3).round() / 1e3;
+}
+
+/// The table as text.
+pub(super) fn text(results: &Results) -> String {
+    let Results { ram_bytes, content, transport, memory, cpus, rows } = results;
+    let runs = rows.iter().map(|row| row.runs.len()).max().unwrap_or(0);
+    let mut lines = vec![
+        format!(
+            "{} of RAM ({content}) over {transport} into {memory}, {cpus} CPUs; medians of {runs}; GB = 10^9 bytes, MiB = 2^20",
+            size_text(*ram_bytes)
+        ),
+        String::new(),
+    ];
+    let mut cells = vec![HEAD.map(str::to_owned).to_vec()];
+    cells.extend(rows.iter().map(cells_of));
+    lines.extend(align(&cells));
+    lines.push(String::new());
+    lines.push("total, setup, down: ms. CPU-s/GiB: of guest RAM. peak: MiB beyond guest RAM. S: source, D: destination.".into());
+    lines.join("\n") + "\n"
+}
+
+/// Heads of the columns.
+const HEAD: [&str; 14] = [
+    "streams",
+    "codec",
+    "total",
+    "least to most",
+    "setup",
+    "down",
+    "GB/s",
+    "wire GB/s",
+    "CPU-s/GiB S",
+    "D",
+    "peak S",
+    "D",
+    "rounds",
+    "pages sent as",
+];
+
+fn cells_of(row: &Row) -> Vec<String> {
+    let mut cells = vec![row.streams.to_string(), row.codec.clone()];
+    if let Some(run) = &row.median {
+        let totals = || row.runs.iter().map(|run| run.total_ms);
+        let (least, most) = (totals().fold(f64::INFINITY, f64::min), totals().fold(0.0, f64::max));
+        let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
+        cells.extend([
+            format!("{:.0}", run.total_ms),
+            format!("{least:.0} to {most:.0}"),
+            format!("{:.0}", run.setup_ms),
+            format!("{:.1}", run.downtime_ms),
+            format!("{:.2}", run.logical_gb_s),
+            format!("{:.2}", run.wire_gb_s),
+            format!("{:.3}", run.source.cpu_s_per_gib),
+            format!("{:.3}", run.destination.cpu_s_per_gib),
+            mib(run.source.peak_beyond_bytes),
+            mib(run.destination.peak_beyond_bytes),
+            run.rounds.to_string(),
+            codec_mix(&run.pages),
+        ]);
+    }
+    if let Some(reason) = &row.failed {
+        cells.push(format!("failed: {reason}"));
+    }
+    cells
+}
+
+/// What share of the pages that were handled went which way.
+fn codec_mix(pages: &Pages) -> String {
+    let kinds = [
+        ("raw", pages.raw),
+        ("zstd", pages.compressed),
+        ("delta", pages.delta),
+        ("unchanged", pages.unchanged),
+        ("zero", pages.zero),
+    ];
+    let all = kinds.iter().map(|(_, count)| count).sum::<u64>().max(1);
+    let present = kinds.iter().filter(|(_, count)| *count != 0);
+    let parts: Vec<_> =
+        present.map(|(name, count)| format!("{name} {:.0}%", *count as f64 / all as f64 * 100.0)).collect();
+    if parts.is_empty() { "nothing".into() } else { parts.join(" ") }
+}
+
+/// Columns of equal width: words to the left, numbers to the right, the last two as they are.
+fn align(rows: &[Vec<String>]) -> Vec<String> {
+    let columns = HEAD.len();
+    let width = |column: usize| {
+        let cells = rows.iter().filter(|row| row.len() >= columns).filter_map(|row| row.get(column));
+        let head = HEAD[column].len();
+        cells.map(|cell| cell.len()).max().unwrap_or(0).max(head)
+    };
+    rows.iter()
+        .map(|row| {
+            let cells = row.iter().enumerate().map(|(column, cell)| match column {
+                1 => format!("{cell:<0$}", width(column)),
+                _ if column + 1 >= columns || cell.starts_with("failed") => cell.clone(),
+                _ => format!("{cell:>0$}", width(column)),
+            });
+            cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+        })
+        .collect()
+}
+
+/// `4 GiB`, `24 MiB`, `20 KiB`.
+fn size_text(bytes: u64) -> String {
+    let (shift, unit) = [(30, "GiB"), (20, "MiB")]
+        .into_iter()
+        .find(|(shift, _)| bytes.is_multiple_of(1 << shift))
+        .unwrap_or((10, "KiB"));
+    format!("{} {unit}", bytes >> shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use pageferry::engine::report::Report;
+
+    use super::*;
+
+    fn run(total_ms: f64, cpu_s: f64) -> Run {
+        let pages = Pages { total: 1 << 18, hole: 1 << 17, raw: 3 << 15, zero: 1 << 15, ..Pages::default() };
+        let logical_bytes = 1 << 29;
+        let report = Report { total_ms, cpu_s, pages, page_size: 4096, logical_bytes, ..Report::default() };
+        let source = Outcome { report: report.clone(), peak_beyond_bytes: 3 << 20 };
+        Run::new(&source, &Outcome { report, peak_beyond_bytes: 5 << 19 })
+    }
+
+    #[test]
+    fn figures_follow_from_what_the_sides_say() {
+        let run = run(500.0, 0.75);
+        assert_eq!(run.logical_gb_s, 2.147);
+        assert_eq!(run.source.cpu_s_per_gib, 0.75);
+    }
+
+    #[test]
+    fn rows_show_medians_and_failures() {
+        let mut row = Row::new(4, "auto".into());
+        for (total, cpu) in [(400.0, 0.5), (600.0, 0.7), (500.0, 0.9)] {
+            row.add(Ok(run(total, cpu)));
+        }
+        let middle = row.median.clone().unwrap();
+        assert_eq!((middle.total_ms, middle.source.cpu_s), (500.0, 0.7));
+        let mut failed = Row::new(16, "zstd:1".into());
+        failed.add(Err("source: cancelled".into()));
+        let results = Results {
+            ram_bytes: 1 << 30,
+            content: "hole=50,random=50".into(),
+            transport: "tcp".into(),
+            memory: "anon".into(),
+            cpus: 2,
+            rows: vec![row, failed],
+        };
+        let text = text(&results);
+        let lines: Vec<_> = text.lines().collect();
+        assert!(lines[0].starts_with("1 GiB of RAM (hole=50,random=50) over tcp into anon"), "{text}");
+        assert_eq!(lines[2].find("least to most").unwrap() + 13, lines[3].find("400 to 600").unwrap() + 10);
+        assert!(lines[3].ends_with("raw 75% zero 25%"), "{text}");
+        assert!(lines[4].ends_with("zstd:1  failed: source: cancelled"), "{text}");
+        let json = serde_json::to_string(&results).unwrap();
+        assert_eq!(serde_json::from_str::<Results>(&json).unwrap(), results);
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size_text(4 << 30), "4 GiB");
+        assert_eq!(size_text(24 << 20), "24 MiB");
+        assert_eq!(size_text(20 << 10), "20 KiB");
+    }
+}

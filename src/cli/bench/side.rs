@@ -1,0 +1,225 @@
+//! One side of a run, as a process of its own, so that its CPU time and memory are nobody else's.
+//!
+//! A side is told what to do by one JSON object on its command line, and says what it has to say in lines of JSON on its
+//! standard output. It ends when its standard input does: whoever started it is gone, or wants it gone.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageferry::engine::destination::{Destination, Incoming};
+use pageferry::engine::progress::Progress;
+use pageferry::engine::report::Report;
+use pageferry::engine::source::{SourceBackend, migrate};
+use pageferry::engine::{Options, explain};
+use pageferry::pagecopy::backend::{Guest, GuestRam, StaticLog};
+use pageferry::pagecopy::layout::{Layout, PAGE_SIZE};
+use pageferry::transport::uri::Uri;
+use pageferry::transport::wire::control::Hello;
+use pageferry::vmm_shim::guest_memory::GuestMemory;
+use serde::{Deserialize, Serialize};
+
+use crate::cli::backing;
+
+/// What a side is to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "side", rename_all = "kebab-case")]
+pub(super) enum Order {
+    /// Send.
+    Source(SourceOrder),
+    /// Listen and receive.
+    Destination(DestinationOrder),
+}
+
+/// What a source is to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct SourceOrder {
+    /// Where the destination listens.
+    pub uri: String,
+    /// A file with the content of memory.
+    pub image: PathBuf,
+    /// How to send.
+    pub transfer: Transfer,
+}
+
+/// How to send, as strings where the command line has strings.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Transfer {
+    pub streams: u16,
+    pub codec: String,
+    pub timeout_s: u64,
+}
+
+/// What a destination is to do.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct DestinationOrder {
+    /// Where to listen.
+    pub uri: String,
+    /// What memory is made of.
+    pub memory: String,
+    pub timeout_s: u64,
+}
+
+/// What a side says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Word {
+    /// A destination listens here.
+    Listening(String),
+    /// It is done.
+    Done(Box<Outcome>),
+    /// It failed; why.
+    Failed(String),
+}
+
+/// What a run came to on one side.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Outcome {
+    /// The engine's numbers.
+    pub report: Report,
+    /// Largest resident set in bytes, less the guest memory that is resident in the end.
+    pub peak_beyond_bytes: u64,
+}
+
+/// Does what `order` says, in this process.
+pub(super) fn run(order: &str) {
+    let word = match serde_json::from_str(order) {
+        Ok(order) => {
+            end_with_standard_input();
+            let outcome = match order {
+                Order::Source(order) => source(&order),
+                Order::Destination(order) => destination(&order),
+            };
+            outcome.map_or_else(Word::Failed, |outcome| Word::Done(Box::new(outcome)))
+        }
+        Err(e) => Word::Failed(format!("the order of a side is not understood: {e}")),
+    };
+    say(&word);
+}
+
+fn say(word: &Word) {
+    let text = serde_json::to_string(word).unwrap_or_default() + "\n";
+    // Whoever listened is gone, and this process will be soon.
+    let mut out = std::io::stdout();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Ends this process when whoever started it closes its standard input, or dies.
+fn end_with_standard_input() {
+    std::thread::spawn(|| {
+        let mut input = std::io::stdin();
+        while input.read(&mut [0; 64]).is_ok_and(|n| n != 0) {}
+        std::process::exit(crate::cli::Exit::Cancelled as i32);
+    });
+}
+
+fn source(order: &SourceOrder) -> Result<Outcome, String> {
+    let uri: Uri = order.uri.parse().map_err(|e| explain(&e))?;
+    let ram = Arc::new(GuestMemory::open_ram_file(&order.image, false).map_err(|e| explain(&e))?);
+    let backend = SourceBackend {
+        ram: ram.clone(),
+        log: Arc::new(StaticLog),
+        guest: None,
+        paused: false,
+        machine: String::new(),
+    };
+    let options = Options {
+        streams: order.transfer.streams,
+        codec: order.transfer.codec.parse().map_err(|e| format!("codec: {e}"))?,
+        timeout: Duration::from_secs(order.transfer.timeout_s),
+        ..Options::default()
+    };
+    let progress = Progress::default();
+    let report = migrate(&backend, &uri, &options, &progress).map_err(|e| explain(&e))?;
+    Ok(Outcome { report, peak_beyond_bytes: peak_beyond(Guests::Mapped) })
+}
+
+/// Makes memory of the size that comes.
+struct Taker<'a> {
+    memory: &'a str,
+    ram: Option<Arc<GuestMemory>>,
+}
+
+impl Incoming for Taker<'_> {
+    fn open(&mut self, _hello: &Hello, layout: Layout) -> Result<Arc<dyn GuestRam>, String> {
+        let backing = backing::parse(self.memory)?;
+        let ram = Arc::new(GuestMemory::create(layout, &backing).map_err(|e| explain(&e))?);
+        self.ram = Some(ram.clone());
+        Ok(ram)
+    }
+
+    fn guest(&self) -> Option<Arc<dyn Guest>> {
+        None
+    }
+}
+
+fn destination(order: &DestinationOrder) -> Result<Outcome, String> {
+    let uri: Uri = order.uri.parse().map_err(|e| explain(&e))?;
+    let options = Options { timeout: Duration::from_secs(order.timeout_s), ..Options::default() };
+    let progress = Progress::default();
+    let notice = |text: &str| eprintln!("pageferry: {text}");
+    let destination = Destination::bind(&uri, &options, &progress, notice).map_err(|e| explain(&e))?;
+    say(&Word::Listening(destination.uri().to_string()));
+    let mut taker = Taker { memory: &order.memory, ram: None };
+    let arrival = destination.receive(&mut taker).map_err(|e| explain(&e))?;
+    let guests = match &taker.ram {
+        Some(ram) if order.memory.starts_with("anon") => Guests::Private(resident(ram)),
+        _ => Guests::Mapped,
+    };
+    Ok(Outcome { report: arrival.report, peak_beyond_bytes: peak_beyond(guests) })
+}
+
+/// Which part of this process' memory is the guest's.
+#[derive(Clone, Copy)]
+enum Guests {
+    /// So many bytes of private memory.
+    Private(u64),
+    /// What is mapped of shared memory; where nothing is, what is mapped of files.
+    Mapped,
+}
+
+/// Bytes of guest memory that are populated.
+fn resident(ram: &GuestMemory) -> u64 {
+    let mut pages = vec![0; ram.layout().chunks() as usize];
+    // Without an answer nothing counts as the guest's, which makes the figure too large, not too small.
+    let known = ram.populated(0, &mut pages).is_ok();
+    if known { pages.iter().map(|w| u64::from(w.count_ones())).sum::<u64>() * PAGE_SIZE as u64 } else { 0 }
+}
+
+/// The largest resident set of this process less its guest memory, in bytes: what the migration takes on top.
+///
+/// Not from `getrusage`, whose maximum a process inherits from the one that started it.
+fn peak_beyond(guests: Guests) -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let value = |name: &str| status_bytes(&text, name).unwrap_or(0);
+    let guests = match guests {
+        Guests::Private(bytes) => bytes,
+        Guests::Mapped => match value("RssShmem") {
+            0 => value("RssFile"),
+            shared => shared,
+        },
+    };
+    value("VmHWM").saturating_sub(guests)
+}
+
+/// A size in a `/proc/PID/status`, in bytes.
+fn status_bytes(status: &str, name: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_of_a_status() {
+        let text = "VmHWM:\t  123456 kB\nRssAnon:\t       8 kB\nThreads:\t4\n";
+        assert_eq!(status_bytes(text, "VmHWM"), Some(123_456 << 10));
+        assert_eq!(status_bytes(text, "RssAnon"), Some(8 << 10));
+        assert_eq!(status_bytes(text, "Threads"), None);
+        assert_eq!(status_bytes(text, "Rss"), None);
+        assert!(peak_beyond(Guests::Private(0)) > 1 << 20);
+    }
+}
