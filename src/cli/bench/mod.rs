@@ -72,8 +72,8 @@ pub(super) struct BenchArgs {
 const HELP: &str = "Examples:\n  pageferry bench --ram 4G --mix random --streams 1,2,4 --runs 5\n  \
 pageferry bench --ram 1G --mix hole=40,text=60 --codecs raw,auto,zstd:1 --json\n  \
 pageferry bench --image /dev/shm/ram.img --memory memfd\n\n\
-Source and destination are two processes on this host, new ones for each run. Configurations take turns; the first run of each only warms the machine up. \
-There is no chunk size to sweep: a chunk is 64 pages by protocol, one word of KVM's dirty bitmap.\n\n\
+Source and destination are two processes on this host, new ones for each run. Configurations take turns; the first run of \
+each only warms the machine up. There is no chunk size to sweep: a chunk is 64 pages by protocol, one word of KVM's dirty bitmap.\n\n\
 Exit codes: 0 measured; 1 a configuration has no run that succeeded; 2 wrong arguments; 3 could not start; 130 cancelled.";
 
 /// What carries the streams.
