@@ -7,6 +7,7 @@
 //! See `docs/design.md` for the rules that hold throughout and `docs/protocol.md` for the wire format.
 
 pub mod engine;
+pub mod measure;
 
 pub use pagecopy;
 pub use transport;

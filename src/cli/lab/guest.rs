@@ -12,7 +12,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::child::Running;
+use pageferry::measure::process::Running;
+
 use super::error::LabError;
 use super::kernel::Kernel;
 use super::needs;

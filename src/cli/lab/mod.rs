@@ -4,7 +4,6 @@
 //! (read-only, with a writable layer on top) and runs the host's programs.
 
 mod bench;
-mod child;
 mod cpio;
 mod demo;
 mod error;

@@ -1,15 +1,12 @@
 //! What the lab needs from the host, what of it is missing, and which Debian packages have it.
 
 use std::env;
-use std::ffi::OsString;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::error::LabError;
+pub(super) use pageferry::measure::process::{path, program};
 
-/// Folders of programs that the path of an ordinary user often lacks.
-const SYSTEM_FOLDERS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
+use super::error::LabError;
 
 /// Something that must be there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,21 +58,6 @@ impl Need {
             Self::File(path, _) => Path::new(path).exists(),
         }
     }
-}
-
-/// The path in which programs are looked for: the caller's, then the system's folders.
-pub(super) fn path() -> OsString {
-    let mut folders: Vec<PathBuf> =
-        env::split_paths(&env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into())).collect();
-    folders.extend(SYSTEM_FOLDERS.iter().map(PathBuf::from));
-    env::join_paths(folders).unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into())
-}
-
-/// Where a program is.
-pub(super) fn program(name: &str) -> Option<PathBuf> {
-    let runs =
-        |path: &PathBuf| path.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
-    env::split_paths(&path()).map(|folder| folder.join(name)).find(runs)
 }
 
 /// A busybox that needs no libraries.

@@ -2,15 +2,18 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
+use pageferry::measure::ferry::Ferry;
+use pageferry::measure::qemu::{self, Mode};
+use pageferry::measure::{Job, Place, Target, same_content};
+
 use super::super::error::LabError;
-use super::super::script;
+use super::super::{own_program, script};
 use super::image::{self, Kind};
-use super::qmp::{self, Mode};
 use super::table::{Rates, Row, Table};
-use super::{InsideArgs, Took, WhatArgs, ferry, folder, perftest};
+use super::{InsideArgs, WhatArgs, folder, perftest};
 
 /// The first port; every run has its own, so that none waits for an earlier one's connections to time out.
 const FIRST_PORT: u16 = 20_000;
@@ -34,9 +37,9 @@ impl Contender {
                 let plural = if *streams == 1 { "" } else { "s" };
                 format!("pageferry {scheme}, {streams} {unit}{plural}, {codec}")
             }
-            Self::Qemu(Mode::Rdma) => "QEMU rdma".into(),
             Self::Qemu(Mode::RdmaPinAll) => "QEMU rdma, pin-all".into(),
             Self::Qemu(Mode::Multifd(channels)) => format!("QEMU tcp multifd, {channels} channels"),
+            Self::Qemu(mode) => format!("QEMU {mode}"),
         }
     }
 }
@@ -68,7 +71,7 @@ pub(in super::super) fn run(args: &InsideArgs) -> Result<ExitCode, LabError> {
         image_bytes: args.what.mem,
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
-        qemu: qemu_version(),
+        qemu: qemu::version(),
         rows,
     };
     println!("{}", serde_json::to_string(&table).unwrap_or_default());
@@ -79,13 +82,6 @@ impl WhatArgs {
     fn wants(&self, name: &str) -> bool {
         self.only.as_ref().is_none_or(|only| name.contains(only))
     }
-}
-
-fn qemu_version() -> String {
-    let output = Command::new("qemu-system-x86_64").arg("--version").output();
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-    // QEMU emulator version 10.0.2 (Debian ...)
-    text.split_whitespace().nth(3).map_or_else(|| "no QEMU".into(), |version| format!("QEMU {version}"))
 }
 
 struct Bench<'a> {
@@ -158,15 +154,29 @@ impl Bench<'_> {
         let (host, port) = (script::address(0), self.next_port());
         let copy = self.folder.join("copy");
         let _ = fs::remove_file(&copy);
+        let here = Place::default();
+        let job = Job {
+            image,
+            target: Target::File(&copy),
+            source: &here,
+            destination: &here,
+            host: &host,
+            port,
+            folder: &self.folder,
+            watch_memory: false,
+        };
         let took = match contender {
             Contender::Ferry(scheme, streams, codec) => {
-                ferry::transfer(&format!("{scheme}:{host}:{port}"), image, &copy, *streams, codec)
+                let program = own_program().map_err(|e| e.to_string())?;
+                let ferry = Ferry { program: &program, scheme, streams: *streams, codec };
+                // To start a program takes long on emulated CPUs, so this is the time that it reports itself.
+                ferry.transfer(&job).map(|took| (took.reported_ms, took.setup_ms))
             }
-            Contender::Qemu(mode) => qmp::migrate(*mode, image, &copy, &self.folder, &host, port),
+            Contender::Qemu(mode) => qemu::migrate(*mode, &job).map(|took| (took.total_ms, took.setup_ms)),
         };
-        let equal = !check || took.is_err() || same(image, &copy).map_err(|e| e.to_string())?;
+        let equal = !check || took.is_err() || same_content(image, &copy).map_err(|e| e.to_string())?;
         let _ = fs::remove_file(&copy);
-        let Took { total_ms, setup_ms } = took?;
+        let (total_ms, setup_ms) = took?;
         if !equal {
             return Err("the copy differs from the image".into());
         }
@@ -187,47 +197,9 @@ fn say(what: &str, rate: Result<f64, &String>) {
     std::thread::sleep(Duration::from_millis(100));
 }
 
-/// Whether two files have the same content.
-fn same(left: &Path, right: &Path) -> std::io::Result<bool> {
-    use std::io::Read;
-    let mut files = (fs::File::open(left)?, fs::File::open(right)?);
-    let length = files.0.metadata()?.len();
-    if length != files.1.metadata()?.len() {
-        return Ok(false);
-    }
-    let mut buffers = (vec![0; 1 << 20], vec![0; 1 << 20]);
-    let mut left = length;
-    while left > 0 {
-        let part = left.min(1 << 20) as usize;
-        files.0.read_exact(&mut buffers.0[..part])?;
-        files.1.read_exact(&mut buffers.1[..part])?;
-        if buffers.0[..part] != buffers.1[..part] {
-            return Ok(false);
-        }
-        left -= part as u64;
-    }
-    Ok(true)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn files_are_compared_whole() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = |name: &str, bytes: &[u8]| {
-            let path = folder.path().join(name);
-            fs::write(&path, bytes).unwrap();
-            path
-        };
-        let mut bytes = vec![1; (2 << 20) + 5];
-        let one = file("one", &bytes);
-        assert!(same(&one, &file("two", &bytes)).unwrap());
-        *bytes.last_mut().unwrap() = 2;
-        assert!(!same(&one, &file("three", &bytes)).unwrap());
-        assert!(!same(&one, &file("four", &bytes[1..])).unwrap());
-    }
 
     #[test]
     fn every_contender_has_a_name_of_its_own() {

@@ -1,10 +1,8 @@
 //! `pageferry lab bench`: soft-RoCE's limit, pageferry and QEMU side by side, all in one boot of one guest.
 
-mod ferry;
 mod image;
 mod inside;
 mod perftest;
-mod qmp;
 mod table;
 
 use std::ffi::OsString;
@@ -138,13 +136,6 @@ fn command(args: &BenchArgs) -> Result<Vec<OsString>, LabError> {
     let only = what.only.iter().flat_map(|only| ["--only".to_owned(), only.clone()]);
     command.extend(words.chain(only).map(OsString::from));
     Ok(command)
-}
-
-/// How long a transfer took, in milliseconds.
-struct Took {
-    total_ms: f64,
-    /// Of that, before the first page could be sent: connecting, and what both sides prepare.
-    setup_ms: f64,
 }
 
 /// Files of the bench, in the guest's memory.

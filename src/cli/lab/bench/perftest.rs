@@ -3,7 +3,8 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::super::child::Running;
+use pageferry::measure::process::Running;
+
 use super::super::needs;
 use super::super::script::RDMA_DEVICE;
 
