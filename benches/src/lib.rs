@@ -1,5 +1,7 @@
 //! Page content for the benches: the kinds of memory that a guest holds, the same on every run.
 
+pub mod images;
+
 use pagecopy::layout::PAGE_SIZE;
 use pagecopy::xbzrle::Page;
 
@@ -82,4 +84,96 @@ pub fn page_pairs(change: Change, count: usize) -> Vec<(Page, Page)> {
         (*old, new)
     };
     pages.as_chunks::<PAGE_SIZE>().0.iter().map(pair).collect()
+}
+
+/// The workloads on which QEMU's XBZRLE is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Workload {
+    /// One byte of each page changes.
+    OneByte,
+    /// One byte in ten changes, each by itself.
+    TenPercent,
+    /// Up to 40 runs of random length change, at random places.
+    Random,
+}
+
+impl Workload {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::OneByte, Self::TenPercent, Self::Random];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OneByte => "1-byte",
+            Self::TenPercent => "10-percent",
+            Self::Random => "random",
+        }
+    }
+
+    /// Pairs of an old and a new version of a page.
+    pub fn pairs(self, count: usize) -> Vec<(Page, Page)> {
+        let mut random = Random::new(13);
+        let pages = heap_bytes(7, count * PAGE_SIZE);
+        let pair = |old: &Page| {
+            let mut new = *old;
+            // Every change is one: a byte that is its own successor would stay.
+            match self {
+                Self::OneByte => new[random.below(PAGE_SIZE)] ^= 0x55,
+                Self::TenPercent => new.iter_mut().step_by(10).for_each(|byte| *byte ^= 0x55),
+                Self::Random => {
+                    for _ in 0..random.below(41) {
+                        let start = random.below(PAGE_SIZE);
+                        let end = PAGE_SIZE.min(start + 1 + random.below(64));
+                        new[start..end].iter_mut().for_each(|byte| *byte = random.next_u64() as u8);
+                    }
+                    new[random.below(PAGE_SIZE)] ^= 0x55;
+                }
+            }
+            (*old, new)
+        };
+        pages.as_chunks::<PAGE_SIZE>().0.iter().map(pair).collect()
+    }
+}
+
+/// Applies a delta byte by byte, as the format's description has it; `None` if it is none. What a decoder is measured against.
+pub fn decode_scalar(delta: &[u8], page: &mut Page) -> Option<usize> {
+    let mut bytes = delta.iter().copied();
+    let length = |bytes: &mut dyn Iterator<Item = u8>| {
+        let low = bytes.next()?;
+        let high = if low & 0x80 == 0 { 0 } else { bytes.next()? };
+        Some(usize::from(low & 0x7f) | usize::from(high) << 7)
+    };
+    let mut at = 0;
+    while bytes.len() > 0 {
+        at += length(&mut bytes)?;
+        for _ in 0..length(&mut bytes)? {
+            *page.get_mut(at)? = bytes.next()?;
+            at += 1;
+        }
+    }
+    Some(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use pagecopy::xbzrle::{Encoded, decode, encode, encode_reference};
+
+    use super::*;
+
+    #[test]
+    fn all_coders_agree_on_the_workloads() {
+        for workload in Workload::ALL {
+            for (old, new) in workload.pairs(64) {
+                let (mut out, mut expected) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
+                let Encoded::Len(length) = encode(&old, &new, &mut out) else { panic!("{workload:?}") };
+                assert_eq!(encode_reference(&old, &new, &mut expected), Encoded::Len(length));
+                assert_eq!(out[..length], expected[..length]);
+                let (mut one, mut other) = (old, old);
+                assert_eq!(decode(&out[..length], &mut one).ok(), decode_scalar(&out[..length], &mut other));
+                assert!(one == new && other == new, "{workload:?}");
+            }
+        }
+        assert_eq!(decode_scalar(&[0, 5, 1], &mut [0; PAGE_SIZE]), None);
+        assert_eq!(decode_scalar(&[0xff, 0x1f, 2, 1, 1], &mut [0; PAGE_SIZE]), None);
+    }
 }

@@ -1,0 +1,102 @@
+//! What takes part in a comparison: pageferry, QEMU, or the bare machine.
+
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+
+use pageferry::measure::ferry::Ferry;
+use pageferry::measure::qemu::{self, Mode};
+use pageferry::measure::{Job, Took};
+
+use crate::limit::{self, Sender};
+
+/// Who moves an image, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Contender {
+    /// `pageferry send` and `recv`: streams and codec.
+    Pageferry(u16, String),
+    /// QEMU's own migration.
+    Qemu(Mode),
+    /// Bytes alone, without a protocol: what the machine can do. The number is that of its streams.
+    Limit(Sender, u8),
+}
+
+impl Contender {
+    pub(crate) fn is_ours(&self) -> bool {
+        matches!(self, Self::Pageferry(..))
+    }
+
+    /// QEMU with the pages as they are.
+    pub(crate) fn is_plain_qemu(&self) -> bool {
+        matches!(self, Self::Qemu(Mode::Multifd(_) | Mode::Tcp | Mode::Xbzrle))
+    }
+
+    /// QEMU with zstd.
+    pub(crate) fn is_zstd_qemu(&self) -> bool {
+        matches!(self, Self::Qemu(Mode::MultifdZstd(..)))
+    }
+
+    /// Moves the image once.
+    pub(crate) fn run(&self, pageferry: &Path, job: &Job<'_>) -> Result<Took, String> {
+        match self {
+            Self::Pageferry(streams, codec) => {
+                Ferry { program: pageferry, scheme: "tcp", streams: *streams, codec }.transfer(job)
+            }
+            Self::Qemu(mode) => qemu::migrate(*mode, job),
+            Self::Limit(sender, streams) => {
+                limit::transfer(*sender, *streams, job).map_err(|e| format!("the limit: {e}"))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Contender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pageferry(streams, codec) => write!(f, "pageferry:{streams}:{codec}"),
+            Self::Qemu(mode) => write!(f, "qemu:{mode}"),
+            Self::Limit(sender, streams) => write!(f, "limit:{sender}:{streams}"),
+        }
+    }
+}
+
+impl FromStr for Contender {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (who, how) = text.split_once(':').unwrap_or((text, ""));
+        match who {
+            "pageferry" => {
+                let (streams, codec) = how.split_once(':').unwrap_or((how, "auto"));
+                let streams = streams.parse().map_err(|_| format!("{streams:?} is no number of streams"))?;
+                Ok(Self::Pageferry(streams, codec.to_owned()))
+            }
+            "qemu" => how.parse().map(Self::Qemu),
+            "limit" => {
+                let (sender, streams) = how.split_once(':').unwrap_or((how, "2"));
+                let streams = streams.parse().ok().filter(|n| (1..=64).contains(n));
+                Ok(Self::Limit(sender.parse()?, streams.ok_or("streams of a limit are 1 to 64")?))
+            }
+            _ => Err(format!(
+                "{text:?} is none of pageferry:STREAMS[:CODEC], qemu:MODE, limit:write|splice[:STREAMS]"
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contenders_are_named_and_read_alike() {
+        for text in ["pageferry:4:auto", "pageferry:2:zstd:3", "qemu:multifd:8", "qemu:tcp", "limit:splice:2"]
+        {
+            assert_eq!(text.parse::<Contender>().unwrap().to_string(), text);
+        }
+        assert_eq!("pageferry:8".parse::<Contender>().unwrap().to_string(), "pageferry:8:auto");
+        for bad in ["", "pageferry", "pageferry:x", "qemu", "qemu:udp", "limit:telepathy", "xen:4"] {
+            assert!(bad.parse::<Contender>().is_err(), "{bad}");
+        }
+    }
+}

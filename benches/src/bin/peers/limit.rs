@@ -1,0 +1,197 @@
+//! What the machine can do: the bytes of an image over loopback TCP into memory of the same kind, without a protocol, a hash or a
+//! check. The time includes what it takes to populate the destination's memory.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::str::FromStr;
+use std::time::Instant;
+
+use pagecopy::backend::GuestRam;
+use pagecopy::layout::{Layout, Region};
+use pageferry::measure::{Job, Target, Took};
+use rustix::pipe::SpliceFlags;
+use vm_memory::{ReadVolatile, VolatileSlice, WriteVolatile};
+use vmm_shim::guest_memory::{Backing, GuestMemory};
+
+/// Bytes of a system call.
+const STEP: u64 = 1 << 20;
+
+/// How the bytes are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sender {
+    /// Written from the mapped image.
+    Write,
+    /// Spliced from the file through a pipe, without a copy.
+    Splice,
+}
+
+impl fmt::Display for Sender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if *self == Self::Write { "write" } else { "splice" })
+    }
+}
+
+impl FromStr for Sender {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "write" => Ok(Self::Write),
+            "splice" => Ok(Self::Splice),
+            _ => Err(format!("{text:?} is neither write nor splice")),
+        }
+    }
+}
+
+/// Moves all of the image, holes too.
+pub(crate) fn transfer(sender: Sender, streams: u8, job: &Job<'_>) -> io::Result<Took> {
+    let source = GuestMemory::open_ram_file(job.image, false).map_err(io::Error::other)?;
+    let length = source.region(0).len() as u64;
+    let sockets = sockets(streams, job.host)?;
+    let share = length.div_ceil(u64::from(streams)).next_multiple_of(STEP);
+    let begin = Instant::now();
+    let memory = memory(length, job.target)?;
+    let setup_ms = begin.elapsed().as_secs_f64() * 1e3;
+    std::thread::scope(|scope| {
+        let mut workers = Vec::new();
+        for (stream, (to, from)) in sockets.into_iter().enumerate() {
+            let start = (stream as u64 * share).min(length);
+            let bytes = share.min(length - start);
+            let (source, memory) = (&source, &memory);
+            workers.push(scope.spawn(move || match sender {
+                Sender::Write => write(source, to, start, bytes),
+                Sender::Splice => splice(job.image, &to, start, bytes),
+            }));
+            workers.push(scope.spawn(move || receive(memory, from, start, bytes)));
+        }
+        workers.into_iter().try_for_each(|worker| {
+            worker.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+        })
+    })?;
+    let total_ms = begin.elapsed().as_secs_f64() * 1e3;
+    Ok(Took { total_ms, reported_ms: total_ms, setup_ms, wire_bytes: length, ..Took::default() })
+}
+
+/// Connections, the sending end of each first.
+fn sockets(streams: u8, host: &str) -> io::Result<Vec<(TcpStream, TcpStream)>> {
+    let listener = TcpListener::bind((host, 0))?;
+    let address = listener.local_addr()?;
+    let connect = |_| {
+        let to = TcpStream::connect(address)?;
+        let from = listener.accept()?.0;
+        for end in [&to, &from] {
+            // bbr, often the default, halves what loopback carries. A kernel without cubic keeps its own.
+            let _ = socket2::SockRef::from(end).set_tcp_congestion(b"cubic");
+        }
+        Ok((to, from))
+    };
+    (0..streams).map(connect).collect()
+}
+
+/// The destination's memory; anonymous memory is populated with all cores.
+fn memory(length: u64, target: Target<'_>) -> io::Result<GuestMemory> {
+    let layout = Layout::new(vec![Region { name: "ram".into(), gpa: 0, len: length }]);
+    let backing = match target {
+        Target::File(path) => Backing::File { path: path.into(), create: true },
+        Target::Anonymous => Backing::Anonymous { huge: true },
+    };
+    let memory =
+        GuestMemory::create(layout.map_err(io::Error::other)?, &backing).map_err(io::Error::other)?;
+    if memory.populates_ahead() {
+        let chunks = memory.layout().chunks();
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+        let share = chunks.div_ceil(threads).next_multiple_of(8);
+        std::thread::scope(|scope| {
+            let populate = |thread: u32| {
+                let first = (thread * share).min(chunks);
+                memory.populate(first, share.min(chunks - first))
+            };
+            let workers: Vec<_> = (0..threads).map(|n| scope.spawn(move || populate(n))).collect();
+            workers.into_iter().try_for_each(|worker| match worker.join() {
+                Ok(done) => done.map_err(io::Error::other),
+                Err(_) => Err(io::Error::other("a thread panicked")),
+            })
+        })?;
+    }
+    Ok(memory)
+}
+
+fn part(memory: &GuestMemory, at: u64, bytes: u64) -> io::Result<VolatileSlice<'_>> {
+    memory.region(0).subslice(at as usize, bytes as usize).map_err(io::Error::other)
+}
+
+fn write(source: &GuestMemory, mut to: TcpStream, start: u64, bytes: u64) -> io::Result<()> {
+    for at in (start..start + bytes).step_by(STEP as usize) {
+        let piece = part(source, at, STEP.min(start + bytes - at))?;
+        to.write_all_volatile(&piece).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+fn splice(image: &Path, to: &TcpStream, start: u64, bytes: u64) -> io::Result<()> {
+    let file = File::open(image)?;
+    let (reader, writer) = rustix::pipe::pipe()?;
+    // A smaller pipe takes more system calls and is no error.
+    let _ = rustix::pipe::fcntl_setpipe_size(&writer, STEP as usize);
+    let flags = SpliceFlags::MOVE | SpliceFlags::MORE;
+    let (mut at, end) = (start, start + bytes);
+    while at < end {
+        let wanted = STEP.min(end - at) as usize;
+        let mut within = rustix::pipe::splice(&file, Some(&mut at), &writer, None, wanted, flags)?;
+        if within == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        while within > 0 {
+            within -= rustix::pipe::splice(&reader, None, to, None, within, flags)?;
+        }
+    }
+    Ok(())
+}
+
+fn receive(memory: &GuestMemory, mut from: TcpStream, start: u64, bytes: u64) -> io::Result<()> {
+    let mut at = start;
+    while at < start + bytes {
+        let mut piece = part(memory, at, STEP.min(start + bytes - at))?;
+        match from.read_volatile(&mut piece).map_err(io::Error::other)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            length => at += length as u64,
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use pageferry::measure::{Place, same_content};
+    use pageferry_benches::images::{self, Kind};
+
+    use super::*;
+
+    #[test]
+    fn every_byte_arrives() {
+        let folder = tempfile::tempdir().unwrap();
+        let (image, copy) = (folder.path().join("image"), folder.path().join("copy"));
+        images::make(&image, Kind::Mixed, 11 << 20, 3).unwrap();
+        let here = Place::default();
+        let job = |target| Job {
+            image: &image,
+            target,
+            source: &here,
+            destination: &here,
+            host: "127.0.0.1",
+            port: 0,
+            folder: folder.path(),
+            watch_memory: false,
+        };
+        for (sender, streams) in [(Sender::Write, 2), (Sender::Splice, 3)] {
+            let took = transfer(sender, streams, &job(Target::File(&copy))).unwrap();
+            assert_eq!(took.wire_bytes, 11 << 20);
+            assert!(same_content(&image, &copy).unwrap(), "{sender}");
+            std::fs::remove_file(&copy).unwrap();
+            assert!(transfer(sender, streams, &job(Target::Anonymous)).unwrap().total_ms > 0.0);
+        }
+    }
+}
