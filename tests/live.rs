@@ -21,5 +21,7 @@ mod proxy;
 mod streams;
 #[path = "live/torn.rs"]
 mod torn;
+#[path = "live/tuning.rs"]
+mod tuning;
 #[path = "live/vm.rs"]
 mod vm;

@@ -7,9 +7,12 @@
 //!
 //! ```text
 //! first pass ──on_sync──▶ round 2 ──on_sync──▶ ... ──▶ SwitchOver   predicted downtime within the limit
-//!                                                  ├─▶ SwitchOver   forced, or out of rounds and at a local minimum
+//!                                                  ├─▶ SwitchOver   forced, out of time, or out of rounds and at a local minimum
+//!                                                  ├─▶ Postcopy     asked for, or out of time
 //!                                                  └─▶ GiveUp       out of time, or forced to stop at too long a downtime
 //! ```
+//!
+//! What cannot wait for the end of a round, which may take minutes, is asked for by [`Precopy::interrupt`].
 
 use std::collections::VecDeque;
 
@@ -21,19 +24,37 @@ const HISTORY_MAX: usize = 32;
 const MINIMUM_ROUNDS: usize = 8;
 /// Rounds after the last allowed one in which a local minimum is waited for.
 const GRACE_ROUNDS: u32 = 8;
+/// A remainder is a new low when it is below this many percent of the lowest before: less is noise.
+const LOW_PERCENT: u64 = 90;
+/// A guest has stalled when there was no new low for at least this long, in microseconds, however short the rounds are.
+const STALL_US: u64 = 1_000_000;
+
+/// What becomes of a migration that is out of time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// It ends; the guest runs on at the source.
+    #[default]
+    Cancel,
+    /// It switches over, however long that takes.
+    SwitchOver,
+    /// It goes on as postcopy.
+    Postcopy,
+}
 
 /// What the user allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Longest downtime at which the policy switches over by itself, in milliseconds.
     pub downtime_ms: u64,
-    /// Rounds after which it switches over at the next local minimum, whatever the downtime.
-    pub max_rounds: u32,
+    /// Rounds after which it switches over at the next local minimum, whatever the downtime. `None`: no limit.
+    pub max_rounds: Option<u32>,
     /// Longest downtime at which running out of rounds still switches over, in milliseconds; beyond it the migration is given up.
     /// `None`: no limit.
     pub last_resort_downtime_ms: Option<u64>,
-    /// Longest time that precopy may take, in milliseconds; then the migration is given up. `None`: no limit.
+    /// Longest time that precopy may take, in milliseconds. `None`: no limit.
     pub total_ms: Option<u64>,
+    /// What becomes of it then.
+    pub on_timeout: OnTimeout,
     /// Rounds without progress after which [`Precopy::stalled`] says so.
     pub stall_rounds: u32,
 }
@@ -42,9 +63,10 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             downtime_ms: 300,
-            max_rounds: 1000,
+            max_rounds: None,
             last_resort_downtime_ms: None,
             total_ms: None,
+            on_timeout: OnTimeout::Cancel,
             stall_rounds: 5,
         }
     }
@@ -74,6 +96,8 @@ pub enum SwitchReason {
     Forced,
     /// No more rounds are allowed, and there is no better moment in sight.
     OutOfRounds,
+    /// No more time is allowed.
+    OutOfTime,
 }
 
 /// Why the policy gives up. The guest runs on at the source.
@@ -115,6 +139,8 @@ pub enum Decision {
         /// Why now.
         reason: SwitchReason,
     },
+    /// Stop the guest, send its state, and let it run at the destination while the rest follows.
+    Postcopy,
     /// End the migration.
     GiveUp {
         /// Why.
@@ -165,12 +191,15 @@ pub struct Precopy {
     /// Syncs so far: rounds that are complete.
     rounds: u32,
     forced: bool,
+    postcopy: bool,
     /// The last syncs, oldest first; the start of the first pass is in front until rounds after it give a rate.
     history: VecDeque<Mark>,
-    /// Smallest remainder so far, and the rounds since it was reached.
+    /// The last remainder that was a new low, the rounds since, and when it was.
     least_remaining: u64,
     rounds_since_least: u32,
+    least_at_us: u64,
     expected_downtime_us: u64,
+    state_time_us: u64,
 }
 
 impl Precopy {
@@ -181,10 +210,13 @@ impl Precopy {
             started_us: now_us,
             rounds: 0,
             forced: false,
+            postcopy: false,
             history: VecDeque::from([Mark { at_us: now_us, sample: Sample::default(), dirtied_total: 0 }]),
             least_remaining: u64::MAX,
             rounds_since_least: 0,
+            least_at_us: now_us,
             expected_downtime_us: u64::MAX,
+            state_time_us: 0,
         }
     }
 
@@ -193,14 +225,50 @@ impl Precopy {
         self.limits
     }
 
-    /// Changes the limits; they apply from the next sync on.
+    /// Changes the limits; they apply from the next sync on, that of time at once.
     pub fn set_limits(&mut self, limits: Limits) {
         self.limits = limits;
     }
 
-    /// Asks to switch over at the next sync, whatever the downtime. The first pass is completed all the same.
+    /// Asks to switch over, whatever the downtime. The first pass is completed all the same.
     pub fn force_switchover(&mut self) {
         self.forced = true;
+    }
+
+    /// Asks to go on as postcopy, wherever precopy is.
+    pub fn start_postcopy(&mut self) {
+        self.postcopy = true;
+    }
+
+    /// Whether there is something to decide at once, in the middle of a round. Asks for the remaining logical bytes, as in
+    /// [`Sample`], only if there is.
+    pub fn interrupt(&mut self, now_us: u64, remaining: impl FnOnce() -> u64) -> Option<Decision> {
+        if self.postcopy {
+            return Some(Decision::Postcopy);
+        }
+        let reason = if self.forced && self.rounds >= 1 {
+            SwitchReason::Forced
+        } else {
+            match (self.out_of_time(now_us)?, self.limits.on_timeout) {
+                (_, OnTimeout::SwitchOver) => SwitchReason::OutOfTime,
+                (_, OnTimeout::Postcopy) => return Some(Decision::Postcopy),
+                (reason, OnTimeout::Cancel) => return Some(Decision::GiveUp { reason }),
+            }
+        };
+        self.expected_downtime_us = self.predict(remaining());
+        Some(Decision::SwitchOver { predicted_downtime_us: self.expected_downtime_us, reason })
+    }
+
+    fn out_of_time(&self, now_us: u64) -> Option<GiveUpReason> {
+        let limit_us = self.limits.total_ms?.saturating_mul(1000);
+        let elapsed_us = now_us.saturating_sub(self.started_us);
+        (elapsed_us > limit_us).then_some(GiveUpReason::OutOfTime { elapsed_us, limit_us })
+    }
+
+    /// The downtime of a switchover with so much left to send, in microseconds.
+    fn predict(&self, remaining_logical_bytes: u64) -> u64 {
+        let transfer_us = self.rate(|mark| mark.sample.acked_logical_bytes).us_for(remaining_logical_bytes);
+        transfer_us.saturating_add(self.state_time_us)
     }
 
     /// Takes in a dirty sync that ends a round (the first one ends the first pass), and decides.
@@ -219,20 +287,20 @@ impl Precopy {
         let dirtied_total = dirtied_before.saturating_add(sample.dirtied_pages);
         self.history.push_back(Mark { at_us, sample, dirtied_total });
         let remaining = sample.remaining_logical_bytes;
-        if remaining < self.least_remaining {
-            (self.least_remaining, self.rounds_since_least) = (remaining, 0);
+        if remaining < self.least_remaining / 100 * LOW_PERCENT {
+            (self.least_remaining, self.rounds_since_least, self.least_at_us) = (remaining, 0, at_us);
         } else {
             self.rounds_since_least = self.rounds_since_least.saturating_add(1);
         }
-        let transfer_us = self.rate(|mark| mark.sample.acked_logical_bytes).us_for(remaining);
-        self.expected_downtime_us = transfer_us.saturating_add(sample.state_time_us);
+        self.state_time_us = sample.state_time_us;
+        self.expected_downtime_us = self.predict(remaining);
         self.decide(remaining, at_us)
     }
 
-    fn decide(&self, remaining: u64, now_us: u64) -> Decision {
+    fn decide(&mut self, remaining: u64, now_us: u64) -> Decision {
         let predicted = self.expected_downtime_us;
         let switch = |reason| Decision::SwitchOver { predicted_downtime_us: predicted, reason };
-        if self.forced {
+        if self.forced && !self.postcopy {
             return switch(SwitchReason::Forced);
         }
         // After the first pass alone the rate is that of zeros and holes too, unless there is nothing to predict.
@@ -240,13 +308,12 @@ impl Precopy {
         if may_predict && predicted <= self.limits.downtime_ms.saturating_mul(1000) {
             return switch(SwitchReason::WithinLimit);
         }
-        let elapsed_us = now_us.saturating_sub(self.started_us);
-        if let Some(limit_us) = self.limits.total_ms.map(|ms| ms.saturating_mul(1000))
-            && elapsed_us > limit_us
-        {
-            return Decision::GiveUp { reason: GiveUpReason::OutOfTime { elapsed_us, limit_us } };
+        if let Some(decision) = self.interrupt(now_us, || remaining) {
+            return decision;
         }
-        let last_round = self.limits.max_rounds.max(2);
+        let Some(last_round) = self.limits.max_rounds.map(|rounds| rounds.max(2)) else {
+            return Decision::NextRound;
+        };
         if self.rounds < last_round {
             return Decision::NextRound;
         }
@@ -307,9 +374,23 @@ impl Precopy {
         self.rate(|mark| mark.sample.acked_wire_bytes).per_s()
     }
 
-    /// Whether the remainder reached no new low for [`Limits::stall_rounds`] rounds: the guest writes as fast as it is copied.
+    /// Whether the remainder reached no new low for [`Limits::stall_rounds`] rounds, and for a second at least: the guest writes as
+    /// fast as it is copied.
     pub fn stalled(&self) -> bool {
-        self.rounds_since_least >= self.limits.stall_rounds.max(1)
+        let since_us = self.history.back().map_or(0, |last| last.at_us.saturating_sub(self.least_at_us));
+        self.rounds_since_least >= self.limits.stall_rounds.max(1) && since_us >= STALL_US
+    }
+
+    /// What was dirtied in the last round, and how long that took in microseconds; [`Self::dirty_pages_per_s`] may look further back.
+    pub fn last_round(&self) -> (u64, u64) {
+        let mut back = self.history.iter().rev();
+        match (back.next(), back.next()) {
+            (Some(last), Some(before)) => (last.sample.dirtied_pages, (last.at_us - before.at_us).max(1)),
+            (Some(last), None) => {
+                (last.sample.dirtied_pages, last.at_us.saturating_sub(self.started_us).max(1))
+            }
+            _ => (0, 1),
+        }
     }
 }
 
@@ -379,7 +460,7 @@ mod tests {
 
     #[test]
     fn out_of_rounds_switches_at_a_local_minimum() {
-        let limits = Limits { max_rounds: 10, ..Limits::default() };
+        let limits = Limits { max_rounds: Some(10), ..Limits::default() };
         // Round 12 is the next dip.
         let (round, decision) = until_end(limits, |i| if i % 4 == 0 { 2 } else { 5 });
         assert!(matches!(decision, Decision::SwitchOver { reason: SwitchReason::OutOfRounds, .. }));
@@ -390,7 +471,8 @@ mod tests {
 
     #[test]
     fn gives_up_where_told_to() {
-        let limits = Limits { max_rounds: 10, last_resort_downtime_ms: Some(2000), ..Limits::default() };
+        let limits =
+            Limits { max_rounds: Some(10), last_resort_downtime_ms: Some(2000), ..Limits::default() };
         let (_, decision) = until_end(limits, |_| 3);
         assert!(matches!(
             decision,
@@ -398,10 +480,48 @@ mod tests {
                 reason: GiveUpReason::DowntimeTooLong { predicted_us: 3_020_000, limit_us: 2_000_000, .. }
             }
         ));
-        let limits = Limits { total_ms: Some(5000), ..Limits::default() };
-        let (round, decision) = until_end(limits, |_| 3);
-        assert_eq!(round, 6);
-        assert!(matches!(decision, Decision::GiveUp { reason: GiveUpReason::OutOfTime { .. } }));
+        for on_timeout in [OnTimeout::Cancel, OnTimeout::SwitchOver, OnTimeout::Postcopy] {
+            let limits = Limits { total_ms: Some(5000), on_timeout, ..Limits::default() };
+            let (round, decision) = until_end(limits, |_| 3);
+            assert_eq!(round, 6);
+            assert!(match on_timeout {
+                OnTimeout::Cancel =>
+                    matches!(decision, Decision::GiveUp { reason: GiveUpReason::OutOfTime { .. } }),
+                OnTimeout::SwitchOver =>
+                    matches!(decision, Decision::SwitchOver { reason: SwitchReason::OutOfTime, .. }),
+                OnTimeout::Postcopy => decision == Decision::Postcopy,
+            });
+        }
+    }
+
+    #[test]
+    fn without_a_limit_a_stalled_guest_is_never_stopped() {
+        let mut policy = Precopy::new(Limits::default(), 0);
+        for i in 1..5000 {
+            assert_eq!(policy.on_sync(i * 10_000, sample(1 << 34, i << 22)), Decision::NextRound);
+        }
+        assert!(policy.stalled());
+    }
+
+    #[test]
+    fn interrupts_a_round_for_what_cannot_wait() {
+        let limits = Limits { total_ms: Some(5000), on_timeout: OnTimeout::SwitchOver, ..Limits::default() };
+        let mut policy = Precopy::new(limits, 0);
+        assert_eq!(policy.interrupt(1_000_000, || 1 << 30), None);
+        policy.force_switchover();
+        assert_eq!(policy.interrupt(1_000_000, || 1 << 30), None, "the first pass is completed");
+        let out_of_time = policy.interrupt(5_000_001, || 1 << 30);
+        assert!(matches!(out_of_time, Some(Decision::SwitchOver { reason: SwitchReason::OutOfTime, .. })));
+        let mut policy = Precopy::new(Limits::default(), 0);
+        policy.on_sync(1_000_000, sample(1 << 33, 1 << 30));
+        policy.on_sync(2_000_000, sample(1 << 33, 2 << 30));
+        assert_eq!(policy.interrupt(2_500_000, || 1 << 32), None);
+        policy.force_switchover();
+        let forced = policy.interrupt(2_500_000, || 1 << 32);
+        let (reason, predicted_downtime_us) = (SwitchReason::Forced, 4_020_000);
+        assert_eq!(forced, Some(Decision::SwitchOver { predicted_downtime_us, reason }));
+        policy.start_postcopy();
+        assert_eq!(policy.interrupt(2_500_000, || 1 << 32), Some(Decision::Postcopy));
     }
 
     #[test]
@@ -438,7 +558,7 @@ mod tests {
             start: u64,
             limit in prop_oneof![any::<u64>(), 0u64..10_000],
             more: u64,
-            max_rounds in 0u32..40,
+            max_rounds in prop::option::of(0u32..40),
             samples in prop::collection::vec(any_sample(), 1..60),
             force_at in prop::option::of(0usize..60),
         ) {
@@ -457,7 +577,10 @@ mod tests {
                             prop_assert!(i >= 1 || sample.remaining_logical_bytes == 0);
                         }
                         SwitchReason::Forced => prop_assert!(force_at.is_some_and(|at| at <= i)),
-                        SwitchReason::OutOfRounds => prop_assert!(i + 1 >= max_rounds as usize),
+                        SwitchReason::OutOfRounds => {
+                            prop_assert!(max_rounds.is_some_and(|rounds| i + 1 >= rounds as usize));
+                        }
+                        SwitchReason::OutOfTime => prop_assert!(false, "there is no limit of time"),
                     }
                     let switches = matches!(wide_decision, Decision::SwitchOver { .. });
                     prop_assert!(switches);
@@ -487,7 +610,7 @@ mod tests {
                         prop_assert_eq!(reason, SwitchReason::WithinLimit);
                         break;
                     }
-                    Decision::GiveUp { reason } => prop_assert!(false, "gave up: {}", reason),
+                    other => prop_assert!(false, "{:?}", other),
                 }
             }
         }

@@ -12,6 +12,8 @@ use pageferry::engine::report::Report;
 use pageferry::transport::uri::Uri;
 use serde::{Deserialize, Serialize};
 
+use super::tuning::TuningArgs;
+
 /// Longest request or answer, in bytes.
 pub(super) const LINE_MAX: u64 = 1 << 20;
 /// How long an answer may take: a pause or a state change, never a migration.
@@ -34,6 +36,12 @@ pub(super) enum Request {
     },
     /// Cancels the migration.
     Cancel,
+    /// Changes limits of the migration that runs.
+    Set(TuningArgs),
+    /// Switches over after the first pass, whatever the downtime.
+    Switchover,
+    /// Lets a migration go on that waits before its switchover.
+    Continue,
     /// Ends the process.
     Quit,
 }
@@ -46,14 +54,15 @@ pub(super) struct MigrateRequest {
     pub streams: u16,
     #[serde(default = "default_codec")]
     pub codec: String,
-    #[serde(default = "default_downtime")]
-    pub downtime_limit_ms: u64,
     #[serde(default = "default_link_timeout")]
     pub link_timeout_s: u64,
     #[serde(default)]
     pub rdma_pin_all: bool,
     #[serde(default)]
     pub rdma_max_pinned: Option<u64>,
+    /// Its limits, beside the other arguments.
+    #[serde(flatten)]
+    pub tuning: TuningArgs,
 }
 
 fn default_streams() -> u16 {
@@ -61,9 +70,6 @@ fn default_streams() -> u16 {
 }
 fn default_codec() -> String {
     "auto".into()
-}
-fn default_downtime() -> u64 {
-    300
 }
 fn default_link_timeout() -> u64 {
     10

@@ -9,6 +9,7 @@ use pageferry::engine::report::{Report, Status};
 use pageferry::transport::uri::Uri;
 
 use super::api::{self, ApiAddress, ApiError, MigrateRequest, Request, VmStatus};
+use super::tuning::TuningArgs;
 use super::{CliError, Exit, TransferArgs, output};
 
 /// How often a migration's progress is asked for.
@@ -55,6 +56,18 @@ enum CtlCommand {
     /// Cancels the migration; the guest runs on where it is
     #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock cancel")]
     Cancel,
+    /// Changes limits of the migration that runs
+    #[command(
+        after_help = "Example:\n  pageferry ctl unix:/run/a.sock set --bandwidth 2Gbit --downtime-limit 500",
+        arg_required_else_help = true
+    )]
+    Set(TuningArgs),
+    /// Switches over as soon as the first pass is done, whatever the downtime
+    #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock switchover")]
+    Switchover,
+    /// Lets a migration go on that waits before its switchover
+    #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock continue")]
+    Continue,
     /// Ends the VM's process
     #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock quit")]
     Quit,
@@ -66,9 +79,8 @@ struct MigrateArgs {
     uri: Uri,
     #[command(flatten)]
     transfer: TransferArgs,
-    /// Longest downtime to aim for, in milliseconds
-    #[arg(long, default_value_t = 300, value_name = "MS")]
-    downtime_limit: u64,
+    #[command(flatten)]
+    tuning: TuningArgs,
     /// Do not wait for the end; `status` tells
     #[arg(long)]
     detach: bool,
@@ -80,10 +92,10 @@ impl MigrateArgs {
             uri: self.uri.to_string(),
             streams: self.transfer.streams,
             codec: self.transfer.codec.to_string(),
-            downtime_limit_ms: self.downtime_limit,
             link_timeout_s: self.transfer.link_timeout,
             rdma_pin_all: self.transfer.rdma.rdma_pin_all,
             rdma_max_pinned: self.transfer.rdma.limit.rdma_max_pinned,
+            tuning: self.tuning.clone(),
         }
     }
 }
@@ -104,6 +116,9 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), CliError> {
         CtlCommand::Pause => Request::Pause,
         CtlCommand::Resume { force } => Request::Resume { force: *force },
         CtlCommand::Cancel => Request::Cancel,
+        CtlCommand::Set(tuning) => Request::Set(tuning.clone()),
+        CtlCommand::Switchover => Request::Switchover,
+        CtlCommand::Continue => Request::Continue,
         CtlCommand::Quit => Request::Quit,
     };
     api::ask(path, &request).map_err(|e| refused(&e))?;

@@ -17,6 +17,7 @@ use serde::Serialize;
 
 use super::api::{self, MigrateRequest, Request, RunState, VmStatus};
 use super::folder::Folder;
+use super::tuning::TuningArgs;
 use super::{CliError, Exit, TransferArgs, ctl, output, size};
 
 /// How long a VM may take to start, and the guest to print.
@@ -36,9 +37,8 @@ pub(super) struct DemoArgs {
     cpus: u8,
     #[command(flatten)]
     transfer: TransferArgs,
-    /// Longest downtime to aim for, in milliseconds
-    #[arg(long, default_value_t = 300, value_name = "MS")]
-    downtime_limit: u64,
+    #[command(flatten)]
+    tuning: TuningArgs,
     /// Memory that the guest writes over and over
     #[arg(long, default_value = "16M", value_parser = size::parse)]
     working_set: u64,
@@ -110,10 +110,10 @@ fn migrate(args: &DemoArgs, source: &VmProcess, uri: String) -> Result<Report, C
         uri,
         streams: args.transfer.streams,
         codec: args.transfer.codec.to_string(),
-        downtime_limit_ms: args.downtime_limit,
         link_timeout_s: args.transfer.link_timeout,
         rdma_pin_all: args.transfer.rdma.rdma_pin_all,
         rdma_max_pinned: args.transfer.rdma.limit.rdma_max_pinned,
+        tuning: args.tuning.clone(),
     };
     api::ask(&source.api, &Request::Migrate(migrate)).map_err(|e| ctl::refused(&e))?;
     ctl::follow(&source.api, args.json)

@@ -9,11 +9,13 @@ mod folder;
 mod lab;
 mod output;
 mod random;
+mod rate;
 mod recv;
 mod send;
 mod size;
 mod stats;
 mod stop;
+mod tuning;
 mod vm;
 
 use std::process::ExitCode;

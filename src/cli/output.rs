@@ -97,7 +97,16 @@ fn show(bar: &ProgressBar, report: &Report) {
     };
     bar.set_length(present.max(1));
     bar.set_position(done);
-    bar.set_prefix(if report.rounds == 0 { "receiving".into() } else { format!("round {}", report.rounds) });
+    bar.set_prefix(match (report.status, report.rounds, &report.stalled) {
+        (Status::PreSwitchover, ..) => "paused, waits for `continue`".into(),
+        (_, 0, _) => "receiving".into(),
+        (_, rounds, None) => format!("round {rounds}"),
+        (_, rounds, Some(_)) => format!("round {rounds}, stalled"),
+    });
+    if let Some(stalled) = &report.stalled {
+        bar.set_message(stalled.clone());
+        return;
+    }
     bar.set_message(format!(
         "{:.2} GB/s ({:.2} on the wire), {:.0} dirty pages/s, {} streams, zero {} unchanged {} delta {} zstd {} raw {}",
         report.logical_gb_s,

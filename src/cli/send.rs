@@ -6,12 +6,13 @@ use std::sync::Arc;
 use clap::Args;
 use pageferry::engine::progress::Progress;
 use pageferry::engine::source::{Cause, Fate, SourceBackend, migrate};
+use pageferry::engine::tuning::Tuning;
 use pageferry::engine::{content_digest, explain};
 use pageferry::pagecopy::backend::{GuestRam, StaticLog};
 use pageferry::transport::uri::Uri;
 use pageferry::vmm_shim::guest_memory::GuestMemory;
 
-use super::{CliError, Exit, TransferArgs, output, stop};
+use super::{CliError, Exit, TransferArgs, output, rate, stop};
 
 /// Sends the content of a RAM file to `pageferry recv`
 #[derive(Debug, Args)]
@@ -24,6 +25,9 @@ pub(super) struct SendArgs {
     ram_file: PathBuf,
     #[command(flatten)]
     transfer: TransferArgs,
+    /// Send at most so much a second over all streams together: 1Gbit, 100MB/s, or bytes
+    #[arg(long, value_name = "RATE", value_parser = rate::parse)]
+    bandwidth: Option<u64>,
     /// Print an xxh3-128 of the content (reads all of it once more)
     #[arg(long)]
     digest: bool,
@@ -46,7 +50,8 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
         paused: false,
         machine: String::new(),
     };
-    let progress = Progress::default();
+    let bandwidth = args.bandwidth.filter(|&rate| rate != 0);
+    let progress = Progress::new(Tuning { bandwidth, ..Tuning::default() });
     let cancelled = progress.clone();
     stop::on_signals(move || cancelled.cancel());
     let bar = output::Bar::start(&progress, args.json);

@@ -4,6 +4,7 @@ pub mod destination;
 pub mod progress;
 pub mod report;
 pub mod source;
+pub mod tuning;
 mod usage;
 
 pub use usage::available_memory_bytes;
@@ -20,17 +21,14 @@ use transport::source::RdmaOptions;
 /// Chunks that are scanned for holes at a time (64 GiB): each scan of a full file walks it to its end, so there should be few.
 const SCAN_CHUNKS: u32 = 1 << 18;
 
-/// What a user may set; the defaults serve.
+/// What a user may set once and for all; the defaults serve. What may change while a migration runs is
+/// [`Tuning`](tuning::Tuning).
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Data streams, 1 to 256.
     pub streams: u16,
     /// Codec choice.
     pub codec: CodecMode,
-    /// Longest downtime to aim for.
-    pub downtime_limit: Duration,
-    /// Rounds after which the switchover comes at the next local minimum of what remains.
-    pub max_rounds: u32,
     /// Silence after which a peer, or a stream, is given up.
     pub timeout: Duration,
     /// Bound of the delta cache, in bytes.
@@ -46,8 +44,6 @@ impl Default for Options {
         Self {
             streams: 4,
             codec: CodecMode::Auto,
-            downtime_limit: Duration::from_millis(300),
-            max_rounds: 1000,
             timeout: Duration::from_secs(10),
             cache_bytes: 64 << 20,
             handover_timeout: Duration::from_secs(60),

@@ -1,9 +1,10 @@
 //! A migration as others see it while it runs: its report so far, and requests to it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::report::Report;
+use super::tuning::Tuning;
 
 /// Shared by the thread that migrates and those that watch or command it.
 #[derive(Clone, Debug, Default)]
@@ -14,10 +15,22 @@ pub struct Progress {
 #[derive(Debug, Default)]
 struct Shared {
     report: Mutex<Report>,
+    tuning: Mutex<Tuning>,
+    /// How often `tuning` was changed.
+    tuned: AtomicU64,
     cancel: AtomicBool,
+    switch_over: AtomicBool,
+    postcopy: AtomicBool,
+    go_on: AtomicBool,
 }
 
 impl Progress {
+    /// Of a migration that begins with these limits.
+    pub fn new(tuning: Tuning) -> Self {
+        let shared = Shared { tuning: Mutex::new(tuning), ..Shared::default() };
+        Self { shared: Arc::new(shared) }
+    }
+
     /// The report so far.
     pub fn report(&self) -> Report {
         self.lock().clone().rounded()
@@ -33,11 +46,61 @@ impl Progress {
         self.shared.cancel.load(Ordering::Relaxed)
     }
 
+    /// Asks to switch over as soon as the first pass is done, whatever the downtime.
+    pub fn request_switchover(&self) {
+        self.shared.switch_over.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`Self::request_switchover`] was called.
+    pub fn wants_switchover(&self) -> bool {
+        self.shared.switch_over.load(Ordering::Relaxed)
+    }
+
+    /// Asks to go on as postcopy.
+    pub fn request_postcopy(&self) {
+        self.shared.postcopy.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`Self::request_postcopy`] was called.
+    pub fn wants_postcopy(&self) -> bool {
+        self.shared.postcopy.load(Ordering::Relaxed)
+    }
+
+    /// Lets a migration go on that waits before its switchover ([`Tuning::pause_before_switchover`]).
+    pub fn go_on(&self) {
+        self.shared.go_on.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn may_go_on(&self) -> bool {
+        self.shared.go_on.load(Ordering::Relaxed)
+    }
+
+    /// The limits as they are now.
+    pub fn tuning(&self) -> Tuning {
+        *self.lock_tuning()
+    }
+
+    /// Changes limits, at any time; a migration that runs keeps to the new ones within some 20 ms.
+    pub fn tune(&self, change: impl FnOnce(&mut Tuning)) {
+        change(&mut self.lock_tuning());
+        self.shared.tuned.fetch_add(1, Ordering::Release);
+    }
+
+    /// The limits, where they were changed since `seen`, which becomes now.
+    pub(crate) fn tuned_since(&self, seen: &mut u64) -> Option<Tuning> {
+        let now = self.shared.tuned.load(Ordering::Acquire);
+        (std::mem::replace(seen, now) != now).then(|| self.tuning())
+    }
+
     pub(crate) fn update(&self, change: impl FnOnce(&mut Report)) {
         change(&mut self.lock());
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Report> {
+    fn lock(&self) -> MutexGuard<'_, Report> {
         self.shared.report.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn lock_tuning(&self) -> MutexGuard<'_, Tuning> {
+        self.shared.tuning.lock().unwrap_or_else(|e| e.into_inner())
     }
 }

@@ -15,6 +15,9 @@ pub enum Status {
     Setup,
     /// Pages move; the guest runs at the source.
     Active,
+    /// The guest is paused and waits for the word to go on, as was asked for.
+    #[serde(rename = "pre-switchover")]
+    PreSwitchover,
     /// The guest is paused for the last pages and its state.
     Device,
     /// It is at the destination.
@@ -55,8 +58,17 @@ pub struct Report {
     pub total_ms: f64,
     /// Guest not running anywhere, in milliseconds: from its pause at the source to the destination's word that it runs.
     pub downtime_ms: f64,
-    /// What the downtime was predicted to be at the switchover, in milliseconds.
+    /// What the downtime was predicted to be at the switchover, or would be now, in milliseconds; 0 while it cannot be told.
     pub expected_downtime_ms: f64,
+    /// The downtime that is aimed for, in milliseconds.
+    #[serde(default)]
+    pub downtime_limit_ms: u64,
+    /// Most wire bytes a second, where they are limited.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub bandwidth_limit: Option<u64>,
+    /// The guest dirties memory as fast as it is delivered: how fast, and what would help.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub stalled: Option<String>,
     /// Connecting, layout, destination memory, in milliseconds.
     pub setup_ms: f64,
     /// Passes over a dirty set (QEMU: dirty sync count).
@@ -145,6 +157,9 @@ impl Report {
             "downtime:",
             format!("{:.1} ms (expected {:.1} ms)", self.downtime_ms, self.expected_downtime_ms),
         );
+        if let Some(stalled) = &self.stalled {
+            line("stalled:", stalled.clone());
+        }
         line("setup:", format!("{:.1} ms", self.setup_ms));
         line("transferred ram:", format!("{} kbytes", self.wire_bytes / 1024));
         line(
@@ -178,6 +193,9 @@ impl Report {
         line("dirty sync count:", format!("{} (rounds)", self.rounds));
         line("dirty pages rate:", format!("{:.0} pages/s", self.dirty_pages_per_s));
         line("page size:", format!("{} kbytes", self.page_size / 1024));
+        if let Some(bytes_per_s) = self.bandwidth_limit {
+            line("bandwidth limit:", format!("{:.3} MB/s", bytes_per_s as f64 / 1e6));
+        }
         line(
             "streams:",
             if self.streams_lost == 0 {

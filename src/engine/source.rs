@@ -3,19 +3,18 @@
 //! [`migrate`] reads as the list of its phases. Whatever fails before GO unwinds in one place: the workers stop, the
 //! dirty log stops, and a guest that was paused runs on. A failed attempt costs only what it sent: the next one starts anew.
 
+mod converge;
 mod watch;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, StateBlob};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
-use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
-use pagecopy::policy::{Decision, Limits, Precopy, Sample};
+use pagecopy::layout::PAGE_SIZE;
 use transport::carrier::{OpenError, SourceEnd};
 use transport::link::{Exchange, LinkError};
 use transport::session::{Learnt, SessionError};
@@ -30,12 +29,15 @@ use super::Options;
 use super::progress::Progress;
 use super::report::{Report, Status};
 use super::usage;
+use converge::Next;
 use watch::Watch;
 
 /// Receipts that may mismatch before the migration fails.
 const MISMATCHES_MAX: u64 = 64;
 /// Streams that are opened at the same time.
 const OPENING_MAX: u16 = 16;
+/// How soon a migration that waits before its switchover notices that it may go on.
+const GO_ON_TICK: Duration = Duration::from_millis(2);
 /// Name of the piece of state that says whether the guest ran: one byte, 0 or 1.
 pub(crate) const RUN_STATE: &str = "pageferry/run-state";
 
@@ -124,6 +126,9 @@ pub enum Cause {
     /// Too many streams died.
     #[error(transparent)]
     Streams(#[from] StreamsError),
+    /// Postcopy was asked for.
+    #[error("postcopy is not supported")]
+    NoPostcopy,
     /// The policy gave up.
     #[error("{0}")]
     Policy(String),
@@ -188,6 +193,7 @@ pub fn migrate(
                 r.status = Status::Completed;
                 r.downtime_ms = downtime.as_secs_f64() * 1e3;
                 r.remaining_bytes = 0;
+                r.stalled = None;
                 r.verified = true;
             }
             Some(failure) => {
@@ -240,8 +246,10 @@ impl Attempt<'_> {
             r.status = Status::Active;
             r.setup_ms = self.began.elapsed().as_secs_f64() * 1e3;
         });
-        let rounds = self.precopy(&feeder)?;
-        let state = self.switchover(&feeder, rounds)?;
+        let state = match self.precopy(&feeder)? {
+            (rounds, Next::SwitchOver) => self.switchover(&feeder, rounds)?,
+            (_, Next::Postcopy) => return Err(Cause::NoPostcopy),
+        };
         drop(feeder);
         self.hand_over(state)
     }
@@ -350,62 +358,25 @@ impl Attempt<'_> {
         Ok(())
     }
 
-    /// Rounds, until what remains fits into the downtime limit. Returns how many there were.
-    fn precopy(&mut self, feeder: &Feeder) -> Result<u64, Cause> {
-        let live = self.backend.guest.is_some();
-        let (began, progress) = (self.began, self.progress);
-        let limits = Limits {
-            downtime_ms: self.options.downtime_limit.as_millis() as u64,
-            max_rounds: self.options.max_rounds,
-            ..Limits::default()
-        };
-        let mut policy = Precopy::new(limits, began.elapsed().as_micros() as u64);
-        let mut rounds = 0;
-        let (watch, source) = self.parts();
-        loop {
-            rounds += 1;
-            progress.update(|r| r.rounds = rounds);
-            feeder.pass(|| watch.check())?;
-            if !live {
-                feeder.settle(|| watch.check())?;
-                return Ok(rounds);
-            }
-            // Sync when the round is all but delivered: the streams still have work, and what was dirtied early is not sent
-            // once more for nothing.
-            let under_way = source.counters().logical_under_way.load(Ordering::Relaxed);
-            feeder.drain_to((under_way / 4).max(CHUNK_SIZE as u64), || watch.check())?;
-            let dirtied = source.dirty_sync()?;
-            let counters = source.counters();
-            let sample = Sample {
-                remaining_logical_bytes: source.remaining_bytes(),
-                dirtied_pages: dirtied,
-                acked_logical_bytes: counters.logical_acked.load(Ordering::Relaxed),
-                acked_wire_bytes: counters.wire_acked.load(Ordering::Relaxed),
-                state_time_us: STATE_TIME_GUESS.as_micros() as u64,
-            };
-            let decision = policy.on_sync(began.elapsed().as_micros() as u64, sample);
-            progress.update(|r| r.dirty_pages_per_s = policy.dirty_pages_per_s() as f64);
-            match decision {
-                Decision::NextRound => {}
-                Decision::SwitchOver { predicted_downtime_us, .. } => {
-                    progress.update(|r| r.expected_downtime_ms = predicted_downtime_us as f64 / 1e3);
-                    return Ok(rounds);
-                }
-                Decision::GiveUp { reason } => return Err(Cause::Policy(reason.to_string())),
-            }
-        }
-    }
-
     /// Pauses the guest, sends the last pages and its state, and ends the streams. Returns the state's digest.
     fn switchover(&mut self, feeder: &Feeder, rounds: u64) -> Result<u64, Cause> {
         let mut digest = 0;
         if let Some(guest) = &self.backend.guest {
             let (guest, ran) = (guest.clone(), u8::from(!self.backend.paused));
-            self.progress.update(|r| r.status = Status::Device);
+            let progress = self.progress;
+            progress.update(|r| r.status = Status::Device);
             self.paused_at = Some(Instant::now());
             guest.pause()?;
             let (watch, source) = self.parts();
+            // Nobody is slowed down by haste any more but the guest that waits.
+            source.limit_bandwidth(None);
             source.dirty_sync()?;
+            if progress.tuning().pause_before_switchover {
+                feeder.settle(|| watch.check())?;
+                wait_to_go_on(watch, progress)?;
+                // Whoever let it wait may have written to its memory meanwhile.
+                source.dirty_sync()?;
+            }
             // The pages are on their way while the state is saved.
             feeder.pass(|| watch.check())?;
             let mut state = guest.save_state()?;
@@ -500,6 +471,17 @@ impl Attempt<'_> {
         let _ = self.backend.log.stop();
         Failure { fate, cause }
     }
+}
+
+/// Waits with a paused guest until somebody says that it may go on.
+fn wait_to_go_on(watch: &mut Watch, progress: &Progress) -> Result<(), Cause> {
+    progress.update(|r| r.status = Status::PreSwitchover);
+    while !progress.may_go_on() {
+        watch.check()?;
+        std::thread::sleep(GO_ON_TICK);
+    }
+    progress.update(|r| r.status = Status::Device);
+    Ok(())
 }
 
 /// How long saving, sending and loading device state is taken to need until it is measured.

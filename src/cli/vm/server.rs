@@ -153,6 +153,21 @@ impl Server {
             Request::Pause => self.pause().map(|()| Value::Null),
             Request::Resume { force } => self.resume(force).map(|()| Value::Null),
             Request::Cancel => self.cancel().map(|()| Value::Null),
+            Request::Set(tuning) => self.command(|progress| {
+                progress.tune(|now| tuning.apply(now));
+                Ok(())
+            }),
+            Request::Switchover => self.command(|progress| {
+                progress.request_switchover();
+                Ok(())
+            }),
+            Request::Continue => self.command(|progress| match progress.report().status {
+                Status::PreSwitchover => {
+                    progress.go_on();
+                    Ok(())
+                }
+                _ => Err("the migration does not wait before its switchover".into()),
+            }),
             // Done once the answer is written.
             Request::Quit => Ok(Value::Null),
         }
@@ -167,6 +182,7 @@ impl Server {
             state: match crash {
                 Some(_) => RunState::Crashed,
                 None if state.asks() => RunState::Unknown,
+                None if state.migration() == Some(Status::PreSwitchover) => RunState::Paused,
                 None => state.run,
             },
             reason: crash,
@@ -234,6 +250,15 @@ impl Server {
         }
     }
 
+    /// Tells the migration that is under way something.
+    fn command(&self, tell: impl FnOnce(&Progress) -> Result<(), String>) -> Result<Value, String> {
+        let state = self.state();
+        match &state.progress {
+            Some(progress) if state.migrating => tell(progress).map(|()| Value::Null),
+            _ => Err("no migration is under way".into()),
+        }
+    }
+
     fn migrate(&self, request: &MigrateRequest) -> Result<(), String> {
         let uri: Uri = request.uri.parse().map_err(|e| explain(&e))?;
         let codec = request.codec.parse().map_err(|e| format!("codec: {e}"))?;
@@ -243,7 +268,6 @@ impl Server {
         let options = Options {
             streams: request.streams,
             codec,
-            downtime_limit: Duration::from_millis(request.downtime_limit_ms),
             timeout: Duration::from_secs(request.link_timeout_s),
             rdma: RdmaOptions {
                 pin_all: request.rdma_pin_all,
@@ -263,7 +287,7 @@ impl Server {
         if let Some(why) = self.shared.machine.crash() {
             return Err(format!("the guest has crashed ({why}); there is nothing to migrate"));
         }
-        let progress = Progress::default();
+        let progress = Progress::new(request.tuning.tuning());
         state.progress = Some(progress.clone());
         state.migrating = true;
         let server = self.clone();

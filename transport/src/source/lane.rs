@@ -254,6 +254,8 @@ pub(super) struct LaneSender<'a> {
     /// Headers and encoded sections that are not written yet.
     out: Vec<u8>,
     seq: u64,
+    /// How long the bandwidth limit held the next frame back.
+    held_back_nanos: u64,
 }
 
 impl<'a> LaneSender<'a> {
@@ -268,6 +270,7 @@ impl<'a> LaneSender<'a> {
             snapshot: vec![0; CHUNK_SIZE].into(),
             out: Vec::with_capacity(2 * GATHER_BYTES + CHUNK_SIZE),
             seq: 0,
+            held_back_nanos: 0,
         }
     }
 
@@ -335,6 +338,9 @@ impl<'a> LaneSender<'a> {
                 continue;
             }
             if result.is_ok() {
+                result = self.wait_pace();
+            }
+            if result.is_ok() {
                 result = self.send_chunk(chunk, pages);
             } else {
                 // Taken but not sent: nothing of it is lost.
@@ -343,6 +349,20 @@ impl<'a> LaneSender<'a> {
             }
         }
         result
+    }
+
+    /// Waits until the bandwidth limit lets a frame go.
+    fn wait_pace(&mut self) -> Result<(), LaneError> {
+        let (source, shared) = (self.source, self.shared);
+        if source.pace.is_open() {
+            return Ok(());
+        }
+        let begun = clock::nanos();
+        // What is gathered is paid for.
+        self.flush()?;
+        source.pace.wait(|| source.stopped() || shared.flight().error.is_some());
+        self.held_back_nanos += clock::nanos() - begun;
+        self.check()
     }
 
     /// Sends the pages of a claimed chunk. On failure they are among the unreceipted frames, or pending.
@@ -403,12 +423,15 @@ impl<'a> LaneSender<'a> {
         let wire_bytes = frame.wire_bytes;
         self.source.carried.insert(chunk, sent);
         let begun = clock::nanos();
+        source.pace.spend(wire_bytes);
         self.launch(frame)?;
         // A carrier that places gathers by itself, so that it knows what it has to send before it waits for room to place.
         if header.raw != 0 || self.carrier.places() || self.out.len() >= GATHER_BYTES {
             self.write(header.raw & !placed, in_place.then_some(chunk))?;
         }
-        self.encoder.observe_link(wire_bytes, clock::nanos() - begun);
+        // A limit is a slow link: what it holds back may be spent on encoding.
+        let link_nanos = clock::nanos() - begun + std::mem::take(&mut self.held_back_nanos);
+        self.encoder.observe_link(wire_bytes, link_nanos);
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 mod feeder;
 mod lane;
 mod owners;
+mod pace;
 mod receipts;
 mod window;
 
@@ -24,6 +25,7 @@ use pagecopy::layout::PAGE_SIZE;
 pub use feeder::Feeder;
 pub use lane::{Lane, LaneEnd, LaneError, Unreceipted};
 use owners::Owners;
+use pace::Pace;
 
 use crate::clock;
 use crate::wire::WireError;
@@ -114,6 +116,7 @@ pub struct PageSource {
     /// Pages to be sent from a copy the next time, not placed from where they lie.
     by_copy: PageBitmap,
     owners: Owners,
+    pace: Pace,
     counters: Counters,
     progress: (Mutex<()>, Condvar),
     /// Batches given out and not yet worked off.
@@ -139,6 +142,7 @@ impl PageSource {
             initial: copy_of(&pending),
             by_copy: PageBitmap::new(chunks),
             owners: Owners::new(chunks),
+            pace: Pace::new(),
             counters: Counters::default(),
             progress: (Mutex::new(()), Condvar::new()),
             outstanding: AtomicU64::new(0),
@@ -170,6 +174,11 @@ impl PageSource {
     /// The counters.
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// Limits the wire bytes of all streams together to so many a second, from now on; `None` lifts the limit.
+    pub fn limit_bandwidth(&self, bytes_per_s: Option<u64>) {
+        self.pace.set_rate(bytes_per_s);
     }
 
     /// Distinct pages that frames carried.

@@ -1,0 +1,88 @@
+//! Limits of a live migration, on the command line and in requests to a `vm`.
+
+use clap::Args;
+use pageferry::engine::tuning::Tuning;
+use pageferry::pagecopy::policy::OnTimeout;
+use serde::{Deserialize, Serialize};
+
+use super::rate;
+
+/// What may be set for a migration, and again while it runs; what is left out stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Args, Serialize, Deserialize)]
+pub(super) struct TuningArgs {
+    /// Longest downtime to aim for, in milliseconds [default: 300]
+    #[arg(long = "downtime-limit", value_name = "MS")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_limit_ms: Option<u64>,
+    /// Send at most so much a second over all streams together, until the guest is paused: 1Gbit, 100MB/s, or bytes; 0: no limit
+    #[arg(long, value_name = "RATE", value_parser = rate::parse)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<u64>,
+    /// Switch over at the next good moment after so many rounds, whatever the downtime; 0: no limit
+    #[arg(long, value_name = "N")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_rounds: Option<u32>,
+    /// Do as --on-timeout says when the guest was not handed over after so many seconds; 0: no limit
+    #[arg(long, value_name = "S")]
+    #[serde(default, rename = "timeout_s", skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<u64>,
+    /// What to do after --timeout: cancel, or switchover whatever the downtime [default: cancel]
+    #[arg(long, value_name = "WHAT", value_parser = on_timeout)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_timeout: Option<OnTimeoutArg>,
+    /// Pause the guest and wait for `ctl ... continue` before its state is moved
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_before_switchover: Option<bool>,
+}
+
+/// [`OnTimeout`] by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum OnTimeoutArg {
+    Cancel,
+    Switchover,
+}
+
+fn on_timeout(text: &str) -> Result<OnTimeoutArg, String> {
+    match text {
+        "cancel" => Ok(OnTimeoutArg::Cancel),
+        "switchover" => Ok(OnTimeoutArg::Switchover),
+        "postcopy" => Err("postcopy is not supported; use cancel or switchover".into()),
+        _ => Err("use cancel or switchover".into()),
+    }
+}
+
+impl TuningArgs {
+    /// Takes over what is set.
+    pub(super) fn apply(&self, tuning: &mut Tuning) {
+        let limits = &mut tuning.limits;
+        if let Some(ms) = self.downtime_limit_ms {
+            limits.downtime_ms = ms;
+        }
+        if let Some(rate) = self.bandwidth {
+            tuning.bandwidth = Some(rate).filter(|&rate| rate != 0);
+        }
+        if let Some(rounds) = self.max_rounds {
+            limits.max_rounds = Some(rounds).filter(|&rounds| rounds != 0);
+        }
+        if let Some(seconds) = self.timeout {
+            limits.total_ms = Some(seconds.saturating_mul(1000)).filter(|&ms| ms != 0);
+        }
+        match self.on_timeout {
+            Some(OnTimeoutArg::Cancel) => limits.on_timeout = OnTimeout::Cancel,
+            Some(OnTimeoutArg::Switchover) => limits.on_timeout = OnTimeout::SwitchOver,
+            None => {}
+        }
+        if let Some(pause) = self.pause_before_switchover {
+            tuning.pause_before_switchover = pause;
+        }
+    }
+
+    /// The limits of a new migration.
+    pub(super) fn tuning(&self) -> Tuning {
+        let mut tuning = Tuning::default();
+        self.apply(&mut tuning);
+        tuning
+    }
+}

@@ -1,0 +1,160 @@
+//! Limits of a migration that runs: the bandwidth is kept, changes hold at once, a guest that cannot be caught is told of, waits are
+//! ended by whoever may end them.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::vm::{Ended, PATIENCE, Spec, Vm, World, prove, wait_for};
+
+/// A guest that rewrites 64 MiB as fast as it can, and a destination for it.
+fn restless(world: &World) -> (Spec, Vm, Vm, String) {
+    let spec = Spec { mem_mib: 96, working_set: 64 << 20, rate: 0, ..Spec::counter() };
+    let source = world.source("a", &spec);
+    let (destination, uri) = world.destination("b", &spec);
+    (spec, source, destination, uri)
+}
+
+fn ok(ended: &Ended) {
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+}
+
+/// The source's report, once it shows what is waited for.
+fn wait_report(source: &Vm, what: &str, shows: impl Fn(&Value) -> bool) -> Value {
+    wait_for(what, PATIENCE, || Some(source.status()["migration"].clone()).filter(&shows))
+}
+
+/// Bytes a second on the wire, over three seconds.
+fn measure(source: &Vm) -> f64 {
+    let look = || {
+        // The report is renewed 20 times a second: from one renewal to another.
+        let stale = source.status()["migration"]["wire_bytes"].as_f64().unwrap();
+        wait_for("bytes move", PATIENCE, || {
+            let now = source.status()["migration"]["wire_bytes"].as_f64().unwrap();
+            (now != stale).then(|| (Instant::now(), now))
+        })
+    };
+    let (begun, before) = look();
+    std::thread::sleep(Duration::from_secs(3));
+    let (ended, after) = look();
+    (after - before) / (ended - begun).as_secs_f64()
+}
+
+#[test]
+fn bandwidth_is_kept_within_five_percent_and_changes_while_it_runs() {
+    let world = World::new();
+    let (spec, source, destination, uri) = restless(&world);
+    let limits = json!({"codec": "raw", "bandwidth": 20_000_000, "downtime_limit_ms": 1});
+    source.begin_migration(&uri, &limits);
+    wait_report(&source, "pages move", |r| r["wire_bytes"].as_u64() > Some(1 << 20));
+    for (rate, bytes_per_s) in [("", 20e6), ("400Mbit", 50e6), ("5MB/s", 5e6)] {
+        if !rate.is_empty() {
+            ok(&source.ctl(&["set", "--bandwidth", rate]));
+        }
+        let measured = measure(&source);
+        assert!((measured / bytes_per_s - 1.0).abs() < 0.05, "{measured} bytes/s at {bytes_per_s}");
+    }
+    // Without the limit, and with more time, it ends at once.
+    ok(&source.ctl(&["set", "--bandwidth", "0", "--downtime-limit", "10000"]));
+    assert_eq!(source.wait_migration(PATIENCE)["status"], "completed");
+    prove(&spec, &[&source, &destination]);
+}
+
+#[test]
+fn a_guest_that_cannot_be_caught_is_told_of_and_forced() {
+    let world = World::new();
+    let (spec, source, destination, uri) = restless(&world);
+    let limits = json!({"codec": "raw", "bandwidth": 20_000_000, "downtime_limit_ms": 1});
+    source.begin_migration(&uri, &limits);
+    ok(&source.ctl(&["set", "--bandwidth", "100MB/s"]));
+    let report = wait_report(&source, "it stalls", |r| r["stalled"].is_string());
+    assert_eq!((&report["status"], &report["bandwidth_limit"]), (&json!("active"), &json!(100_000_000)));
+    let text = source.ctl(&["status"]).out;
+    for word in ["stalled:", "MB/s are delivered", "a higher --bandwidth", "--downtime-limit"] {
+        assert!(text.contains(word), "{word:?} is missing: {text}");
+    }
+    ok(&source.ctl(&["switchover"]));
+    let report = source.wait_migration(PATIENCE);
+    assert_eq!(report["status"], "completed", "{report}");
+    assert!(report["downtime_ms"].as_f64() > Some(1.0), "{report}");
+    prove(&spec, &[&source, &destination]);
+    let late = source.ctl(&["set", "--downtime-limit", "1"]);
+    assert!(late.code == Some(1) && late.err.contains("no migration is under way"), "{late:?}");
+}
+
+#[test]
+fn out_of_rounds_or_time_it_switches_over_where_told_to() {
+    for (i, option) in [["--max-rounds", "3"], ["--timeout", "2"]].into_iter().enumerate() {
+        let world = World::new();
+        let (spec, source, destination, uri) = restless(&world);
+        let begun = Instant::now();
+        let base = ["migrate", &uri, "--bandwidth", "100MB/s", "--downtime-limit", "1", "--json"];
+        let ended = source.ctl(&[&base[..], &option, &["--on-timeout", "switchover"]].concat());
+        ok(&ended);
+        assert!(i == 0 || begun.elapsed() > Duration::from_secs(2), "{ended:?}");
+        assert!(ended.json()["downtime_ms"].as_f64() > Some(1.0), "{ended:?}");
+        prove(&spec, &[&source, &destination]);
+    }
+}
+
+#[test]
+fn out_of_time_in_the_first_pass_it_gives_up() {
+    let world = World::new();
+    let (spec, source, destination, uri) = restless(&world);
+    let begun = Instant::now();
+    let ended = source.ctl(&["migrate", &uri, "--bandwidth", "1MB/s", "--timeout", "1"]);
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert!(ended.code == Some(1) && ended.err.contains("precopy has run for"), "{ended:?}");
+    prove(&spec, &[&source]);
+    assert_eq!(destination.wait_exit(PATIENCE).code(), Some(1));
+    let refused = source.ctl(&["migrate", &uri, "--on-timeout", "postcopy"]);
+    assert!(refused.code == Some(2) && refused.err.contains("not supported"), "{refused:?}");
+}
+
+#[test]
+fn pause_before_switchover_waits_for_continue_or_cancel() {
+    let world = World::new();
+    let spec = Spec::counter();
+    let source = world.source("a", &spec);
+    prove(&spec, &[&source]);
+    for cancel in [true, false] {
+        let (destination, uri) = world.destination(&format!("b{cancel}"), &spec);
+        source.begin_migration(&uri, &json!({"pause_before_switchover": true}));
+        wait_report(&source, "it waits", |r| r["status"] == "pre-switchover");
+        assert_eq!(source.state(), "paused");
+        let printed = source.serial();
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(source.serial(), printed, "a paused guest prints nothing");
+        assert_eq!(destination.state(), "incoming");
+        let asked = Instant::now();
+        ok(&source.ctl(&[if cancel { "cancel" } else { "continue" }]));
+        assert!(asked.elapsed() < Duration::from_secs(1), "answered after {:?}", asked.elapsed());
+        let report = source.wait_migration(Duration::from_secs(3));
+        if cancel {
+            assert_eq!((&report["status"], source.state().as_str()), (&json!("cancelled"), "running"));
+            prove(&spec, &[&source]);
+            assert!(destination.serial().is_empty());
+        } else {
+            assert_eq!(report["status"], "completed", "{report}");
+            assert!(report["downtime_ms"].as_f64() >= Some(500.0), "{report}");
+            prove(&spec, &[&source, &destination]);
+        }
+    }
+}
+
+#[test]
+fn cancel_is_answered_at_once_while_the_bandwidth_limit_holds_everything_back() {
+    let world = World::new();
+    let (spec, source, destination, uri) = restless(&world);
+    source.begin_migration(&uri, &json!({"bandwidth": 1000}));
+    wait_report(&source, "pages move", |r| r["status"] == "active");
+    let early = source.ctl(&["continue"]);
+    assert!(early.code == Some(1) && early.err.contains("does not wait"), "{early:?}");
+    std::thread::sleep(Duration::from_millis(300));
+    let asked = Instant::now();
+    ok(&source.ctl(&["cancel"]));
+    assert_eq!(source.wait_migration(Duration::from_secs(1))["status"], "cancelled");
+    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+    prove(&spec, &[&source]);
+    assert_eq!(destination.wait_exit(PATIENCE).code(), Some(1));
+}

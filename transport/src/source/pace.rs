@@ -1,0 +1,197 @@
+//! A limit on the wire bytes of all streams together.
+//!
+//! A token bucket that may go into debt: a stream waits until the bucket holds something, sends a whole frame, and takes out
+//! what that came to. So the frame's size need not be known before it is encoded, a changed rate holds for those who wait, and over
+//! any longer time exactly the rate is kept; a burst is what the bucket holds and at most one frame a stream.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use crate::clock;
+
+/// The bucket holds what the rate gives in this time: enough for a thread that wakes up late to lose nothing.
+const BURST: Duration = Duration::from_millis(10);
+/// Longest sleep at a time, so that whoever waits sees that the session stops.
+const TICK: Duration = Duration::from_millis(20);
+
+/// The bucket: pure, time comes in.
+#[derive(Debug)]
+struct Bucket {
+    /// Bytes a second; 0: no limit.
+    rate: u64,
+    /// Bytes that may be sent; below 0 what was sent ahead of its time.
+    tokens: f64,
+    filled: Duration,
+}
+
+impl Bucket {
+    fn fill(&mut self, now: Duration) {
+        let elapsed = now.saturating_sub(self.filled).as_secs_f64();
+        let most = self.rate as f64 * BURST.as_secs_f64();
+        self.tokens = (self.tokens + elapsed * self.rate as f64).min(most);
+        self.filled = self.filled.max(now);
+    }
+
+    /// Changes the rate from now on. A debt is paid at the new rate, but a limit that is lifted forgives it.
+    fn set_rate(&mut self, now: Duration, rate: u64) {
+        self.fill(now);
+        if self.rate == 0 || rate == 0 {
+            self.tokens = 0.0;
+        }
+        self.rate = rate;
+    }
+
+    /// How long a frame has to wait; zero when it may go.
+    fn wait(&mut self, now: Duration) -> Duration {
+        if self.rate == 0 {
+            return Duration::ZERO;
+        }
+        self.fill(now);
+        if self.tokens >= 0.0 {
+            return Duration::ZERO;
+        }
+        // At a rate of a byte a second, a frame's debt lasts for days, not for longer than a Duration.
+        Duration::from_secs_f64(-self.tokens / self.rate as f64).max(Duration::from_micros(1))
+    }
+
+    fn spend(&mut self, bytes: u64) {
+        if self.rate != 0 {
+            self.tokens -= bytes as f64;
+        }
+    }
+}
+
+/// The limit that the streams of a session share.
+#[derive(Debug)]
+pub(crate) struct Pace {
+    bucket: Mutex<Bucket>,
+    changed: Condvar,
+    /// Whether there is a limit: what every frame asks without a lock. A moment late is no harm.
+    limits: AtomicBool,
+    /// Held by the one stream that waits for the bucket; the others wait for it, so that one frame's worth wakes one thread.
+    turn: Mutex<()>,
+}
+
+impl Pace {
+    /// Without a limit.
+    pub(crate) fn new() -> Self {
+        let bucket = Bucket { rate: 0, tokens: 0.0, filled: Duration::ZERO };
+        Self {
+            bucket: Mutex::new(bucket),
+            changed: Condvar::new(),
+            limits: AtomicBool::new(false),
+            turn: Mutex::default(),
+        }
+    }
+
+    fn bucket(&self) -> MutexGuard<'_, Bucket> {
+        self.bucket.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Bytes a second from now on, also for those who wait; `None` lifts the limit.
+    pub(crate) fn set_rate(&self, rate: Option<u64>) {
+        let mut bucket = self.bucket();
+        bucket.set_rate(clock::now(), rate.unwrap_or(0));
+        self.limits.store(bucket.rate != 0, Ordering::Relaxed);
+        drop(bucket);
+        self.changed.notify_all();
+    }
+
+    /// Whether a frame may go now.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.limits.load(Ordering::Relaxed) || self.bucket().wait(clock::now()).is_zero()
+    }
+
+    /// Waits until a frame may go, or `stopped` says yes.
+    pub(crate) fn wait(&self, stopped: impl Fn() -> bool) {
+        let _turn = self.turn.lock().unwrap_or_else(|e| e.into_inner());
+        let mut bucket = self.bucket();
+        while !stopped() {
+            let wait = bucket.wait(clock::now());
+            if wait.is_zero() {
+                return;
+            }
+            bucket = self.changed.wait_timeout(bucket, wait.min(TICK)).unwrap_or_else(|e| e.into_inner()).0;
+        }
+    }
+
+    /// Takes out what a frame came to.
+    pub(crate) fn spend(&self, bytes: u64) {
+        if self.limits.load(Ordering::Relaxed) {
+            self.bucket().spend(bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever the frames and however late a sleeper wakes up (within the burst): the rate is kept, and kept again
+        /// after a change.
+        #[test]
+        fn keeps_the_rate(
+            rates in prop::array::uniform2(10_000_000u64..1_000_000_000),
+            frames in prop::collection::vec((50_000u64..300_000, 0u64..5_000), 1..50),
+        ) {
+            let mut bucket = Bucket { rate: 0, tokens: 0.0, filled: Duration::ZERO };
+            let mut frames = frames.into_iter().cycle();
+            let (mut now, mut until) = (Duration::ZERO, Duration::ZERO);
+            for rate in rates {
+                bucket.set_rate(now, rate);
+                until += Duration::from_secs(2);
+                let (begun, mut sent) = (now, 0);
+                while now < until {
+                    let wait = bucket.wait(now);
+                    let (bytes, late_us) = frames.next().unwrap();
+                    if wait.is_zero() {
+                        bucket.spend(bytes);
+                        sent += bytes;
+                    } else {
+                        now += wait + Duration::from_micros(late_us);
+                    }
+                }
+                let wanted = rate as f64 * (now - begun).as_secs_f64();
+                // A full bucket at either end, and a frame that overdraws.
+                let slack = rate as f64 * BURST.as_secs_f64() + 300_000.0;
+                prop_assert!((sent as f64 - wanted).abs() <= slack, "{sent} of {wanted} at {rate}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_burst_is_bounded_however_long_nothing_was_sent() {
+        let mut bucket = Bucket { rate: 0, tokens: 0.0, filled: Duration::ZERO };
+        bucket.set_rate(Duration::ZERO, 1_000_000);
+        let later = Duration::from_secs(3600);
+        let mut sent = 0;
+        while bucket.wait(later).is_zero() {
+            bucket.spend(1000);
+            sent += 1000;
+        }
+        assert_eq!(sent, 11_000, "10 ms and the frame that overdraws");
+    }
+
+    #[test]
+    fn who_waits_hears_of_a_lifted_limit_and_of_the_end() {
+        let pace = Pace::new();
+        assert!(pace.is_open());
+        pace.set_rate(Some(1));
+        pace.spend(1 << 20);
+        assert!(!pace.is_open());
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| pace.wait(|| false));
+            pace.set_rate(None);
+            waiting.join().unwrap();
+        });
+        assert!(pace.is_open());
+        pace.set_rate(Some(1));
+        pace.spend(1 << 20);
+        pace.wait(|| true);
+        assert!(!pace.is_open());
+    }
+}
