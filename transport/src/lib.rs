@@ -12,6 +12,8 @@ pub mod link;
 #[cfg(feature = "rdma")]
 pub mod rdma;
 pub mod session;
+#[cfg(test)]
+mod simulation;
 pub mod socket;
 pub mod source;
 pub mod streams;

@@ -7,6 +7,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+#[cfg(test)]
+use crate::simulation::fault;
 use crate::wire::control::{Message, StreamEnd};
 
 /// How long a destination that dropped all streams has to say why.
@@ -99,7 +101,10 @@ impl<F> SourceStreams<F> {
 
     /// A stream that is dead on both sides gives its frames back; any stream may take their pages.
     fn bury(&mut self, stream: u16) -> Vec<F> {
-        if !self.stopped.contains_key(&stream) {
+        let stopped = self.stopped.contains_key(&stream);
+        #[cfg(test)]
+        let stopped = stopped || fault::is(fault::Fault::NoStopBeforeResend);
+        if !stopped {
             return Vec::new();
         }
         let Some(dead) = self.dead.remove(&stream) else { return Vec::new() };

@@ -77,7 +77,7 @@ impl<'a> SendList<'a> {
     }
 
     /// Copies what is left to the start of `out`, as much as has room.
-    #[cfg(feature = "rdma")]
+    #[cfg(any(test, feature = "rdma"))]
     pub(crate) fn copy_to(&mut self, out: &mut [u8]) -> usize {
         let mut at = 0;
         for part in &self.parts.parts[self.parts.next..] {
@@ -122,7 +122,7 @@ impl<'a> ReceiveList<'a> {
     }
 
     /// Copies bytes that came into what is left; returns how many had room.
-    #[cfg(feature = "rdma")]
+    #[cfg(any(test, feature = "rdma"))]
     pub(crate) fn fill(&mut self, bytes: &[u8]) -> usize {
         let mut at = 0;
         for part in &self.parts.parts[self.parts.next..] {

@@ -1,6 +1,8 @@
 //! The destination's data plane: stream workers that validate, apply and receipt frames.
 
 mod receiver;
+#[cfg(test)]
+pub(crate) mod stepped;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

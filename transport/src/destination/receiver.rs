@@ -291,6 +291,18 @@ impl<'a> Worker<'a> {
         Ok(None)
     }
 
+    /// Whether bytes were read that no frame has taken yet.
+    #[cfg(test)]
+    pub(super) fn buffered(&self) -> bool {
+        self.input.start != self.input.end
+    }
+
+    /// Sends the receipts that wait.
+    #[cfg(test)]
+    pub(super) fn send_receipts(&mut self) -> Result<(), ReceiveError> {
+        self.input.send_receipts()
+    }
+
     /// Brings a whole fresh chunk in at once, where memory is neither brought in ahead nor by placing pages.
     fn populate(&self, header: &FrameHeader, fresh: u64) -> Result<(), ReceiveError> {
         let ram = &self.sink.ram;

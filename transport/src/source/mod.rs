@@ -9,6 +9,8 @@ mod lane;
 mod owners;
 mod pace;
 mod receipts;
+#[cfg(test)]
+pub(crate) mod stepped;
 mod window;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -28,6 +30,8 @@ use owners::Owners;
 use pace::Pace;
 
 use crate::clock;
+#[cfg(test)]
+use crate::simulation::fault;
 use crate::wire::WireError;
 
 /// Chunks that are claimed, re-armed in the dirty log and encoded together.
@@ -229,11 +233,19 @@ impl PageSource {
     /// Makes the pages of frames pending again whose stream has died on both sides, and voids what they would have been bases of.
     pub fn take_back(&self, frames: Vec<Unreceipted>) {
         for frame in frames {
-            self.shared.void(frame.chunk, frame.pages);
+            self.void_lost(&frame);
             self.pending.insert(frame.chunk, frame.pages);
             self.settle(&frame);
         }
         self.notify();
+    }
+
+    fn void_lost(&self, frame: &Unreceipted) {
+        #[cfg(test)]
+        if fault::is(fault::Fault::BaseNotVoided) {
+            return;
+        }
+        self.shared.void(frame.chunk, frame.pages);
     }
 
     /// Tells the workers to stop where they stand; nothing more is delivered. For ends that are not in order.

@@ -1,0 +1,291 @@
+//! A guest that writes when it hurts most: its memory, its dirty log, and its vCPUs.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use pagecopy::backend::{BackendError, DirtyLog, GuestRam, Placer, StateBlob};
+use pagecopy::bitmap::{PageBitmap, bits};
+use pagecopy::layout::{Layout, PAGE_SIZE};
+use vm_memory::volatile_memory::VolatileSlice;
+
+use super::guest_memory::Memory;
+use super::rng::Rng;
+
+/// Former contents of a page that the guest may return to.
+const FORMER_MAX: usize = 3;
+
+/// How a guest behaves.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Habits {
+    /// Percent of the engine's own accesses to memory and log in whose midst the guest writes.
+    pub(super) interferes: u64,
+    /// The dirty log is re-armed by a sync, as a ring is, and not just before pages are read.
+    pub(super) log_rearms: bool,
+    /// Its memory can place fresh pages.
+    pub(super) places: bool,
+    /// Writes in all; then it rests, so that every migration can come to its end.
+    pub(super) writes: u32,
+}
+
+/// A guest, wherever it is: at the source its first, at the destination its new home.
+pub(super) struct Guest {
+    memory: Memory,
+    habits: Habits,
+    state: Mutex<State>,
+}
+
+struct State {
+    rng: Rng,
+    running: bool,
+    writes_left: u32,
+    /// What it did, which its device state holds.
+    clock: u64,
+    /// The pages it likes to write.
+    hot: Vec<(u32, u32)>,
+    former: BTreeMap<(u32, u32), Vec<[u8; PAGE_SIZE]>>,
+    populated: Vec<u64>,
+    logging: bool,
+    /// For each chunk, pages whose next write is noted.
+    armed: Vec<u64>,
+    /// Pages noted since the last sync.
+    noted: Vec<u64>,
+}
+
+impl Guest {
+    /// A guest that has run for a while, or memory for one that is to come.
+    pub(super) fn new(layout: Layout, habits: Habits, mut rng: Rng, runs: bool) -> Arc<Self> {
+        let chunks = layout.chunks();
+        let all: Vec<_> = (0..chunks).flat_map(|c| bits(layout.valid(c)).map(move |b| (c, b))).collect();
+        let hot = (0..rng.range(1, 6)).map(|_| rng.pick(&all)).collect();
+        let words = vec![0; chunks as usize];
+        let state = State {
+            running: runs,
+            writes_left: habits.writes,
+            clock: 0,
+            hot,
+            former: BTreeMap::new(),
+            populated: words.clone(),
+            logging: false,
+            armed: words.clone(),
+            noted: words,
+            rng,
+        };
+        let guest = Arc::new(Self { memory: Memory::new(layout), habits, state: Mutex::new(state) });
+        if runs {
+            let mut state = guest.state();
+            for &(chunk, bit) in &all {
+                if state.rng.percent(60) {
+                    guest.write(&mut state, chunk, bit);
+                }
+            }
+            state.writes_left = habits.writes;
+            drop(state);
+        }
+        guest
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub(super) fn runs(&self) -> bool {
+        self.state().running
+    }
+
+    pub(super) fn set_running(&self, running: bool) {
+        self.state().running = running;
+    }
+
+    /// Whether it will write again.
+    pub(super) fn is_busy(&self) -> bool {
+        let state = self.state();
+        state.running && state.writes_left != 0
+    }
+
+    /// The guest runs for a moment.
+    pub(super) fn run(&self) {
+        let mut state = self.state();
+        let writes = state.rng.range(1, 6);
+        for _ in 0..writes {
+            self.write_somewhere(&mut state);
+        }
+    }
+
+    /// The engine touches memory or the log: now and then the guest writes at just that moment.
+    fn interfere(&self, state: &mut State) {
+        if self.habits.interferes != 0 && state.running && state.rng.percent(self.habits.interferes) {
+            self.write_somewhere(state);
+        }
+    }
+
+    fn write_somewhere(&self, state: &mut State) {
+        if !state.running || state.writes_left == 0 {
+            return;
+        }
+        state.writes_left -= 1;
+        let (chunk, bit) = if state.rng.percent(75) {
+            state.rng.pick(&state.hot.clone())
+        } else {
+            let chunk = state.rng.below(u64::from(self.memory.layout().chunks())) as u32;
+            let valid = self.memory.layout().valid(chunk);
+            (chunk, state.rng.below(u64::from(valid.count_ones())) as u32)
+        };
+        self.write(state, chunk, bit);
+    }
+
+    fn write(&self, state: &mut State, chunk: u32, bit: u32) {
+        let old = self.memory.read(chunk, bit);
+        let mut new = old;
+        match state.rng.below(10) {
+            0 => new.fill(0),
+            1 => new.fill(state.rng.next() as u8),
+            2 => {
+                let mut noise = state.rng.fork();
+                for word in new.as_chunks_mut::<8>().0 {
+                    *word = noise.next().to_le_bytes();
+                }
+            }
+            // What it held before: nothing tells that from a page that was never written.
+            3..=5 => {
+                if let Some(former) = state.former.get(&(chunk, bit)).filter(|f| !f.is_empty()) {
+                    new = former[state.rng.below(former.len() as u64) as usize];
+                }
+            }
+            6 => {
+                let (chunk, bit) = state.rng.pick(&state.hot.clone());
+                new = self.memory.read(chunk, bit);
+            }
+            // A little, which is what deltas are for.
+            _ => {
+                let at = state.rng.below(PAGE_SIZE as u64 - 8) as usize;
+                new[at..at + 8].copy_from_slice(&state.rng.next().to_le_bytes());
+            }
+        }
+        let former = state.former.entry((chunk, bit)).or_default();
+        if former.len() == FORMER_MAX {
+            former.remove(0);
+        }
+        former.push(old);
+        self.memory.write(chunk, bit, &new);
+        state.clock += 1;
+        state.populated[chunk as usize] |= 1 << bit;
+        if state.logging && state.armed[chunk as usize] >> bit & 1 != 0 {
+            state.noted[chunk as usize] |= 1 << bit;
+            state.armed[chunk as usize] &= !(1 << bit);
+        }
+    }
+
+    /// The state of its devices.
+    pub(super) fn save_state(&self) -> Vec<StateBlob> {
+        let clock = self.state().clock;
+        vec![StateBlob { name: "clock".into(), version: 1, bytes: clock.to_le_bytes().into() }]
+    }
+
+    /// Takes the state of another guest over.
+    pub(super) fn load_state(&self, blobs: &[StateBlob]) -> bool {
+        let Some(bytes) = blobs.first().and_then(|b| b.bytes[..].try_into().ok()) else { return false };
+        self.state().clock = u64::from_le_bytes(bytes);
+        true
+    }
+
+    /// Where memory or device state differs from another guest's.
+    pub(super) fn difference(&self, other: &Self) -> Option<String> {
+        let layout = self.memory.layout();
+        for chunk in 0..layout.chunks() {
+            for bit in bits(layout.valid(chunk)) {
+                if self.memory.read(chunk, bit) != other.memory.read(chunk, bit) {
+                    return Some(format!("page {bit} of chunk {chunk}"));
+                }
+            }
+        }
+        let clocks = (self.state().clock, other.state().clock);
+        (clocks.0 != clocks.1).then(|| format!("device state: {clocks:?}"))
+    }
+}
+
+impl GuestRam for Guest {
+    fn layout(&self) -> &Layout {
+        self.memory.layout()
+    }
+
+    fn region(&self, region: usize) -> VolatileSlice<'_> {
+        self.interfere(&mut self.state());
+        self.memory.region(region)
+    }
+
+    fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> {
+        let mut state = self.state();
+        self.interfere(&mut state);
+        pages.copy_from_slice(&state.populated[first as usize..first as usize + pages.len()]);
+        self.interfere(&mut state);
+        Ok(())
+    }
+
+    fn placer(self: Arc<Self>) -> Option<Box<dyn Placer>> {
+        self.habits.places.then(|| Box::new(GuestPlacer(self)) as Box<dyn Placer>)
+    }
+
+    fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
+        bits(pages).for_each(|bit| self.memory.write(chunk, bit, &[0; PAGE_SIZE]));
+        Ok(())
+    }
+}
+
+struct GuestPlacer(Arc<Guest>);
+
+impl Placer for GuestPlacer {
+    fn place(&self, chunk: u32, first: u32, bytes: &[u8]) -> Result<(), BackendError> {
+        for (bit, page) in (first..).zip(bytes.as_chunks::<PAGE_SIZE>().0) {
+            self.0.memory.write(chunk, bit, page);
+        }
+        Ok(())
+    }
+}
+
+/// The strictest log that [`DirtyLog`] allows: a page that is written again before it is re-armed is not reported again.
+impl DirtyLog for Guest {
+    fn name(&self) -> &'static str {
+        "simulated"
+    }
+
+    fn start(&self) -> Result<(), BackendError> {
+        let mut state = self.state();
+        state.logging = true;
+        state.armed.fill(u64::MAX);
+        state.noted.fill(0);
+        Ok(())
+    }
+
+    fn sync(&self, dirty: &PageBitmap) -> Result<u64, BackendError> {
+        let mut state = self.state();
+        let mut count = 0;
+        for chunk in 0..self.memory.layout().chunks() {
+            self.interfere(&mut state);
+            let pages = std::mem::take(&mut state.noted[chunk as usize]);
+            if self.habits.log_rearms {
+                state.armed[chunk as usize] |= pages;
+            }
+            self.interfere(&mut state);
+            count += u64::from(pages.count_ones());
+            dirty.insert(chunk, pages);
+        }
+        Ok(count)
+    }
+
+    fn clear(&self, first: u32, pages: &[u64]) -> Result<(), BackendError> {
+        let mut state = self.state();
+        for (chunk, pages) in (first as usize..).zip(pages) {
+            self.interfere(&mut state);
+            if !self.habits.log_rearms {
+                state.armed[chunk] |= pages;
+            }
+        }
+        self.interfere(&mut state);
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), BackendError> {
+        self.state().logging = false;
+        Ok(())
+    }
+}

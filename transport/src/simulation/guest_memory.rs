@@ -1,0 +1,48 @@
+//! Memory of a simulated guest.
+
+use std::sync::atomic::AtomicU8;
+
+use pagecopy::layout::{Layout, PAGE_SIZE};
+use vm_memory::volatile_memory::VolatileSlice;
+
+/// All regions of a layout, zeros at first.
+pub(super) struct Memory {
+    layout: Layout,
+    regions: Vec<Box<[AtomicU8]>>,
+}
+
+impl Memory {
+    pub(super) fn new(layout: Layout) -> Self {
+        let regions = layout.regions().iter();
+        let regions = regions.map(|r| bytemuck::zeroed_slice_box(r.len as usize)).collect();
+        Self { layout, regions }
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    pub(super) fn region(&self, region: usize) -> VolatileSlice<'_> {
+        let bytes = &self.regions[region];
+        // SAFETY: the bytes live as long as the slice, which borrows them; they are atomics, so writing through a shared
+        // reference is allowed, and nobody makes a reference to what is in them.
+        unsafe { VolatileSlice::new(bytes.as_ptr().cast_mut().cast(), bytes.len()) }
+    }
+
+    /// One page.
+    pub(super) fn page(&self, chunk: u32, bit: u32) -> VolatileSlice<'_> {
+        let place = self.layout.locate(chunk).expect("the simulation names its own chunks");
+        let offset = place.offset as usize + bit as usize * PAGE_SIZE;
+        self.region(place.region).subslice(offset, PAGE_SIZE).expect("the page lies in its region")
+    }
+
+    pub(super) fn read(&self, chunk: u32, bit: u32) -> [u8; PAGE_SIZE] {
+        let mut bytes = [0; PAGE_SIZE];
+        self.page(chunk, bit).copy_to(&mut bytes[..]);
+        bytes
+    }
+
+    pub(super) fn write(&self, chunk: u32, bit: u32, bytes: &[u8; PAGE_SIZE]) {
+        self.page(chunk, bit).copy_from(&bytes[..]);
+    }
+}

@@ -1,0 +1,350 @@
+//! Source, destination, network and clock as one deterministic simulation.
+//!
+//! What runs is the real thing: the session machines, the stream bookkeeping, every message and frame encoded and decoded, lanes
+//! and workers with their codecs, delta cache, digests, receipts and chunk ownership, the pending bitmap, the feeder's batches,
+//! the windows and the precopy policy. What is simulated is what they stand on: connections ([`network`]), the clock
+//! ([`world`]), guest memory and its dirty log ([`guest`]), and the two processes, which go through the engine's phases
+//! ([`source`], [`destination`]) one step at a time. One number, the seed, decides everything, so a run that went wrong can be
+//! repeated and looked at:
+//!
+//! ```text
+//! PAGEFERRY_SEED=17 cargo test -p pageferry-transport simulation -- --nocapture      one run, step by step
+//! PAGEFERRY_SEEDS=100000 cargo test -p pageferry-transport --release simulation      many of them
+//! ```
+//!
+//! What must hold, in every run:
+//!
+//! - the guest never runs on two sides, and the source never resumes it after the destination has run it;
+//! - when it runs at the destination, every byte of its memory and its device state is what it was when it was paused;
+//! - every receipt matches: no delta meets another base than the one it was made from, and no old version of a page is written
+//!   over a newer one;
+//! - no side ever takes the other's messages, frames or accounts for wrong;
+//! - it ends: in fair weather at the destination, after any fault with exactly one side running the guest, unless a process
+//!   that may have had it died, or the destination waited for GO in vain.
+
+mod destination;
+pub(crate) mod fault;
+mod guest;
+mod guest_memory;
+mod network;
+mod rng;
+mod source;
+#[cfg(test)]
+mod tests;
+mod weather;
+mod world;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+
+use self::destination::DestinationHost;
+use self::fault::Fault;
+use self::guest::Guest;
+use self::network::Side;
+use self::rng::Rng;
+use self::source::{Fate, SourceHost};
+use self::weather::{Plan, Strike, Trigger};
+use self::world::{Event, Micros, World};
+use crate::clock::virtual_time;
+use crate::destination::PageSink;
+use crate::source::stepped::LaneSlot;
+use crate::wire::SessionId;
+use crate::wire::control::SessionStatus;
+
+/// Silence after which a side gives the other up, in microseconds.
+const TIMEOUT: Micros = 1_000_000;
+/// How long the destination waits for GO without a source.
+const HANDOVER_TIMEOUT: Micros = 5_000_000;
+/// How often a side looks at the clock.
+const TICK: Micros = 100_000;
+const SESSION: SessionId = [7; 16];
+/// A run that takes longer than this does not end.
+const END_OF_TIME: Micros = 120_000_000;
+const EVENTS_MAX: u64 = 100_000;
+/// Questions after which a source that hears nothing will never hear anything.
+const ASKED_MAX: u32 = 6;
+/// Lanes of a run.
+const LANES_MAX: usize = 16;
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// The guest runs at the destination.
+    Moved,
+    /// It runs on at the source.
+    Stayed,
+    /// It runs nowhere, because a process died that had it or may have had it, or because the two could not reach each other for
+    /// too long.
+    Gone,
+}
+
+impl Ending {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Moved => "moved",
+            Self::Stayed => "stayed",
+            Self::Gone => "gone",
+        }
+    }
+}
+
+/// What came of a run.
+#[derive(Clone, Debug)]
+pub(super) struct Outcome {
+    /// What must never happen, and did.
+    pub(super) violation: Option<String>,
+    /// A digest of everything that happened.
+    pub(super) digest: u64,
+    pub(super) trace: Vec<String>,
+    /// What may happen and did, and how often.
+    pub(super) seen: BTreeMap<&'static str, u64>,
+}
+
+/// What lives longer than the processes that use it.
+struct Ground {
+    lanes: Vec<LaneSlot>,
+    sink: OnceLock<PageSink>,
+}
+
+struct Run<'a> {
+    world: World,
+    source: Option<SourceHost<'a>>,
+    destination: Option<DestinationHost<'a>>,
+    /// The guest's memory at the source, and at the destination.
+    guests: [Arc<Guest>; 2],
+    strikes: Vec<(Trigger, Strike)>,
+    /// Until when each process stands still.
+    frozen: [Micros; 2],
+    struck: bool,
+    /// The destination had the guest.
+    arrived: bool,
+    events: u64,
+    /// Messages of [`World::said`] that were looked at.
+    heard: usize,
+}
+
+/// One run.
+pub(super) fn run(seed: u64, broken: Option<Fault>, traced: bool) -> Outcome {
+    fault::set(broken);
+    virtual_time::set(Some(0));
+    let plan = Plan::new(seed);
+    let ground =
+        Ground { lanes: (0..LANES_MAX).map(|_| LaneSlot::default()).collect(), sink: OnceLock::new() };
+    let outcome = Run::new(&plan, &ground, traced).run();
+    virtual_time::set(None);
+    fault::set(None);
+    outcome
+}
+
+impl<'a> Run<'a> {
+    fn new(plan: &Plan, ground: &'a Ground, traced: bool) -> Run<'a> {
+        let mut rng = Rng::new(plan.rng.clone().next());
+        let guests = [true, false]
+            .map(|runs| Guest::new(plan.layout.clone(), plan.habits[usize::from(!runs)], rng.fork(), runs));
+        let mut world = World::new(rng.fork(), plan.weather, traced);
+        world.note(|| format!("{plan:#?}"));
+        let source = SourceHost::start(&ground.lanes, &guests[0], &plan.attempt, &mut world);
+        let destination = DestinationHost::new(&ground.sink, &guests[1], plan.refuses_state);
+        for side in [true, false] {
+            world.schedule(TICK, Event::Tick(side));
+            world.schedule(0, Event::Guest(side));
+        }
+        world.depart();
+        Run {
+            world,
+            source: Some(source),
+            destination: Some(destination),
+            guests,
+            strikes: plan.strikes.clone(),
+            frozen: [0; 2],
+            struck: plan.refuses_state,
+            arrived: false,
+            events: 0,
+            heard: 0,
+        }
+    }
+
+    fn run(mut self) -> Outcome {
+        while self.world.violation.is_none() && !self.is_over() {
+            self.events += 1;
+            if self.events > EVENTS_MAX || self.world.now > END_OF_TIME {
+                self.world.violated("the run does not end");
+                break;
+            }
+            let Some(event) = self.world.next() else {
+                self.world.violated("nothing will ever happen, and the run is not over");
+                break;
+            };
+            self.happen(event);
+            self.world.depart();
+            self.strike();
+            self.world.depart();
+            self.check_owners();
+        }
+        let ending = self.ending();
+        if self.world.violation.is_some() {
+            let source = self.source.as_ref().map_or("dead".into(), SourceHost::describe);
+            let destination = self.destination.as_ref().map_or("dead".into(), DestinationHost::describe);
+            self.world.note(|| format!("source: {source}; destination: {destination}"));
+        }
+        self.world.saw(ending.name(), 1);
+        let World { violation, digest, trace, seen, .. } = self.world;
+        Outcome { violation, digest, trace: trace.unwrap_or_default(), seen }
+    }
+
+    /// Lets an event happen, or puts it off while its process stands still.
+    fn happen(&mut self, event: Event) {
+        let world = &mut self.world;
+        let of_source = match event {
+            Event::Arrive(wire, by_source) => {
+                let by = if by_source { Side::Source } else { Side::Destination };
+                world.connection(wire).arrive(by);
+                !by_source
+            }
+            Event::Notice(wire, source) => {
+                world.connection(wire).notice(if source { Side::Source } else { Side::Destination });
+                source
+            }
+            Event::Abort(_) | Event::Refuse(_) | Event::Lane(_) => true,
+            Event::Worker(_) | Event::Done => false,
+            Event::Look(_, source) | Event::Tick(source) | Event::Guest(source) => source,
+        };
+        let thaws = self.frozen[usize::from(!of_source)];
+        if world.now < thaws {
+            // What arrived lies in the system's buffers until somebody looks.
+            let again = match event {
+                Event::Arrive(wire, by_source) => Event::Look(wire, !by_source),
+                Event::Notice(wire, source) => Event::Look(wire, source),
+                other => other,
+            };
+            return world.schedule(thaws - world.now, again);
+        }
+        if of_source { self.at_source(event) } else { self.at_destination(event) }
+    }
+
+    fn at_source(&mut self, event: Event) {
+        let world = &mut self.world;
+        if event == Event::Guest(true) {
+            self.guests[0].run();
+            if self.guests[0].is_busy() || self.source.as_ref().is_some_and(|s| s.fate().is_none()) {
+                let after = world.rng.range(50, 1500);
+                world.schedule(after, event);
+            }
+            return;
+        }
+        let Some(source) = &mut self.source else { return };
+        match event {
+            Event::Arrive(wire, _) | Event::Notice(wire, _) | Event::Look(wire, _) => {
+                source.touched(wire, world);
+            }
+            Event::Abort(wire) => {
+                world.connection(wire).close(Side::Source);
+                source.touched(wire, world);
+            }
+            Event::Refuse(wire) => source.refused(wire, world),
+            Event::Lane(stream) => source.lane_turn(stream, world),
+            Event::Tick(_) => {
+                source.ticked(world);
+                world.schedule(TICK, event);
+            }
+            Event::Worker(_) | Event::Done | Event::Guest(_) => {}
+        }
+        source.turn(world);
+    }
+
+    fn at_destination(&mut self, event: Event) {
+        let world = &mut self.world;
+        if event == Event::Guest(false) {
+            self.guests[1].run();
+            if !self.guests[1].is_busy() && self.arrived {
+                return;
+            }
+            let after = world.rng.range(50, 1500);
+            return world.schedule(after, event);
+        }
+        let Some(destination) = &mut self.destination else { return };
+        let had = self.arrived;
+        match event {
+            Event::Arrive(wire, _) | Event::Notice(wire, _) | Event::Look(wire, _) => {
+                destination.touched(wire, world);
+            }
+            Event::Worker(wire) => destination.worker_turn(wire, world),
+            Event::Done => destination.done(world),
+            Event::Tick(_) => {
+                destination.ticked(world);
+                world.schedule(TICK, event);
+            }
+            Event::Abort(_) | Event::Refuse(_) | Event::Lane(_) | Event::Guest(_) => {}
+        }
+        destination.turn(world);
+        self.arrived |= self.guests[1].runs();
+        if self.arrived
+            && !had
+            && let Some(what) = self.guests[0].difference(&self.guests[1])
+        {
+            self.world.violated(format!("the guest runs at the destination with something stale: {what}"));
+        }
+    }
+
+    /// Never two owners, and never back once it has run elsewhere.
+    fn check_owners(&mut self) {
+        let at_source = self.guests[0].runs();
+        if at_source && self.arrived {
+            self.world.violated("the guest runs at the source although it has run at the destination");
+        }
+        if self.arrived && self.source.as_ref().is_some_and(SourceHost::owns_guest) {
+            self.world.violated("the source thinks that it owns a guest that runs at the destination");
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        let destination_over =
+            self.destination.as_ref().is_none_or(|d| d.is_over() || (d.is_idle() && self.source_is_over()));
+        let source_lost = self.source.as_ref().is_some_and(|s| s.asked() > ASKED_MAX);
+        destination_over && (self.source_is_over() || source_lost)
+    }
+
+    fn source_is_over(&self) -> bool {
+        self.source.as_ref().is_none_or(|s| s.fate().is_some())
+    }
+
+    /// Who runs the guest in the end; nobody must have a reason.
+    fn ending(&mut self) -> Ending {
+        let at_destination = self.destination.is_some() && self.guests[1].runs();
+        let at_source = self.source.is_some() && self.guests[0].runs();
+        let ending = match (at_source, at_destination) {
+            (true, true) => {
+                self.world.violated("two owners");
+                Ending::Moved
+            }
+            (true, false) => Ending::Stayed,
+            (false, true) => Ending::Moved,
+            (false, false) => Ending::Gone,
+        };
+        if self.world.violation.is_some() {
+            return ending;
+        }
+        if ending == Ending::Gone && self.source.is_some() && self.destination.is_some() && !self.missed_go()
+        {
+            self.world.violated("both processes live and nobody runs the guest");
+        }
+        if ending != Ending::Moved && !self.struck {
+            self.world.violated("the migration failed in fair weather");
+        }
+        if let Some(Fate::Moved) = self.source.as_ref().and_then(SourceHost::fate)
+            && !self.arrived
+        {
+            self.world.violated("the source believes that the guest has moved, and it has not");
+        }
+        ending
+    }
+
+    /// The destination gave up waiting for GO while the source could not be told.
+    fn missed_go(&self) -> bool {
+        let abandoned = self
+            .destination
+            .as_ref()
+            .is_some_and(|d| d.status() == SessionStatus::Abandoned && d.waited_for_go());
+        abandoned && self.struck
+    }
+}

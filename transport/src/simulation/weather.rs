@@ -1,0 +1,258 @@
+//! What a seed decides ahead: the guest, the network, the attempt, and what strikes when.
+
+use pagecopy::choose::CodecMode;
+use pagecopy::layout::{Layout, PAGE_SIZE, Region};
+use pagecopy::policy::Limits;
+
+use super::guest::Habits;
+use super::network::Side;
+use super::rng::Rng;
+use super::source::Attempt;
+use super::world::{Event, Micros, Weather};
+use super::{Run, TIMEOUT};
+use crate::wire::Role;
+
+/// When something strikes.
+#[derive(Clone, Debug)]
+pub(super) enum Trigger {
+    /// After this many events.
+    Event(u64),
+    /// When a side has said this, the first time.
+    Said(&'static str, Side),
+}
+
+/// What strikes.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Strike {
+    /// One data stream breaks.
+    CutStream,
+    /// The source gives one data stream up, while what is under way on it still arrives and the destination does not hear of it for
+    /// this long.
+    AbortStream(Micros),
+    /// The control connection breaks.
+    CutControl,
+    /// All connections break.
+    CutAll,
+    /// All connections break, and none can be opened for this long.
+    Part(Micros),
+    /// Nothing arrives on one connection for this long.
+    Stall(Micros),
+    /// Nothing arrives on any connection for this long.
+    StallAll(Micros),
+    /// A process is killed; the other side hears of it at once, or only by its own clock.
+    Crash(Side, bool),
+    /// A process stands still for this long.
+    Freeze(Side, Micros),
+    /// Somebody cancels at the source.
+    Cancel,
+}
+
+/// Everything that a seed decides ahead.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub(super) rng: Rng,
+    pub(super) layout: Layout,
+    pub(super) habits: [Habits; 2],
+    pub(super) weather: Weather,
+    pub(super) attempt: Attempt,
+    pub(super) refuses_state: bool,
+    pub(super) strikes: Vec<(Trigger, Strike)>,
+}
+
+impl Plan {
+    pub(super) fn new(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let layout = layout(&mut rng);
+        let places = [false, rng.percent(50)];
+        let habits = places.map(|places| Habits {
+            interferes: rng.pick(&[0, 5, 20, 40]),
+            log_rearms: rng.percent(40),
+            places,
+            writes: rng.range(0, 400) as u32,
+        });
+        let low = rng.range(20, 500);
+        let weather =
+            Weather { latency: (low, low + rng.pick(&[10, 500, 5000])), stragglers: rng.pick(&[0, 2, 20]) };
+        let codec = rng.pick(&[
+            CodecMode::Auto,
+            CodecMode::Delta,
+            CodecMode::Delta,
+            CodecMode::Delta,
+            CodecMode::Raw,
+            CodecMode::Zstd { level: Some(1) },
+        ]);
+        let attempt = Attempt {
+            streams: rng.pick(&[1, 2, 2, 3, 4]),
+            codec,
+            cache_bytes: rng.pick(&[8 << 20, 8 << 20, 40 << 10]),
+            limits: Limits {
+                downtime_ms: rng.pick(&[0, 0, 1, 20]),
+                max_rounds: Some(rng.range(2, 14) as u32),
+                ..Limits::default()
+            },
+            drain_to: rng.pick(&[0, 32 << 10, 256 << 10]),
+            batch_chunks: rng.pick(&[1, 2, 16]),
+        };
+        let refuses_state = rng.percent(4);
+        let count = rng.pick(&[0, 1, 1, 1, 2, 2, 3]);
+        let strikes = (0..count).map(|_| (trigger(&mut rng), strike(&mut rng))).collect();
+        Self { layout, habits, weather, attempt, refuses_state, strikes, rng }
+    }
+}
+
+/// A few regions of a few pages: each is a chunk of its own.
+fn layout(rng: &mut Rng) -> Layout {
+    let mut gpa = 0;
+    let regions = (0..rng.range(1, 6)).map(|region| {
+        let len = rng.range(1, 9) * PAGE_SIZE as u64;
+        gpa += len + 0x10_0000;
+        Region { name: format!("ram{region}"), gpa: gpa - len, len }
+    });
+    Layout::new(regions.collect()).expect("the regions lie apart")
+}
+
+fn trigger(rng: &mut Rng) -> Trigger {
+    const SOURCE: [&str; 6] = ["HELLO", "STREAM_LOST", "STATE", "FINISH", "GO", "RUNNING"];
+    const DESTINATION: [&str; 6] = ["WELCOME", "PREPARED", "ATTACHED", "STREAM_STOPPED", "READY", "RUNNING"];
+    if rng.percent(50) {
+        // As often in the first steps as in the many that move pages.
+        let most = 1 << rng.range(3, 10);
+        return Trigger::Event(rng.below(most));
+    }
+    if rng.percent(50) {
+        Trigger::Said(rng.pick(&SOURCE), Side::Source)
+    } else {
+        Trigger::Said(rng.pick(&DESTINATION), Side::Destination)
+    }
+}
+
+fn strike(rng: &mut Rng) -> Strike {
+    let side = rng.pick(&[Side::Source, Side::Destination]);
+    // About as long as a side waits, and far longer or shorter.
+    let during = rng.pick(&[3_000, 100_000, TIMEOUT - 20_000, TIMEOUT + 20_000, 3 * TIMEOUT, 8 * TIMEOUT]);
+    match rng.below(20) {
+        0..=5 => Strike::CutStream,
+        6..=8 => Strike::AbortStream(rng.range(0, 30_000)),
+        9 | 10 => Strike::CutControl,
+        11 => Strike::CutAll,
+        12 => Strike::Part(during),
+        13..=15 => Strike::Stall(during),
+        16 => Strike::StallAll(during),
+        17 => Strike::Crash(side, rng.percent(50)),
+        18 => Strike::Freeze(side, during),
+        _ => Strike::Cancel,
+    }
+}
+
+impl Run<'_> {
+    /// Whatever is due strikes.
+    pub(super) fn strike(&mut self) {
+        let said = self.heard..self.world.said.len();
+        self.heard = said.end;
+        if self.strikes.is_empty() {
+            return;
+        }
+        let said = self.world.said[said].to_vec();
+        let events = self.events;
+        let due = |trigger: &Trigger| match trigger {
+            Trigger::Event(number) => events >= *number,
+            Trigger::Said(message, side) => said.contains(&(*message, *side)),
+        };
+        let (due, rest) =
+            std::mem::take(&mut self.strikes).into_iter().partition(|(trigger, _)| due(trigger));
+        self.strikes = rest;
+        for (_, strike) in due {
+            self.struck = true;
+            self.strike_with(strike);
+        }
+    }
+
+    fn strike_with(&mut self, strike: Strike) {
+        let world = &mut self.world;
+        world.note(|| format!("strike: {strike:?}"));
+        let open = world.open_wires();
+        let streams = |world: &super::World, stream: bool| -> Vec<usize> {
+            let of_kind = |&&wire: &&usize| (world.wires[wire].role == Role::Stream) == stream;
+            open.iter().filter(of_kind).copied().collect()
+        };
+        match strike {
+            Strike::CutStream => {
+                let streams = streams(world, true);
+                if !streams.is_empty() {
+                    let wire = world.rng.pick(&streams);
+                    world.cut(wire, 2 * TIMEOUT);
+                }
+            }
+            Strike::AbortStream(unheard) => {
+                let (mut slow, streams) = (streams(world, false), streams(world, true));
+                if !streams.is_empty() {
+                    let wire = world.rng.pick(&streams);
+                    slow.push(wire);
+                    let after = world.rng.range(0, unheard);
+                    world.schedule(after, Event::Abort(wire));
+                }
+                slow.into_iter().for_each(|wire| world.stall(wire, unheard, TIMEOUT));
+            }
+            Strike::CutControl => {
+                streams(world, false).into_iter().for_each(|wire| world.cut(wire, TIMEOUT));
+            }
+            Strike::CutAll => open.iter().for_each(|&wire| world.cut(wire, TIMEOUT)),
+            Strike::Part(during) => {
+                open.iter().for_each(|&wire| world.cut(wire, TIMEOUT));
+                world.parted_until = world.now + during;
+            }
+            Strike::Stall(during) => {
+                if !open.is_empty() {
+                    let wire = world.rng.pick(&open);
+                    world.stall(wire, during, TIMEOUT);
+                }
+            }
+            Strike::StallAll(during) => {
+                open.iter().for_each(|&wire| world.stall(wire, during, TIMEOUT));
+            }
+            Strike::Crash(side, loud) => self.crash(side, loud),
+            Strike::Freeze(side, during) => self.freeze(side, during),
+            Strike::Cancel => {
+                if let Some(source) = &mut self.source {
+                    source.cancelled = true;
+                    source.turn(world);
+                }
+            }
+        }
+    }
+
+    fn crash(&mut self, side: Side, loud: bool) {
+        let world = &mut self.world;
+        match side {
+            Side::Source => {
+                self.source = None;
+                self.guests[0].set_running(false);
+            }
+            Side::Destination => {
+                self.destination = None;
+                self.guests[1].set_running(false);
+                world.listening = false;
+            }
+        }
+        for wire in world.open_wires() {
+            if loud {
+                world.connection(wire).close(side);
+            } else {
+                world.cut(wire, TIMEOUT + 300_000);
+            }
+        }
+    }
+
+    /// The process stands still. The other side gives it up when it hears no ping for too long.
+    fn freeze(&mut self, side: Side, during: Micros) {
+        let world = &mut self.world;
+        self.frozen[side as usize] = world.now + during;
+        if during > TIMEOUT {
+            for wire in world.open_wires() {
+                if world.wires[wire].role != Role::Stream {
+                    world.notice_later(wire, side.other(), TIMEOUT);
+                }
+            }
+        }
+    }
+}

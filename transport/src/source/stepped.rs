@@ -1,0 +1,113 @@
+//! A source's feeder and streams without threads: the simulation drives them step by step.
+
+use std::sync::{Arc, OnceLock};
+
+use super::lane::{LaneSender, Shared};
+use super::receipts::Receipts;
+use super::{Batch, LaneEnd, LaneError, PageSource};
+use crate::carrier::SourceEnd;
+
+/// Where what a stream's threads share lives for as long as either of them.
+#[derive(Default)]
+pub(crate) struct LaneSlot(OnceLock<Shared>);
+
+/// A stream at the source, whose two threads take turns when they are told to.
+pub(crate) struct SteppedLane<'a> {
+    shared: &'a Shared,
+    sender: LaneSender<'a>,
+    receipts: Receipts<'a>,
+    ended: bool,
+}
+
+impl<'a> SteppedLane<'a> {
+    pub(crate) fn new(
+        slot: &'a LaneSlot,
+        source: &Arc<PageSource>,
+        carrier: SourceEnd,
+        stream: u16,
+    ) -> SteppedLane<'a> {
+        let SourceEnd { frames, receipts, breaker } = carrier;
+        let shared = slot.0.get_or_init(|| Shared::new(source.clone(), stream, breaker));
+        assert!(Arc::ptr_eq(&shared.source, source) && shared.stream == stream, "a slot serves one lane");
+        SteppedLane {
+            shared,
+            sender: LaneSender::new(shared, frames),
+            receipts: Receipts::new(shared, receipts),
+            ended: false,
+        }
+    }
+
+    /// Whether a whole batch may be sent without a wait for receipts.
+    pub(crate) fn has_room(&self, bytes: u64) -> bool {
+        let flight = self.shared.flight();
+        flight.bytes + bytes <= flight.window.limit()
+    }
+
+    /// The sending thread's turn: works a batch off and, with `flush`, sends what was gathered. False when the stream is dead.
+    pub(crate) fn send(&mut self, batch: Batch, flush: bool) -> bool {
+        let mut result = self.sender.work_off(batch);
+        if flush && result.is_ok() {
+            result = self.sender.flush();
+        }
+        self.note(result)
+    }
+
+    /// The sending thread finds nothing to do.
+    pub(crate) fn idle(&mut self) -> bool {
+        let result = self.sender.flush();
+        self.note(result)
+    }
+
+    /// Ends the stream in order: no batch will come.
+    pub(crate) fn end_sending(&mut self) -> bool {
+        if std::mem::replace(&mut self.ended, true) {
+            return true;
+        }
+        let result = self.sender.end();
+        self.note(result)
+    }
+
+    /// The receipt thread's turn: `Ok(true)` when the stream is over in order.
+    pub(crate) fn receive(&mut self) -> Result<bool, ()> {
+        let result = self.receipts.turn();
+        let over = matches!(result, Ok(true));
+        if self.note(result.map(drop)) { Ok(over) } else { Err(()) }
+    }
+
+    /// Breaks the stream.
+    pub(crate) fn abort(&self) {
+        self.shared.fail(LaneError::Stopped { stream: self.shared.stream });
+    }
+
+    /// How the stream ended, once either thread has.
+    pub(crate) fn into_end(self) -> LaneEnd {
+        self.shared.end(self.receipts.fold, false)
+    }
+
+    fn note(&self, result: Result<(), LaneError>) -> bool {
+        result.map_err(|error| self.shared.fail(error)).is_ok()
+    }
+}
+
+/// What [`super::Feeder`] asks of the pages that wait, without its channel.
+impl PageSource {
+    /// Gives out the next batch at or after `chunk`, of at most `count_max` chunks; returns it and where the pass goes on.
+    pub(crate) fn give_out(&self, chunk: u32, count_max: u32) -> Option<(Batch, u32)> {
+        let mut batch = self.next_batch(chunk)?;
+        batch.count = batch.count.min(count_max);
+        self.outstanding.fetch_add(1, std::sync::atomic::Ordering::AcqRel);
+        Some((batch, batch.first + batch.count))
+    }
+
+    /// Whether every page is delivered and receipted; for whoever gives batches out.
+    pub(crate) fn settled(&self) -> bool {
+        self.is_settled()
+    }
+
+    /// Whether at most `bytes` page bytes are under way and at most one batch is given out.
+    pub(crate) fn drained_to(&self, bytes: u64) -> bool {
+        let outstanding = self.outstanding.load(std::sync::atomic::Ordering::Acquire);
+        self.counters.logical_under_way.load(std::sync::atomic::Ordering::Acquire) <= bytes
+            && outstanding <= 1
+    }
+}
