@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_memory::volatile_memory::VolatileSlice;
 
@@ -70,6 +71,19 @@ pub trait GuestRam: Send + Sync {
         None
     }
 
+    /// How much memory at a time is brought in where pages are missing while the guest runs, in chunks of a region, or 0 for single
+    /// pages; or why this memory cannot miss pages at all.
+    fn missing_unit(&self) -> Result<u32, BackendError> {
+        Err(BackendError::invalid("this memory cannot be brought in while its guest runs"))
+    }
+
+    /// Takes these pages away, and stops whoever touches one that is not there from then on, until it is brought in: vCPUs, this
+    /// process, and the kernel on its behalf. `missing` is whole units.
+    fn miss(self: Arc<Self>, missing: &PageBitmap) -> Result<Box<dyn MissingPages>, BackendError> {
+        let _ = missing;
+        Err(BackendError::invalid("this memory cannot be brought in while its guest runs"))
+    }
+
     /// Makes these pages of a chunk read as zero, and holes again where the memory's kind allows it.
     fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError>;
 
@@ -99,6 +113,40 @@ pub trait Placer: Send + Sync {
     /// # Panics
     /// When `bytes` is not whole pages that the chunk has.
     fn place(&self, chunk: u32, first: u32, bytes: &[u8]) -> Result<(), BackendError>;
+}
+
+/// Somebody touched a page that is not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Chunk of the page.
+    pub chunk: u32,
+    /// The page in its chunk; the first page of its unit where memory is brought in by more than pages.
+    pub page: u32,
+    /// The thread that waits for it, by the system's number.
+    pub thread: u32,
+}
+
+/// Memory some of whose pages are still to come, while its guest may run. When it is dropped, nobody waits any more, and what is
+/// not there reads as zero.
+pub trait MissingPages: Send + Sync {
+    /// Waits until somebody touches a page that is not there, at most `timeout`; adds what was touched to `faults`.
+    fn wait(&self, faults: &mut Vec<Fault>, timeout: Duration) -> Result<(), BackendError>;
+
+    /// Makes `bytes`, whole pages, the content of a chunk's pages from `first` on, and lets whoever waits for them go on. Pages
+    /// that are there are left as they are: the guest may have written them.
+    ///
+    /// # Panics
+    /// When `bytes` is not whole pages that the chunk has.
+    fn place(&self, chunk: u32, first: u32, bytes: &[u8]) -> Result<(), BackendError>;
+
+    /// The same with `count` pages of zeros.
+    fn place_zeros(&self, chunk: u32, first: u32, count: u32) -> Result<(), BackendError>;
+
+    /// Lets whoever waits for the page of a fault go on: with zeros, where it is not there.
+    fn settle(&self, fault: Fault) -> Result<(), BackendError>;
+
+    /// Nothing is missing any more: nobody is stopped from here on, and whoever waits goes on.
+    fn end(&self) -> Result<(), BackendError>;
 }
 
 /// A dirty tracker: which pages were written since it was last asked.

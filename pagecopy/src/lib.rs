@@ -17,6 +17,7 @@ pub mod compress;
 pub mod digest;
 pub mod layout;
 pub mod policy;
+pub mod postcopy;
 #[allow(unsafe_code)]
 pub mod simd;
 pub mod table;

@@ -42,6 +42,10 @@ pub(super) enum Request {
     Switchover,
     /// Lets a migration go on that waits before its switchover.
     Continue,
+    /// Lets the guest run at the destination; its pages follow.
+    Postcopy,
+    /// Opens lost connections of postcopy at another address of the destination.
+    Recover { uri: String },
     /// Ends the process.
     Quit,
 }
@@ -56,6 +60,8 @@ pub(super) struct MigrateRequest {
     pub codec: String,
     #[serde(default = "default_link_timeout")]
     pub link_timeout_s: u64,
+    #[serde(default)]
+    pub postcopy_after_rounds: Option<u64>,
     #[serde(default)]
     pub rdma_pin_all: bool,
     #[serde(default)]
@@ -85,6 +91,8 @@ pub(super) enum RunState {
     Running,
     /// It is paused here.
     Paused,
+    /// It runs at the destination of a migration, which still takes pages from here.
+    Postcopy,
     /// It is at the destination of a migration.
     Migrated,
     /// The handover was not confirmed; it is paused here, and may run there.

@@ -68,6 +68,15 @@ enum CtlCommand {
     /// Lets a migration go on that waits before its switchover
     #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock continue")]
     Continue,
+    /// Lets the guest of a migration run at the destination now; its pages follow
+    #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock postcopy")]
+    Postcopy,
+    /// Opens lost connections of a migration in postcopy again, at another address of the destination
+    #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock recover tcp:node7-b:4444")]
+    Recover {
+        /// Where the destination is reached: tcp:HOST:PORT or unix:PATH
+        uri: Uri,
+    },
     /// Ends the VM's process
     #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock quit")]
     Quit,
@@ -81,6 +90,9 @@ struct MigrateArgs {
     transfer: TransferArgs,
     #[command(flatten)]
     tuning: TuningArgs,
+    /// Let the guest run at the destination after this many rounds, if it is not there by then; its pages follow
+    #[arg(long, value_name = "N")]
+    postcopy_after_rounds: Option<u64>,
     /// Do not wait for the end; `status` tells
     #[arg(long)]
     detach: bool,
@@ -92,6 +104,7 @@ impl MigrateArgs {
             uri: self.uri.to_string(),
             streams: self.transfer.streams,
             codec: self.transfer.codec.to_string(),
+            postcopy_after_rounds: self.postcopy_after_rounds,
             link_timeout_s: self.transfer.link_timeout,
             rdma_pin_all: self.transfer.rdma.rdma_pin_all,
             rdma_max_pinned: self.transfer.rdma.limit.rdma_max_pinned,
@@ -119,6 +132,8 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), CliError> {
         CtlCommand::Set(tuning) => Request::Set(tuning.clone()),
         CtlCommand::Switchover => Request::Switchover,
         CtlCommand::Continue => Request::Continue,
+        CtlCommand::Postcopy => Request::Postcopy,
+        CtlCommand::Recover { uri } => Request::Recover { uri: uri.to_string() },
         CtlCommand::Quit => Request::Quit,
     };
     api::ask(path, &request).map_err(|e| refused(&e))?;
@@ -169,7 +184,7 @@ pub(super) fn follow(path: &Path, quiet: bool) -> Result<Report, CliError> {
                 silent = None;
                 let report = status.migration.unwrap_or_default();
                 let ended = match report.status {
-                    Status::Completed | Status::Failed | Status::Cancelled => true,
+                    Status::Completed | Status::Failed | Status::Cancelled | Status::PostcopyLost => true,
                     Status::Unknown => asking.get_or_insert_with(Instant::now).elapsed() > ASKING,
                     _ => false,
                 };

@@ -45,6 +45,9 @@ pub(super) struct DemoArgs {
     /// Pages that each vCPU writes in a second; 0: as fast as it can
     #[arg(long, default_value_t = 20000)]
     rate: u64,
+    /// Let the guest run at the destination at once; its pages follow
+    #[arg(long)]
+    postcopy: bool,
     /// Go over this URI instead of a free port on 127.0.0.1
     #[arg(long, value_name = "URI")]
     uri: Option<String>,
@@ -110,6 +113,7 @@ fn migrate(args: &DemoArgs, source: &VmProcess, uri: String) -> Result<Report, C
         uri,
         streams: args.transfer.streams,
         codec: args.transfer.codec.to_string(),
+        postcopy_after_rounds: args.postcopy.then_some(0),
         link_timeout_s: args.transfer.link_timeout,
         rdma_pin_all: args.transfer.rdma.rdma_pin_all,
         rdma_max_pinned: args.transfer.rdma.limit.rdma_max_pinned,

@@ -26,7 +26,7 @@ pub(super) struct TuningArgs {
     #[arg(long, value_name = "S")]
     #[serde(default, rename = "timeout_s", skip_serializing_if = "Option::is_none")]
     pub timeout: Option<u64>,
-    /// What to do after --timeout: cancel, or switchover whatever the downtime [default: cancel]
+    /// What to do after --timeout: cancel, switchover whatever the downtime, or postcopy [default: cancel]
     #[arg(long, value_name = "WHAT", value_parser = on_timeout)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_timeout: Option<OnTimeoutArg>,
@@ -42,14 +42,15 @@ pub(super) struct TuningArgs {
 pub(super) enum OnTimeoutArg {
     Cancel,
     Switchover,
+    Postcopy,
 }
 
 fn on_timeout(text: &str) -> Result<OnTimeoutArg, String> {
     match text {
         "cancel" => Ok(OnTimeoutArg::Cancel),
         "switchover" => Ok(OnTimeoutArg::Switchover),
-        "postcopy" => Err("postcopy is not supported; use cancel or switchover".into()),
-        _ => Err("use cancel or switchover".into()),
+        "postcopy" => Ok(OnTimeoutArg::Postcopy),
+        _ => Err("use cancel, switchover or postcopy".into()),
     }
 }
 
@@ -72,6 +73,7 @@ impl TuningArgs {
         match self.on_timeout {
             Some(OnTimeoutArg::Cancel) => limits.on_timeout = OnTimeout::Cancel,
             Some(OnTimeoutArg::Switchover) => limits.on_timeout = OnTimeout::SwitchOver,
+            Some(OnTimeoutArg::Postcopy) => limits.on_timeout = OnTimeout::Postcopy,
             None => {}
         }
         if let Some(pause) = self.pause_before_switchover {

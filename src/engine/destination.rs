@@ -5,6 +5,7 @@
 //! a session has touched memory, its failure is the destination's end.
 
 mod front;
+mod postcopy;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -87,6 +88,22 @@ pub enum IncomingError {
         /// How long was waited.
         seconds: u64,
     },
+    /// The guest ran here before all its pages were there, and its source is gone.
+    #[error(
+        "the source was not heard of for {seconds} s while {left} pages of the running guest were missing: the guest was stopped, and is lost"
+    )]
+    PostcopyLost {
+        /// Pages that are missing.
+        left: u64,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// The guest ran here before all its pages were there, and they cannot be brought in.
+    #[error("pages of the running guest cannot be brought in: the guest was stopped, and is lost: {why}")]
+    PostcopyFailed {
+        /// Why.
+        why: String,
+    },
     /// The system lacks something.
     #[error("this host lacks a resource")]
     System(#[from] io::Error),
@@ -161,6 +178,9 @@ impl Destination {
             let cpu = usage::cpu_seconds();
             let result = session.run(&self, incoming);
             if let Err(error) = &result {
+                if session.misses_pages() {
+                    session.stop_guest_for_good(&self.progress);
+                }
                 session.fail(error);
             }
             session.report(&self.progress, cpu, result.as_ref().err());
@@ -188,6 +208,7 @@ impl Destination {
                 Event::Link { .. }
                 | Event::Stream { .. }
                 | Event::Query { .. }
+                | Event::Postcopy(_)
                 | Event::StreamEnded { .. } => {}
             }
         }
@@ -268,7 +289,7 @@ impl Destination {
                 return None;
             }
         };
-        let capabilities = hello.capabilities & capability::ALL;
+        let capabilities = hello.capabilities & self.capabilities(&hello, &*ram);
         let (hasher, options) = (PageHasher::new(hello.seed), &self.options);
         let pinned_max = options.rdma.pinned_max;
         let sink = PageSink::new(ram.clone(), hasher, capabilities, options.timeout, pinned_max);
@@ -293,11 +314,28 @@ impl Destination {
             sink: Arc::new(sink),
             streams: DestinationStreams::new(),
             workers: BTreeMap::new(),
+            postcopy: None,
             state: Vec::new(),
             began: Instant::now(),
             setup: Duration::ZERO,
             event_sender: self.event_sender.clone(),
         })
+    }
+}
+
+impl Destination {
+    /// What this side can do for such a guest.
+    fn capabilities(&self, hello: &Hello, ram: &dyn GuestRam) -> u64 {
+        if !hello.live {
+            return capability::ALL & !capability::POSTCOPY;
+        }
+        match ram.missing_unit() {
+            Ok(_) => capability::ALL,
+            Err(error) => {
+                (self.notice)(&format!("no postcopy here: {}", explain(&error)));
+                capability::ALL & !capability::POSTCOPY
+            }
+        }
     }
 }
 
@@ -339,6 +377,8 @@ struct Session {
     sink: Arc<PageSink>,
     streams: DestinationStreams,
     workers: BTreeMap<u16, Worker>,
+    /// Once the source has announced it.
+    postcopy: Option<postcopy::Postcopy>,
     state: Vec<StateBlob>,
     began: Instant,
     setup: Duration,
@@ -366,7 +406,9 @@ impl Session {
         }
         self.send(Message::Running);
         incoming.arrived(self.runs());
+        self.take_rest(listening)?;
         self.linger(listening);
+        self.end_postcopy();
         Ok(())
     }
 
@@ -428,7 +470,12 @@ impl Session {
                 DestinationEvent::State(blobs) => self.state = blobs,
                 DestinationEvent::Finish(totals) => return Ok(totals),
                 DestinationEvent::Reply(reply) => self.send(reply),
-                DestinationEvent::Nothing | DestinationEvent::Hello(_) | DestinationEvent::Go => {}
+                DestinationEvent::Postcopy => self.announce_postcopy()?,
+                DestinationEvent::Missing(runs) => self.add_missing(&runs)?,
+                DestinationEvent::Nothing
+                | DestinationEvent::Hello(_)
+                | DestinationEvent::Go
+                | DestinationEvent::Sent(_) => {}
             }
         }
     }
@@ -444,6 +491,7 @@ impl Session {
             Event::Link { generation, event } if generation == self.generation => return Ok(Some(event)),
             Event::Stream { request, stream } => self.attach(request, stream)?,
             Event::StreamEnded { stream, result } => self.stream_ended(stream, result),
+            Event::Postcopy(event) => self.on_postcopy(event)?,
             Event::Refused { peer, reason } => {
                 (listening.notice)(&format!("refused a connection from {peer}: {reason}"));
             }
@@ -526,6 +574,7 @@ impl Session {
         let streams = self.streams.accounts();
         let mine = Totals { streams, pages: self.sink.carried_pages(), state: state_digest(&self.state) };
         compare_totals(&mine, theirs)?;
+        self.miss_pages()?;
         if let Some(guest) = &self.guest {
             let state: Vec<_> = self.state.iter().filter(|blob| blob.name != RUN_STATE).cloned().collect();
             guest.load_state(&state)?;
@@ -573,11 +622,12 @@ impl Session {
                 Ok(Some(LinkEvent::Message(Message::Query))) => {
                     self.send(Message::Status(self.machine.status()));
                 }
-                Ok(Some(LinkEvent::Message(message))) => {
-                    if let Ok(DestinationEvent::Reply(reply)) = self.machine.handle(message) {
-                        self.send(reply);
-                    }
-                }
+                Ok(Some(LinkEvent::Message(message))) => match self.machine.handle(message) {
+                    Ok(DestinationEvent::Reply(reply)) => self.send(reply),
+                    // Nothing is missing, or the guest would be lost; whatever the source thinks.
+                    Ok(DestinationEvent::Sent(pages)) => drop(self.on_sent(pages)),
+                    _ => {}
+                },
                 Ok(None) => {}
             }
         }
@@ -587,6 +637,7 @@ impl Session {
     fn fail(&mut self, error: &IncomingError) {
         self.machine.abandon();
         self.sink.stop();
+        self.end_postcopy();
         for worker in self.workers.values_mut() {
             worker.breaker.shutdown();
             if let Some(thread) = worker.thread.take() {
@@ -615,6 +666,7 @@ impl Session {
             r.pages.delta = get(&received.delta);
             r.pages.compressed = get(&received.compressed);
         });
+        self.show_postcopy(progress);
     }
 
     fn report(&self, progress: &Progress, cpu: f64, error: Option<&IncomingError>) {
@@ -631,6 +683,7 @@ impl Session {
             r.status = match error {
                 None => Status::Completed,
                 Some(IncomingError::Cancelled) => Status::Cancelled,
+                Some(_) if r.status == Status::PostcopyLost => Status::PostcopyLost,
                 Some(_) => Status::Failed,
             };
             r.error = error.map(|e| explain(e));

@@ -29,12 +29,16 @@ pub struct Options {
     pub streams: u16,
     /// Codec choice.
     pub codec: CodecMode,
+    /// Rounds after which postcopy begins, if the guest was not handed over by then.
+    pub postcopy_after_rounds: Option<u64>,
     /// Silence after which a peer, or a stream, is given up.
     pub timeout: Duration,
     /// Bound of the delta cache, in bytes.
     pub cache_bytes: u64,
     /// How long a destination that is READY waits for GO after it lost its source.
     pub handover_timeout: Duration,
+    /// How long a destination whose guest misses pages waits for a source that it lost, before it gives the guest up.
+    pub postcopy_timeout: Duration,
     /// How memory is registered for RDMA.
     pub rdma: RdmaOptions,
 }
@@ -44,9 +48,11 @@ impl Default for Options {
         Self {
             streams: 4,
             codec: CodecMode::Auto,
+            postcopy_after_rounds: None,
             timeout: Duration::from_secs(10),
             cache_bytes: 64 << 20,
             handover_timeout: Duration::from_secs(60),
+            postcopy_timeout: Duration::from_secs(600),
             rdma: RdmaOptions::default(),
         }
     }

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use transport::uri::Uri;
+
 use super::report::Report;
 use super::tuning::Tuning;
 
@@ -22,6 +24,10 @@ struct Shared {
     switch_over: AtomicBool,
     postcopy: AtomicBool,
     go_on: AtomicBool,
+    /// The destination takes a guest before its pages.
+    can_postcopy: AtomicBool,
+    /// Where lost connections of postcopy are to be opened.
+    recovery: Mutex<Option<Uri>>,
 }
 
 impl Progress {
@@ -56,7 +62,7 @@ impl Progress {
         self.shared.switch_over.load(Ordering::Relaxed)
     }
 
-    /// Asks to go on as postcopy.
+    /// Asks to go on as postcopy: the guest runs at the destination, and its pages follow.
     pub fn request_postcopy(&self) {
         self.shared.postcopy.store(true, Ordering::Relaxed);
     }
@@ -90,6 +96,28 @@ impl Progress {
     pub(crate) fn tuned_since(&self, seen: &mut u64) -> Option<Tuning> {
         let now = self.shared.tuned.load(Ordering::Acquire);
         (std::mem::replace(seen, now) != now).then(|| self.tuning())
+    }
+
+    /// Whether postcopy can be asked for: a migration is under way whose destination takes a guest before its pages.
+    pub fn can_postcopy(&self) -> bool {
+        self.shared.can_postcopy.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn offer_postcopy(&self, possible: bool) {
+        self.shared.can_postcopy.store(possible, Ordering::Relaxed);
+    }
+
+    /// Has a migration in postcopy open its lost connections at another address of the destination.
+    pub fn recover(&self, uri: Uri) {
+        *self.recovery() = Some(uri);
+    }
+
+    pub(crate) fn take_recovery(&self) -> Option<Uri> {
+        self.recovery().take()
+    }
+
+    fn recovery(&self) -> MutexGuard<'_, Option<Uri>> {
+        self.shared.recovery.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     pub(crate) fn update(&self, change: impl FnOnce(&mut Report)) {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// How it ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Status {
     /// Nothing has begun.
     #[default]
@@ -20,6 +20,12 @@ pub enum Status {
     PreSwitchover,
     /// The guest is paused for the last pages and its state.
     Device,
+    /// The guest runs at the destination; pages follow.
+    PostcopyActive,
+    /// The same, but the connections are lost: the guest stops where it needs a page that is missing.
+    PostcopyPaused,
+    /// The source is gone with pages that were missing: the guest was stopped for good.
+    PostcopyLost,
     /// It is at the destination.
     Completed,
     /// It failed; the guest is where the error says.
@@ -47,6 +53,40 @@ pub struct Pages {
     pub compressed: u64,
     /// Sent as they are (QEMU: normal, together with the two before).
     pub raw: u64,
+}
+
+/// Postcopy: what came after the guest.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Postcopy {
+    /// Pages that were missing when the guest began to run at the destination.
+    pub pages: u64,
+    /// Pages that still are.
+    pub pages_left: u64,
+    /// Times that the guest had to wait for a page.
+    pub faults: u64,
+    /// Microseconds that half of these waits did not exceed, from the fault's event to the wake-up.
+    pub fault_p50_us: u64,
+    /// Microseconds that all but one in a hundred did not exceed.
+    pub fault_p99_us: u64,
+    /// The longest wait, in microseconds; known at the destination.
+    pub fault_max_us: u64,
+    /// Time that vCPUs waited for pages, all of them together, in milliseconds.
+    pub blocked_ms: f64,
+    /// The same for each of them, in milliseconds; known at the destination.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub vcpu_blocked_ms: Vec<f64>,
+    /// Bytes on the wire for these pages.
+    pub wire_bytes: u64,
+    /// From GO until no page was missing, in milliseconds; so far.
+    pub drain_ms: f64,
+    /// Page bytes delivered in a second of that time, in MiB.
+    pub drain_mib_s: f64,
+    /// Pages that were sent again because their connection was lost.
+    pub resent: u64,
+    /// Pages that came other than they were sent, and were sent again.
+    pub damaged: u64,
+    /// Times that the connections were opened again.
+    pub reconnects: u64,
 }
 
 /// A migration's numbers, while it runs and at its end.
@@ -102,6 +142,9 @@ pub struct Report {
     pub torn: u64,
     /// Streams that were lost on the way.
     pub streams_lost: u32,
+    /// Postcopy, where there was some.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub postcopy: Option<Postcopy>,
     /// Every page was receipted with the digest of what was sent, and both sides' accounts are equal.
     pub verified: bool,
     /// xxh3-128 of the content, where it was asked for.
@@ -126,6 +169,10 @@ impl Report {
             &mut self.cpu_s,
         ] {
             *value = (*value * 1e3).round() / 1e3;
+        }
+        if let Some(p) = &mut self.postcopy {
+            let times = [&mut p.blocked_ms, &mut p.drain_ms, &mut p.drain_mib_s].into_iter();
+            times.chain(&mut p.vcpu_blocked_ms).for_each(|value| *value = (*value * 1e3).round() / 1e3);
         }
         self
     }
@@ -189,6 +236,22 @@ impl Report {
         }
         if self.mismatches != 0 {
             line("mismatches:", format!("{} pages (arrived damaged, and sent again)", self.mismatches));
+        }
+        if let Some(p) = &self.postcopy {
+            line(
+                "postcopy:",
+                format!(
+                    "{} pages, {} left, {:.1} ms, {:.0} MiB/s",
+                    p.pages, p.pages_left, p.drain_ms, p.drain_mib_s
+                ),
+            );
+            line(
+                "postcopy faults:",
+                format!(
+                    "{} ({} us median, {} us p99; vCPUs waited {:.1} ms)",
+                    p.faults, p.fault_p50_us, p.fault_p99_us, p.blocked_ms
+                ),
+            );
         }
         line("dirty sync count:", format!("{} (rounds)", self.rounds));
         line("dirty pages rate:", format!("{:.0} pages/s", self.dirty_pages_per_s));

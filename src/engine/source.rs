@@ -4,6 +4,7 @@
 //! dirty log stops, and a guest that was paused runs on. A failed attempt costs only what it sent: the next one starts anew.
 
 mod converge;
+mod postcopy;
 mod watch;
 
 use std::fmt;
@@ -17,12 +18,15 @@ use pagecopy::digest::PageHasher;
 use pagecopy::layout::PAGE_SIZE;
 use transport::carrier::{OpenError, SourceEnd};
 use transport::link::{Exchange, LinkError};
+use transport::postcopy::PostcopyError;
 use transport::session::{Learnt, SessionError};
 use transport::socket::{Connection, SocketError};
 use transport::source::{FatalError, Feeder, Lane, PageSource, SourceOptions};
 use transport::streams::StreamsError;
 use transport::uri::Uri;
-use transport::wire::control::{ErrorCode, Hello, Message, SessionStatus, Totals, capability, state_digest};
+use transport::wire::control::{
+    ErrorCode, Hello, Message, SessionStatus, Totals, Welcome, capability, state_digest,
+};
 use transport::wire::{Preamble, Role, VERSION_MAX, VERSION_MIN};
 
 use super::Options;
@@ -67,6 +71,8 @@ pub enum Fate {
     RunsOn,
     /// It could not be resumed at the source, whose it is.
     Stuck,
+    /// It ran at the destination before all its pages were there, and is lost there; what is here is as old as the handover.
+    Lost,
     /// GO was said and nothing heard: the source must not resume it before somebody has looked at the destination.
     Unknown,
 }
@@ -78,6 +84,9 @@ impl fmt::Display for Fate {
             Self::StaysPaused => "the migration failed; the guest stays paused at the source",
             Self::RunsOn => "the migration failed; the guest runs on at the source",
             Self::Stuck => "the migration failed, and the guest could not be resumed at the source, where it is whole",
+            Self::Lost => {
+                "the destination lost the guest before all its pages were there; what is here is as old as the handover, and stays paused"
+            }
             Self::Unknown => {
                 "the handover was not confirmed; the source is unchanged, and a guest stays paused there until you know that the destination does not run it"
             }
@@ -127,8 +136,13 @@ pub enum Cause {
     #[error(transparent)]
     Streams(#[from] StreamsError),
     /// Postcopy was asked for.
-    #[error("postcopy is not supported")]
+    #[error(
+        "the destination cannot run a guest before its pages are there: it is an older one, or says itself why (userfaultfd)"
+    )]
     NoPostcopy,
+    /// A connection of postcopy could not be opened.
+    #[error(transparent)]
+    Postcopy(#[from] PostcopyError),
     /// The policy gave up.
     #[error("{0}")]
     Policy(String),
@@ -170,9 +184,11 @@ pub fn migrate(
         *r = Report { status: Status::Setup, page_size: PAGE_SIZE as u32, ..Report::default() };
         r.pages.total = backend.ram.layout().pages();
     });
-    let mut attempt = Attempt { backend, uri, options, progress, began, paused_at: None, running: None };
+    let mut attempt =
+        Attempt { backend, uri, options, progress, began, paused_at: None, downtime: None, running: None };
     let result = attempt.run();
-    let downtime = attempt.paused_at.map_or(Duration::ZERO, |at| at.elapsed());
+    let paused = attempt.paused_at.map_or(Duration::ZERO, |at| at.elapsed());
+    let downtime = attempt.downtime.unwrap_or(paused);
     let failure = match result {
         Ok(()) => {
             // Nobody needs it any more, whether it stops or not.
@@ -199,6 +215,7 @@ pub fn migrate(
             Some(failure) => {
                 r.status = match (failure.fate, &failure.cause) {
                     (Fate::Unknown, _) => Status::Unknown,
+                    (Fate::Lost, _) => Status::PostcopyLost,
                     (_, Cause::Cancelled) => Status::Cancelled,
                     _ => Status::Failed,
                 };
@@ -217,6 +234,8 @@ struct Attempt<'a> {
     progress: &'a Progress,
     began: Instant,
     paused_at: Option<Instant>,
+    /// Of a guest that runs at the destination before the migration's end.
+    downtime: Option<Duration>,
     running: Option<Running>,
 }
 
@@ -225,6 +244,9 @@ struct Running {
     watch: Watch,
     source: Arc<PageSource>,
     lanes: Vec<Lane>,
+    welcome: Welcome,
+    /// What serves the pages that are missing at the destination.
+    postcopy: Option<postcopy::Service>,
 }
 
 impl Attempt<'_> {
@@ -240,7 +262,8 @@ impl Attempt<'_> {
         let source = source.inspect_err(|cause| watch.say_error(cause))?;
         let feeder = Feeder::new(source.clone());
         watch.observe(source.clone());
-        self.running = Some(Running { watch, source, lanes: Vec::new() });
+        self.running = Some(Running { watch, source, lanes: Vec::new(), welcome, postcopy: None });
+        self.progress.offer_postcopy(welcome.capabilities & capability::POSTCOPY != 0);
         self.open_streams(welcome.version, welcome.streams, &feeder)?;
         self.progress.update(|r| {
             r.status = Status::Active;
@@ -248,7 +271,7 @@ impl Attempt<'_> {
         });
         let state = match self.precopy(&feeder)? {
             (rounds, Next::SwitchOver) => self.switchover(&feeder, rounds)?,
-            (_, Next::Postcopy) => return Err(Cause::NoPostcopy),
+            (rounds, Next::Postcopy) => return self.postcopy(feeder, rounds),
         };
         drop(feeder);
         self.hand_over(state)
@@ -260,11 +283,7 @@ impl Attempt<'_> {
     }
 
     /// HELLO, WELCOME, PREPARED.
-    fn hello(
-        &self,
-        watch: &mut Watch,
-        populated: &PageBitmap,
-    ) -> Result<(transport::wire::control::Welcome, PageHasher), Cause> {
+    fn hello(&self, watch: &mut Watch, populated: &PageBitmap) -> Result<(Welcome, PageHasher), Cause> {
         let layout = self.backend.ram.layout();
         let seed = u64::from_le_bytes(random()?);
         let mut presence = vec![0u8; Hello::presence_len(layout)];
@@ -292,7 +311,7 @@ impl Attempt<'_> {
         capabilities: u64,
         populated: PageBitmap,
     ) -> Result<Arc<PageSource>, Cause> {
-        let codec = self.options.codec;
+        let (codec, codecs) = (self.options.codec, capability::DELTA | capability::ZSTD);
         let needs = match codec {
             CodecMode::Auto | CodecMode::Raw => 0,
             CodecMode::Zstd { .. } => capability::ZSTD,
@@ -302,7 +321,7 @@ impl Attempt<'_> {
             return Err(Cause::Codec { codec });
         }
         let codec =
-            if codec == CodecMode::Auto && capabilities != capability::ALL { CodecMode::Raw } else { codec };
+            if codec == CodecMode::Auto && codecs & !capabilities != 0 { CodecMode::Raw } else { codec };
         let options = SourceOptions {
             codec,
             cache_bytes: self.options.cache_bytes,
@@ -391,7 +410,6 @@ impl Attempt<'_> {
 
     /// FINISH, READY, GO, RUNNING.
     fn hand_over(&mut self, state: u64) -> Result<(), Cause> {
-        let (options, progress, live) = (self.options, self.progress, self.backend.guest.is_some());
         let (watch, source) = self.parts();
         let streams = watch.streams_ended()?;
         match source.never_carried() {
@@ -399,6 +417,13 @@ impl Attempt<'_> {
             pages => return Err(FatalError::NeverSent { pages }.into()),
         }
         let totals = Totals { streams, pages: source.carried_pages(), state };
+        self.give(totals)
+    }
+
+    /// The handover itself, once everything that comes before the guest is there.
+    fn give(&mut self, totals: Totals) -> Result<(), Cause> {
+        let (options, progress, live) = (self.options, self.progress, self.backend.guest.is_some());
+        let (watch, _) = self.parts();
         watch.finish(totals, live)?;
         if progress.is_cancelled() {
             return Err(Cause::Cancelled);
@@ -458,6 +483,7 @@ impl Attempt<'_> {
             running.lanes.iter().for_each(Lane::abort);
         }
         let fate = match &self.backend.guest {
+            _ if !owns && self.downtime.is_some() => Fate::Lost,
             _ if !owns => Fate::Unknown,
             None => Fate::Unmoved,
             Some(_) if self.backend.paused => Fate::StaysPaused,

@@ -27,7 +27,7 @@ pub(crate) enum Seen<'a> {
     /// A message on the control connection, or on a query.
     Message { role: Role, by: By, message: &'a Message },
     /// Page data from the source, or receipts: `total` bytes of this connection with this piece, which has `len`.
-    Data { stream: u16, by: By, total: u64, len: usize },
+    Data { role: Role, stream: u16, by: By, total: u64, len: usize },
 }
 
 /// What becomes of it.
@@ -130,7 +130,7 @@ fn serve(shared: &Arc<Shared>, mut client: TcpStream) -> io::Result<()> {
 /// Passes on what one side says until it ends, or a verdict ends it.
 fn pump(shared: &Shared, role: Role, stream: u16, by: By, mut from: TcpStream, mut to: TcpStream) {
     let result = match role {
-        Role::Stream => pass_data(shared, stream, by, &mut from, &mut to),
+        Role::Stream | Role::Postcopy => pass_data(shared, role, stream, by, &mut from, &mut to),
         _ => pass_messages(shared, role, by, &mut from, &mut to),
     };
     match result {
@@ -176,6 +176,7 @@ fn pass_messages(
 
 fn pass_data(
     shared: &Shared,
+    role: Role,
     stream: u16,
     by: By,
     from: &mut TcpStream,
@@ -189,7 +190,7 @@ fn pass_data(
             return Ok(true);
         }
         total += len as u64;
-        match (shared.rule)(&Seen::Data { stream, by, total, len }) {
+        match (shared.rule)(&Seen::Data { role, stream, by, total, len }) {
             Verdict::Pass => to.write_all(&piece[..len])?,
             Verdict::Lose => {}
             Verdict::Cut => return Ok(false),

@@ -54,7 +54,7 @@ fn all_streams_but_one_cut() {
     let source = world.source("a", &spec);
     let (destination, uri) = world.destination("b", &spec);
     let proxy = Proxy::new(&uri, |seen| match seen {
-        Seen::Data { stream: stream @ 1.., by: By::Source, total, .. }
+        Seen::Data { role: Role::Stream, stream: stream @ 1.., by: By::Source, total, .. }
             if *total > 300_000 * u64::from(*stream) =>
         {
             Verdict::Cut

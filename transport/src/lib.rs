@@ -9,6 +9,7 @@ pub mod carrier;
 mod clock;
 pub mod destination;
 pub mod link;
+pub mod postcopy;
 #[cfg(feature = "rdma")]
 pub mod rdma;
 pub mod session;

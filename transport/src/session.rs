@@ -14,13 +14,16 @@
 //! Gone            <------------- RUNNING --
 //! Done            -- RUNNING ------------>  (knows that the source knows)
 //! ```
+//! With postcopy POSTCOPY and POSTCOPY_READY come while pages are moving, and MISSING before FINISH. The guest is then handed over in
+//! the same way, and what is missing follows; SENT and ARRIVED end that.
+//!
 //! The machines hold rule 5: until [`SourceSession::go`] was called the source owns the guest, whatever happens; from that
 //! call on it never resumes it unless the destination says it abandoned the session. The destination owns it from the
 //! moment it accepts GO, which it does only in `Ready`.
 
 #[cfg(test)]
 use crate::simulation::fault;
-use crate::wire::control::{ErrorCode, Hello, Message, SessionStatus, Totals, Welcome};
+use crate::wire::control::{Arrived, ChunkRun, ErrorCode, Hello, Message, SessionStatus, Totals, Welcome};
 use crate::wire::{VERSION_MAX, VERSION_MIN};
 
 /// What ended a session, or made a message impossible.
@@ -124,18 +127,27 @@ pub enum SourceEvent {
     Ready,
     /// The destination owns the guest.
     Running,
+    /// The destination takes the guest before its pages; these many chunks of them at a time, or single ones (0).
+    PostcopyReady {
+        /// See [`Message::PostcopyReady`].
+        unit_chunks: u32,
+    },
+    /// No page is missing at the destination any more.
+    Arrived(Arrived),
 }
 
 /// The source's side of a session.
 #[derive(Clone, Debug)]
 pub struct SourceSession {
     state: SourceState,
+    /// POSTCOPY was said.
+    postcopy: bool,
 }
 
 impl SourceSession {
     /// A session whose HELLO is about to be sent.
     pub fn new() -> Self {
-        Self { state: SourceState::ExpectWelcome }
+        Self { state: SourceState::ExpectWelcome, postcopy: false }
     }
 
     /// Takes a message from the destination.
@@ -158,6 +170,10 @@ impl SourceSession {
             (S::Moving | S::ExpectReady(_), Message::StreamStopped { stream, reason }) => {
                 SourceEvent::StreamStopped { stream, reason }
             }
+            (S::Moving, Message::PostcopyReady { unit_chunks }) if self.postcopy => {
+                SourceEvent::PostcopyReady { unit_chunks }
+            }
+            (S::Done, Message::Arrived(arrived)) if self.postcopy => SourceEvent::Arrived(arrived),
             (S::ExpectReady(mine), Message::Ready(theirs)) => {
                 compare_totals(mine, &theirs)?;
                 self.state = S::Ready;
@@ -180,7 +196,17 @@ impl SourceSession {
         Ok(event)
     }
 
-    /// Everything is sent and receipted: the message that says so.
+    /// The guest is to run before all its pages are there: the message that says so.
+    ///
+    /// # Panics
+    /// When pages are not moving: the caller's order of steps is wrong.
+    pub fn postcopy(&mut self) -> Message {
+        assert_eq!(self.state, SourceState::Moving, "POSTCOPY follows PREPARED");
+        self.postcopy = true;
+        Message::Postcopy
+    }
+
+    /// Everything is sent and receipted, other than what is said to be missing: the message that says so.
     ///
     /// # Panics
     /// When pages are not moving: the caller's order of steps is wrong.
@@ -284,6 +310,12 @@ pub enum DestinationEvent {
     Finish(Totals),
     /// Run the guest.
     Go,
+    /// The guest will run before its pages are there: get ready, then [`Message::PostcopyReady`].
+    Postcopy,
+    /// These pages are still to come.
+    Missing(Vec<ChunkRun>),
+    /// All pages that were missing have come, says the source: so many.
+    Sent(u64),
 }
 
 /// The destination's side of a session.
@@ -291,12 +323,14 @@ pub enum DestinationEvent {
 pub struct DestinationSession {
     state: DestinationState,
     have_state: bool,
+    /// The source said POSTCOPY.
+    postcopy: bool,
 }
 
 impl DestinationSession {
     /// A destination that waits for HELLO.
     pub fn new() -> Self {
-        Self { state: DestinationState::ExpectHello, have_state: false }
+        Self { state: DestinationState::ExpectHello, have_state: false, postcopy: false }
     }
 
     /// Takes a message from the source.
@@ -317,6 +351,12 @@ impl DestinationSession {
                 self.have_state = true;
                 DestinationEvent::State(blobs)
             }
+            (S::Moving, Message::Postcopy) if !self.postcopy => {
+                self.postcopy = true;
+                DestinationEvent::Postcopy
+            }
+            (S::Moving, Message::Missing(runs)) if self.postcopy => DestinationEvent::Missing(runs),
+            (S::Running, Message::Sent { pages }) if self.postcopy => DestinationEvent::Sent(pages),
             (S::Moving, Message::Finish(totals)) => {
                 self.state = S::Finishing;
                 DestinationEvent::Finish(totals)
@@ -435,6 +475,31 @@ mod tests {
         ] {
             assert!(matches!(check_welcome(&bad, 2, 3), Err(SessionError::NotOffered { .. })), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn postcopy_is_announced_before_its_messages() {
+        let (mut source, mut destination) = moving();
+        let run = ChunkRun { first: 0, count: 1, pages: 1 };
+        let missing = Message::Missing(vec![run]);
+        assert!(destination.clone().handle(missing.clone()).is_err());
+        assert!(source.clone().handle(Message::PostcopyReady { unit_chunks: 0 }).is_err());
+        assert_eq!(destination.handle(source.postcopy()), Ok(DestinationEvent::Postcopy));
+        assert!(destination.clone().handle(Message::Postcopy).is_err(), "once is enough");
+        let ready = source.handle(Message::PostcopyReady { unit_chunks: 8 });
+        assert_eq!(ready, Ok(SourceEvent::PostcopyReady { unit_chunks: 8 }));
+        assert_eq!(destination.handle(missing.clone()), Ok(DestinationEvent::Missing(vec![run])));
+        assert!(destination.clone().handle(Message::Sent { pages: 1 }).is_err(), "nobody runs yet");
+        destination.handle(source.finish(totals(1))).unwrap();
+        assert!(destination.clone().handle(missing).is_err(), "accounts are closed");
+        source.handle(destination.ready(totals(1))).unwrap();
+        let arrived = Message::Arrived(Arrived { pages: 1, ..Arrived::default() });
+        assert!(source.clone().handle(arrived.clone()).is_err(), "it was not handed over");
+        destination.handle(source.go()).unwrap();
+        source.handle(Message::Running).unwrap();
+        assert_eq!(destination.handle(Message::Sent { pages: 1 }), Ok(DestinationEvent::Sent(1)));
+        assert!(matches!(source.handle(arrived), Ok(SourceEvent::Arrived(_))));
+        assert!(!source.owns_guest());
     }
 
     #[test]

@@ -6,12 +6,14 @@ use pagecopy::chunk::ChunkDecoder;
 use pagecopy::digest::{PageHasher, receipt};
 use pagecopy::layout::{Layout, PAGE_SIZE, Region};
 use transport::wire::control::{
-    ErrorCode, HEADER_LEN, Hello, Message, SessionStatus, StreamEnd, Totals, Welcome, state_digest,
+    Arrived, ChunkRun, ErrorCode, HEADER_LEN, Hello, Message, SessionStatus, StreamEnd, Totals, Welcome,
+    state_digest,
 };
 use transport::wire::frame::{
     FrameHeader, FrameKind, RECEIPT_HEADER_LEN, check_receipt, decode_receipt_header, encode_receipt,
     fold_receipt,
 };
+use transport::wire::postcopy::{PageRequest, sealed_receipt};
 use transport::wire::queue::{Accept, Kind, MessageHeader, Range, Refusal, Registered, Request};
 use transport::wire::{Preamble, Role};
 use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_seed};
@@ -26,6 +28,7 @@ fn preambles() -> Vec<(&'static str, Preamble)> {
         ("8f504746455252590100010001000000000102030405060708090a0b0c0d0e0f", preamble(Role::Control, 0)),
         ("8f504746455252590100010002000200000102030405060708090a0b0c0d0e0f", preamble(Role::Stream, 2)),
         ("8f504746455252590100010003000000000102030405060708090a0b0c0d0e0f", preamble(Role::Query, 0)),
+        ("8f504746455252590100010005000100000102030405060708090a0b0c0d0e0f", preamble(Role::Postcopy, 1)),
     ]
 }
 
@@ -90,6 +93,17 @@ fn messages() -> Vec<(&'static str, Message)> {
         ("0e000000000000003678e5c6a7791431", Message::Running),
         ("0f0000000000000063f47101c156cee5", Message::Query),
         ("1000000002000000020014407092abcab33c", Message::Status(SessionStatus::Ready)),
+        ("180000000000000049092da506957fbe", Message::Postcopy),
+        ("1900000004000000080000004417bb3811b577cb", Message::PostcopyReady { unit_chunks: 8 }),
+        (
+            "1a0000001400000001000000030000000200000001000000000000801605165d86a9ae11",
+            Message::Missing(vec![ChunkRun { first: 3, count: 2, pages: 1 << 63 | 1 }]),
+        ),
+        ("1b000000080000000400000000000000407584515bfe645e", Message::Sent { pages: 4 }),
+        (
+            "1c0000002800000004000000000000000300000000000000050000000000000009000000000000001000000000000000bc3517edac48b24e",
+            Message::Arrived(Arrived { pages: 4, faults: 3, p50_us: 5, p99_us: 9, blocked_us: 16 }),
+        ),
     ]
 }
 
@@ -119,6 +133,11 @@ fn frame() -> FrameHeader {
         placed: false,
     }
 }
+
+/// A request of page 1 of chunk 3.
+const REQUEST: &str = "504751310300000002000000000000001137ce4192175631";
+/// The head of frame 7 of postcopy, chunk 3, with page 0 raw and all 5a, and page 1 zero: header and seal.
+const SEALED: &str = "504746310100000007000000000000000300000000000000010000000000000002000000000000000000000000000000000000000000000000000000000000007ceb42bc5bcabd6e395ccc07c7cae4c7";
 
 /// What travels over queue pairs, with its bytes.
 fn queue_pair() -> Vec<(&'static str, Vec<u8>)> {
@@ -218,7 +237,7 @@ fn messages_are_these_bytes() {
         );
     }
     let kinds: Vec<u16> = messages.iter().map(|(_, message)| message.kind()).collect();
-    assert_eq!(kinds, Vec::from_iter(1..=16), "every kind has its vector");
+    assert_eq!(kinds, Vec::from_iter((1..=16).chain(24..=28)), "every kind has its vector");
 }
 
 #[test]
@@ -262,6 +281,19 @@ fn private_data_and_messages_are_these_bytes() {
 }
 
 #[test]
+fn requests_and_seals_are_these_bytes() {
+    let (hasher, layout) = (PageHasher::new(SEED), Layout::flat(1 << 20).unwrap());
+    let request = PageRequest { chunk: 3, pages: 2 };
+    assert_eq!(hex(&request.encode(&hasher)), REQUEST);
+    assert_eq!(PageRequest::decode(unhex(REQUEST)[..].try_into().unwrap(), &hasher, &layout), Ok(request));
+    let header =
+        FrameHeader { kind: FrameKind::Pages, chunk: 3, raw: 0b1, zero: 0b10, ..FrameHeader::end(7) };
+    let digests = [receipt(hasher.page(&pages()[0])), receipt(hasher.zero())];
+    let seal = sealed_receipt(&mut Vec::new(), 7, &digests, &hasher);
+    assert_eq!(hex(&[&header.encode(&hasher)[..], &seal.to_le_bytes()].concat()), SEALED);
+}
+
+#[test]
 fn receipts_and_folds_are_these_bytes() {
     let hasher = PageHasher::new(SEED);
     let digests: Vec<u64> = pages().iter().map(|page| receipt(hasher.page(page))).collect();
@@ -289,7 +321,7 @@ fn digests_are_those_of_stock_xxhash() {
 #[test]
 fn the_document_shows_every_vector() {
     let shown: String = DOCUMENT.chars().filter(|c| !c.is_whitespace()).collect();
-    let named = [SECTION, FRAME_HEADER, END_HEADER, RECEIPT, FOLD, ZERO_PAGE_DIGEST];
+    let named = [REQUEST, SEALED, SECTION, FRAME_HEADER, END_HEADER, RECEIPT, FOLD, ZERO_PAGE_DIGEST];
     let messages = messages();
     let preambles = preambles();
     let queue_pair = queue_pair();

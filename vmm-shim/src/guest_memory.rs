@@ -18,14 +18,15 @@ use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
-use pagecopy::backend::{BackendError, GuestRam, Placer};
-use pagecopy::bitmap::runs;
+use pagecopy::backend::{BackendError, GuestRam, MissingPages, Placer};
+use pagecopy::bitmap::{PageBitmap, runs};
 use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::volatile_memory::VolatileSlice;
 
+use crate::fault::{self, UffdMissing};
 use crate::pagemap::{Pagemap, Query};
 use crate::placer::UffdPlacer;
 use crate::sys::scan;
@@ -303,12 +304,35 @@ impl GuestMemory {
         }
     }
 
+    /// Whether a range of a region is whole pages of what it is kept in.
+    fn whole_pages(&self, offset: u64, len: u64) -> bool {
+        match self.kind {
+            Kind::Hugetlb(size) => offset.is_multiple_of(size) && len.is_multiple_of(size),
+            _ => true,
+        }
+    }
+
+    /// The bytes of a huge page where memory comes in no smaller pieces, else 0; or why the kernel cannot tell who touches a
+    /// missing page of it.
+    pub(crate) fn missing_bytes(&self) -> Result<u64, BackendError> {
+        match self.kind {
+            _ if self.private_file => Err(BackendError::invalid(
+                "a RAM file that is open for reading only cannot be brought in while its guest runs",
+            )),
+            Kind::Anonymous | Kind::Shmem => Ok(0),
+            Kind::Hugetlb(size) => Ok(size),
+            Kind::Disk => Err(BackendError::invalid(
+                "a RAM file on a disk cannot be brought in while its guest runs: keep it on a tmpfs or in a memfd",
+            )),
+        }
+    }
+
     /// Makes `len` bytes at `offset` of a region read as zero.
-    fn discard_run(&self, region: usize, offset: u64, len: u64) -> io::Result<()> {
+    pub(crate) fn discard_run(&self, region: usize, offset: u64, len: u64) -> io::Result<()> {
         let mapping = &self.regions[region];
         match (&self.file, self.kind) {
             (None, _) => mapping.advise(offset, len, Advice::LinuxDontNeed),
-            (Some(file), Kind::Shmem | Kind::Disk) => {
+            (Some(file), Kind::Shmem | Kind::Disk | Kind::Hugetlb(_)) if self.whole_pages(offset, len) => {
                 let base: u64 = self.layout.regions()[..region].iter().map(|r| r.len).sum();
                 let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                 match rustix::fs::fallocate(file, flags, base + offset, len) {
@@ -402,7 +426,17 @@ impl GuestRam for GuestMemory {
         UffdPlacer::new(self).map(|placer| Box::new(placer) as Box<dyn Placer>)
     }
 
-    /// Pages become holes, except in hugetlbfs and in file systems that cannot punch holes: there zeros are written.
+    fn missing_unit(&self) -> Result<u32, BackendError> {
+        fault::check()?;
+        Ok((self.missing_bytes()? / CHUNK_SIZE as u64) as u32)
+    }
+
+    fn miss(self: Arc<Self>, missing: &PageBitmap) -> Result<Box<dyn MissingPages>, BackendError> {
+        Ok(Box::new(UffdMissing::new(self, missing)?))
+    }
+
+    /// Pages become holes, except parts of huge pages in hugetlbfs, and in file systems that cannot punch holes: there zeros
+    /// are written.
     fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
         let place =
             self.layout.locate(chunk).filter(|place| pages & !place.valid() == 0).ok_or_else(|| {

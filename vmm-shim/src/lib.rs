@@ -5,6 +5,7 @@
 //! [`pagecopy::backend`], and nothing else.
 
 pub mod conformance;
+mod fault;
 pub mod guest_memory;
 pub mod guests;
 pub mod kvm;

@@ -39,7 +39,7 @@ impl Placer for UffdPlacer {
         let mut at = 0;
         while at < bytes.len() {
             let rest = target.offset(at).expect("not beyond the target's end");
-            match self.fd.copy(&rest, &bytes[at..]) {
+            match self.fd.copy(&rest, &bytes[at..], false) {
                 Ok(placed) => at += placed,
                 Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
                     // Somebody touched it: it is written like any other.

@@ -1,4 +1,4 @@
-//! Raw system calls: `PAGEMAP_SCAN`, and of userfaultfd asynchronous write-protect and placing pages.
+//! Raw system calls: `PAGEMAP_SCAN`, and of userfaultfd asynchronous write-protect, missing pages, and placing pages.
 //!
 //! Nothing here changes what is mapped; that is in `guest_memory`.
 
@@ -92,7 +92,14 @@ pub(crate) const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 /// userfaultfd: a write to a protected page is resolved by the kernel, which only takes the protection away.
 pub(crate) const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
 
-/// `struct uffdio_range`. Source of this and the next three: linux/userfaultfd.h.
+/// userfaultfd: missing pages of hugetlbfs.
+pub(crate) const UFFD_FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
+/// userfaultfd: missing pages of tmpfs and memfds.
+pub(crate) const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+/// userfaultfd: events tell the thread.
+pub(crate) const UFFD_FEATURE_THREAD_ID: u64 = 1 << 8;
+
+/// `struct uffdio_range`. Source of this and the next ones: linux/userfaultfd.h.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct UffdRange {
@@ -134,8 +141,31 @@ struct UffdCopy {
     copied: i64,
 }
 
+/// `struct uffdio_zeropage`.
+#[repr(C)]
+struct UffdZeropage {
+    range: UffdRange,
+    mode: u64,
+    /// Out: bytes that were made zero, or an error number, negative.
+    zeroed: i64,
+}
+
+/// `struct uffd_msg`, read as a page fault, which is all that is asked for.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct UffdMessage {
+    event: u8,
+    reserved: [u8; 7],
+    flags: u64,
+    address: u64,
+    thread: u32,
+    padding: u32,
+}
+
 const _: () = assert!(
     size_of::<UffdRange>() == 16
+        && size_of::<UffdZeropage>() == 32
+        && size_of::<UffdMessage>() == 32
         && size_of::<UffdApi>() == 24
         && size_of::<UffdRegister>() == 32
         && size_of::<UffdWriteProtect>() == 24
@@ -154,13 +184,21 @@ const UFFDIO_UNREGISTER: u64 = 0x8010_aa01;
 const UFFDIO_COPY: u64 = 0xc028_aa03;
 /// `UFFDIO_COPY`: nobody waits for the page.
 const UFFDIO_COPY_MODE_DONTWAKE: u64 = 1 << 0;
+/// `_IOR(0xaa, 2, struct uffdio_range)`
+const UFFDIO_WAKE: u64 = 0x8010_aa02;
+/// `_IOWR(0xaa, 4, struct uffdio_zeropage)`
+const UFFDIO_ZEROPAGE: u64 = 0xc020_aa04;
+/// `event` of [`UffdMessage`]: a page fault.
+const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
+/// Events that are read at a time.
+const EVENTS_MAX: usize = 32;
 /// `_IOWR(0xaa, 6, struct uffdio_writeprotect)`
 const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
 /// Flag of userfaultfd(2): faults by the kernel are not handed out; needs no privilege.
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 
-/// A userfaultfd that never stops an access: it tracks writes ([`Self::register_wp`]) and places pages
-/// ([`Self::copy`]).
+/// A userfaultfd. Of memory registered for write-protect it never stops an access: it tracks writes ([`Self::register_wp`]) and
+/// places pages ([`Self::copy`]). Memory registered by [`Self::register_missing`] stops whoever touches a page that is not there.
 #[derive(Debug)]
 pub(crate) struct Userfaultfd(OwnedFd);
 
@@ -170,7 +208,17 @@ impl Userfaultfd {
     /// Faults in kernel mode are never asked for, which would need a privilege: asynchronous write-protect hands no
     /// fault out, and tracks writes by the kernel all the same.
     pub(crate) fn open() -> io::Result<Self> {
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
+        Self::open_with(UFFD_USER_MODE_ONLY)
+    }
+
+    /// Opens one that hands out faults in kernel mode, too, such as those of vCPUs. It takes CAP_SYS_PTRACE, the sysctl
+    /// `vm.unprivileged_userfaultfd`, or access to /dev/userfaultfd.
+    pub(crate) fn open_for_kernel() -> io::Result<Self> {
+        Self::open_with(0)
+    }
+
+    fn open_with(more: libc::c_int) -> io::Result<Self> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | more;
         // SAFETY: takes flags only.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
         if fd >= 0 {
@@ -201,6 +249,47 @@ impl Userfaultfd {
         self.ioctl(UFFDIO_REGISTER, &mut arg)
     }
 
+    /// Registers a range for missing pages: whoever touches a page that is not there waits, and [`Self::faults`] tells of him.
+    pub(crate) fn register_missing(&self, range: Range<u64>) -> io::Result<()> {
+        let mut arg = UffdRegister { range: UffdRange::of(range), mode: 1, ioctls: 0 };
+        self.ioctl(UFFDIO_REGISTER, &mut arg)
+    }
+
+    /// Lets those who wait for pages of a range look again.
+    pub(crate) fn wake(&self, range: Range<u64>) -> io::Result<()> {
+        self.ioctl(UFFDIO_WAKE, &mut UffdRange::of(range))
+    }
+
+    /// Makes a registered range of missing pages read as zero, up to the first one that is there: `EEXIST` when that is the very
+    /// first. Returns the number of bytes. Wakes those who wait.
+    pub(crate) fn zero(&self, range: Range<u64>) -> io::Result<usize> {
+        let mut arg = UffdZeropage { range: UffdRange::of(range.clone()), mode: 0, zeroed: 0 };
+        match self.ioctl(UFFDIO_ZEROPAGE, &mut arg) {
+            Ok(()) => Ok((range.end - range.start) as usize),
+            Err(e) => usize::try_from(arg.zeroed).ok().filter(|&zeroed| zeroed > 0).ok_or(e),
+        }
+    }
+
+    /// Tells each fault that waits to be told of, address and thread; returns how many, 0 where there is none.
+    pub(crate) fn faults(&self, mut each: impl FnMut(u64, u32)) -> io::Result<usize> {
+        let mut messages = [UffdMessage::default(); EVENTS_MAX];
+        // SAFETY: the kernel writes at most this many bytes, whole messages, to the array, which any bits are valid values of.
+        let read =
+            unsafe { libc::read(self.0.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(&messages)) };
+        let Ok(read) = usize::try_from(read) else {
+            let error = io::Error::last_os_error();
+            return match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(0),
+                _ => Err(error),
+            };
+        };
+        let messages = &messages[..read / size_of::<UffdMessage>()];
+        for message in messages.iter().filter(|message| message.event == UFFD_EVENT_PAGEFAULT) {
+            each(message.address, message.thread);
+        }
+        Ok(messages.len())
+    }
+
     /// Protects a registered range, including what is not populated.
     pub(crate) fn write_protect(&self, range: Range<u64>) -> io::Result<()> {
         let mut arg = UffdWriteProtect { range: UffdRange::of(range), mode: 1 };
@@ -209,14 +298,15 @@ impl Userfaultfd {
 
     /// Makes `bytes`, whole pages, the content of as many pages from the start of `to` as have none yet, up to the first one
     /// that has: `EEXIST` when that is the very first. Returns the number of bytes placed. Such a page is allocated and
-    /// filled at once, where touching it would have it filled with zeros first. The memory must be registered.
-    pub(crate) fn copy(&self, to: &VolatileSlice<'_>, bytes: &[u8]) -> io::Result<usize> {
+    /// filled at once, where touching it would have it filled with zeros first. The memory must be registered. With `wake`, those
+    /// who wait for these pages go on.
+    pub(crate) fn copy(&self, to: &VolatileSlice<'_>, bytes: &[u8], wake: bool) -> io::Result<usize> {
         assert!(bytes.len() <= to.len(), "{} bytes for {} bytes of memory", bytes.len(), to.len());
         let mut arg = UffdCopy {
             to: to.ptr_guard_mut().as_ptr() as u64,
             from: bytes.as_ptr() as u64,
             len: bytes.len() as u64,
-            mode: UFFDIO_COPY_MODE_DONTWAKE,
+            mode: if wake { 0 } else { UFFDIO_COPY_MODE_DONTWAKE },
             copied: 0,
         };
         loop {
@@ -244,8 +334,8 @@ impl Userfaultfd {
     fn ioctl<T>(&self, request: u64, arg: &mut T) -> io::Result<()> {
         loop {
             // SAFETY: every caller passes the `repr(C)` struct of its request, whose size is in the request's number;
-            // the kernel reads and writes only that. No request here changes memory content, and with WP_ASYNC none
-            // can make an access to the range block.
+            // the kernel reads and writes only that. Requests here change memory content at most from a missing page to
+            // one of zeros, which is a write like any other to a volatile reader.
             let result = unsafe { libc::ioctl(self.0.as_raw_fd(), request as _, std::ptr::from_mut(arg)) };
             if result >= 0 {
                 return Ok(());
@@ -256,6 +346,12 @@ impl Userfaultfd {
                 return Err(error);
             }
         }
+    }
+}
+
+impl std::os::fd::AsFd for Userfaultfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

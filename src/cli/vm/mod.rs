@@ -72,6 +72,9 @@ pub(super) struct VmArgs {
     /// Wait this many seconds for a source that was lost after the guest had come whole, before it was handed over
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86400))]
     handover_timeout: u64,
+    /// Wait this many seconds for a source that was lost while pages of the running guest were missing; then the guest is lost
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    postcopy_timeout: u64,
     #[command(flatten)]
     pinned: PinnedArgs,
 }
@@ -102,6 +105,7 @@ pub(super) fn run(args: &VmArgs) -> Result<(), CliError> {
         let options = Options {
             timeout: std::time::Duration::from_secs(args.link_timeout),
             handover_timeout: std::time::Duration::from_secs(args.handover_timeout),
+            postcopy_timeout: std::time::Duration::from_secs(args.postcopy_timeout),
             rdma: args.pinned.options(),
             ..Options::default()
         };

@@ -43,6 +43,8 @@ struct State {
     migrating: bool,
     progress: Option<Progress>,
     listening: Option<String>,
+    /// Why a guest that ran here is lost.
+    lost: Option<String>,
     /// Set when the process is to end.
     end: Option<Result<(), String>>,
 }
@@ -57,16 +59,31 @@ impl State {
         self.migration() == Some(Status::Unknown)
     }
 
+    /// The guest runs at the destination, and pages follow.
+    fn in_postcopy(&self) -> bool {
+        matches!(self.migration(), Some(Status::PostcopyActive | Status::PostcopyPaused))
+    }
+
+    /// The guest came in and runs, and misses pages.
+    fn misses_pages(&self) -> bool {
+        let incoming = self.progress.as_ref().filter(|_| !self.migrating);
+        let status = incoming.map(|progress| progress.report().status);
+        matches!(status, Some(Status::PostcopyActive | Status::PostcopyPaused))
+    }
+
     /// The migration has its result, and its thread is about to enter it here.
     fn is_ending(&self) -> bool {
-        matches!(self.migration(), Some(Status::Completed | Status::Failed | Status::Cancelled))
+        matches!(
+            self.migration(),
+            Some(Status::Completed | Status::Failed | Status::Cancelled | Status::PostcopyLost)
+        )
     }
 }
 
 impl Server {
     pub(super) fn new(machine: Machine, incoming: bool) -> Self {
         let run = if incoming { RunState::Incoming } else { RunState::Paused };
-        let state = State { run, migrating: false, progress: None, listening: None, end: None };
+        let state = State { run, migrating: false, progress: None, listening: None, lost: None, end: None };
         let shared = Shared { machine: Arc::new(machine), state: Mutex::new(state), changed: Condvar::new() };
         Self { shared: Arc::new(shared) }
     }
@@ -119,7 +136,7 @@ impl Server {
         {
             let whole = line.ends_with(b"\n") || (line.len() as u64) < LINE_MAX;
             let request = serde_json::from_slice::<Request>(&line);
-            let quits = matches!(request, Ok(Request::Quit)) && whole;
+            let mut quits = matches!(request, Ok(Request::Quit)) && whole;
             let answer = match request {
                 _ if !whole => Err(format!("a request is longer than {LINE_MAX} bytes")),
                 Ok(request) => {
@@ -130,6 +147,7 @@ impl Server {
                 }
                 Err(e) => Err(format!("not a request: {e}")),
             };
+            quits &= answer.is_ok();
             let answer = answer.map_or_else(Answer::Error, Answer::Return);
             let text = serde_json::to_string(&answer).unwrap_or_default() + "\n";
             let written = writer.write_all(text.as_bytes()).await;
@@ -168,6 +186,13 @@ impl Server {
                 }
                 _ => Err("the migration does not wait before its switchover".into()),
             }),
+            Request::Postcopy => self.postcopy().map(|()| Value::Null),
+            Request::Recover { uri } => self.recover(&uri).map(|()| Value::Null),
+            Request::Quit if self.state().in_postcopy() => Err(
+                "the guest runs at the destination and needs the pages that are still here: wait, or kill this process \
+                 if the destination is gone"
+                    .into(),
+            ),
             // Done once the answer is written.
             Request::Quit => Ok(Value::Null),
         }
@@ -178,11 +203,13 @@ impl Server {
         let crash = machine.crash();
         // A migration whose report is final is one whose guest's place is known: they are shown together.
         let state = self.wait_while(self.state(), State::is_ending);
+        let crash = crash.or_else(|| state.lost.clone());
         VmStatus {
             state: match crash {
                 Some(_) => RunState::Crashed,
                 None if state.asks() => RunState::Unknown,
                 None if state.migration() == Some(Status::PreSwitchover) => RunState::Paused,
+                None if state.in_postcopy() => RunState::Postcopy,
                 None => state.run,
             },
             reason: crash,
@@ -226,6 +253,9 @@ impl Server {
                 ));
             }
         }
+        if let Some(lost) = &state.lost {
+            return Err(lost.clone());
+        }
         match state.run {
             _ if state.asks() => return Err(not_here(RunState::Unknown)),
             _ if state.migrating => return Err("a migration is under way: cancel it first".into()),
@@ -239,8 +269,42 @@ impl Server {
         Ok(())
     }
 
+    fn postcopy(&self) -> Result<(), String> {
+        let state = self.state();
+        match &state.progress {
+            Some(_) if state.in_postcopy() => Ok(()),
+            Some(progress) if state.migrating && progress.can_postcopy() => {
+                progress.request_postcopy();
+                Ok(())
+            }
+            Some(_) if state.migrating => Err(
+                "not now: the migration has not begun to move pages, or its destination cannot run a guest before they are there"
+                    .into(),
+            ),
+            _ => Err("no migration is under way".into()),
+        }
+    }
+
+    fn recover(&self, uri: &str) -> Result<(), String> {
+        let uri = uri.parse().map_err(|e| explain(&e))?;
+        let state = self.state();
+        match &state.progress {
+            Some(progress) if state.in_postcopy() => {
+                progress.recover(uri);
+                Ok(())
+            }
+            _ => Err("no migration is in postcopy".into()),
+        }
+    }
+
     fn cancel(&self) -> Result<(), String> {
         let state = self.state();
+        if state.in_postcopy() {
+            return Err(
+                "the guest runs at the destination already: a migration in postcopy cannot be cancelled"
+                    .into(),
+            );
+        }
         match &state.progress {
             Some(progress) if state.migrating || state.run == RunState::Incoming => {
                 progress.cancel();
@@ -268,6 +332,7 @@ impl Server {
         let options = Options {
             streams: request.streams,
             codec,
+            postcopy_after_rounds: request.postcopy_after_rounds,
             timeout: Duration::from_secs(request.link_timeout_s),
             rdma: RdmaOptions {
                 pin_all: request.rdma_pin_all,
@@ -278,6 +343,11 @@ impl Server {
         let mut state = self.state();
         if state.migrating {
             return Err("a migration is under way already".into());
+        }
+        if state.misses_pages() {
+            return Err(
+                "pages of the guest are still on their way here: migrate it once they have come".into()
+            );
         }
         let paused = match state.run {
             RunState::Running => false,
@@ -300,6 +370,8 @@ impl Server {
                 state.migrating = false;
                 match result.map_err(|failure| failure.fate) {
                     Ok(_) => state.run = RunState::Migrated,
+                    // Older than what ran at the destination: only by force.
+                    Err(Fate::Lost) => state.run = RunState::Migrated,
                     Err(Fate::Unknown) => state.run = RunState::Unknown,
                     Err(Fate::Stuck) => state.run = RunState::Paused,
                     Err(Fate::RunsOn | Fate::StaysPaused | Fate::Unmoved) => {}
@@ -328,9 +400,17 @@ impl Server {
         state.run = if running { RunState::Running } else { RunState::Paused };
     }
 
-    /// It did not, and this process has no purpose any more.
+    /// It did not, and this process has no purpose any more; or it did before its pages, and they never will.
     pub(super) fn not_arrived(&self, error: String) {
-        self.end(Err(error));
+        let mut state = self.state();
+        if state.run == RunState::Incoming {
+            drop(state);
+            self.end(Err(error));
+        } else {
+            eprintln!("pageferry: {error}");
+            state.run = RunState::Paused;
+            state.lost = Some(error);
+        }
     }
 
     /// Ends the process, after whatever migration is under way was cancelled.

@@ -19,6 +19,7 @@ use transport::wire::control::{ErrorCode, Message, StreamEnd};
 use transport::wire::{Preamble, Role, SessionId, WireError};
 
 use super::IncomingError;
+use super::postcopy::PostcopyEvent;
 
 /// Connections whose preamble is awaited at a time; more are closed at once. Far fewer than the 1024 descriptors that a process
 /// usually may have, so that a session's own connections and files find some.
@@ -35,6 +36,8 @@ pub(super) enum Event {
     Link { generation: u64, event: LinkEvent },
     /// A data stream of the session, unanswered yet.
     Stream { request: StreamRequest, stream: u16 },
+    /// Something about the pages that follow the guest.
+    Postcopy(PostcopyEvent),
     /// A source asks what became of the session.
     Query { link: Link, generation: u64 },
     /// A stream's worker has ended.
@@ -239,21 +242,25 @@ impl Door {
                     session.generation += 1;
                     true
                 }
-                Role::Stream | Role::Query => session.id == Some(preamble.session),
+                Role::Stream | Role::Query | Role::Postcopy => session.id == Some(preamble.session),
             }
         };
         if !known {
             return refuse(connection, ErrorCode::UnknownSession, "there is no such session here");
         }
         match preamble.role {
-            Role::Stream => {
+            Role::Stream | Role::Postcopy => {
                 let blocking = connection.set_nonblocking(false);
                 let timeouts = connection.set_timeouts(Some(self.timeout), Some(self.timeout));
                 if blocking.and(timeouts).is_err() {
                     return refuse(connection, ErrorCode::Local, "its socket takes no options");
                 }
-                let request = StreamRequest::Socket(connection);
-                let _ = self.events.send(Event::Stream { request, stream: preamble.stream });
+                let stream = preamble.stream;
+                let _ = self.events.send(if preamble.role == Role::Postcopy {
+                    Event::Postcopy(PostcopyEvent::Opened { connection, stream })
+                } else {
+                    Event::Stream { request: StreamRequest::Socket(connection), stream }
+                });
             }
             Role::Control => {
                 let generation = lock(&self.session).generation;

@@ -136,6 +136,7 @@ impl Attempt<'_> {
     pub(super) fn precopy(&mut self, feeder: &Feeder) -> Result<(u64, Next), Cause> {
         let live = self.backend.guest.is_some();
         let (began, progress) = (self.began, self.progress);
+        let postcopy_after = self.options.postcopy_after_rounds;
         let (watch, source) = self.parts();
         let source = source.clone();
         let mut course = Course::new(progress, &source, began);
@@ -143,6 +144,9 @@ impl Attempt<'_> {
         loop {
             rounds += 1;
             progress.update(|r| r.rounds = rounds);
+            if postcopy_after.is_some_and(|after| rounds > after) {
+                progress.request_postcopy();
+            }
             let decided = if live {
                 course.round(watch, feeder)
             } else {

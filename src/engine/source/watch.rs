@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use tokio::runtime::Runtime;
 use transport::link::{Link, LinkError, LinkEvent};
-use transport::session::{Learnt, SourceEvent, SourceSession, check_welcome};
+use transport::session::{Learnt, SessionError, SourceEvent, SourceSession, check_welcome};
 use transport::socket::Connection;
 use transport::source::{LaneEnd, LaneError, PageSource, Unreceipted};
 use transport::streams::SourceStreams;
@@ -40,7 +40,7 @@ pub(super) struct Watch {
     timeout: Duration,
     source: Option<Arc<PageSource>>,
     /// Last, so that the link's task outlives what uses it.
-    _runtime: Runtime,
+    runtime: Runtime,
 }
 
 impl Watch {
@@ -74,7 +74,7 @@ impl Watch {
             reported: began,
             timeout: options.timeout,
             source: None,
-            _runtime: runtime,
+            runtime,
         })
     }
 
@@ -185,6 +185,64 @@ impl Watch {
                 }
                 Err(RecvTimeoutError::Timeout) => return Err(self.overdue("RUNNING")),
                 Err(RecvTimeoutError::Disconnected) => return Err(LinkError::Closed.into()),
+            }
+        }
+    }
+
+    /// POSTCOPY; waits for the destination to be ready for it. Returns how many chunks it brings in at a time, or 0.
+    pub(super) fn postcopy(&mut self) -> Result<u32, Cause> {
+        let postcopy = self.session.postcopy();
+        self.send(postcopy);
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            if let SourceEvent::PostcopyReady { unit_chunks } = self.next_event()? {
+                return Ok(unit_chunks);
+            }
+            if Instant::now() > deadline {
+                return Err(self.overdue("POSTCOPY_READY"));
+            }
+        }
+    }
+
+    /// The next event after GO, which nobody can cancel, or nothing for a tick.
+    pub(super) fn event_after_go(&mut self) -> Result<SourceEvent, Cause> {
+        match self.inbox.recv_timeout(TICK) {
+            Ok(event) => self.on_link(event),
+            Err(RecvTimeoutError::Timeout) => Ok(SourceEvent::Nothing),
+            Err(RecvTimeoutError::Disconnected) => Err(LinkError::Closed.into()),
+        }
+    }
+
+    /// Takes a query connection for the control link that was lost; the destination says on it that it runs the guest.
+    pub(super) fn relink(&mut self, uri: &Uri) -> Result<(), Cause> {
+        let connection = Connection::connect(uri, self.timeout)?;
+        connection.tune(self.timeout)?;
+        connection.set_timeouts(None, Some(self.timeout))?;
+        let preamble = Preamble {
+            version_min: VERSION_MIN,
+            version_max: VERSION_MAX,
+            role: Role::Query,
+            stream: 0,
+            session: self.id,
+        };
+        std::io::Write::write_all(&mut &connection, &preamble.encode())?;
+        let (deliver, inbox) = unbounded();
+        self.link = Link::spawn(self.runtime.handle(), connection, self.timeout, deliver, |event| event)?;
+        self.inbox = inbox;
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            match self.inbox.recv_deadline(deadline) {
+                Ok(LinkEvent::Message(Message::Status(status))) => match self.session.learn(status) {
+                    Learnt::Running => return Ok(()),
+                    _ => return Err(self.overdue("that it runs the guest")),
+                },
+                Ok(LinkEvent::Message(Message::Error { code, text })) => {
+                    let peer = "destination";
+                    return Err(SessionError::Peer { peer, code, text }.into());
+                }
+                Ok(LinkEvent::Message(_)) => {}
+                Ok(LinkEvent::Dead(error)) => return Err(error.into()),
+                Err(_) => return Err(self.overdue("STATUS")),
             }
         }
     }

@@ -148,6 +148,7 @@ impl<'a> DestinationHost<'a> {
             Role::Control if self.is_idle() => self.link = Some(link),
             Role::Control => self.refuse(wire, ErrorCode::Busy, world),
             Role::Stream => self.attach(wire, preamble.stream, world),
+            Role::Postcopy => self.refuse(wire, ErrorCode::Protocol, world),
             Role::Query => {
                 let status = self.machine.status();
                 world.say(wire, ME, &Message::Status(status));
@@ -329,6 +330,8 @@ impl<'a> DestinationHost<'a> {
             DestinationEvent::Reply(reply) => self.say(&reply, world),
             DestinationEvent::Go => self.run_guest(world),
             DestinationEvent::Nothing => {}
+            // The simulated source never says POSTCOPY.
+            DestinationEvent::Postcopy | DestinationEvent::Missing(_) | DestinationEvent::Sent(_) => {}
         }
         Ok(())
     }

@@ -241,7 +241,7 @@ impl<'a> SourceHost<'a> {
                 self.say(&Message::Running, world);
                 self.over(Fate::Moved, world);
             }
-            SourceEvent::Nothing => {}
+            SourceEvent::Nothing | SourceEvent::PostcopyReady { .. } | SourceEvent::Arrived(_) => {}
         }
         Ok(())
     }

@@ -165,8 +165,8 @@ impl PageSource {
         &self.registry
     }
 
-    #[cfg(feature = "rdma")]
-    pub(crate) fn hasher(&self) -> &PageHasher {
+    /// Hashes the session's pages.
+    pub fn hasher(&self) -> &PageHasher {
         &self.shared.hasher
     }
 
@@ -198,6 +198,16 @@ impl PageSource {
             .iter()
             .map(|(chunk, pages)| u64::from((pages & !self.carried.get(chunk)).count_ones()))
             .sum()
+    }
+
+    /// Pages that the destination does not have: those that wait, and those that were no holes at the start and that no frame has
+    /// carried. For when nothing is under way.
+    pub fn missing(&self) -> PageBitmap {
+        let missing = copy_of(&self.pending);
+        for (chunk, pages) in self.initial.iter() {
+            missing.insert(chunk, pages & !self.carried.get(chunk));
+        }
+        missing
     }
 
     /// Adds what the dirty log holds to the pending pages; returns how many pages it held.

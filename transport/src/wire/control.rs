@@ -20,6 +20,10 @@ pub const PRESENCE_MAX: usize = 4 << 20;
 pub const STATE_BLOBS_MAX: usize = 4096;
 /// Longest message that carries device state.
 pub const STATE_LEN_MAX: usize = 64 << 20;
+/// Most connections of postcopy besides the one for requests.
+pub const STREAMS_PUSHING_MAX: u16 = 255;
+/// Most runs of missing pages in a message; more take several.
+pub const MISSING_RUNS_MAX: usize = 1 << 16;
 /// Chunks that one bit of a presence map stands for (2 MiB).
 pub const PRESENCE_CHUNKS: u32 = 8;
 
@@ -29,8 +33,10 @@ pub mod capability {
     pub const DELTA: u64 = 1;
     /// zstd frames.
     pub const ZSTD: u64 = 2;
+    /// Pages that follow a guest which runs at the destination already.
+    pub const POSTCOPY: u64 = 8;
     /// All that this version knows.
-    pub const ALL: u64 = DELTA | ZSTD;
+    pub const ALL: u64 = DELTA | ZSTD | POSTCOPY;
 }
 
 /// What a session is about, from the source.
@@ -156,6 +162,32 @@ impl SessionStatus {
     }
 }
 
+/// The same pages of some chunks that follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkRun {
+    /// First chunk.
+    pub first: u32,
+    /// Number of chunks, not 0.
+    pub count: u32,
+    /// The pages in each of them.
+    pub pages: u64,
+}
+
+/// How postcopy went, from the destination's view.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arrived {
+    /// Pages that came after the guest.
+    pub pages: u64,
+    /// Times that a thread had to wait for one of them.
+    pub faults: u64,
+    /// Microseconds that half of these waits did not exceed.
+    pub p50_us: u64,
+    /// Microseconds that all but one in a hundred did not exceed.
+    pub p99_us: u64,
+    /// Microseconds that threads waited, all of them together.
+    pub blocked_us: u64,
+}
+
 /// A control message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
@@ -207,6 +239,22 @@ pub enum Message {
     Query,
     /// Destination's answer.
     Status(SessionStatus),
+    /// Source: the guest will run before all its pages are there; get ready for that.
+    Postcopy,
+    /// Destination: so be it.
+    PostcopyReady {
+        /// Chunks that memory is brought in by at a time, from a region's start; 0 for single pages.
+        unit_chunks: u32,
+    },
+    /// Source: these pages are still to come; whatever is there of them is stale. Several add up.
+    Missing(Vec<ChunkRun>),
+    /// Source: this many pages were said to be missing, and all were receipted.
+    Sent {
+        /// How many.
+        pages: u64,
+    },
+    /// Destination: no page is missing any more; the source may forget the guest.
+    Arrived(Arrived),
 }
 
 impl Message {
@@ -229,6 +277,11 @@ impl Message {
             Self::Running => 14,
             Self::Query => 15,
             Self::Status(_) => 16,
+            Self::Postcopy => 24,
+            Self::PostcopyReady { .. } => 25,
+            Self::Missing(_) => 26,
+            Self::Sent { .. } => 27,
+            Self::Arrived(_) => 28,
         }
     }
 
@@ -275,7 +328,21 @@ impl Message {
             Self::State(blobs) => encode_state(blobs, w),
             Self::Finish(totals) | Self::Ready(totals) => totals.encode(w),
             Self::Status(status) => w.u16(*status as u16),
-            Self::Prepared | Self::Go | Self::Running | Self::Query => {}
+            Self::PostcopyReady { unit_chunks } => w.u32(*unit_chunks),
+            Self::Missing(runs) => {
+                w.u32(runs.len() as u32);
+                for run in runs {
+                    w.u32(run.first);
+                    w.u32(run.count);
+                    w.u64(run.pages);
+                }
+            }
+            Self::Sent { pages } => w.u64(*pages),
+            Self::Arrived(arrived) => {
+                let Arrived { pages, faults, p50_us, p99_us, blocked_us } = *arrived;
+                [pages, faults, p50_us, p99_us, blocked_us].into_iter().for_each(|value| w.u64(value));
+            }
+            Self::Prepared | Self::Go | Self::Running | Self::Query | Self::Postcopy => {}
         }
     }
 
@@ -284,7 +351,7 @@ impl Message {
     pub fn decode_header(bytes: &[u8; HEADER_LEN]) -> Result<(u16, usize), WireError> {
         let mut r = Reader::new(bytes);
         let (kind, flags, len) = (r.u16("kind")?, r.u16("flags")?, r.u32("length")?);
-        if !(1..=16).contains(&kind) {
+        if kind_name(kind) == INVALID {
             return Err(WireError::BadValue { field: "message kind", value: kind.into() });
         }
         if flags != 0 {
@@ -293,6 +360,7 @@ impl Message {
         let max = match kind {
             1 => PRESENCE_MAX + MACHINE_MAX + REGIONS_MAX * (REGION_NAME_MAX + 32),
             10 => STATE_LEN_MAX,
+            26 => 4 + MISSING_RUNS_MAX * 16,
             _ => 16 << 10,
         };
         if len as usize > max {
@@ -350,6 +418,17 @@ impl Message {
             14 => Self::Running,
             15 => Self::Query,
             16 => Self::Status(SessionStatus::from_wire(r.u16("session status")?)?),
+            24 => Self::Postcopy,
+            25 => Self::PostcopyReady { unit_chunks: r.u32("unit")? },
+            26 => Self::Missing(decode_runs(r)?),
+            27 => Self::Sent { pages: r.u64("pages")? },
+            28 => Self::Arrived(Arrived {
+                pages: r.u64("pages")?,
+                faults: r.u64("faults")?,
+                p50_us: r.u64("p50")?,
+                p99_us: r.u64("p99")?,
+                blocked_us: r.u64("blocked")?,
+            }),
             _ => return Err(WireError::BadValue { field: "message kind", value: kind.into() }),
         })
     }
@@ -477,6 +556,21 @@ fn decode_state(r: &mut Reader<'_>) -> Result<Vec<StateBlob>, WireError> {
     Ok(blobs)
 }
 
+fn decode_runs(r: &mut Reader<'_>) -> Result<Vec<ChunkRun>, WireError> {
+    let mut runs = Vec::new();
+    for _ in 0..r.count(MISSING_RUNS_MAX, "runs of missing pages")? {
+        let run = ChunkRun { first: r.u32("first chunk")?, count: r.u32("chunks")?, pages: r.u64("pages")? };
+        if run.count == 0 || run.pages == 0 {
+            return Err(WireError::BadValue {
+                field: "run of missing pages (empty)",
+                value: run.first.into(),
+            });
+        }
+        runs.push(run);
+    }
+    Ok(runs)
+}
+
 /// Cuts an error text at the protocol's limit, on a character's border.
 fn shorten(text: &str) -> &str {
     let mut end = text.len().min(TEXT_MAX);
@@ -486,27 +580,34 @@ fn shorten(text: &str) -> &str {
     &text[..end]
 }
 
+/// Name of a kind that does not exist.
+const INVALID: &str = "INVALID";
+
 fn kind_name(kind: u16) -> &'static str {
-    const NAMES: [&str; 17] = [
-        "INVALID",
-        "HELLO",
-        "WELCOME",
-        "ERROR",
-        "PING",
-        "PONG",
-        "PREPARED",
-        "ATTACHED",
-        "STREAM_LOST",
-        "STREAM_STOPPED",
-        "STATE",
-        "FINISH",
-        "READY",
-        "GO",
-        "RUNNING",
-        "QUERY",
-        "STATUS",
-    ];
-    NAMES[if kind <= 16 { kind as usize } else { 0 }]
+    match kind {
+        1 => "HELLO",
+        2 => "WELCOME",
+        3 => "ERROR",
+        4 => "PING",
+        5 => "PONG",
+        6 => "PREPARED",
+        7 => "ATTACHED",
+        8 => "STREAM_LOST",
+        9 => "STREAM_STOPPED",
+        10 => "STATE",
+        11 => "FINISH",
+        12 => "READY",
+        13 => "GO",
+        14 => "RUNNING",
+        15 => "QUERY",
+        16 => "STATUS",
+        24 => "POSTCOPY",
+        25 => "POSTCOPY_READY",
+        26 => "MISSING",
+        27 => "SENT",
+        28 => "ARRIVED",
+        _ => INVALID,
+    }
 }
 
 #[cfg(test)]
@@ -543,6 +644,11 @@ mod tests {
             Message::Running,
             Message::Query,
             Message::Status(SessionStatus::Ready),
+            Message::Postcopy,
+            Message::PostcopyReady { unit_chunks: 8 },
+            Message::Missing(vec![ChunkRun { first: 3, count: 2, pages: 5 }]),
+            Message::Sent { pages: 4 },
+            Message::Arrived(Arrived { pages: 4, faults: 3, p50_us: 2, p99_us: 1, blocked_us: 9 }),
         ]
     }
 
@@ -564,7 +670,7 @@ mod tests {
 
     #[test]
     fn hostile_lengths_are_refused_before_allocation() {
-        for kind in 1..=16u16 {
+        for kind in (1..=16).chain(24..=28u16) {
             let mut header = [0; 8];
             header[..2].copy_from_slice(&kind.to_le_bytes());
             header[4..].copy_from_slice(&u32::MAX.to_le_bytes());
@@ -582,7 +688,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_fields_are_refused_or_read(kind in 0u16..20, fields: Vec<u8>) {
+        fn any_fields_are_refused_or_read(kind in 0u16..32, fields: Vec<u8>) {
             let mut bytes = [kind.to_le_bytes(), [0, 0]].concat();
             bytes.extend_from_slice(&(fields.len() as u32).to_le_bytes());
             bytes.extend_from_slice(&fields);

@@ -7,6 +7,7 @@
 mod codec;
 pub mod control;
 pub mod frame;
+pub mod postcopy;
 pub mod queue;
 
 pub use codec::WireError;
@@ -34,6 +35,8 @@ pub enum Role {
     Stream = 2,
     /// Asks what became of a session, or tells it to go.
     Query = 3,
+    /// Carries pages that the destination's guest is still missing: stream 0 those that it asks for.
+    Postcopy = 5,
 }
 
 /// First message on every connection, from the connecting side: 32 bytes.
@@ -82,10 +85,11 @@ impl Preamble {
             1 => Role::Control,
             2 => Role::Stream,
             3 => Role::Query,
+            5 => Role::Postcopy,
             value => return Err(WireError::BadValue { field: "role", value: value.into() }),
         };
         let stream = r.u16("stream")?;
-        if stream >= STREAMS_MAX || (role != Role::Stream && stream != 0) {
+        if stream >= STREAMS_MAX || (!matches!(role, Role::Stream | Role::Postcopy) && stream != 0) {
             return Err(WireError::BadValue { field: "stream", value: stream.into() });
         }
         Ok(Self { version_min, version_max, role, stream, session: r.array("session id")? })

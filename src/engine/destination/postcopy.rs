@@ -1,0 +1,264 @@
+//! Postcopy at the destination: the guest is taken over before all its pages are there, and runs while they follow.
+//!
+//! Pages are missed, and faults are served, from before the guest's state is loaded: whatever touches its memory from then on gets
+//! the newest pages or waits for them. Once the guest runs here, nothing but its source can complete it: a source that is lost for
+//! longer than the patience for it costs the guest, which is stopped.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use pagecopy::backend::BackendError;
+use pagecopy::bitmap::PageBitmap;
+use pagecopy::digest::PageHasher;
+use transport::link::LinkEvent;
+use transport::postcopy::{MissingSink, PostcopyError};
+use transport::session::DestinationEvent;
+use transport::socket::Connection;
+use transport::wire::WireError;
+use transport::wire::control::{ChunkRun, ErrorCode, Message, STREAMS_PUSHING_MAX};
+
+use super::front::Event;
+use super::{Destination, IncomingError, Session};
+use crate::engine::explain;
+use crate::engine::progress::Progress;
+use crate::engine::report::{self, Status};
+
+/// What the session's thread hears of postcopy.
+pub(super) enum PostcopyEvent {
+    /// A connection of the session, unanswered yet.
+    Opened { connection: Connection, stream: u16 },
+    /// A connection has ended.
+    Ended(PostcopyError),
+    /// Faults cannot be served any more.
+    Faults(BackendError),
+}
+
+/// What there is of postcopy once the source has announced it.
+pub(super) struct Postcopy {
+    /// What is still to come, until the memory misses it.
+    missing: PageBitmap,
+    /// Connections that are open before there is anything to do for them.
+    early: Vec<(u16, Arc<Connection>)>,
+    sink: Option<Arc<MissingSink>>,
+    connections: Vec<Arc<Connection>>,
+    threads: Vec<JoinHandle<()>>,
+    /// When the guest began to run here.
+    began: Option<Instant>,
+    /// How long it took until nothing was missing.
+    drained: Option<Duration>,
+}
+
+impl Session {
+    /// The guest will come before its pages.
+    pub(super) fn announce_postcopy(&mut self) -> Result<(), IncomingError> {
+        let unit_chunks = self.ram.missing_unit()?;
+        self.postcopy = Some(Postcopy {
+            missing: PageBitmap::new(self.ram.layout().chunks()),
+            early: Vec::new(),
+            sink: None,
+            connections: Vec::new(),
+            threads: Vec::new(),
+            began: None,
+            drained: None,
+        });
+        self.send(Message::PostcopyReady { unit_chunks });
+        Ok(())
+    }
+
+    /// These pages are still to come.
+    pub(super) fn add_missing(&mut self, runs: &[ChunkRun]) -> Result<(), WireError> {
+        // The session machine takes runs only after the announcement.
+        self.postcopy.as_ref().map_or(Ok(()), |post| MissingSink::add_runs(&post.missing, runs, &*self.ram))
+    }
+
+    /// Something happened on the connections of postcopy.
+    pub(super) fn on_postcopy(&mut self, event: PostcopyEvent) -> Result<(), IncomingError> {
+        match event {
+            PostcopyEvent::Opened { connection, stream } => self.open_postcopy(connection, stream),
+            PostcopyEvent::Ended(error @ PostcopyError::Memory { .. }) => {
+                Err(IncomingError::PostcopyFailed { why: explain(&error) })
+            }
+            // The source opens another.
+            PostcopyEvent::Ended(_) => Ok(()),
+            PostcopyEvent::Faults(error) => Err(IncomingError::PostcopyFailed { why: explain(&error) }),
+        }
+    }
+
+    fn open_postcopy(&mut self, connection: Connection, stream: u16) -> Result<(), IncomingError> {
+        let answer = match &self.postcopy {
+            Some(_) if stream <= STREAMS_PUSHING_MAX => Message::Attached { stream },
+            _ => {
+                let text = format!("postcopy connection {stream} is refused: it was not announced");
+                Message::Error { code: ErrorCode::Protocol, text }
+            }
+        };
+        let refused = matches!(answer, Message::Error { .. });
+        let told = std::io::Write::write_all(&mut &connection, &answer.encode());
+        let Some(post) = self.postcopy.as_mut().filter(|_| told.is_ok() && !refused) else { return Ok(()) };
+        let connection = Arc::new(connection);
+        match post.sink.clone() {
+            None => post.early.push((stream, connection)),
+            Some(sink) => self.receive_postcopy(&sink, stream, connection)?,
+        }
+        Ok(())
+    }
+
+    /// Starts the worker of a connection.
+    fn receive_postcopy(
+        &mut self,
+        sink: &Arc<MissingSink>,
+        stream: u16,
+        connection: Arc<Connection>,
+    ) -> Result<(), IncomingError> {
+        let Some(post) = &mut self.postcopy else { return Ok(()) };
+        post.threads.retain(|thread| !thread.is_finished());
+        post.connections.retain(|connection| Arc::strong_count(connection) > 1);
+        post.connections.push(connection.clone());
+        let (sink, events) = (sink.clone(), self.event_sender.clone());
+        let worker = move || {
+            if let Err(error) = sink.receive(&connection, stream) {
+                let _ = events.send(Event::Postcopy(PostcopyEvent::Ended(error)));
+            }
+        };
+        let name = format!("postcopy-{stream}");
+        post.threads.push(std::thread::Builder::new().name(name).spawn(worker)?);
+        Ok(())
+    }
+
+    /// Everything that comes before the guest is here: from now on whoever touches a page that does not waits for it.
+    pub(super) fn miss_pages(&mut self) -> Result<(), IncomingError> {
+        let Some(post) = &mut self.postcopy else { return Ok(()) };
+        let missing = std::mem::replace(&mut post.missing, PageBitmap::new(0));
+        let (hasher, timeout) = (PageHasher::new(self.hello.seed), self.sink.timeout());
+        let sink = Arc::new(MissingSink::new(self.ram.clone(), hasher, missing, timeout)?);
+        post.sink = Some(sink.clone());
+        let (serving, events) = (sink.clone(), self.event_sender.clone());
+        let serve = move || {
+            if let Err(error) = serving.serve_faults() {
+                let _ = events.send(Event::Postcopy(PostcopyEvent::Faults(error)));
+            }
+        };
+        post.threads.push(std::thread::Builder::new().name("faults".into()).spawn(serve)?);
+        let early = std::mem::take(&mut post.early);
+        early
+            .into_iter()
+            .try_for_each(|(stream, connection)| self.receive_postcopy(&sink, stream, connection))
+    }
+
+    /// The guest runs: takes its pages until none is missing.
+    pub(super) fn take_rest(&mut self, listening: &Destination) -> Result<(), IncomingError> {
+        let Some(post) = &mut self.postcopy else { return Ok(()) };
+        post.began = Some(Instant::now());
+        let patience = listening.options.postcopy_timeout;
+        let mut lost = None::<Instant>;
+        while self.missing_left() != 0 {
+            let status = if lost.is_some() { Status::PostcopyPaused } else { Status::PostcopyActive };
+            listening.progress.update(|r| r.status = status);
+            match self.next(listening)? {
+                Some(LinkEvent::Message(Message::Query)) => {
+                    self.send(Message::Status(self.machine.status()));
+                }
+                // The source knows that the guest runs here.
+                Some(LinkEvent::Message(Message::Running)) | None => {}
+                Some(LinkEvent::Message(message)) => match self.machine.handle(message)? {
+                    DestinationEvent::Sent(pages) => self.on_sent(pages)?,
+                    DestinationEvent::Reply(reply) => self.send(reply),
+                    _ => {}
+                },
+                Some(LinkEvent::Dead(_)) => self.link = None,
+            }
+            lost = if self.link.is_some() { None } else { lost.or_else(|| Some(Instant::now())) };
+            if lost.is_some_and(|at| at.elapsed() > patience) && self.missing_left() != 0 {
+                let left = self.missing_left();
+                return Err(IncomingError::PostcopyLost { left, seconds: patience.as_secs() });
+            }
+        }
+        self.end_missing()?;
+        self.show_postcopy(&listening.progress);
+        listening.progress.update(|r| (r.status, r.verified) = (Status::Completed, true));
+        Ok(())
+    }
+
+    /// Nothing is missing any more: nobody is stopped who touches memory. Connections stay, for receipts that were lost.
+    fn end_missing(&mut self) -> Result<(), IncomingError> {
+        let Some(post) = &mut self.postcopy else { return Ok(()) };
+        post.drained = post.began.map(|at| at.elapsed());
+        post.sink.as_ref().map_or(Ok(()), |sink| sink.end())?;
+        Ok(())
+    }
+
+    /// The source says that everything was receipted.
+    pub(super) fn on_sent(&self, pages: u64) -> Result<(), IncomingError> {
+        let Some(sink) = self.postcopy.as_ref().and_then(|post| post.sink.as_ref()) else { return Ok(()) };
+        let (arrived, left) = (sink.arrived(), sink.left());
+        if left != 0 || arrived.pages != pages {
+            let total = arrived.pages;
+            let why =
+                format!("the source says that all {pages} pages were sent; {left} of {total} are missing");
+            return Err(IncomingError::PostcopyFailed { why });
+        }
+        self.send(Message::Arrived(arrived));
+        Ok(())
+    }
+
+    /// Pages that are missing.
+    fn missing_left(&self) -> u64 {
+        self.postcopy.as_ref().and_then(|post| post.sink.as_ref()).map_or(0, |sink| sink.left())
+    }
+
+    /// Stops all threads.
+    pub(super) fn end_postcopy(&mut self) {
+        let Some(post) = &mut self.postcopy else { return };
+        if let Some(sink) = &post.sink {
+            sink.stop();
+        }
+        post.connections.drain(..).for_each(|connection| connection.shutdown());
+        for thread in post.threads.drain(..) {
+            // A panic of the thread has been printed.
+            let _ = thread.join();
+        }
+    }
+
+    /// A guest that misses pages which never come must not run: not a single instruction on zeros instead.
+    pub(super) fn stop_guest_for_good(&self, progress: &Progress) {
+        if let Some(guest) = &self.guest {
+            // A guest that cannot be paused has crashed.
+            let _ = guest.pause();
+        }
+        progress.update(|r| r.status = Status::PostcopyLost);
+    }
+
+    /// Whether the guest runs here and misses pages.
+    pub(super) fn misses_pages(&self) -> bool {
+        self.postcopy.as_ref().is_some_and(|post| post.began.is_some()) && self.missing_left() != 0
+    }
+
+    /// Shows others how it goes.
+    pub(super) fn show_postcopy(&self, progress: &Progress) {
+        let Some(post) = &self.postcopy else { return };
+        let (Some(sink), Some(began)) = (&post.sink, post.began) else { return };
+        let s = sink.statistics();
+        let drain = post.drained.unwrap_or_else(|| began.elapsed()).as_secs_f64();
+        let page = pagecopy::layout::PAGE_SIZE as u64;
+        let blocked: Vec<f64> = s.blocked_us.iter().map(|&us| us as f64 / 1e3).collect();
+        progress.update(|r| {
+            r.remaining_bytes = s.left * page;
+            r.postcopy = Some(report::Postcopy {
+                pages: s.total,
+                pages_left: s.left,
+                faults: s.faults,
+                fault_p50_us: s.p50_us,
+                fault_p99_us: s.p99_us,
+                fault_max_us: s.max_us,
+                blocked_ms: blocked.iter().sum(),
+                vcpu_blocked_ms: blocked,
+                wire_bytes: s.wire_bytes,
+                drain_ms: drain * 1e3,
+                drain_mib_s: ((s.total - s.left) * page) as f64 / drain.max(1e-9) / f64::from(1 << 20),
+                damaged: s.damaged,
+                ..report::Postcopy::default()
+            });
+        });
+    }
+}

@@ -1,0 +1,318 @@
+//! Postcopy at the source: the guest is handed over before all its pages are there, and they follow.
+//!
+//! Until GO it is like any switchover: whatever fails, the guest runs on here. From GO on its newest state is at the destination,
+//! and nothing brings it back; but its memory is here, so this side keeps every page, and opens lost connections again for as long
+//! as it takes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use pagecopy::backend::{Guest, GuestRam, StateBlob};
+use pagecopy::bitmap::PageBitmap;
+use pagecopy::digest::PageHasher;
+use transport::postcopy::{Lane, LaneEnd, PageServer, PostcopyError};
+use transport::session::SourceEvent;
+use transport::socket::Connection;
+use transport::source::Feeder;
+use transport::uri::Uri;
+use transport::wire::SessionId;
+use transport::wire::control::{
+    Arrived, MISSING_RUNS_MAX, Message, StreamEnd, Totals, Welcome, capability, state_digest,
+};
+
+use super::watch::Watch;
+use super::{Attempt, Cause, RUN_STATE};
+use crate::engine::progress::Progress;
+use crate::engine::report::{Postcopy, Status};
+use crate::engine::{explain, populated};
+
+/// Pause before lost connections are opened again; doubled from one attempt to the next.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+/// Longest such pause.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// Most connections for what nobody asks for; more only queue on the same path.
+const PUSHING_MAX: u16 = 4;
+
+/// The connections that serve missing pages. Dropping it ends them.
+pub(super) struct Service {
+    server: Arc<PageServer>,
+    lanes: BTreeMap<u16, Lane>,
+    ends: (Sender<LaneEnd>, Receiver<LaneEnd>),
+    session: SessionId,
+    version: u16,
+    /// How many connections there are to be.
+    wanted: u16,
+    timeout: Duration,
+    reconnects: u64,
+}
+
+impl Service {
+    fn start(&mut self, stream: u16, connection: Connection) -> Result<(), Cause> {
+        let lane = Lane::spawn(&self.server, connection, stream, self.ends.0.clone())?;
+        self.lanes.insert(stream, lane);
+        Ok(())
+    }
+
+    /// Forgets connections that have ended; returns why the last one did.
+    fn bury(&mut self) -> Option<PostcopyError> {
+        let mut last = None;
+        while let Ok(LaneEnd { stream, error }) = self.ends.1.try_recv() {
+            self.lanes.remove(&stream);
+            last = Some(error);
+        }
+        last
+    }
+
+    fn is_whole(&self) -> bool {
+        self.lanes.len() == usize::from(self.wanted)
+    }
+
+    /// Opens what is not open.
+    fn reopen(&mut self, uri: &Uri) -> Result<(), Cause> {
+        for stream in 0..self.wanted {
+            if !self.lanes.contains_key(&stream) {
+                let connection = Lane::dial(uri, self.session, self.version, stream, self.timeout)?;
+                self.start(stream, connection)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.server.stop();
+    }
+}
+
+impl Attempt<'_> {
+    /// Hands the guest over with the pages that are there, and serves the others until the destination has all.
+    pub(super) fn postcopy(&mut self, feeder: Feeder, rounds: u64) -> Result<(), Cause> {
+        let Some(guest) = self.backend.guest.clone() else { return Err(Cause::NoPostcopy) };
+        let (uri, timeout) = (self.uri, self.options.timeout);
+        let running = self.running.as_mut().expect("set before any phase that needs it");
+        let welcome = running.welcome;
+        if welcome.capabilities & capability::POSTCOPY == 0 {
+            return Err(Cause::NoPostcopy);
+        }
+        // While the guest still runs: what is under way arrives, the streams end in order, and others are opened.
+        let unit_chunks = running.watch.postcopy()?;
+        drop(feeder);
+        let streams = running.watch.streams_ended()?;
+        let connections = dial_all(uri, running.watch.session_id(), &welcome, timeout)?;
+        let hasher = running.source.hasher().clone();
+        let (totals, server) = self.leave(&guest, streams, unit_chunks, hasher, rounds)?;
+        let running = self.running.as_mut().expect("as above");
+        let service = running.postcopy.insert(Service {
+            server,
+            lanes: BTreeMap::new(),
+            ends: unbounded(),
+            session: running.watch.session_id(),
+            version: welcome.version,
+            wanted: connections.len() as u16,
+            timeout,
+            reconnects: 0,
+        });
+        let mut connections = (0..).zip(connections);
+        // The one for requests before GO already: whatever waits at the destination for a page then gets it.
+        if let Some((stream, connection)) = connections.next() {
+            service.start(stream, connection)?;
+        }
+        self.give(totals)?;
+        self.downtime = self.paused_at.map(|at| at.elapsed());
+        let running = self.running.as_mut().expect("as above");
+        if let Some(service) = &mut running.postcopy {
+            for (stream, connection) in connections {
+                // Past GO nothing ends this: what cannot be started now is opened again.
+                let _ = service.start(stream, connection);
+            }
+        }
+        self.serve()
+    }
+
+    /// Pauses the guest; says what is missing at the destination, and the guest's state.
+    fn leave(
+        &mut self,
+        guest: &Arc<dyn Guest>,
+        streams: Vec<StreamEnd>,
+        unit_chunks: u32,
+        hasher: PageHasher,
+        rounds: u64,
+    ) -> Result<(Totals, Arc<PageServer>), Cause> {
+        let ran = u8::from(!self.backend.paused);
+        self.progress.update(|r| (r.status, r.rounds) = (Status::Device, rounds + 1));
+        self.paused_at = Some(Instant::now());
+        guest.pause()?;
+        let (ram, timeout) = (self.backend.ram.clone(), self.options.timeout);
+        let (watch, source) = self.parts();
+        source.dirty_sync()?;
+        let (missing, holes) = missing_pages(&*ram, source.missing(), unit_chunks)?;
+        let server = PageServer::new(ram, hasher, missing, holes, unit_chunks, timeout);
+        for runs in server.runs().chunks(MISSING_RUNS_MAX) {
+            watch.send(Message::Missing(runs.to_vec()));
+        }
+        let mut state = guest.save_state()?;
+        state.push(StateBlob { name: RUN_STATE.into(), version: 1, bytes: vec![ran] });
+        let totals = Totals { streams, pages: source.carried_pages(), state: state_digest(&state) };
+        watch.send(Message::State(state));
+        Ok((totals, Arc::new(server)))
+    }
+
+    /// Serves pages until the destination misses none. After GO: it does not give up by itself.
+    fn serve(&mut self) -> Result<(), Cause> {
+        let (progress, began) = (self.progress, Instant::now());
+        let mut uri = self.uri.clone();
+        let running = self.running.as_mut().expect("set before any phase that needs it");
+        let service = running.postcopy.as_mut().expect("set before GO");
+        let watch = &mut running.watch;
+        let (mut linked, mut said, mut unlinked) = (true, false, began);
+        let mut trying = Trying { pause: PAUSE_MIN, next: Instant::now() };
+        loop {
+            match watch.event_after_go() {
+                Ok(SourceEvent::Arrived(arrived)) => {
+                    // The last word, as after any handover: nobody will ask after the session any more.
+                    watch.send(Message::Running);
+                    report(progress, service, began, Some(arrived));
+                    progress.update(|r| r.error = None);
+                    return Ok(());
+                }
+                Ok(_) => {}
+                Err(cause @ Cause::Link(_)) if linked => {
+                    // A new link knows nothing of what was said on this one.
+                    (linked, said, unlinked) = (false, false, Instant::now());
+                    // Nor can the others be trusted: one that is dead and idle would never tell.
+                    service.lanes.clear();
+                    progress.update(|r| r.error = Some(explain(&cause)));
+                }
+                Err(Cause::Link(_)) => std::thread::sleep(Duration::from_millis(10)),
+                Err(cause) => return Err(cause),
+            }
+            if let Some(error) = service.bury() {
+                progress.update(|r| r.error = Some(explain(&error)));
+            }
+            if let Some(other) = progress.take_recovery() {
+                (uri, trying.next) = (other, Instant::now());
+            }
+            if (!linked || !service.is_whole()) && Instant::now() >= trying.next {
+                let result = reconnect(watch, service, &uri, &mut linked);
+                trying.on_result(progress, result);
+            }
+            let delivered = service.server.left() == 0;
+            if delivered && !linked && unlinked.elapsed() > self.options.timeout {
+                // Every page was placed and receipted: the guest needs nothing more, whether its host says so or not.
+                report(progress, service, began, None);
+                progress.update(|r| r.error = None);
+                return Ok(());
+            }
+            if linked && !said && delivered {
+                said = true;
+                watch.send(Message::Sent { pages: service.server.total() });
+            }
+            let moves = linked && !service.lanes.is_empty();
+            let status = if moves { Status::PostcopyActive } else { Status::PostcopyPaused };
+            progress.update(|r| r.status = status);
+            report(progress, service, began, None);
+        }
+    }
+}
+
+/// When lost connections are opened again.
+struct Trying {
+    pause: Duration,
+    next: Instant,
+}
+
+impl Trying {
+    /// Takes note of an attempt. Whatever it came to may change, also that somebody else answers at the address.
+    fn on_result(&mut self, progress: &Progress, result: Result<(), Cause>) {
+        match result {
+            Ok(()) => {
+                self.pause = PAUSE_MIN;
+                progress.update(|r| r.error = None);
+            }
+            Err(cause) => {
+                progress.update(|r| r.error = Some(explain(&cause)));
+                self.next = Instant::now() + self.pause;
+                self.pause = (self.pause * 2).min(PAUSE_MAX);
+            }
+        }
+    }
+}
+
+/// Opens what was lost: the control link first, for it tells whether the destination lives.
+fn reconnect(watch: &mut Watch, service: &mut Service, uri: &Uri, linked: &mut bool) -> Result<(), Cause> {
+    if !*linked {
+        watch.relink(uri)?;
+        *linked = true;
+    }
+    service.reopen(uri)?;
+    service.reconnects += 1;
+    Ok(())
+}
+
+/// Opens the connection for requests, and those for everything else.
+fn dial_all(
+    uri: &Uri,
+    session: SessionId,
+    welcome: &Welcome,
+    timeout: Duration,
+) -> Result<Vec<Connection>, Cause> {
+    let streams = 0..=welcome.streams.min(PUSHING_MAX);
+    streams.map(|stream| Ok(Lane::dial(uri, session, welcome.version, stream, timeout)?)).collect()
+}
+
+/// Adds to missing pages what comes in with them, and says which of all are holes here.
+fn missing_pages(
+    ram: &dyn GuestRam,
+    missing: PageBitmap,
+    unit_chunks: u32,
+) -> Result<(PageBitmap, PageBitmap), Cause> {
+    let holes = PageBitmap::new(missing.chunks());
+    if unit_chunks != 0 {
+        PageServer::whole_units(&missing, ram.layout(), unit_chunks);
+        let data = populated(ram)?;
+        for (chunk, pages) in missing.iter() {
+            holes.insert(chunk, pages & !data.get(chunk));
+        }
+    }
+    Ok((missing, holes))
+}
+
+/// Shows others how it goes.
+fn report(progress: &Progress, service: &Service, began: Instant, arrived: Option<Arrived>) {
+    let server = &service.server;
+    let get = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    let counters = server.counters();
+    let (total, left, elapsed) = (server.total(), server.left(), began.elapsed().as_secs_f64());
+    let page = pagecopy::layout::PAGE_SIZE as u64;
+    progress.update(|r| {
+        let before = r.postcopy.take().unwrap_or_default();
+        // The destination's word on waits comes at the end; until then, what was asked for here.
+        let (faults, p50, p99, blocked) = arrived
+            .map_or((get(&counters.requests), 0, 0, 0), |a| (a.faults, a.p50_us, a.p99_us, a.blocked_us));
+        let drain_ms = if left == 0 && before.pages_left == 0 && before.pages != 0 {
+            before.drain_ms
+        } else {
+            elapsed * 1e3
+        };
+        r.remaining_bytes = left * page;
+        r.postcopy = Some(Postcopy {
+            pages: total,
+            pages_left: left,
+            faults,
+            fault_p50_us: p50,
+            fault_p99_us: p99,
+            blocked_ms: blocked as f64 / 1e3,
+            wire_bytes: get(&counters.wire),
+            drain_ms,
+            drain_mib_s: ((total - left) * page) as f64 / (drain_ms / 1e3).max(1e-6) / f64::from(1 << 20),
+            resent: get(&counters.taken_back),
+            damaged: get(&counters.mismatches),
+            reconnects: service.reconnects,
+            ..Postcopy::default()
+        });
+    });
+}

@@ -1,0 +1,105 @@
+//! Around the switch to postcopy: what can be asked for, what is refused, and what is lost with what.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use pageferry::transport::wire::Role;
+use serde_json::json;
+
+use crate::proxy::{Proxy, Seen, Verdict};
+use crate::vm::{PATIENCE, Spec, World, prove, wait_for};
+
+/// A guest with enough memory that its pages are on their way for a while.
+fn large() -> Spec {
+    Spec { cpus: 2, mem_mib: 256, working_set: 160 << 20, ..Spec::counter() }.with(&["--memory", "memfd"])
+}
+
+/// Holds back every piece of what nobody asks for, while `slow` is set.
+fn slowly(slow: &Arc<AtomicBool>) -> impl Fn(&Seen<'_>) -> Verdict + Send + Sync + use<> {
+    let slow = slow.clone();
+    move |seen| {
+        if matches!(seen, Seen::Data { role: Role::Postcopy, stream: 1.., .. })
+            && slow.load(Ordering::Relaxed)
+        {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Verdict::Pass
+    }
+}
+
+#[test]
+fn it_cannot_be_cancelled_and_says_what_it_does() {
+    let world = World::new();
+    let spec = large();
+    let source = world.source("a", &spec);
+    let (destination, uri) = world.destination("b", &spec);
+    let slow = Arc::new(AtomicBool::new(true));
+    let proxy = Proxy::new(&uri, slowly(&slow));
+    source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0}));
+    source.wait_state("postcopy");
+    // It runs there already, and waits for what it touches.
+    destination.wait_state("running");
+    let waited = wait_for("the guest waits for pages", PATIENCE, || {
+        let post = destination.status()["migration"]["postcopy"].clone();
+        (post["faults"].as_u64() > Some(0)).then_some(post)
+    });
+    assert!(waited["pages_left"].as_u64() > Some(0), "{waited}");
+    let status = source.status();
+    assert_eq!(status["migration"]["status"], "postcopy-active", "{status}");
+    for (vm, refused) in [
+        (&source, vec!["cancel"]),
+        (&source, vec!["resume", "--force"]),
+        (&source, vec!["quit"]),
+        (&source, vec!["migrate", "tcp:127.0.0.1:9"]),
+        (&destination, vec!["migrate", "tcp:127.0.0.1:9"]),
+        (&destination, vec!["cancel"]),
+    ] {
+        let ended = vm.ctl(&refused);
+        assert_eq!(ended.code, Some(1), "{refused:?}: {ended:?}");
+    }
+    // A guest that waits for a page can be paused, and goes on.
+    assert_eq!(destination.ctl(&["pause"]).code, Some(0));
+    assert_eq!(destination.ctl(&["resume"]).code, Some(0));
+    slow.store(false, Ordering::Relaxed);
+    assert_eq!(source.wait_migration(PATIENCE)["status"], "completed");
+    prove(&spec, &[&source, &destination]);
+}
+
+#[test]
+fn it_is_asked_for_while_pages_move() {
+    let world = World::new();
+    let spec = Spec { rate: 0, ..large() };
+    let source = world.source("a", &spec);
+    let (destination, uri) = world.destination("b", &spec);
+    let early = source.ctl(&["postcopy"]);
+    assert_eq!(early.code, Some(1), "{early:?}");
+    source.begin_migration(&uri, &json!({"downtime_limit_ms": 0}));
+    wait_for("it takes the request", PATIENCE, || (source.ctl(&["postcopy"]).code == Some(0)).then_some(()));
+    let report = source.wait_migration(PATIENCE);
+    assert_eq!(report["status"], "completed", "{report}");
+    assert!(report["postcopy"]["pages"].as_u64() > Some(0), "{report}");
+    prove(&spec, &[&source, &destination]);
+}
+
+#[test]
+fn before_go_the_guest_stays_whatever_is_cut() {
+    for message in ["POSTCOPY", "POSTCOPY_READY", "MISSING", "STATE", "FINISH", "READY"] {
+        let world = World::new();
+        let spec = Spec::counter().with(&["--memory", "memfd"]);
+        let source = world.source("a", &spec);
+        let (destination, uri) = world.destination("b", &spec);
+        let proxy = Proxy::new(&uri, move |seen| match seen {
+            Seen::Message { role: Role::Control, message: seen, .. } if seen.name() == message => {
+                Verdict::Cut
+            }
+            _ => Verdict::Pass,
+        });
+        source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0}));
+        let report = source.wait_migration(PATIENCE);
+        assert_eq!(report["status"], "failed", "{message}: {report}");
+        assert_eq!(source.state(), "running", "{message}");
+        prove(&spec, &[&source]);
+        assert!(destination.serial().is_empty(), "{message}: it ran there, too");
+    }
+}

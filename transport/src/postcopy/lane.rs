@@ -1,0 +1,334 @@
+//! A connection at the source: one thread that sends pages and takes receipts and requests.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+use pagecopy::bitmap::{bits, runs};
+use pagecopy::digest::receipt;
+use pagecopy::layout::PAGE_SIZE;
+
+use super::pace::Pace;
+use super::{PageServer, PostcopyError};
+use crate::link::attach_stream;
+use crate::socket::Connection;
+use crate::sys::{ReceiveList, SendList};
+use crate::uri::Uri;
+use crate::wire::frame::{
+    FrameHeader, FrameKind, RECEIPT_HEADER_LEN, RECEIPT_MAGIC, check_receipt, decode_receipt_header,
+};
+use crate::wire::postcopy::{PageRequest, REQUEST_MAGIC, sealed_receipt};
+use crate::wire::{Preamble, Role, SessionId, WireError};
+
+/// The connection that carries what the guest asks for.
+pub(super) const FAULTS: u16 = 0;
+/// How often a thread that waits looks whether it should stop.
+const TICK: Duration = Duration::from_millis(100);
+/// Receipts and requests are read through a buffer of this size.
+const BUFFER_BYTES: usize = 16 << 10;
+
+/// A connection that has ended. What it had under way waits again.
+#[derive(Debug)]
+pub struct LaneEnd {
+    /// Which.
+    pub stream: u16,
+    /// Why.
+    pub error: PostcopyError,
+}
+
+/// A running connection. Dropping it breaks the connection and waits for its thread.
+#[derive(Debug)]
+pub struct Lane {
+    connection: Arc<Connection>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Lane {
+    /// Opens connection `stream` of a session with the destination at `uri`, which speaks `version`; 0 is the one for requests.
+    pub fn dial(
+        uri: &Uri,
+        session: SessionId,
+        version: u16,
+        stream: u16,
+        timeout: Duration,
+    ) -> Result<Connection, PostcopyError> {
+        let io = |source| PostcopyError::Io { stream, source };
+        let preamble =
+            Preamble { version_min: version, version_max: version, role: Role::Postcopy, stream, session };
+        let connection = Connection::connect(uri, timeout)?;
+        connection.tune(timeout).map_err(io)?;
+        attach_stream(&connection, &preamble, timeout)?;
+        connection.set_timeouts(Some(TICK), Some(timeout)).map_err(io)?;
+        Ok(connection)
+    }
+
+    /// Serves pages over a connection that was [opened](Self::dial). Its end is told to `ends`.
+    pub fn spawn(
+        server: &Arc<PageServer>,
+        connection: Connection,
+        stream: u16,
+        ends: Sender<LaneEnd>,
+    ) -> io::Result<Self> {
+        let connection = Arc::new(connection);
+        let mut worker = Worker {
+            server: server.clone(),
+            connection: connection.clone(),
+            stream,
+            began: Instant::now(),
+            pace: Pace::new(Duration::ZERO),
+            flight: VecDeque::new(),
+            bytes: 0,
+            seq: 0,
+            out: Vec::new(),
+            receipt: Vec::new(),
+            buffer: vec![0; BUFFER_BYTES].into(),
+            len: 0,
+        };
+        let thread = std::thread::Builder::new().name(format!("postcopy-{stream}")).spawn(move || {
+            let error = worker.run();
+            worker.connection.shutdown();
+            worker.take_back();
+            // Whoever opened it may have gone.
+            let _ = ends.send(LaneEnd { stream, error });
+        })?;
+        Ok(Self { connection, thread: Some(thread) })
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.connection.shutdown();
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A frame without a receipt.
+struct Sent {
+    seq: u64,
+    chunk: u32,
+    pages: u64,
+    seal: u64,
+    wire_bytes: u64,
+    at: Duration,
+}
+
+struct Worker {
+    server: Arc<PageServer>,
+    connection: Arc<Connection>,
+    stream: u16,
+    began: Instant,
+    pace: Pace,
+    flight: VecDeque<Sent>,
+    /// Bytes under way.
+    bytes: u64,
+    seq: u64,
+    /// Header and seal of the frame that is built.
+    out: Vec<u8>,
+    /// The receipt that it must get.
+    receipt: Vec<u8>,
+    buffer: Box<[u8]>,
+    len: usize,
+}
+
+impl Worker {
+    /// Works until the connection ends.
+    fn run(&mut self) -> PostcopyError {
+        loop {
+            let result = if self.stream == FAULTS { self.answer() } else { self.push() };
+            if let Err(error) = result {
+                return error;
+            }
+            if self.server.stopped() {
+                return PostcopyError::Stopped { stream: self.stream };
+            }
+        }
+    }
+
+    /// Takes requests, and receipts of what they were answered with.
+    fn answer(&mut self) -> Result<(), PostcopyError> {
+        self.read(true)
+    }
+
+    /// Sends one frame of what nobody asked for where there is room for it, and takes what receipts have come.
+    fn push(&mut self) -> Result<(), PostcopyError> {
+        self.read(false)?;
+        if self.flight.is_empty() || self.bytes < self.pace.limit() {
+            self.server.give_way();
+            if let Some((chunk, pages)) = self.server.take_next(self.pace.frame_pages()) {
+                if self.flight.is_empty() {
+                    self.pace.restart(self.began.elapsed());
+                }
+                return self.send(chunk, pages);
+            }
+        }
+        if self.flight.is_empty() {
+            self.server.wait(TICK);
+            Ok(())
+        } else {
+            self.read(true)
+        }
+    }
+
+    /// Sends pages from where they lie: nobody writes them any more.
+    fn send(&mut self, chunk: u32, pages: u64) -> Result<(), PostcopyError> {
+        let server = self.server.clone();
+        let (memory, hasher) = (server.ram.chunk(chunk), &server.hasher);
+        let mut digests = [0; 64];
+        let (mut zero, mut count) = (0u64, 0);
+        for bit in bits(pages) {
+            let digest = if server.is_hole(chunk, bit) {
+                hasher.zero()
+            } else {
+                let page = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
+                hasher.memory(&page.expect("pages of a chunk lie in its mapping"))
+            };
+            zero |= u64::from(digest == hasher.zero()) << bit;
+            digests[count] = receipt(digest);
+            count += 1;
+        }
+        self.receipt.clear();
+        let seal = sealed_receipt(&mut self.receipt, self.seq, &digests[..count], hasher);
+        let raw = pages & !zero;
+        let header = FrameHeader { kind: FrameKind::Pages, chunk, raw, zero, ..FrameHeader::end(self.seq) };
+        self.out.clear();
+        self.out.extend_from_slice(&header.encode(hasher));
+        self.out.extend_from_slice(&seal.to_le_bytes());
+        let wire_bytes = header.wire_bytes();
+        let at = self.began.elapsed();
+        // First, so that it is taken back if it cannot be sent.
+        self.flight.push_back(Sent { seq: self.seq, chunk, pages, seal, wire_bytes, at });
+        self.bytes += wire_bytes;
+        self.seq += 1;
+        let mut list = SendList::new();
+        list.push(&self.out);
+        for (first, count) in runs(raw) {
+            let (at, len) = (first as usize * PAGE_SIZE, count as usize * PAGE_SIZE);
+            list.push_guest(&memory.subslice(at, len).expect("pages of a chunk lie in its mapping"));
+        }
+        while !list.is_empty() {
+            match list.send(self.connection.as_fd()) {
+                Ok(sent) => drop(server.counters.wire.fetch_add(sent as u64, Ordering::Relaxed)),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(self.io_error(e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what is there and acts on it; with `wait`, for a moment at least.
+    fn read(&mut self, wait: bool) -> Result<(), PostcopyError> {
+        let mut list = ReceiveList::new();
+        list.push(&mut self.buffer[self.len..]);
+        let result = list.receive(self.connection.as_fd(), wait);
+        drop(list);
+        match result {
+            Ok(0) => return Err(PostcopyError::Closed { stream: self.stream }),
+            Ok(got) => self.len += got,
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                let oldest =
+                    self.flight.front().map_or(Duration::ZERO, |sent| self.began.elapsed() - sent.at);
+                if oldest > self.server.timeout {
+                    return Err(self.timeout());
+                }
+            }
+            Err(e) => return Err(self.io_error(e)),
+        }
+        self.consume()
+    }
+
+    /// Acts on everything that is whole in the buffer.
+    fn consume(&mut self) -> Result<(), PostcopyError> {
+        let buffer = std::mem::take(&mut self.buffer);
+        let mut at = 0;
+        let result = loop {
+            match self.take_one(&buffer[at..self.len]) {
+                Ok(Some(len)) => at += len,
+                Ok(None) => break Ok(()),
+                Err(e) => break Err(e),
+            }
+        };
+        self.buffer = buffer;
+        self.buffer.copy_within(at..self.len, 0);
+        self.len -= at;
+        result
+    }
+
+    /// Acts on a receipt or a request; returns its length, or nothing where it is not whole.
+    fn take_one(&mut self, bytes: &[u8]) -> Result<Option<usize>, PostcopyError> {
+        let server = self.server.clone();
+        let stream = self.stream;
+        let wrong = |source| PostcopyError::Wire { stream, source };
+        let Some(&magic) = bytes.first_chunk() else { return Ok(None) };
+        match u32::from_le_bytes(magic) {
+            REQUEST_MAGIC if self.stream == FAULTS => {
+                let Some(bytes) = bytes.first_chunk() else { return Ok(None) };
+                let request =
+                    PageRequest::decode(bytes, &server.hasher, server.ram.layout()).map_err(wrong)?;
+                let _answering = server.answering();
+                let mut taken = server.take_requested(request).into_iter();
+                while let Some((chunk, pages)) = taken.next() {
+                    if let Err(error) = self.send(chunk, pages) {
+                        taken.for_each(|(chunk, pages)| server.give_back(chunk, pages));
+                        return Err(error);
+                    }
+                }
+                Ok(Some(PageRequest::LEN))
+            }
+            RECEIPT_MAGIC => {
+                let Some(header) = bytes.first_chunk::<RECEIPT_HEADER_LEN>() else { return Ok(None) };
+                let (count, seq) = decode_receipt_header(header).map_err(wrong)?;
+                let len = RECEIPT_HEADER_LEN + count * 8 + 8;
+                let Some(bytes) = bytes.get(..len) else { return Ok(None) };
+                check_receipt(bytes, &server.hasher).map_err(wrong)?;
+                self.settle(seq, u64::from_le_bytes(*bytes.last_chunk().expect("as long as this")))
+                    .map_err(wrong)?;
+                Ok(Some(len))
+            }
+            found => Err(wrong(WireError::BadMagic { what: "postcopy connection", found: found.into() })),
+        }
+    }
+
+    /// A receipt came: what it stands for has arrived, or waits again.
+    fn settle(&mut self, seq: u64, seal: u64) -> Result<(), WireError> {
+        let expected = self.flight.front().is_some_and(|sent| sent.seq == seq);
+        let Some(sent) = (if expected { self.flight.pop_front() } else { None }) else {
+            return Err(WireError::BadValue { field: "receipt seq", value: seq });
+        };
+        self.bytes -= sent.wire_bytes;
+        let now = self.began.elapsed();
+        self.pace.on_receipt(now, sent.wire_bytes, now.saturating_sub(sent.at));
+        if seal == sent.seal {
+            self.server.receipted(sent.pages.count_ones());
+        } else {
+            self.server.counters.mismatches.fetch_add(sent.pages.count_ones().into(), Ordering::Relaxed);
+            self.server.give_back(sent.chunk, sent.pages);
+        }
+        Ok(())
+    }
+
+    fn take_back(&mut self) {
+        for sent in self.flight.drain(..) {
+            self.server.counters.taken_back.fetch_add(sent.pages.count_ones().into(), Ordering::Relaxed);
+            self.server.give_back(sent.chunk, sent.pages);
+        }
+    }
+
+    fn io_error(&self, source: io::Error) -> PostcopyError {
+        match source.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.timeout(),
+            _ => PostcopyError::Io { stream: self.stream, source },
+        }
+    }
+
+    fn timeout(&self) -> PostcopyError {
+        PostcopyError::Timeout { stream: self.stream, seconds: self.server.timeout.as_secs() }
+    }
+}

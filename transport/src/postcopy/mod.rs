@@ -1,0 +1,86 @@
+//! Postcopy: pages that follow a guest which runs at the destination already.
+//!
+//! The guest stands still at the source from the handover on, so its memory does not change any more: a page has one version, and
+//! it does not matter which connection brings it, or whether it comes twice. The [`PageServer`]'s bitmap of pages that wait is
+//! the one truth about who sends a page: whoever takes it from there. Frames that die with their connection make their pages wait
+//! again, and a page stays at the source until its receipt came.
+//!
+//! Connection 0 carries what the guest asks for, at once and by itself; the others everything else, in the order of
+//! [`pagecopy::postcopy::Order`], with little under way so that nobody waits long for a page that is ([`pace`]). At the
+//! destination the [`MissingSink`] places what fits its seal, and lets those go on who wait for it.
+
+mod lane;
+mod pace;
+mod receiver;
+mod server;
+mod sink;
+
+use std::io;
+
+use pagecopy::backend::BackendError;
+
+pub use lane::{Lane, LaneEnd};
+pub use server::{PageServer, ServerCounters};
+pub use sink::{MissingSink, SinkStatistics};
+
+use crate::link::LinkError;
+use crate::socket::SocketError;
+use crate::wire::WireError;
+
+/// Why a connection of postcopy ended.
+#[derive(Debug, thiserror::Error)]
+pub enum PostcopyError {
+    /// It could not be opened.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The destination refused it, or did not answer.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// It broke.
+    #[error("postcopy connection {stream} broke")]
+    Io {
+        /// Which.
+        stream: u16,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// The peer closed it.
+    #[error("the peer closed postcopy connection {stream}")]
+    Closed {
+        /// Which.
+        stream: u16,
+    },
+    /// The peer takes nothing, or the rest of what it began to say does not come.
+    #[error("postcopy connection {stream}: the peer is silent for {seconds} s")]
+    Timeout {
+        /// Which.
+        stream: u16,
+        /// How long.
+        seconds: u64,
+    },
+    /// Not the bytes that the protocol wants.
+    #[error("postcopy connection {stream}")]
+    Wire {
+        /// Which.
+        stream: u16,
+        /// What is wrong with them.
+        #[source]
+        source: WireError,
+    },
+    /// Guest memory could not be had.
+    #[error("postcopy connection {stream}")]
+    Memory {
+        /// Which.
+        stream: u16,
+        /// Why.
+        #[source]
+        source: BackendError,
+    },
+    /// Told to stop.
+    #[error("postcopy connection {stream} was stopped")]
+    Stopped {
+        /// Which.
+        stream: u16,
+    },
+}

@@ -1,0 +1,321 @@
+//! The memory of a guest that runs and misses pages: who waits for which, and what has come.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pagecopy::backend::{BackendError, Fault, GuestRam, MissingPages};
+use pagecopy::bitmap::{PageBitmap, runs};
+use pagecopy::digest::PageHasher;
+use pagecopy::layout::PAGE_SIZE;
+use pagecopy::postcopy::Latencies;
+
+use super::PostcopyError;
+use super::lane::FAULTS;
+use super::receiver;
+use crate::socket::Connection;
+use crate::wire::WireError;
+use crate::wire::control::{Arrived, ChunkRun};
+use crate::wire::frame::FrameHeader;
+use crate::wire::postcopy::PageRequest;
+
+/// How often a thread that waits looks whether it should stop.
+pub(super) const TICK: Duration = Duration::from_millis(100);
+
+/// How it stands with a guest that misses pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SinkStatistics {
+    /// Pages that were missing at the start.
+    pub total: u64,
+    /// Pages that still are.
+    pub left: u64,
+    /// Waits of threads that have ended.
+    pub faults: u64,
+    /// Threads that wait now.
+    pub waiting: usize,
+    /// Microseconds that half of the waits did not exceed.
+    pub p50_us: u64,
+    /// Microseconds that all but one in a hundred did not exceed.
+    pub p99_us: u64,
+    /// The longest wait, in microseconds.
+    pub max_us: u64,
+    /// Microseconds that each thread has waited, in the order of the threads' numbers.
+    pub blocked_us: Vec<u64>,
+    /// Bytes that were read from the connections.
+    pub wire_bytes: u64,
+    /// Pages that came other than they were sent, and were not placed.
+    pub damaged: u64,
+}
+
+/// The guest's memory. One thread tells it of faults ([`serve_faults`](Self::serve_faults)), one a connection brings pages
+/// ([`receive`](Self::receive)).
+pub struct MissingSink {
+    pub(super) ram: Arc<dyn GuestRam>,
+    pub(super) hasher: PageHasher,
+    /// Silence after which the rest of a frame is given up.
+    pub(super) timeout: Duration,
+    memory: Box<dyn MissingPages>,
+    missing: PageBitmap,
+    unit_chunks: u32,
+    total: u64,
+    left: AtomicU64,
+    waits: Mutex<Waits>,
+    /// The connection that requests go out on, one at a time.
+    requests: Mutex<Option<Arc<Connection>>>,
+    wire: AtomicU64,
+    pub(super) damaged: AtomicU64,
+    stop: AtomicBool,
+}
+
+/// Who waits.
+#[derive(Default)]
+struct Waits {
+    /// Chunk and page of the fault; thread and since when.
+    pages: BTreeMap<(u32, u32), Vec<(u32, Instant)>>,
+    latencies: Latencies,
+    threads: HashMap<u32, Duration>,
+}
+
+impl MissingSink {
+    /// A set of pages from the runs that a source announces, each checked against the layout.
+    pub fn add_runs(missing: &PageBitmap, runs: &[ChunkRun], ram: &dyn GuestRam) -> Result<(), WireError> {
+        let layout = ram.layout();
+        for run in runs {
+            let end = run.first.checked_add(run.count).filter(|&end| end <= layout.chunks());
+            let Some(end) = end else {
+                return Err(WireError::BadValue { field: "run of missing pages", value: run.first.into() });
+            };
+            for chunk in run.first..end {
+                let beyond = run.pages & !layout.valid(chunk);
+                if beyond != 0 {
+                    return Err(WireError::BadValue {
+                        field: "missing pages (beyond the region)",
+                        value: beyond,
+                    });
+                }
+                missing.insert(chunk, run.pages);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes `missing` pages away from the memory, so that whoever touches one waits.
+    pub fn new(
+        ram: Arc<dyn GuestRam>,
+        hasher: PageHasher,
+        missing: PageBitmap,
+        timeout: Duration,
+    ) -> Result<Self, BackendError> {
+        let unit_chunks = ram.missing_unit()?;
+        let memory = ram.clone().miss(&missing)?;
+        let total = missing.count();
+        Ok(Self {
+            ram,
+            hasher,
+            timeout,
+            memory,
+            missing,
+            unit_chunks,
+            total,
+            left: AtomicU64::new(total),
+            waits: Mutex::new(Waits::default()),
+            requests: Mutex::new(None),
+            wire: AtomicU64::new(0),
+            damaged: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    /// Pages that are missing.
+    pub fn left(&self) -> u64 {
+        self.left.load(Ordering::Acquire)
+    }
+
+    /// Nothing is missing: nobody is stopped any more who touches this memory, also while the threads end.
+    pub fn end(&self) -> Result<(), BackendError> {
+        self.memory.end()
+    }
+
+    /// Tells the threads to end.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// What the source is told in the end.
+    pub fn arrived(&self) -> Arrived {
+        let s = self.statistics();
+        let blocked_us = s.blocked_us.iter().sum();
+        Arrived { pages: self.total, faults: s.faults, p50_us: s.p50_us, p99_us: s.p99_us, blocked_us }
+    }
+
+    /// How it stands.
+    pub fn statistics(&self) -> SinkStatistics {
+        let waits = self.waits();
+        let mut threads: BTreeMap<u32, Duration> =
+            waits.threads.iter().map(|(&id, &time)| (id, time)).collect();
+        for &(thread, since) in waits.pages.values().flatten() {
+            *threads.entry(thread).or_default() += since.elapsed();
+        }
+        SinkStatistics {
+            total: self.total,
+            left: self.left(),
+            faults: waits.latencies.count(),
+            waiting: waits.pages.values().map(Vec::len).sum(),
+            p50_us: waits.latencies.quantile(50.0),
+            p99_us: waits.latencies.quantile(99.0),
+            max_us: waits.latencies.max(),
+            blocked_us: threads.values().map(|time| micros(*time)).collect(),
+            wire_bytes: self.wire.load(Ordering::Relaxed),
+            damaged: self.damaged.load(Ordering::Relaxed),
+        }
+    }
+
+    fn waits(&self) -> MutexGuard<'_, Waits> {
+        // A thread that panicked left at worst a wait that is counted and over.
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn writer(&self) -> MutexGuard<'_, Option<Arc<Connection>>> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for pages that somebody touches, until [`stop`](Self::stop). Blocks.
+    pub fn serve_faults(&self) -> Result<(), BackendError> {
+        let mut faults = Vec::new();
+        while !self.stopped() {
+            faults.clear();
+            self.memory.wait(&mut faults, TICK)?;
+            let now = Instant::now();
+            for &fault in &faults {
+                self.on_fault(fault, now)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn on_fault(&self, fault: Fault, now: Instant) -> Result<(), BackendError> {
+        let mut waits = self.waits();
+        if !self.is_missing(fault) {
+            drop(waits);
+            return self.memory.settle(fault);
+        }
+        let waiting = waits.pages.entry((fault.chunk, fault.page)).or_default();
+        let asked = !waiting.is_empty();
+        // Whoever was interrupted while he waited comes again.
+        if !waiting.iter().any(|&(thread, _)| thread == fault.thread) {
+            waiting.push((fault.thread, now));
+        }
+        drop(waits);
+        if !asked {
+            self.request(fault.chunk, fault.page);
+        }
+        Ok(())
+    }
+
+    fn is_missing(&self, fault: Fault) -> bool {
+        if self.unit_chunks == 0 {
+            self.missing.get(fault.chunk) >> fault.page & 1 != 0
+        } else {
+            self.unit_is_missing(fault.chunk)
+        }
+    }
+
+    /// Whether a page is missing of the unit that starts at a chunk.
+    fn unit_is_missing(&self, first: u32) -> bool {
+        (first..self.missing.chunks().min(first + self.unit_chunks)).any(|chunk| self.missing.get(chunk) != 0)
+    }
+
+    /// Sends a request. Where there is no connection for it, the next one begins with it.
+    fn request(&self, chunk: u32, page: u32) {
+        let request = PageRequest { chunk, pages: 1 << page }.encode(&self.hasher);
+        if let Some(connection) = &*self.writer()
+            && (&mut &**connection).write_all(&request).is_err()
+        {
+            // Its worker notices, and the source opens another.
+            connection.shutdown();
+        }
+    }
+
+    /// Receives pages on connection `stream` until it ends. Blocks. The connection's preamble was answered.
+    pub fn receive(&self, connection: &Arc<Connection>, stream: u16) -> Result<(), PostcopyError> {
+        let failed = |source| PostcopyError::Io { stream, source };
+        connection.set_timeouts(Some(TICK), Some(self.timeout)).map_err(failed)?;
+        if stream == FAULTS {
+            *self.writer() = Some(connection.clone());
+            // What was asked for on one that is gone.
+            let waiting: Vec<_> = self.waits().pages.keys().copied().collect();
+            waiting.into_iter().for_each(|(chunk, page)| self.request(chunk, page));
+        }
+        let result = receiver::run(self, connection, stream);
+        connection.shutdown();
+        if stream == FAULTS {
+            // Only if there is no newer one.
+            self.writer().take_if(|current| Arc::ptr_eq(current, connection));
+        }
+        result
+    }
+
+    /// Sends a receipt; between requests where these share the connection.
+    pub(super) fn send_receipt(
+        &self,
+        connection: &Connection,
+        stream: u16,
+        receipt: &[u8],
+    ) -> std::io::Result<()> {
+        let _turn = (stream == FAULTS).then(|| self.writer());
+        (&mut &*connection).write_all(receipt)
+    }
+
+    pub(super) fn count_wire(&self, bytes: usize) {
+        self.wire.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Places what is still missing of a frame's pages; `raw` are its raw pages. Lets go on who waited for them.
+    pub(super) fn place(&self, header: &FrameHeader, raw: &[u8]) -> Result<(), BackendError> {
+        let chunk = header.chunk;
+        let missing = self.missing.get(chunk);
+        for (first, count) in runs(header.raw & missing) {
+            let before = (header.raw & ((1u64 << first) - 1)).count_ones() as usize * PAGE_SIZE;
+            self.memory.place(chunk, first, &raw[before..before + count as usize * PAGE_SIZE])?;
+        }
+        for (first, count) in runs(header.zero & missing) {
+            self.memory.place_zeros(chunk, first, count)?;
+        }
+        let mut waits = self.waits();
+        let came = self.missing.remove(chunk, header.pages());
+        self.left.fetch_sub(came.count_ones().into(), Ordering::AcqRel);
+        if !waits.pages.is_empty() {
+            self.end_waits(&mut waits, chunk, came);
+        }
+        Ok(())
+    }
+
+    /// Those who waited for these pages go on.
+    fn end_waits(&self, waits: &mut Waits, chunk: u32, came: u64) {
+        let over: Vec<_> = if self.unit_chunks == 0 {
+            let of_chunk = waits.pages.range((chunk, 0)..=(chunk, 63));
+            of_chunk.map(|(&key, _)| key).filter(|(_, page)| came >> page & 1 != 0).collect()
+        } else {
+            let first = chunk.saturating_sub(self.unit_chunks - 1);
+            let near = waits.pages.range((first, 0)..=(chunk, 63)).map(|(&key, _)| key);
+            near.filter(|&(first, _)| !self.unit_is_missing(first)).collect()
+        };
+        for key in over {
+            for (thread, since) in waits.pages.remove(&key).unwrap_or_default() {
+                let waited = since.elapsed();
+                waits.latencies.record(micros(waited));
+                *waits.threads.entry(thread).or_default() += waited;
+            }
+        }
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

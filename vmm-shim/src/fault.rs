@@ -1,0 +1,376 @@
+//! Memory whose pages are still to come: userfaultfd stops whoever touches a missing one until it is placed.
+//!
+//! All regions are registered for missing pages. A page that is missing but not to come, a hole, is filled with zeros by whoever
+//! handles its fault ([`MissingPages::settle`]). vCPUs fault in kernel mode, so unlike for write tracking the descriptor must
+//! be one that hands such faults out, which takes a privilege; [`check`] tells beforehand.
+//!
+//! Memory of huge pages from hugetlbfs comes in by whole huge pages only: what is placed is gathered until one is complete.
+
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use pagecopy::backend::{BackendError, Fault, GuestRam, MissingPages};
+use pagecopy::bitmap::{PageBitmap, runs};
+use pagecopy::layout::{CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::guest_memory::GuestMemory;
+use crate::sys::{self, Userfaultfd};
+
+/// What it cannot do without.
+const FEATURES: u64 =
+    sys::UFFD_FEATURE_MISSING_SHMEM | sys::UFFD_FEATURE_MISSING_HUGETLBFS | sys::UFFD_FEATURE_THREAD_ID;
+
+/// Pages that a page of zeros is copied to at a time, where the kernel fills none by itself.
+const ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+
+/// Guest memory that misses pages.
+#[derive(Debug)]
+pub(crate) struct UffdMissing {
+    memory: Arc<GuestMemory>,
+    fd: Userfaultfd,
+    /// Bytes of a huge page where memory comes in no smaller pieces, else 0.
+    unit: u64,
+    /// Huge pages that are not complete, by region and offset.
+    gathered: Mutex<HashMap<(usize, u64), Gathered>>,
+}
+
+/// A part of a huge page.
+#[derive(Debug)]
+struct Gathered {
+    bytes: Box<[u8]>,
+    /// Which of its pages are there, chunk by chunk.
+    pages: Vec<u64>,
+}
+
+/// Whether this process may stop vCPUs at missing pages; the error says what to do.
+pub(crate) fn check() -> Result<(), BackendError> {
+    open().map(drop)
+}
+
+fn open() -> Result<Userfaultfd, BackendError> {
+    let fd = Userfaultfd::open_for_kernel().map_err(|e| {
+        let hint = match e.raw_os_error() {
+            Some(libc::ENOSYS) => "this kernel has none; it takes CONFIG_USERFAULTFD",
+            Some(libc::EPERM | libc::EACCES) => {
+                "this process may not see faults of vCPUs; run it with CAP_SYS_PTRACE, set the sysctl \
+                 vm.unprivileged_userfaultfd to 1, or give it access to /dev/userfaultfd"
+            }
+            _ => "see userfaultfd(2)",
+        };
+        BackendError::new(format!("open a userfaultfd for missing pages: {hint}"), e)
+    })?;
+    fd.api(FEATURES).map_err(|e| {
+        BackendError::new(
+            "userfaultfd of this kernel cannot tell missing pages of shared memory: it takes Linux 4.14",
+            e,
+        )
+    })?;
+    Ok(fd)
+}
+
+impl UffdMissing {
+    /// Takes the missing pages away and registers all regions.
+    pub(crate) fn new(memory: Arc<GuestMemory>, missing: &PageBitmap) -> Result<Self, BackendError> {
+        let unit = memory.missing_bytes()?;
+        let fd = open()?;
+        for (region, offset, len) in spans(&memory, missing) {
+            memory.discard_run(region, offset, len).map_err(|e| {
+                let name = &memory.layout().regions()[region].name;
+                BackendError::new(format!("take {len} stale bytes at {offset:#x} of region {name:?} away"), e)
+            })?;
+        }
+        for (region, r) in memory.layout().regions().iter().enumerate() {
+            fd.register_missing(memory.host_range(region)).map_err(|e| {
+                BackendError::new(format!("register region {:?} for missing pages", r.name), e)
+            })?;
+        }
+        Ok(Self { memory, fd, unit, gathered: Mutex::new(HashMap::new()) })
+    }
+
+    /// Region and offset in it of a page.
+    fn locate(&self, chunk: u32, page: u32) -> (usize, u64) {
+        let place = self.memory.layout().locate(chunk).expect("chunk number was validated");
+        (place.region, place.offset + u64::from(page) * PAGE_SIZE as u64)
+    }
+
+    /// Addresses of pages.
+    fn range(&self, chunk: u32, first: u32, count: u32) -> Range<u64> {
+        let (region, offset) = self.locate(chunk, first);
+        let start = self.memory.host_range(region).start + offset;
+        start..start + u64::from(count) * PAGE_SIZE as u64
+    }
+
+    fn gathered(&self) -> MutexGuard<'_, HashMap<(usize, u64), Gathered>> {
+        // Pages are marked after they were copied: nothing is half done when a thread panics.
+        self.gathered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The fault at an address.
+    fn fault_at(&self, address: u64, thread: u32) -> Option<Fault> {
+        let layout = self.memory.layout();
+        (0..layout.regions().len()).find_map(|region| {
+            let range = self.memory.host_range(region);
+            if !range.contains(&address) {
+                return None;
+            }
+            let offset = address - range.start;
+            let offset = if self.unit == 0 { offset } else { offset - offset % self.unit };
+            let first = layout.region_chunks(region).start;
+            let chunk = first + (offset / CHUNK_SIZE as u64) as u32;
+            let page = (offset % CHUNK_SIZE as u64) as usize / PAGE_SIZE;
+            Some(Fault { chunk, page: page as u32, thread })
+        })
+    }
+
+    /// Copies pages in, past those that are there.
+    fn copy(&self, region: usize, offset: u64, bytes: &[u8], step: usize) -> Result<(), BackendError> {
+        let memory = self.memory.region(region);
+        let mut at = 0;
+        while at < bytes.len() {
+            let to = memory
+                .subslice(offset as usize + at, bytes.len() - at)
+                .expect("pages of a chunk lie in its region");
+            match self.fd.copy(&to, &bytes[at..], true) {
+                Ok(copied) => at += copied,
+                Err(e) if e.raw_os_error() == Some(libc::EEXIST) => at += step,
+                Err(e) => return Err(self.no_room(region, offset, bytes.len() - at, e)),
+            }
+        }
+        Ok(())
+    }
+
+    fn no_room(&self, region: usize, offset: u64, len: usize, error: io::Error) -> BackendError {
+        let name = &self.memory.layout().regions()[region].name;
+        BackendError::new(
+            format!(
+                "bring {len} bytes in at {offset:#x} of region {name:?}: give this host, cgroup or file system more room"
+            ),
+            error,
+        )
+    }
+
+    /// Adds pages to their huge page, and brings that in once it is complete.
+    fn gather(&self, chunk: u32, first: u32, bytes: &[u8]) -> Result<(), BackendError> {
+        let (region, offset) = self.locate(chunk, first);
+        let start = offset - offset % self.unit;
+        let mut gathered = self.gathered();
+        let part = gathered.entry((region, start)).or_insert_with(|| Gathered {
+            bytes: vec![0; self.unit as usize].into(),
+            pages: vec![0; (self.unit / CHUNK_SIZE as u64) as usize],
+        });
+        let at = (offset - start) as usize;
+        part.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        part.pages[at / CHUNK_SIZE] |= mask(first, (bytes.len() / PAGE_SIZE) as u32);
+        if part.pages.iter().all(|&pages| pages == u64::MAX)
+            && let Some(whole) = gathered.remove(&(region, start))
+        {
+            drop(gathered);
+            return self.copy(region, start, &whole.bytes, self.unit as usize);
+        }
+        Ok(())
+    }
+}
+
+impl MissingPages for UffdMissing {
+    fn wait(&self, faults: &mut Vec<Fault>, timeout: Duration) -> Result<(), BackendError> {
+        let failed = |e| BackendError::new("wait for faults of missing pages", e);
+        let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
+        let timeout = Timespec::try_from(timeout).ok();
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(failed(e.into())),
+        }
+        let each = |address, thread| faults.extend(self.fault_at(address, thread));
+        self.fd.faults(each).map(drop).map_err(failed)
+    }
+
+    fn place(&self, chunk: u32, first: u32, bytes: &[u8]) -> Result<(), BackendError> {
+        assert!(bytes.len().is_multiple_of(PAGE_SIZE), "whole pages are placed, not {} bytes", bytes.len());
+        if self.unit != 0 {
+            return self.gather(chunk, first, bytes);
+        }
+        let (region, offset) = self.locate(chunk, first);
+        self.copy(region, offset, bytes, PAGE_SIZE)
+    }
+
+    fn place_zeros(&self, chunk: u32, first: u32, count: u32) -> Result<(), BackendError> {
+        if self.unit != 0 {
+            return (first..first + count).try_for_each(|page| self.gather(chunk, page, &ZERO_PAGE));
+        }
+        let mut range = self.range(chunk, first, count);
+        while range.start < range.end {
+            match self.fd.zero(range.clone()) {
+                Ok(bytes) => range.start += bytes as u64,
+                Err(e) if e.raw_os_error() == Some(libc::EEXIST) => range.start += PAGE_SIZE as u64,
+                Err(e) => {
+                    let (region, offset) = self.locate(chunk, first);
+                    return Err(self.no_room(region, offset, (range.end - range.start) as usize, e));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn settle(&self, fault: Fault) -> Result<(), BackendError> {
+        let range = if self.unit == 0 {
+            self.place_zeros(fault.chunk, fault.page, 1)?;
+            self.range(fault.chunk, fault.page, 1)
+        } else {
+            let (region, offset) = self.locate(fault.chunk, fault.page);
+            self.copy(region, offset, &vec![0; self.unit as usize], self.unit as usize)?;
+            let start = self.range(fault.chunk, fault.page, 1).start;
+            start..start + self.unit
+        };
+        // Where it was there already, nobody was woken.
+        self.fd.wake(range).map_err(|e| BackendError::new("wake whoever waits for a page that is there", e))
+    }
+
+    fn end(&self) -> Result<(), BackendError> {
+        for (region, r) in self.memory.layout().regions().iter().enumerate() {
+            self.fd.unregister(self.memory.host_range(region)).map_err(|e| {
+                BackendError::new(format!("end the registration of region {:?} for missing pages", r.name), e)
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// `count` pages from `first`.
+fn mask(first: u32, count: u32) -> u64 {
+    (u64::MAX >> (CHUNK_PAGES as u32 - count)) << first
+}
+
+/// The runs of pages in a set, across chunks: region, offset and length in bytes.
+fn spans(memory: &GuestMemory, pages: &PageBitmap) -> Vec<(usize, u64, u64)> {
+    let mut spans: Vec<(usize, u64, u64)> = Vec::new();
+    for (chunk, word) in pages.iter() {
+        let place = memory.layout().locate(chunk).expect("a bitmap of the memory's layout");
+        for (first, count) in runs(word) {
+            let offset = place.offset + u64::from(first) * PAGE_SIZE as u64;
+            let len = u64::from(count) * PAGE_SIZE as u64;
+            match spans.last_mut() {
+                Some((region, from, bytes)) if *region == place.region && *from + *bytes == offset => {
+                    *bytes += len;
+                }
+                _ => spans.push((place.region, offset, len)),
+            }
+        }
+    }
+    spans
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use pagecopy::layout::Layout;
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::guest_memory::Backing;
+
+    /// Reads the first word of a page of chunk `chunk`.
+    fn word(memory: &GuestMemory, chunk: u32, page: usize) -> u64 {
+        memory.chunk(chunk).read_obj(page * PAGE_SIZE).unwrap()
+    }
+
+    fn whole(value: u8, pages: usize) -> Vec<u8> {
+        vec![value; pages * PAGE_SIZE]
+    }
+
+    /// Memory with old content in all pages of chunk 0 and 1, which misses pages 1 to 3 of chunk 0.
+    fn missing(backing: &Backing) -> Option<(Arc<GuestMemory>, Box<dyn MissingPages>)> {
+        let layout = Layout::flat(3 * CHUNK_SIZE as u64).unwrap();
+        let memory = Arc::new(GuestMemory::create(layout, backing).unwrap());
+        if let Err(error) = memory.missing_unit() {
+            println!("skipped: {error}");
+            return None;
+        }
+        for chunk in 0..2 {
+            memory.chunk(chunk).copy_from(&whole(0xee, CHUNK_PAGES)[..]);
+        }
+        let pages = PageBitmap::new(3);
+        pages.insert(0, 0b1110);
+        let missing = memory.clone().miss(&pages).unwrap();
+        Some((memory, missing))
+    }
+
+    fn backings() -> [Backing; 3] {
+        [Backing::Memfd, Backing::Anonymous { huge: false }, Backing::Anonymous { huge: true }]
+    }
+
+    #[test]
+    fn whoever_touches_a_missing_page_gets_what_is_placed_and_nothing_old() {
+        for backing in backings() {
+            let Some((memory, missing)) = missing(&backing) else { return };
+            let seen = AtomicU64::new(0);
+            std::thread::scope(|scope| {
+                scope.spawn(|| seen.store(word(&memory, 0, 2), Ordering::SeqCst));
+                let mut faults = Vec::new();
+                while faults.is_empty() {
+                    missing.wait(&mut faults, Duration::from_secs(5)).unwrap();
+                }
+                assert_eq!((faults[0].chunk, faults[0].page), (0, 2), "{backing:?}");
+                assert_eq!(seen.load(Ordering::SeqCst), 0, "{backing:?}: nobody let it go on");
+                missing.place(0, 1, &whole(7, 2)).unwrap();
+            });
+            assert_eq!(seen.load(Ordering::SeqCst), 0x0707_0707_0707_0707, "{backing:?}");
+            missing.place_zeros(0, 3, 1).unwrap();
+            assert_eq!(word(&memory, 0, 3), 0, "{backing:?}");
+            // What was not missing is as it was.
+            assert_eq!(word(&memory, 0, 0), 0xeeee_eeee_eeee_eeee);
+            assert_eq!(word(&memory, 1, 63), 0xeeee_eeee_eeee_eeee);
+        }
+    }
+
+    #[test]
+    fn what_is_there_is_not_overwritten() {
+        for backing in backings() {
+            let Some((memory, missing)) = missing(&backing) else { return };
+            missing.place(0, 2, &whole(5, 1)).unwrap();
+            memory.chunk(0).write_obj(1u64, 2 * PAGE_SIZE).unwrap();
+            missing.place(0, 1, &whole(9, 3)).unwrap();
+            missing.place_zeros(0, 1, 3).unwrap();
+            assert_eq!(word(&memory, 0, 1), 0x0909_0909_0909_0909, "{backing:?}");
+            assert_eq!(word(&memory, 0, 2), 1, "{backing:?}");
+            assert_eq!(word(&memory, 0, 3), 0x0909_0909_0909_0909, "{backing:?}");
+        }
+    }
+
+    #[test]
+    fn a_hole_is_settled_with_zeros_and_can_be_written() {
+        for backing in backings() {
+            let Some((memory, missing)) = missing(&backing) else { return };
+            std::thread::scope(|scope| {
+                let writing = memory.clone();
+                let writer = scope.spawn(move || writing.chunk(2).write_obj(3u64, 5 * PAGE_SIZE).unwrap());
+                let mut faults = Vec::new();
+                while !writer.is_finished() {
+                    faults.clear();
+                    missing.wait(&mut faults, Duration::from_millis(10)).unwrap();
+                    faults.iter().for_each(|&fault| missing.settle(fault).unwrap());
+                }
+            });
+            assert_eq!(word(&memory, 2, 5), 3, "{backing:?}");
+            missing.end().unwrap();
+            assert_eq!(word(&memory, 2, 6), 0, "{backing:?}");
+        }
+    }
+
+    #[test]
+    fn memory_on_a_disk_says_why_not() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let backing = Backing::File { path: folder.path().join("ram"), create: true };
+        let memory = GuestMemory::create(Layout::flat(CHUNK_SIZE as u64).unwrap(), &backing).unwrap();
+        match memory.missing_unit() {
+            Err(error) => {
+                assert!(error.what.contains("tmpfs") || error.what.contains("userfaultfd"), "{error}");
+            }
+            Ok(_) => println!("skipped: the repository is on a tmpfs"),
+        }
+    }
+}
