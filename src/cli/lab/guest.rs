@@ -41,6 +41,8 @@ pub(super) struct Machine<'a> {
     pub cpus: u8,
     /// Memory in bytes.
     pub memory: u64,
+    /// The file that is its memory, instead of memory of QEMU's own.
+    pub ram_file: Option<&'a Path>,
     /// Folders of the host that it may write to.
     pub shares: &'a [PathBuf],
     /// What its RDMA device sits on.
@@ -303,10 +305,17 @@ fn arguments(machine: &Machine<'_>, folder: &Path, console: &Path) -> Vec<String
         format!("local,path={folder},mount_tag={tag},security_model=none,multidevs=remap{options}")
     };
     let mut args: Vec<String> =
-        ["-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "q35", "-nodefaults", "-no-user-config"]
+        ["-accel", "tcg,thread=multi", "-cpu", "max", "-nodefaults", "-no-user-config"]
             .map(str::to_owned)
             .into();
     let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
+    if let Some(file) = machine.ram_file {
+        let (file, bytes) = (path(file), machine.memory);
+        add("-object", format!("memory-backend-file,id=ram,size={bytes},mem-path={file},share=on"));
+        add("-machine", "q35,memory-backend=ram".into());
+    } else {
+        add("-machine", "q35".into());
+    }
     add("-smp", machine.cpus.to_string());
     add("-m", format!("{}M", machine.memory >> 20));
     add("-display", "none".into());
@@ -459,6 +468,7 @@ mod tests {
             initramfs: Path::new("/i"),
             cpus: 2,
             memory: 3 << 30,
+            ram_file: Some(Path::new("/ram,file")),
             shares: &["/a,b".into()],
             network: Network::Card,
             host: 1,
@@ -468,6 +478,10 @@ mod tests {
         let args = arguments(&machine, Path::new("/run/x/1"), Path::new("/c")).join(" ");
         assert!(args.contains("path=/a,,b,mount_tag=share0"), "{args}");
         assert!(args.contains("-m 3072M"), "{args}");
+        assert!(
+            args.contains("size=3221225472,mem-path=/ram,,file,share=on -machine q35,memory-backend=ram"),
+            "{args}"
+        );
         assert!(args.contains("local.path=/run/x/wire1,remote.type=unix,remote.path=/run/x/wire0"), "{args}");
     }
 }

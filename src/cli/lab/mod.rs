@@ -66,11 +66,14 @@ struct RunArgs {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
     hosts: u8,
     /// Without a guest: use this host's RDMA device, or (as root) make one for the time of the command
-    #[arg(long, conflicts_with_all = ["cpus", "mem", "hosts", "share", "console", "kernel", "install", "no_rdma"])]
+    #[arg(long, conflicts_with_all = ["cpus", "mem", "hosts", "share", "console", "kernel", "install", "no_rdma", "ram_file"])]
     host: bool,
     /// A guest without network and RDMA device
     #[arg(long, hide = true)]
     no_rdma: bool,
+    /// Keep the guest's memory in this file, as it is when the command ends
+    #[arg(long, value_name = "FILE", conflicts_with = "hosts")]
+    ram_file: Option<PathBuf>,
     /// The command, and its arguments
     #[arg(required = true, last = true, value_name = "CMD")]
     cmd: Vec<OsString>,
@@ -151,6 +154,7 @@ impl GuestArgs {
             hosts: usize::from(hosts),
             cpus: self.cpus,
             memory: self.mem,
+            ram_file: None,
             timeout: Duration::from_secs(self.timeout),
             boot_patience: Duration::from_secs(self.boot_patience),
             shares: self.share.clone(),
@@ -184,6 +188,7 @@ fn run_command(args: &RunArgs) -> Result<ExitCode, LabError> {
     let output = if args.hosts == 1 { Output::Through } else { Output::Prefixed };
     let mut plan = args.guest.plan(args.cmd.clone(), args.hosts, output);
     plan.rdma = !args.no_rdma;
+    plan.ram_file.clone_from(&args.ram_file);
     Ok(first_failure(&run::run(&plan)?))
 }
 
@@ -252,6 +257,7 @@ mod tests {
             "run --cpus 0 -- ls",
             "run --mem 64M -- ls",
             "run --timeout 0 -- ls",
+            "run --hosts 2 --ram-file /x -- ls",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }

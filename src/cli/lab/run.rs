@@ -27,6 +27,8 @@ pub(super) struct Plan {
     pub cpus: u8,
     /// Memory of each, in bytes.
     pub memory: u64,
+    /// The file that is the (only) guest's memory; made new, and kept as the guest leaves it.
+    pub ram_file: Option<PathBuf>,
     /// How long all of it may take.
     pub timeout: Duration,
     /// How long a guest's boot may take before it is booted once more.
@@ -57,6 +59,10 @@ pub(super) fn run(plan: &Plan) -> Result<Vec<u8>, LabError> {
         // Nobody listens any more once the guests have ended.
         let _ = cancel.send(Event::Cancelled);
     });
+    if let Some(file) = &plan.ram_file {
+        let made = fs::File::create(file).and_then(|made| made.set_len(plan.memory));
+        made.map_err(LabError::file("make", file))?;
+    }
     let deadline = Instant::now() + plan.timeout;
     let mut guests = Vec::new();
     for host in 0..plan.hosts {
@@ -66,6 +72,7 @@ pub(super) fn run(plan: &Plan) -> Result<Vec<u8>, LabError> {
             initramfs: &initramfs,
             cpus: plan.cpus,
             memory: plan.memory,
+            ram_file: plan.ram_file.as_deref(),
             shares: &shares,
             network: network(plan),
             host,

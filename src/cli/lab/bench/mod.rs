@@ -98,6 +98,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<ExitCode, LabError> {
         hosts: 1,
         cpus: args.cpus,
         memory: args.guest_mem,
+        ram_file: None,
         timeout: Duration::from_secs(args.timeout),
         boot_patience: Duration::from_secs(BOOT_PATIENCE_S),
         shares: vec![],
