@@ -3,14 +3,14 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use pageferry_benches::{CHANGES, heap_bytes, page_pairs, random_bytes};
+use pageferry_benches::{CHANGES, Workload, decode_scalar, heap_bytes, page_pairs, random_bytes};
 
 use pagecopy::bitmap::{PageBitmap, bits, runs};
 use pagecopy::compress::{Compress, Decompress, looks_compressible};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::simd::Level;
-use pagecopy::xbzrle::{Encoded, decode, encode_at, encode_reference};
+use pagecopy::xbzrle::{Encoded, Page, decode, encode_at, encode_reference};
 use pagecopy::zero::{is_zero_at, zero_pages_at};
 use xxhash_rust::xxh3::xxh3_128_with_secret;
 
@@ -79,6 +79,52 @@ fn delta(c: &mut Criterion) {
                 });
             });
         }
+    }
+    group.finish();
+}
+
+/// QEMU's workloads, against scalar loops.
+fn xbzrle(c: &mut Criterion) {
+    let mut group = c.benchmark_group("xbzrle");
+    group.throughput(Throughput::Bytes((PAIRS * PAGE_SIZE) as u64));
+    let mut out = vec![0u8; PAGE_SIZE];
+    for workload in Workload::ALL {
+        let (name, pairs) = (workload.name(), workload.pairs(PAIRS));
+        let mut encoder = |how: &str, encode: &dyn Fn(&Page, &Page, &mut [u8]) -> Encoded| {
+            group.bench_function(format!("encode/{name}/{how}"), |b| {
+                b.iter(|| {
+                    for (old, new) in &pairs {
+                        black_box(encode(old, new, &mut out));
+                    }
+                });
+            });
+        };
+        encoder("scalar", &encode_reference);
+        for level in Level::all() {
+            encoder(level.name(), &|old, new, out| encode_at(level, old, new, out));
+        }
+        let deltas: Vec<Vec<u8>> = (pairs.iter())
+            .map(|(old, new)| match encode_reference(old, new, &mut out) {
+                Encoded::Len(length) => out[..length].to_vec(),
+                Encoded::Unchanged | Encoded::Overflow => Vec::new(),
+            })
+            .collect();
+        let mut pages: Vec<Page> = pairs.iter().map(|(old, _)| *old).collect();
+        // Deltas hold new bytes, not differences: applied again they take the same effort.
+        group.bench_function(format!("decode/{name}/scalar"), |b| {
+            b.iter(|| {
+                for (delta, page) in deltas.iter().zip(&mut pages) {
+                    black_box(decode_scalar(delta, page));
+                }
+            });
+        });
+        group.bench_function(format!("decode/{name}/ours"), |b| {
+            b.iter(|| {
+                for (delta, page) in deltas.iter().zip(&mut pages) {
+                    let _ = black_box(decode(delta, page));
+                }
+            });
+        });
     }
     group.finish();
 }
@@ -158,5 +204,5 @@ fn bitmap(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, zero_scan, delta, hash, zstd, bitmap);
+criterion_group!(benches, zero_scan, delta, xbzrle, hash, zstd, bitmap);
 criterion_main!(benches);

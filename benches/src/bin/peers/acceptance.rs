@@ -8,7 +8,8 @@ use serde::Serialize;
 use crate::contender::Contender;
 use crate::delta;
 use crate::link::Rate;
-use crate::run::{Comparison, Image, Outcome, Runs, available_bytes};
+use crate::run::{Comparison, Image, Outcome, Runs};
+use crate::warm::available_bytes;
 
 const GIB: u64 = 1 << 30;
 /// Levels of zstd that QEMU is given by hand, besides its default, which is 1.

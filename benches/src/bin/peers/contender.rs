@@ -43,9 +43,7 @@ impl Contender {
                 Ferry { program: pageferry, scheme: "tcp", streams: *streams, codec }.transfer(job)
             }
             Self::Qemu(mode) => qemu::migrate(*mode, job),
-            Self::Limit(sender, streams) => {
-                limit::transfer(*sender, *streams, job).map_err(|e| format!("the limit: {e}"))
-            }
+            Self::Limit(sender, streams) => limit::measure(*sender, *streams, job),
         }
     }
 }

@@ -5,12 +5,15 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::str::FromStr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use clap::Args;
 use pagecopy::backend::GuestRam;
 use pagecopy::layout::{Layout, Region};
+use pageferry::measure::process::{self, Running};
 use pageferry::measure::{Job, Target, Took};
 use rustix::pipe::SpliceFlags;
 use vm_memory::{ReadVolatile, VolatileSlice, WriteVolatile};
@@ -18,6 +21,9 @@ use vmm_shim::guest_memory::{Backing, GuestMemory};
 
 /// Bytes of a system call.
 const STEP: u64 = 1 << 20;
+
+/// How long a transfer may take.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// How the bytes are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,14 +52,47 @@ impl FromStr for Sender {
     }
 }
 
+/// What a process of its own does, so that it shares no address space with whoever measures it.
+#[derive(Debug, Args)]
+pub(crate) struct LimitArgs {
+    sender: Sender,
+    streams: u8,
+    image: PathBuf,
+    /// Into this file, made new; else into anonymous memory
+    copy: Option<PathBuf>,
+}
+
+/// Moves the image and prints what it took.
+pub(crate) fn run(args: &LimitArgs) -> Result<(), String> {
+    let target = args.copy.as_deref().map_or(Target::Anonymous, Target::File);
+    let took = transfer(args.sender, args.streams, &args.image, target);
+    let took = took.map_err(|e| format!("{}: {e}", args.image.display()))?;
+    println!("{}", serde_json::to_string(&took).map_err(|e| e.to_string())?);
+    Ok(())
+}
+
+/// Starts this program for one transfer.
+pub(crate) fn measure(sender: Sender, streams: u8, job: &Job<'_>) -> Result<Took, String> {
+    let own = std::env::current_exe().map_err(|e| format!("this program's own place: {e}"))?;
+    let mut command = Command::new(own);
+    command.args(["limit", &sender.to_string(), &streams.to_string()]).arg(job.image);
+    if let Target::File(copy) = job.target {
+        command.arg(copy);
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = Running::start(&mut command).map_err(|e| e.to_string())?.wait(PATIENCE)?;
+    serde_json::from_slice(&output.stdout)
+        .map_err(|_| String::from_utf8_lossy(&output.stderr).trim().to_owned())
+}
+
 /// Moves all of the image, holes too.
-pub(crate) fn transfer(sender: Sender, streams: u8, job: &Job<'_>) -> io::Result<Took> {
-    let source = GuestMemory::open_ram_file(job.image, false).map_err(io::Error::other)?;
+fn transfer(sender: Sender, streams: u8, image: &Path, target: Target<'_>) -> io::Result<Took> {
+    let source = GuestMemory::open_ram_file(image, false).map_err(io::Error::other)?;
     let length = source.region(0).len() as u64;
-    let sockets = sockets(streams, job.host)?;
+    let sockets = sockets(streams)?;
     let share = length.div_ceil(u64::from(streams)).next_multiple_of(STEP);
     let begin = Instant::now();
-    let memory = memory(length, job.target)?;
+    let memory = memory(length, target)?;
     let setup_ms = begin.elapsed().as_secs_f64() * 1e3;
     std::thread::scope(|scope| {
         let mut workers = Vec::new();
@@ -63,7 +102,7 @@ pub(crate) fn transfer(sender: Sender, streams: u8, job: &Job<'_>) -> io::Result
             let (source, memory) = (&source, &memory);
             workers.push(scope.spawn(move || match sender {
                 Sender::Write => write(source, to, start, bytes),
-                Sender::Splice => splice(job.image, &to, start, bytes),
+                Sender::Splice => splice(image, &to, start, bytes),
             }));
             workers.push(scope.spawn(move || receive(memory, from, start, bytes)));
         }
@@ -72,12 +111,21 @@ pub(crate) fn transfer(sender: Sender, streams: u8, job: &Job<'_>) -> io::Result
         })
     })?;
     let total_ms = begin.elapsed().as_secs_f64() * 1e3;
-    Ok(Took { total_ms, reported_ms: total_ms, setup_ms, wire_bytes: length, ..Took::default() })
+    // Both sides are this process.
+    let source_cpu_s = process::cpu_s(std::process::id()).unwrap_or(0.0);
+    Ok(Took {
+        total_ms,
+        reported_ms: total_ms,
+        setup_ms,
+        source_cpu_s,
+        wire_bytes: length,
+        ..Took::default()
+    })
 }
 
 /// Connections, the sending end of each first.
-fn sockets(streams: u8, host: &str) -> io::Result<Vec<(TcpStream, TcpStream)>> {
-    let listener = TcpListener::bind((host, 0))?;
+fn sockets(streams: u8) -> io::Result<Vec<(TcpStream, TcpStream)>> {
+    let listener = TcpListener::bind(("127.0.0.1", 0))?;
     let address = listener.local_addr()?;
     let connect = |_| {
         let to = TcpStream::connect(address)?;
@@ -165,7 +213,7 @@ fn receive(memory: &GuestMemory, mut from: TcpStream, start: u64, bytes: u64) ->
 
 #[cfg(test)]
 mod tests {
-    use pageferry::measure::{Place, same_content};
+    use pageferry::measure::same_content;
     use pageferry_benches::images::{self, Kind};
 
     use super::*;
@@ -175,23 +223,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (image, copy) = (folder.path().join("image"), folder.path().join("copy"));
         images::make(&image, Kind::Mixed, 11 << 20, 3).unwrap();
-        let here = Place::default();
-        let job = |target| Job {
-            image: &image,
-            target,
-            source: &here,
-            destination: &here,
-            host: "127.0.0.1",
-            port: 0,
-            folder: folder.path(),
-            watch_memory: false,
-        };
         for (sender, streams) in [(Sender::Write, 2), (Sender::Splice, 3)] {
-            let took = transfer(sender, streams, &job(Target::File(&copy))).unwrap();
+            let took = transfer(sender, streams, &image, Target::File(&copy)).unwrap();
             assert_eq!(took.wire_bytes, 11 << 20);
             assert!(same_content(&image, &copy).unwrap(), "{sender}");
             std::fs::remove_file(&copy).unwrap();
-            assert!(transfer(sender, streams, &job(Target::Anonymous)).unwrap().total_ms > 0.0);
+            assert!(transfer(sender, streams, &image, Target::Anonymous).unwrap().total_ms > 0.0);
         }
     }
 }

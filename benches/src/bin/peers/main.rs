@@ -5,11 +5,13 @@
 mod acceptance;
 mod contender;
 mod delta;
+mod guest_ram;
 mod limit;
 mod link;
 mod run;
 mod signals;
 mod table;
+mod warm;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,6 +22,7 @@ use pageferry::measure::qemu;
 use pageferry_benches::images::{self, Kind};
 use serde_json::json;
 
+use crate::acceptance::Row;
 use crate::contender::Contender;
 use crate::link::Rate;
 use crate::run::{Comparison, Image, Outcome, Runner, SEED};
@@ -42,6 +45,13 @@ enum Command {
     Readme(ReadmeArgs),
     Run(RunArgs),
     MakeImage(MakeImageArgs),
+    MakeGuestRam(guest_ram::MakeArgs),
+    /// The part of make-guest-ram that runs in the guest
+    #[command(hide = true)]
+    FillGuest(guest_ram::FillArgs),
+    /// One transfer of bytes alone
+    #[command(hide = true)]
+    Limit(limit::LimitArgs),
 }
 
 /// Measures the figures that README quotes, each with its target
@@ -62,6 +72,9 @@ struct ReadmeArgs {
     /// Keep what was measured here; what other calls measured there is judged along with it
     #[arg(long, value_name = "FILE")]
     keep: Option<PathBuf>,
+    /// Measure nothing, and judge what --keep has
+    #[arg(long, requires = "keep")]
+    judge: bool,
     #[command(flatten)]
     how: HowArgs,
 }
@@ -148,6 +161,9 @@ fn main() -> ExitCode {
         Command::MakeImage(args) => images::make(&args.file, args.kind, args.size, args.seed)
             .map(|()| true)
             .map_err(|e| format!("{}: {e}", args.file.display())),
+        Command::MakeGuestRam(args) => guest_ram::make(args).map(|()| true),
+        Command::FillGuest(args) => guest_ram::fill(args).map(|()| true),
+        Command::Limit(args) => limit::run(args).map(|()| true),
     };
     match done {
         _ if signals::cancelled() => ExitCode::from(130),
@@ -160,17 +176,23 @@ fn main() -> ExitCode {
     }
 }
 
+/// The `pageferry` that is named, or the one beside this program.
+fn program(named: Option<&Path>) -> Result<PathBuf, String> {
+    let beside = || {
+        let own = std::env::current_exe().map_err(|e| format!("this program's own place: {e}"))?;
+        Ok::<_, String>(own.with_file_name("pageferry"))
+    };
+    let pageferry = named.map_or_else(beside, |named| Ok(named.to_path_buf()))?;
+    if pageferry.is_file() {
+        return Ok(pageferry);
+    }
+    let hint = "build it with `cargo build --release`, or name it with --pageferry";
+    Err(format!("there is no {}: {hint}", pageferry.display()))
+}
+
 impl HowArgs {
     fn runner(&self) -> Result<Runner, String> {
-        let beside = || {
-            let own = std::env::current_exe().map_err(|e| format!("this program's own place: {e}"))?;
-            Ok::<_, String>(own.with_file_name("pageferry"))
-        };
-        let pageferry = self.pageferry.clone().map_or_else(beside, Ok)?;
-        if !pageferry.is_file() {
-            let hint = "build it with `cargo build --release`, or name it with --pageferry";
-            return Err(format!("there is no {}: {hint}", pageferry.display()));
-        }
+        let pageferry = program(self.pageferry.as_deref())?;
         if cfg!(debug_assertions) {
             eprintln!("peers: this is a debug build: its figures mean little");
         }
@@ -219,16 +241,26 @@ fn readme(args: &ReadmeArgs) -> Result<bool, String> {
         return Ok(true);
     }
     let mut outcomes = args.keep.as_deref().map_or(Ok(Vec::new()), kept)?;
+    let complete = args.judge || measure(args, &chosen, &mut outcomes)?;
+    let verdicts: Vec<_> = chosen.iter().map(|row| row.judge(&outcomes)).collect();
+    if args.how.json {
+        println!("{}", json!({ "machine": machine(), "comparisons": outcomes, "rows": verdicts }));
+    } else {
+        print!("{}", table::verdicts(&verdicts));
+    }
+    Ok(complete)
+}
+
+/// Runs what the rows are read off, each once, and adds it to what there is. False if something could not be measured.
+fn measure(args: &ReadmeArgs, rows: &[&Row], outcomes: &mut Vec<Outcome>) -> Result<bool, String> {
     let mut runner = args.how.runner()?;
     let mut complete = true;
-    let mut wanted: Vec<&str> = chosen.iter().flat_map(|row| row.comparisons()).copied().collect();
-    let mut seen = Vec::new();
-    wanted.retain(|name| {
-        !seen.contains(name) && {
-            seen.push(*name);
-            true
+    let mut wanted: Vec<&str> = Vec::new();
+    for name in rows.iter().flat_map(|row| row.comparisons()) {
+        if !wanted.contains(name) {
+            wanted.push(name);
         }
-    });
+    }
     for name in wanted {
         let comparison = acceptance::comparison(name, args.size, &args.guest_ram)
             .ok_or_else(|| format!("the comparison {name:?} is unknown"))?;
@@ -244,13 +276,7 @@ fn readme(args: &ReadmeArgs) -> Result<bool, String> {
         }
         outcomes.retain(|old| old.name != outcome.name);
         outcomes.push(outcome);
-        args.keep.as_deref().map_or(Ok(()), |path| keep(path, &outcomes))?;
-    }
-    let verdicts: Vec<_> = chosen.iter().map(|row| row.judge(&outcomes)).collect();
-    if args.how.json {
-        println!("{}", json!({ "machine": machine(), "comparisons": outcomes, "rows": verdicts }));
-    } else {
-        print!("{}", table::verdicts(&verdicts));
+        args.keep.as_deref().map_or(Ok(()), |path| keep(path, outcomes))?;
     }
     Ok(complete)
 }

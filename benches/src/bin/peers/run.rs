@@ -4,7 +4,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use memmap2::{Advice, MmapOptions};
 use pageferry::measure::{Job, Place, Target, Took, same_content};
 use pageferry_benches::images::{self, Holes, Kind};
 use serde::{Deserialize, Serialize};
@@ -12,11 +11,12 @@ use serde::{Deserialize, Serialize};
 use crate::contender::Contender;
 use crate::link::{Link, Rate};
 use crate::signals;
+use crate::warm::Reservoir;
 
 /// Images of all runs are alike.
 pub(crate) const SEED: u64 = 7;
-/// Host memory that is touched before a run, beyond the size of the image.
-const WARM_MORE: u64 = 512 << 20;
+/// Warm memory for a run, beyond what its image takes.
+const WARM_MORE: u64 = 1 << 30;
 /// The first port; every run has its own, so that none waits for an earlier one's connections to time out.
 const FIRST_PORT: u16 = 21_000;
 
@@ -100,6 +100,7 @@ pub(crate) struct Runner {
     pub(crate) pageferry: PathBuf,
     pub(crate) folder: PathBuf,
     pub(crate) runs: u32,
+    warm: Reservoir,
     port: u16,
 }
 
@@ -108,7 +109,7 @@ impl Runner {
     pub(crate) fn new(pageferry: PathBuf, within: &Path, runs: u32) -> Result<Self, String> {
         let folder = within.join(format!("pageferry-peers-{}", std::process::id()));
         fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
-        Ok(Self { pageferry, folder, runs, port: FIRST_PORT })
+        Ok(Self { pageferry, folder, runs, warm: Reservoir::default(), port: FIRST_PORT })
     }
 
     /// Every contender, in turns. The first round warms up and checks the copies; it does not count.
@@ -135,21 +136,22 @@ impl Runner {
             .iter()
             .map(|one| Runs { contender: one.to_string(), ..Runs::default() })
             .collect();
-        // QEMU fills the holes of the image; others touch its data, and as much again at the destination.
+        // QEMU fills the holes of the image; otherwise memory is needed for its data alone.
         let qemu = what.contenders.iter().any(|one| matches!(one, Contender::Qemu(_)));
-        let warm_bytes = if qemu { length } else { length.min(2 * holes.data_bytes()) };
+        let warm_bytes = if qemu { length } else { holes.data_bytes() };
         for round in 0..=self.runs {
             for (contender, runs) in what.contenders.iter().zip(&mut contenders) {
                 if runs.failed.is_some() {
                     continue;
                 }
-                warm(warm_bytes + WARM_MORE);
+                self.warm.fill(warm_bytes + WARM_MORE);
                 let took = self.run(contender, what, &image, link.as_ref(), round == 0);
                 if signals::cancelled() {
                     return Err("cancelled".into());
                 }
                 // A source that read holes through its mapping has filled them, and its successor would find none.
                 holes.restore(&image).map_err(complain)?;
+                self.warm.fill(warm_bytes + WARM_MORE);
                 say(&what.name, &runs.contender, round, took.as_ref());
                 match took {
                     Ok(took) if round > 0 => runs.runs.push(took),
@@ -193,7 +195,9 @@ impl Runner {
             folder: &self.folder,
             watch_memory: what.watch_memory,
         };
+        let flow = self.warm.flow();
         let took = contender.run(&self.pageferry, &job);
+        self.warm.end(flow);
         let equal = !check
             || what.anonymous
             || took.is_err()
@@ -207,25 +211,6 @@ impl Drop for Runner {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.folder);
     }
-}
-
-/// Touches this much memory and gives it back. Host memory that was not touched for some seconds is many times slower to fault in
-/// where the host itself is a guest, and then the first contender to get it pays for all.
-fn warm(bytes: u64) {
-    let bytes = bytes.min(available_bytes() / 2);
-    // Without it the runs are slower, and no less comparable.
-    if let Ok(memory) = MmapOptions::new().len(bytes as usize).map_anon() {
-        let _ = memory.advise(Advice::HugePage);
-        let _ = memory.advise(Advice::PopulateWrite);
-    }
-}
-
-/// Memory that can be had, in bytes.
-pub(crate) fn available_bytes() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kib.unwrap_or(0) << 10
 }
 
 fn say(name: &str, contender: &str, round: u32, took: Result<&Took, &String>) {
@@ -260,13 +245,12 @@ mod tests {
             image: Image::Made(Kind::Mixed, 10 << 20),
             anonymous: false,
             link: None,
-            contenders: vec!["pageferry:2:auto".parse().unwrap(), "limit:write:2".parse().unwrap()],
+            contenders: vec!["pageferry:2:auto".parse().unwrap()],
             watch_memory: false,
         };
         let outcome = runner.compare(&comparison).unwrap();
         assert!(outcome.contenders[0].failed.as_ref().unwrap().contains("/nowhere/pageferry"));
         assert!(outcome.contenders[0].runs.is_empty());
-        assert_eq!((outcome.contenders[1].runs.len(), &outcome.contenders[1].failed), (2, &None));
         assert_eq!((outcome.image_bytes, outcome.data_bytes), (10 << 20, 7 << 20));
         drop(runner);
         assert_eq!(fs::read_dir(within.path()).unwrap().count(), 0);
