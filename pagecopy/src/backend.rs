@@ -66,6 +66,12 @@ pub trait GuestRam: Send + Sync {
         Ok(())
     }
 
+    /// All of these chunks will be filled, and by whom brings them in at once: memory that has a choice may use larger pages for
+    /// them. A hint.
+    fn expect_filled(&self, first: u32, count: u32) {
+        let _ = (first, count);
+    }
+
     /// Something that fills pages that were never touched for less than touching them costs, where this memory has that.
     fn placer(self: Arc<Self>) -> Option<Box<dyn Placer>> {
         None

@@ -418,6 +418,20 @@ impl GuestRam for GuestMemory {
         Ok(())
     }
 
+    /// Shared memory that is about to be filled may use huge pages, where its file system grants them to those who ask
+    /// (`huge=advise`): it comes in, and is pinned, for a fraction of the cost.
+    fn expect_filled(&self, first: u32, count: u32) {
+        if self.kind != Kind::Shmem || self.private_file {
+            return;
+        }
+        let Ok(spans) = self.spans(first, count as usize) else { return };
+        for span in spans {
+            let (offset, len) = (span.bytes.start, span.bytes.end - span.bytes.start);
+            // A hint that is not taken costs nothing but time.
+            let _ = self.regions[span.region].advise(offset, len, Advice::LinuxHugepage);
+        }
+    }
+
     /// Only shared memory of 4 KiB pages has one: huge pages come in whole, and anonymous memory is populated ahead.
     fn placer(self: Arc<Self>) -> Option<Box<dyn Placer>> {
         if self.kind != Kind::Shmem || self.private_file {

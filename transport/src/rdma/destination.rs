@@ -20,7 +20,7 @@ use crate::wire::queue::{
 };
 
 /// Buffers for what the source sends.
-const RECEIVES: u32 = 32;
+const RECEIVES: u32 = 16;
 /// Buffers for messages to the source.
 const ANSWERS: u32 = 32;
 
@@ -70,6 +70,7 @@ impl Registrar {
         for chunk in range.first..range.first + range.count {
             sink.touch(chunk);
         }
+        sink.ram().expect_filled(range.first, range.count);
         let made = Region::guest(&domain, sink.ram(), region, offset, bytes, Access::RemoteWrite);
         let mut table = self.table();
         match made.map_err(|e| NotRegistered::of(&e, bytes)) {

@@ -20,7 +20,7 @@ use crate::wire::queue::{ANSWER_BYTES, Kind, MESSAGE_BYTES, MessageHeader, Range
 use crate::wire::{Preamble, WireError};
 
 /// Buffers for what the destination sends.
-const RECEIVES: u32 = 256;
+const RECEIVES: u32 = 64;
 /// Most registrations asked for at a time: each brings one message.
 const ASKED_MAX: usize = 16;
 /// Most frames without a receipt. With the registrations they bring no more messages than there are buffers, the last one

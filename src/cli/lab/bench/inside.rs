@@ -48,7 +48,7 @@ impl Contender {
 fn contenders() -> Vec<Contender> {
     let mut all = Vec::new();
     for codec in ["auto", "raw"] {
-        all.extend([1, 2, 4].map(|pairs| Contender::Ferry("rdma", pairs, codec)));
+        all.extend([1, 2, 3, 4].map(|pairs| Contender::Ferry("rdma", pairs, codec)));
     }
     all.extend([Mode::Rdma, Mode::RdmaPinAll].map(Contender::Qemu));
     all.extend(["auto", "raw"].map(|codec| Contender::Ferry("tcp", 4, codec)));
@@ -208,6 +208,6 @@ mod tests {
         names.sort();
         names.dedup();
         assert_eq!(names.len(), all);
-        assert_eq!(all, 6 + 2 + 2 + 1);
+        assert_eq!(all, 8 + 2 + 2 + 1);
     }
 }
