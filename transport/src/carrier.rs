@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::destination::PageSink;
 use crate::link::{LinkError, attach_stream};
 use crate::socket::{Connection, SocketError};
-use crate::source::PageSource;
+use crate::source::{PageSource, WINDOW_BYTES_MIN};
 use crate::sys::{ReceiveList, SendList};
 use crate::uri::Uri;
 use crate::wire::control::{ErrorCode, Message};
@@ -40,6 +40,11 @@ pub(crate) trait FrameSender: Send {
     /// Most frames that may be without a receipt.
     fn frames_max(&self) -> usize {
         usize::MAX
+    }
+
+    /// Bytes that may be under way at any rate.
+    fn window_min(&self) -> u64 {
+        WINDOW_BYTES_MIN
     }
 
     /// Whether raw pages may be placed at all.

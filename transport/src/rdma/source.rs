@@ -34,6 +34,8 @@ const MESSAGES: usize = 8;
 const WRITE_BYTES_MAX: u64 = 64 << 10;
 /// Once this much was placed the headers are sent after it, so that the destination hashes while more is on its way.
 const PLACED_BYTES_MAX: u64 = 2 << 20;
+/// Bytes under way at any rate: a destination that registers a run, which takes soft-RoCE some 50 ms, sends no receipts meanwhile.
+const WINDOW_BYTES_MIN: u64 = 4 << 20;
 /// Runs that are asked for ahead of the writes.
 const AHEAD: usize = 1;
 
@@ -320,6 +322,10 @@ impl FrameSender for Sender {
 
     fn frames_max(&self) -> usize {
         FRAMES_MAX
+    }
+
+    fn window_min(&self) -> u64 {
+        WINDOW_BYTES_MIN
     }
 
     fn places(&self) -> bool {

@@ -156,7 +156,8 @@ impl Lane {
         ends: Sender<LaneEnd>,
     ) -> io::Result<Self> {
         let SourceEnd { frames, receipts, breaker } = carrier;
-        let shared = Arc::new(Shared::new(source, stream, breaker));
+        let window = Window::new(frames.window_min());
+        let shared = Arc::new(Shared::new(source, stream, breaker, window));
         let sending = shared.clone();
         let sender = std::thread::Builder::new().name(format!("send-{stream}")).spawn(move || {
             if let Err(error) = LaneSender::new(&sending, frames).run(&work) {
@@ -189,11 +190,16 @@ impl Lane {
 }
 
 impl Shared {
-    pub(super) fn new(source: Arc<PageSource>, stream: u16, breaker: Arc<dyn Breaker>) -> Self {
+    pub(super) fn new(
+        source: Arc<PageSource>,
+        stream: u16,
+        breaker: Arc<dyn Breaker>,
+        window: Window,
+    ) -> Self {
         let flight = Flight {
             frames: VecDeque::with_capacity(512),
             bytes: 0,
-            window: Window::new(),
+            window,
             waiting_since: source.now(),
             ended: false,
             total: 0,

@@ -28,6 +28,7 @@ pub use feeder::Feeder;
 pub use lane::{Lane, LaneEnd, LaneError, Unreceipted};
 use owners::Owners;
 use pace::Pace;
+pub(crate) use window::BYTES_MIN as WINDOW_BYTES_MIN;
 
 use crate::clock;
 #[cfg(test)]

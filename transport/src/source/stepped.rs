@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::lane::{LaneSender, Shared};
 use super::receipts::Receipts;
+use super::window::Window;
 use super::{Batch, LaneEnd, LaneError, PageSource};
 use crate::carrier::SourceEnd;
 
@@ -27,7 +28,9 @@ impl<'a> SteppedLane<'a> {
         stream: u16,
     ) -> SteppedLane<'a> {
         let SourceEnd { frames, receipts, breaker } = carrier;
-        let shared = slot.0.get_or_init(|| Shared::new(source.clone(), stream, breaker));
+        let shared = slot
+            .0
+            .get_or_init(|| Shared::new(source.clone(), stream, breaker, Window::new(frames.window_min())));
         assert!(Arc::ptr_eq(&shared.source, source) && shared.stream == stream, "a slot serves one lane");
         SteppedLane {
             shared,

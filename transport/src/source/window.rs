@@ -5,7 +5,7 @@ use std::time::Duration;
 /// Data under way is bounded to what the stream delivers in this time.
 const BUFFERED: Duration = Duration::from_millis(50);
 /// Never less than this: two whole chunks, so that one can be built while the other travels.
-const BYTES_MIN: u64 = 768 << 10;
+pub(crate) const BYTES_MIN: u64 = 768 << 10;
 /// Never more than this.
 const BYTES_MAX: u64 = 64 << 20;
 /// Delivery rate is measured over intervals of at least this.
@@ -17,14 +17,16 @@ pub(crate) struct Window {
     rate: Option<f64>,
     since: Duration,
     acked: u64,
+    least: u64,
     limit: u64,
     round_trip: Duration,
 }
 
 impl Window {
-    pub(crate) fn new() -> Self {
+    /// A window that is never less than `least` bytes.
+    pub(crate) fn new(least: u64) -> Self {
         // Until something is measured: what a 1 Gbit/s link carries in 50 ms is about this.
-        Self { rate: None, since: Duration::ZERO, acked: 0, limit: 4 << 20, round_trip: Duration::MAX }
+        Self { rate: None, since: Duration::ZERO, acked: 0, least, limit: 4 << 20, round_trip: Duration::MAX }
     }
 
     /// Bytes that may be under way.
@@ -45,7 +47,7 @@ impl Window {
                 self.rate.map_or(sample, |old| if sample > old { sample } else { (old + sample) / 2.0 });
             self.rate = Some(rate);
             let time = BUFFERED.max(self.round_trip.saturating_mul(2).min(Duration::from_secs(2)));
-            self.limit = ((rate * time.as_secs_f64()) as u64).clamp(BYTES_MIN, BYTES_MAX);
+            self.limit = ((rate * time.as_secs_f64()) as u64).clamp(self.least, BYTES_MAX);
             self.restart(now);
         } else if idle {
             self.restart(now);
@@ -64,7 +66,7 @@ mod tests {
     use super::*;
 
     fn steady(bytes_per_ms: u64) -> Window {
-        let mut window = Window::new();
+        let mut window = Window::new(BYTES_MIN);
         for ms in 1..1000 {
             window.on_receipt(Duration::from_millis(ms), bytes_per_ms, Duration::from_millis(1), false);
         }
@@ -81,7 +83,7 @@ mod tests {
 
     #[test]
     fn a_long_path_gets_two_round_trips() {
-        let mut window = Window::new();
+        let mut window = Window::new(BYTES_MIN);
         for ms in 1..1000 {
             window.on_receipt(Duration::from_millis(ms), 125_000, Duration::from_millis(100), false);
         }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use pageferry::measure::ferry::Ferry;
@@ -59,6 +59,9 @@ fn contenders() -> Vec<Contender> {
 /// Measures and prints the table as JSON; progress goes to standard error.
 pub(in super::super) fn run(args: &InsideArgs) -> Result<ExitCode, LabError> {
     let mut bench = Bench { what: &args.what, port: FIRST_PORT, folder: folder() };
+    if args.what.huge_pages {
+        remount_for_huge_pages()?;
+    }
     fs::create_dir_all(&bench.folder).map_err(LabError::file("make the folder", &bench.folder))?;
     let mut rows = Vec::new();
     if args.what.wants("ib_write_bw") {
@@ -69,6 +72,7 @@ pub(in super::super) fn run(args: &InsideArgs) -> Result<ExitCode, LabError> {
     }
     let table = Table {
         image_bytes: args.what.mem,
+        huge_pages: args.what.huge_pages,
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
         qemu: qemu::version(),
@@ -76,6 +80,17 @@ pub(in super::super) fn run(args: &InsideArgs) -> Result<ExitCode, LabError> {
     };
     println!("{}", serde_json::to_string(&table).unwrap_or_default());
     Ok(ExitCode::SUCCESS)
+}
+
+/// Has the tmpfs that all files lie in grant huge pages to whoever asks for them.
+fn remount_for_huge_pages() -> Result<(), LabError> {
+    let done = Command::new("mount").args(["-o", "remount,huge=advise", "/dev/shm"]).status();
+    match done {
+        Ok(status) if status.success() => Ok(()),
+        _ => Err(LabError::Inside(
+            "/dev/shm cannot be remounted with huge=advise: is the kernel built without huge pages?".into(),
+        )),
+    }
 }
 
 impl WhatArgs {

@@ -64,6 +64,9 @@ struct WhatArgs {
     /// Images
     #[arg(long, value_delimiter = ',', default_value = "random,sparse,zero", value_name = "KIND")]
     images: Vec<Kind>,
+    /// Let memory files use huge pages (tmpfs with huge=advise) instead of 4 KiB pages
+    #[arg(long)]
+    huge_pages: bool,
     /// Only rows whose name contains this
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
@@ -135,7 +138,8 @@ fn command(args: &BenchArgs) -> Result<Vec<OsString>, LabError> {
     let words = words.chain([what.mem.to_string(), "--runs".into(), what.runs.to_string()]);
     let words = words.chain(["--images".into(), images.join(",")]);
     let only = what.only.iter().flat_map(|only| ["--only".to_owned(), only.clone()]);
-    command.extend(words.chain(only).map(OsString::from));
+    let huge = what.huge_pages.then(|| "--huge-pages".to_owned());
+    command.extend(words.chain(only).chain(huge).map(OsString::from));
     Ok(command)
 }
 

@@ -74,6 +74,8 @@ impl Row {
 pub(super) struct Table {
     /// Bytes of an image.
     pub image_bytes: u64,
+    /// What memory files are made of: huge pages where a program asks for them, or 4 KiB pages.
+    pub huge_pages: bool,
     /// CPUs of the guest.
     pub cpus: usize,
     /// The guest's kernel.
@@ -90,8 +92,9 @@ pub(super) fn text(table: &Table) -> String {
     let limit = limit.and_then(|row| row.median_mb_s).filter(|rate| *rate > 0.0);
     let width = table.rows.iter().map(|row| row.what.len()).max().unwrap_or(0).max(4);
     let mut text = format!(
-        "{} MiB images, {} CPUs, Linux {}, {}; emulated, so only the ratios mean something\n\n",
+        "{} MiB images in {}, {} CPUs, Linux {}, {}; emulated, so only the ratios mean something\n\n",
         table.image_bytes >> 20,
+        if table.huge_pages { "huge pages" } else { "4 KiB pages" },
         table.cpus,
         table.kernel,
         table.qemu
@@ -139,8 +142,14 @@ mod tests {
         half.add(Ok(Rates { total: 31.0, moving: 40.0 }));
         half.add(Err("timed out".into()));
         let rows = vec![limit, ferry, half];
-        let table =
-            Table { image_bytes: 128 << 20, cpus: 2, kernel: "6.1".into(), qemu: "QEMU 10".into(), rows };
+        let table = Table {
+            image_bytes: 128 << 20,
+            huge_pages: false,
+            cpus: 2,
+            kernel: "6.1".into(),
+            qemu: "QEMU 10".into(),
+            rows,
+        };
         let expected = "128 MiB images, 2 CPUs, Linux 6.1, QEMU 10; emulated, so only the ratios mean something\n\n\
             what            image   median MB/s    least to most  after setup  of limit\n\
             ib_write_bw     -              62.0     60.0 to 64.0         62.0      1.00\n\
