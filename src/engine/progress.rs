@@ -3,10 +3,31 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
 use transport::uri::Uri;
 
-use super::report::Report;
+use super::report::{Pages, Report};
 use super::tuning::Tuning;
+
+/// Rounds that are remembered: those of a migration that lasts longer have nothing new to tell.
+const ROUNDS_KEPT: usize = 4096;
+
+/// How a migration stood when one of its passes over a dirty set had ended. Bytes and pages are those of all passes so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// From the request, in milliseconds.
+    pub ended_ms: f64,
+    /// Pages that were written since the last dirty sync.
+    pub dirtied_pages: u64,
+    /// Bytes of pages that waited or were under way.
+    pub remaining_bytes: u64,
+    /// Page bytes delivered.
+    pub logical_bytes: u64,
+    /// Bytes on the wire for them.
+    pub wire_bytes: u64,
+    /// Pages by what became of them.
+    pub pages: Pages,
+}
 
 /// Shared by the thread that migrates and those that watch or command it.
 #[derive(Clone, Debug, Default)]
@@ -20,6 +41,7 @@ struct Shared {
     tuning: Mutex<Tuning>,
     /// How often `tuning` was changed.
     tuned: AtomicU64,
+    rounds: Mutex<Vec<Round>>,
     cancel: AtomicBool,
     switch_over: AtomicBool,
     postcopy: AtomicBool,
@@ -40,6 +62,27 @@ impl Progress {
     /// The report so far.
     pub fn report(&self) -> Report {
         self.lock().clone().rounded()
+    }
+
+    /// The rounds so far, at a source; the last one is that of the switchover.
+    pub fn rounds(&self) -> Vec<Round> {
+        self.shared.rounds.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// A round has ended, by whose sync so many pages were found dirty. The report is up to date.
+    pub(crate) fn end_round(&self, dirtied_pages: u64) {
+        let report = self.report();
+        let mut rounds = self.shared.rounds.lock().unwrap_or_else(|e| e.into_inner());
+        if rounds.len() < ROUNDS_KEPT {
+            rounds.push(Round {
+                ended_ms: report.total_ms,
+                dirtied_pages,
+                remaining_bytes: report.remaining_bytes,
+                logical_bytes: report.logical_bytes,
+                wire_bytes: report.wire_bytes,
+                pages: report.pages,
+            });
+        }
     }
 
     /// Asks the migration to stop; it does so unless GO was said.

@@ -389,12 +389,12 @@ impl Attempt<'_> {
             let (watch, source) = self.parts();
             // Nobody is slowed down by haste any more but the guest that waits.
             source.limit_bandwidth(None);
-            source.dirty_sync()?;
+            let mut dirtied = source.dirty_sync()?;
             if progress.tuning().pause_before_switchover {
                 feeder.settle(|| watch.check())?;
                 wait_to_go_on(watch, progress)?;
                 // Whoever let it wait may have written to its memory meanwhile.
-                source.dirty_sync()?;
+                dirtied += source.dirty_sync()?;
             }
             // The pages are on their way while the state is saved.
             feeder.pass(|| watch.check())?;
@@ -403,6 +403,7 @@ impl Attempt<'_> {
             digest = state_digest(&state);
             watch.send(Message::State(state));
             feeder.settle(|| watch.check())?;
+            watch.end_round(dirtied);
             self.progress.update(|r| r.rounds = rounds + 1);
         }
         Ok(digest)

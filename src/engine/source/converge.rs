@@ -84,6 +84,7 @@ impl<'a> Course<'a> {
         let under_way = self.source.counters().logical_under_way.load(Ordering::Relaxed);
         feeder.drain_to((under_way / 4).max(CHUNK_SIZE as u64), || self.check(watch))?;
         let dirtied = self.source.dirty_sync().map_err(Cause::from)?;
+        watch.end_round(dirtied);
         let counters = self.source.counters();
         let sample = Sample {
             remaining_logical_bytes: self.source.remaining_bytes(),
@@ -151,9 +152,9 @@ impl Attempt<'_> {
                 course.round(watch, feeder)
             } else {
                 // Memory that nobody writes: all of it is sent in the one pass.
-                feeder.settle(|| course.check(watch)).map(|()| Decision::SwitchOver {
-                    predicted_downtime_us: 0,
-                    reason: SwitchReason::WithinLimit,
+                feeder.settle(|| course.check(watch)).map(|()| {
+                    watch.end_round(0);
+                    Decision::SwitchOver { predicted_downtime_us: 0, reason: SwitchReason::WithinLimit }
                 })
             };
             let decision = match decided {

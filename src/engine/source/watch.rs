@@ -283,6 +283,12 @@ impl Watch {
         });
     }
 
+    /// A round has ended, by whose sync so many pages were found dirty.
+    pub(super) fn end_round(&mut self, dirtied_pages: u64) {
+        self.report();
+        self.progress.end_round(dirtied_pages);
+    }
+
     /// The next event of the session, or nothing for a tick, while pages do not move.
     fn next_event(&mut self) -> Result<SourceEvent, Cause> {
         if self.progress.is_cancelled() {
