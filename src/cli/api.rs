@@ -34,7 +34,9 @@ pub(super) enum Request {
         #[serde(default)]
         force: bool,
     },
-    /// Cancels the migration.
+    /// Records which pages the guest writes; `Status` tells how it goes on.
+    RecordTrace(RecordRequest),
+    /// Cancels the migration, or ends the recording.
     Cancel,
     /// Changes limits of the migration that runs.
     Set(TuningArgs),
@@ -48,6 +50,41 @@ pub(super) enum Request {
     Recover { uri: String },
     /// Ends the process.
     Quit,
+}
+
+/// Arguments of a recording.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct RecordRequest {
+    /// The trace's file; an absolute path, since the VM has a folder of its own.
+    pub file: PathBuf,
+    pub seconds: u64,
+    pub interval_ms: u64,
+}
+
+/// How a recording stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum TraceState {
+    /// It goes on.
+    #[default]
+    Recording,
+    /// The trace is in its file.
+    Done,
+    /// It is not.
+    Failed,
+}
+
+/// The last recording.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct TraceStatus {
+    pub state: TraceState,
+    pub file: PathBuf,
+    /// Dirty syncs.
+    pub intervals: u32,
+    /// Pages that they found; one that was written in two intervals counts twice.
+    pub pages: u64,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
 }
 
 /// Arguments of a migration, as strings where the command line has strings.
@@ -118,6 +155,9 @@ pub(super) struct VmStatus {
     /// Where a destination listens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub listening: Option<String>,
+    /// The last recording of a trace.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub trace: Option<TraceStatus>,
     /// The last migration, out or in.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub migration: Option<Report>,

@@ -1,6 +1,6 @@
 //! `pageferry ctl`: commands a running `pageferry vm`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
@@ -8,7 +8,7 @@ use pageferry::engine::explain;
 use pageferry::engine::report::{Report, Status};
 use pageferry::transport::uri::Uri;
 
-use super::api::{self, ApiAddress, ApiError, MigrateRequest, Request, VmStatus};
+use super::api::{self, ApiAddress, ApiError, MigrateRequest, RecordRequest, Request, TraceState, VmStatus};
 use super::tuning::TuningArgs;
 use super::{CliError, Exit, TransferArgs, output};
 
@@ -53,6 +53,11 @@ enum CtlCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Records which pages the guest writes, for `bench --trace`, and waits until that is done
+    #[command(
+        after_help = "Example:\n  pageferry ctl unix:/run/a.sock record-trace guest.trace --seconds 30 --interval 100"
+    )]
+    RecordTrace(RecordArgs),
     /// Cancels the migration; the guest runs on where it is
     #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock cancel")]
     Cancel,
@@ -98,6 +103,18 @@ struct MigrateArgs {
     detach: bool,
 }
 
+#[derive(Debug, Args)]
+struct RecordArgs {
+    /// The trace's file, made new
+    file: PathBuf,
+    /// How long to record
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    seconds: u64,
+    /// How often to look which pages were written, in milliseconds
+    #[arg(long, default_value_t = 100, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    interval: u64,
+}
+
 impl MigrateArgs {
     fn request(&self) -> MigrateRequest {
         MigrateRequest {
@@ -126,6 +143,7 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), CliError> {
             output::print(&report, args.json);
             return verdict(&report);
         }
+        CtlCommand::RecordTrace(record) => return record_trace(path, record, args.json),
         CtlCommand::Pause => Request::Pause,
         CtlCommand::Resume { force } => Request::Resume { force: *force },
         CtlCommand::Cancel => Request::Cancel,
@@ -143,6 +161,30 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), CliError> {
 fn done(json: bool) -> Result<(), CliError> {
     if json {
         println!("{{\"status\":\"ok\"}}");
+    }
+    Ok(())
+}
+
+/// Has a trace recorded, and waits for it.
+fn record_trace(path: &Path, args: &RecordArgs, json: bool) -> Result<(), CliError> {
+    let file = std::path::absolute(&args.file).map_err(|e| CliError::cannot_start(&e))?;
+    let request = RecordRequest { file, seconds: args.seconds, interval_ms: args.interval };
+    api::ask(path, &Request::RecordTrace(request)).map_err(|e| refused(&e))?;
+    let trace = loop {
+        std::thread::sleep(POLL);
+        match api::status(path).map_err(|e| refused(&e))?.trace {
+            Some(trace) if trace.state == TraceState::Recording => {}
+            Some(trace) => break trace,
+            None => return Err(CliError { exit: Exit::Failed, text: "the VM knows of no recording".into() }),
+        }
+    };
+    if let Some(error) = trace.error {
+        return Err(CliError { exit: Exit::Failed, text: error });
+    }
+    if json {
+        println!("{}", serde_json::to_string(&trace).unwrap_or_default());
+    } else {
+        println!("{}: {} intervals, {} written pages", trace.file.display(), trace.intervals, trace.pages);
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! The control socket of a `vm` process, and what its requests do.
 
+mod recording;
+
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
@@ -19,6 +21,7 @@ use tokio::runtime::Runtime;
 use super::super::api::{Answer, LINE_MAX, MigrateRequest, Request, RunState, VmStatus};
 use super::super::{CliError, Exit};
 use super::machine::Machine;
+use recording::Recording;
 
 /// A client that says nothing for this long is left.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -45,6 +48,7 @@ struct State {
     listening: Option<String>,
     /// Why a guest that ran here is lost.
     lost: Option<String>,
+    recording: Recording,
     /// Set when the process is to end.
     end: Option<Result<(), String>>,
 }
@@ -83,7 +87,9 @@ impl State {
 impl Server {
     pub(super) fn new(machine: Machine, incoming: bool) -> Self {
         let run = if incoming { RunState::Incoming } else { RunState::Paused };
-        let state = State { run, migrating: false, progress: None, listening: None, lost: None, end: None };
+        let recording = Recording::default();
+        let (migrating, progress, listening, lost, end) = (false, None, None, None, None);
+        let state = State { run, migrating, progress, listening, lost, recording, end };
         let shared = Shared { machine: Arc::new(machine), state: Mutex::new(state), changed: Condvar::new() };
         Self { shared: Arc::new(shared) }
     }
@@ -170,6 +176,7 @@ impl Server {
             Request::Migrate(request) => self.migrate(&request).map(|()| Value::Null),
             Request::Pause => self.pause().map(|()| Value::Null),
             Request::Resume { force } => self.resume(force).map(|()| Value::Null),
+            Request::RecordTrace(request) => self.record(&request).map(|()| Value::Null),
             Request::Cancel => self.cancel().map(|()| Value::Null),
             Request::Set(tuning) => self.command(|progress| {
                 progress.tune(|now| tuning.apply(now));
@@ -219,6 +226,7 @@ impl Server {
             accelerator: machine.accelerator().into(),
             tracker: machine.log.name().into(),
             listening: state.listening.clone(),
+            trace: state.recording.status(),
             migration: state.progress.as_ref().map(Progress::report),
         }
     }
@@ -310,6 +318,10 @@ impl Server {
                 progress.cancel();
                 Ok(())
             }
+            _ if state.recording.runs() => {
+                state.recording.stop();
+                Ok(())
+            }
             _ => Err("no migration is under way".into()),
         }
     }
@@ -349,6 +361,7 @@ impl Server {
                 "pages of the guest are still on their way here: migrate it once they have come".into()
             );
         }
+        Self::check_not_recording(&state.recording)?;
         let paused = match state.run {
             RunState::Running => false,
             RunState::Paused => true,
