@@ -15,6 +15,7 @@ mod send;
 mod size;
 mod stats;
 mod stop;
+mod trace;
 mod tuning;
 mod vm;
 
@@ -45,7 +46,7 @@ enum Command {
     Send(send::SendArgs),
     Recv(recv::RecvArgs),
     Lab(lab::LabArgs),
-    Bench(bench::BenchArgs),
+    Bench(Box<bench::BenchArgs>),
 }
 
 /// How a command ends when it does not succeed.

@@ -4,7 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use pageferry::pagecopy::backend::GuestRam;
+use pageferry::pagecopy::backend::{BackendError, GuestRam};
+use pageferry::pagecopy::bitmap::runs;
 use pageferry::pagecopy::layout::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
@@ -139,8 +140,27 @@ impl Mix {
     }
 }
 
+/// Copies what is no hole from one memory to another of the same size, untouched so far, with all cores.
+pub(super) fn copy(from: &dyn GuestRam, to: &dyn GuestRam) -> Result<(), BackendError> {
+    let chunks = from.layout().chunks();
+    let mut populated = vec![0; chunks as usize];
+    from.populated(0, &mut populated)?;
+    in_parallel(chunks.into(), |chunk, buffer: &mut Vec<u8>| {
+        let (source, target) = (from.chunk(chunk as u32), to.chunk(chunk as u32));
+        for (first, count) in runs(populated[chunk as usize]) {
+            let (at, len) = (first as usize * PAGE_SIZE, count as usize * PAGE_SIZE);
+            let (source, target) = (source.subslice(at, len), target.subslice(at, len));
+            let (source, target) = (source.expect("pages of a chunk"), target.expect("pages of a chunk"));
+            buffer.resize(len, 0);
+            source.copy_to(&mut buffer[..]);
+            target.copy_from(&buffer[..]);
+        }
+    });
+    Ok(())
+}
+
 /// Does `work` for 0 to `count` - 1, with all cores; each thread has a buffer of its own.
-fn in_parallel(count: u64, work: impl Fn(u64, &mut Vec<u8>) + Sync) {
+pub(super) fn in_parallel(count: u64, work: impl Fn(u64, &mut Vec<u8>) + Sync) {
     let next = AtomicU64::new(0);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
@@ -243,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_filled_alike() {
+    fn memory_is_filled_and_copied() {
         let mix: Mix = "hole=25,zero=25,dup=25,random=25".parse().unwrap();
         // Ends within a block, and within a chunk.
         let len = 8 * BLOCK_BYTES as u64 + 3 * PAGE_SIZE as u64;
@@ -252,7 +272,7 @@ mod tests {
         };
         let (one, other) = (memory(), memory());
         mix.fill(&one);
-        mix.fill(&other);
+        copy(&one, &other).unwrap();
         let pages = |ram: &GuestMemory| {
             let mut words = vec![0; ram.layout().chunks() as usize];
             ram.populated(0, &mut words).unwrap();

@@ -3,25 +3,38 @@
 //! Source and destination are processes of their own, a new pair for each run, so that each side's CPU time and memory are
 //! its own and the destination's memory is fresh, as a migration finds it.
 
+mod dirtier;
+mod hosts;
+mod limit;
+mod live;
+mod live_args;
 mod mix;
+mod page;
 mod pair;
+mod pattern;
+mod plan;
+mod plots;
 mod result;
+mod series;
 mod side;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
-use pageferry::engine::{available_memory_bytes, explain};
-use pageferry::pagecopy::backend::GuestRam;
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, ValueEnum};
+use pageferry::engine::explain;
 use pageferry::pagecopy::choose::CodecMode;
-use pageferry::pagecopy::layout::{Layout, PAGE_SIZE};
-use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
+use pageferry::pagecopy::layout::PAGE_SIZE;
+use pageferry::transport::uri::Uri;
 
+use self::limit::Limits;
+use self::live_args::LiveArgs;
 use self::mix::Mix;
-use self::pair::{Listening, Running};
-use self::result::{Results, Row, Run};
-use self::side::{DestinationOrder, SourceOrder, Transfer};
+use self::pair::Running;
+use self::plan::{Image, Plan};
+use self::result::Results;
 use super::folder::Folder;
+use super::tuning::TuningArgs;
 use super::{CliError, Exit, backing, size, stop};
 
 /// Smallest RAM.
@@ -31,6 +44,15 @@ const RAM_MIN: u64 = 1 << 20;
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
 pub(super) struct BenchArgs {
+    /// Another host to measure with, where `bench --listen` runs: tcp:HOST:PORT, unix:PATH or rdma:HOST:PORT
+    #[arg(conflicts_with_all = ["transport", "memory", "limit"])]
+    uri: Option<Uri>,
+    /// Serve the runs of another host's bench, into this host's memory
+    #[arg(long, value_name = "URI", conflicts_with_all = ["uri", "ram", "mix", "image", "streams", "codecs", "runs", "limit", "report", "json"])]
+    listen: Option<Uri>,
+    /// With --listen: the port of the runs' destinations, instead of any that is free
+    #[arg(long, default_value_t = 0, value_name = "PORT", requires = "listen")]
+    data_port: u16,
     /// Guest RAM
     #[arg(long, default_value = "1G", value_parser = ram_size)]
     ram: u64,
@@ -58,6 +80,19 @@ pub(super) struct BenchArgs {
     /// What the destination's memory is made of: anon (2 MiB pages where the host has them), anon4k, memfd, hugetlb, file:PATH
     #[arg(long, default_value = "anon", value_parser = memory)]
     memory: String,
+    #[command(flatten)]
+    live: LiveArgs,
+    #[command(flatten)]
+    tuning: TuningArgs,
+    /// Compare what both sides hold in the end (reads all of it once more)
+    #[arg(long)]
+    digest: bool,
+    /// Measure the machine, too: copies, sockets, zero scans and page faults, and show what share of that is reached
+    #[arg(long)]
+    limit: bool,
+    /// Write the result as a page with plots to this file: one that needs nothing else
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
     /// Give a silent peer or stream up after this many seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     link_timeout: u64,
@@ -71,7 +106,10 @@ pub(super) struct BenchArgs {
 
 const HELP: &str = "Examples:\n  pageferry bench --ram 4G --mix random --streams 1,2,4 --runs 5\n  \
 pageferry bench --ram 1G --mix hole=40,text=60 --codecs raw,auto,zstd:1 --json\n  \
-pageferry bench --image /dev/shm/ram.img --memory memfd\n\n\
+pageferry bench --image /dev/shm/ram.img --memory memfd\n  \
+pageferry bench --ram 2G --dirty-rate 400 --pattern hot:5 --digest\n  \
+pageferry bench --ram 4G --mix random --limit --report bench.html\n  \
+node7$ pageferry bench --listen tcp:0:4444\n  node1$ pageferry bench tcp:node7:4444 --ram 4G --streams 1,2,4,8\n\n\
 Source and destination are two processes on this host, new ones for each run. Configurations take turns; the first run of \
 each only warms the machine up. There is no chunk size to sweep: a chunk is 64 pages by protocol, one word of KVM's dirty bitmap.\n\n\
 Exit codes: 0 measured; 1 a configuration has no run that succeeded; 2 wrong arguments; 3 could not start; 130 cancelled.";
@@ -106,17 +144,46 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
     if cfg!(debug_assertions) {
         eprintln!("pageferry: this is a debug build, which is slower than a release build");
     }
+    let waits = args.tuning.pause_before_switchover == Some(true);
+    let waits = waits
+        .then(|| "nobody could `continue` a bench's migration: leave out --pause-before-switchover".into());
+    if let Err(text) = args.live.check().and_then(|()| waits.map_or(Ok(()), Err)) {
+        super::Cli::command().error(ErrorKind::ArgumentConflict, text).exit();
+    }
+    let cannot = |text| CliError { exit: Exit::CannotStart, text };
     let running = Running::default();
     let cancelled = running.clone();
     stop::on_signals(move || cancelled.cancel());
-    let image = Image::new(args).map_err(|text| CliError { exit: Exit::CannotStart, text })?;
+    if let Some(path) = &args.report {
+        // Before minutes are spent for a page that cannot be written.
+        let file = std::fs::File::options().append(true).create(true).open(path);
+        file.map_err(|e| cannot(format!("--report: cannot write to {}: {e}", path.display())))?;
+    }
+    if let Some(uri) = &args.listen {
+        return hosts::listen(uri, &args.memory, args.data_port, &running);
+    }
+    let dirtying = args.live.dirtying().map_err(cannot)?;
+    let image = Image::new(args, dirtying.is_some()).map_err(cannot)?;
     let folder = Folder::new("bench").map_err(|e| CliError::cannot_start(&e))?;
-    let rows = measure(args, &image, &folder, &running)?;
+    let limits = limits(args, &folder)?;
+    let plan = Plan {
+        args,
+        image: &image,
+        dirtying: dirtying.as_ref(),
+        destination: args.uri(&folder),
+        running: &running,
+    };
+    let mut rows = plan.measure()?;
+    for row in &mut rows {
+        row.of_limit = limits.zip(row.median.as_ref()).map(|(limits, run)| limits.of(run, &args.memory));
+    }
     let results = Results {
         ram_bytes: image.bytes,
         content: args.image.as_ref().map_or_else(|| args.mix.to_string(), |path| path.display().to_string()),
-        transport: args.transport.to_possible_value().map_or_else(String::new, |v| v.get_name().into()),
-        memory: args.memory.clone(),
+        transport: args.transport_name(),
+        memory: rows.iter().find_map(|row| row.memory.clone()).unwrap_or_else(|| args.memory.clone()),
+        dirtying,
+        limits,
         cpus: std::thread::available_parallelism().map_or(1, usize::from),
         rows,
     };
@@ -124,6 +191,9 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
         println!("{}", serde_json::to_string(&results).unwrap_or_default());
     } else {
         print!("{}", result::text(&results));
+    }
+    if let Some(path) = &args.report {
+        write_page(path, &results)?;
     }
     match results.rows.iter().find(|row| row.runs.is_empty()) {
         Some(row) => {
@@ -135,81 +205,39 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
     }
 }
 
-/// Runs all configurations in turns.
-fn measure(
-    args: &BenchArgs,
-    image: &Image,
-    folder: &Folder,
-    running: &Running,
-) -> Result<Vec<Row>, CliError> {
-    let codecs = args.codecs.iter().flat_map(|codec| args.streams.iter().map(move |n| (*n, *codec)));
-    let mut rows: Vec<Row> = codecs.map(|(n, codec)| Row::new(n, codec.to_string())).collect();
-    for turn in u32::from(args.no_warm_up)..=args.runs {
-        for row in rows.iter_mut().filter(|row| row.failed.is_none()) {
-            let result = one(args, image, folder, row, running);
-            if running.is_cancelled() {
-                return Err(CliError { exit: Exit::Cancelled, text: "cancelled".into() });
-            }
-            if turn != 0 || result.is_err() {
-                row.add(result);
-            }
+impl BenchArgs {
+    /// What carries the streams: the other host's address, or the kind of socket.
+    fn transport_name(&self) -> String {
+        match &self.uri {
+            Some(uri) => uri.to_string(),
+            None => self.transport.to_possible_value().map_or_else(String::new, |v| v.get_name().into()),
         }
     }
-    Ok(rows)
+
+    /// Where a destination on this host listens.
+    fn uri(&self, folder: &Folder) -> String {
+        match self.transport {
+            Transport::Tcp => "tcp:127.0.0.1:0".to_owned(),
+            Transport::Unix => format!("unix:{}", folder.path.join("socket").display()),
+        }
+    }
 }
 
-/// One run of a configuration.
-fn one(
-    args: &BenchArgs,
-    image: &Image,
-    folder: &Folder,
-    row: &Row,
-    running: &Running,
-) -> Result<Run, String> {
-    let uri = match args.transport {
-        Transport::Tcp => "tcp:127.0.0.1:0".to_owned(),
-        Transport::Unix => format!("unix:{}", folder.path.join("socket").display()),
+fn write_page(path: &Path, results: &Results) -> Result<(), CliError> {
+    let failed = |why: String| {
+        let text = format!("--report: cannot write to {}: {why}", path.display());
+        CliError { exit: Exit::CannotStart, text }
     };
-    let order = DestinationOrder { uri, memory: args.memory.clone(), timeout_s: args.link_timeout };
-    let mut listening = Listening::start(order, running)?;
-    let transfer = Transfer { streams: row.streams, codec: row.codec.clone(), timeout_s: args.link_timeout };
-    let order = SourceOrder { uri: listening.uri.clone(), image: image.path.clone(), transfer };
-    let source = pair::send(order, running)?;
-    let destination = listening.outcome()?;
-    Ok(Run::new(&source, &destination))
+    let html = page::html(results).map_err(|e| failed(e.to_string()))?;
+    std::fs::write(path, html).map_err(|e| failed(e.to_string()))
 }
 
-/// The content of guest RAM, as a file that sources map.
-struct Image {
-    path: PathBuf,
-    bytes: u64,
-    /// What was made here; gone with it.
-    _made: Option<GuestMemory>,
-}
-
-impl Image {
-    fn new(args: &BenchArgs) -> Result<Self, String> {
-        if let Some(path) = &args.image {
-            let ram = GuestMemory::open_ram_file(path, false).map_err(|e| explain(&e))?;
-            let path = std::path::absolute(path).map_err(|e| format!("{}: {e}", path.display()))?;
-            return Ok(Self { path, bytes: ram.layout().bytes(), _made: None });
-        }
-        // Of what is no hole there is one copy at the source and one at the destination.
-        let (needed, free) = (args.ram as f64 * args.mix.present() * 2.0, available_memory_bytes());
-        if needed > free as f64 {
-            return Err(format!(
-                "--ram {}: this composition takes {} MiB on both sides together, and {} MiB are free; take less, or more holes",
-                args.ram,
-                needed as u64 >> 20,
-                free >> 20
-            ));
-        }
-        let layout = Layout::flat(args.ram).map_err(|e| format!("--ram: {e}"))?;
-        let ram = GuestMemory::create(layout, &Backing::Memfd).map_err(|e| explain(&e))?;
-        args.mix.fill(&ram);
-        let (fd, _) = ram.fd_of(0).ok_or("a memfd has no descriptor")?;
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&fd);
-        let path = format!("/proc/{}/fd/{fd}", std::process::id()).into();
-        Ok(Self { path, bytes: args.ram, _made: Some(ram) })
+/// What the machine can do, where that is asked for.
+fn limits(args: &BenchArgs, folder: &Folder) -> Result<Option<Limits>, CliError> {
+    if !args.limit {
+        return Ok(None);
     }
+    let failed = |text: String| CliError { exit: Exit::CannotStart, text };
+    let uri = args.uri(folder).parse().map_err(|e| failed(explain(&e)))?;
+    Limits::measure(&uri).map(Some).map_err(failed)
 }

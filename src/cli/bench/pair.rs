@@ -4,10 +4,13 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::side::{DestinationOrder, Order, Outcome, SourceOrder, Word};
+use pageferry::transport::uri::Uri;
+
+use super::hosts::There;
+use super::side::{DestinationOrder, Order, Outcome, Place, SourceOrder, Word};
 
 /// Longest line that a side may say, in bytes.
-const LINE_MAX: u64 = 64 << 20;
+pub(super) const LINE_MAX: u64 = 64 << 20;
 
 /// The sides that run, to be ended when somebody asks for it.
 #[derive(Clone, Default)]
@@ -28,6 +31,11 @@ impl Running {
         let mut state = self.state();
         state.cancelled = true;
         state.inputs.clear();
+    }
+
+    /// Ends the sides that run, and no others.
+    pub(super) fn end_all(&self) {
+        self.state().inputs.clear();
     }
 
     /// Whether somebody asked for the end.
@@ -113,19 +121,19 @@ impl Drop for Side {
     }
 }
 
-/// A destination that listens, and where.
-pub(super) struct Listening {
+/// A destination on this host.
+pub(super) struct Here {
     side: Side,
-    /// Its address.
-    pub uri: String,
+    /// Where it listens.
+    pub place: Place,
 }
 
-impl Listening {
+impl Here {
     /// Starts a destination and waits until it listens.
     pub(super) fn start(order: DestinationOrder, running: &Running) -> Result<Self, String> {
         let mut side = Side::start(&Order::Destination(order), running)?;
         match side.word()? {
-            Word::Listening(uri) => Ok(Self { side, uri }),
+            Word::Listening(place) => Ok(Self { side, place }),
             word => Err(format!("the destination said {word:?} instead of where it listens")),
         }
     }
@@ -133,6 +141,44 @@ impl Listening {
     /// What its run came to.
     pub(super) fn outcome(&mut self) -> Result<Outcome, String> {
         self.side.outcome()
+    }
+}
+
+/// A destination that listens.
+pub(super) enum Listening {
+    /// On this host.
+    Here(Here),
+    /// On another one.
+    There(There),
+}
+
+impl Listening {
+    /// Starts a destination, on the host that listens at `host` if one is named.
+    pub(super) fn start(
+        host: Option<&Uri>,
+        order: DestinationOrder,
+        running: &Running,
+    ) -> Result<Self, String> {
+        match host {
+            Some(host) => There::start(host, &order).map(Self::There),
+            None => Here::start(order, running).map(Self::Here),
+        }
+    }
+
+    /// Where it listens.
+    pub(super) fn place(&self) -> &Place {
+        match self {
+            Self::Here(here) => &here.place,
+            Self::There(there) => &there.place,
+        }
+    }
+
+    /// What its run came to.
+    pub(super) fn outcome(&mut self) -> Result<Outcome, String> {
+        match self {
+            Self::Here(here) => here.outcome(),
+            Self::There(there) => there.outcome(),
+        }
     }
 }
 

@@ -3,6 +3,9 @@
 use pageferry::engine::report::Pages;
 use serde::{Deserialize, Serialize};
 
+use super::limit::{Limits, OfLimit};
+use super::live::{Dirtying, Writing};
+use super::series::Series;
 use super::side::Outcome;
 use crate::cli::stats::median;
 
@@ -17,6 +20,10 @@ pub(super) struct Results {
     pub transport: String,
     /// What the destination's memory is made of.
     pub memory: String,
+    /// How it was written while it moved.
+    pub dirtying: Option<Dirtying>,
+    /// What this machine can do.
+    pub limits: Option<Limits>,
     /// CPUs of this host.
     pub cpus: usize,
     /// One for each configuration.
@@ -30,8 +37,16 @@ pub(super) struct Row {
     pub codec: String,
     /// Runs that count, in the order they ran in.
     pub runs: Vec<Run>,
+    /// What the destination said that its memory is made of.
+    #[serde(skip)]
+    pub memory: Option<String>,
+    /// How these runs went over time, where that was asked for.
+    #[serde(skip)]
+    pub series: Vec<Series>,
     /// The middle of each of their figures; codec mix and rounds are those of the run in the middle by total time.
     pub median: Option<Run>,
+    /// What share of the limits the median run reached.
+    pub of_limit: Option<OfLimit>,
     /// Why there are no more.
     pub failed: Option<String>,
 }
@@ -61,6 +76,10 @@ pub(super) struct Run {
     pub rounds: u64,
     /// Pages by what became of them.
     pub pages: Pages,
+    /// Page bytes that a second of the guest's time dirtied by the last syncs, in 10^6.
+    pub dirty_mb_s: f64,
+    /// What the writers did, where there were any.
+    pub writing: Option<Writing>,
     /// What it cost the source.
     pub source: Cost,
     /// What it cost the destination.
@@ -111,6 +130,8 @@ impl Run {
             wire_bytes: report.wire_bytes,
             rounds: report.rounds,
             pages: report.pages,
+            dirty_mb_s: report.dirty_pages_per_s * f64::from(report.page_size) / 1e6,
+            writing: source.writing,
             source: Cost::of(source, ram_bytes),
             destination: Cost::of(destination, ram_bytes),
         }
@@ -126,6 +147,7 @@ impl Run {
             &mut self.logical_gb_s,
             &mut self.wire_gb_s,
             &mut self.after_setup_gb_s,
+            &mut self.dirty_mb_s,
         ] {
             round(value);
         }
@@ -134,9 +156,7 @@ impl Run {
 
     /// The middle of each figure of these runs.
     fn middle(runs: &[Self]) -> Option<Self> {
-        let mut by_time: Vec<_> = runs.iter().collect();
-        by_time.sort_by(|a, b| a.total_ms.total_cmp(&b.total_ms));
-        let typical = *by_time.get((by_time.len().max(1) - 1) / 2)?;
+        let typical = &runs[typical(runs)?];
         let middle = |figure: &dyn Fn(&Self) -> f64| {
             let figures: Vec<f64> = runs.iter().map(figure).collect();
             median(&figures).unwrap_or_default()
@@ -158,6 +178,8 @@ impl Run {
             wire_bytes: middle(&|run| run.wire_bytes as f64) as u64,
             rounds: typical.rounds,
             pages: typical.pages,
+            dirty_mb_s: middle(&|run| run.dirty_mb_s),
+            writing: typical.writing,
             source: cost(&|run| run.source).rounded(),
             destination: cost(&|run| run.destination).rounded(),
         };
@@ -168,19 +190,41 @@ impl Run {
 impl Row {
     /// A configuration that has not run yet.
     pub(super) fn new(streams: u16, codec: String) -> Self {
-        Self { streams, codec, runs: vec![], median: None, failed: None }
+        Self {
+            streams,
+            codec,
+            runs: vec![],
+            memory: None,
+            series: vec![],
+            median: None,
+            of_limit: None,
+            failed: None,
+        }
     }
 
-    /// Takes in a run. After a failure there are no more.
-    pub(super) fn add(&mut self, run: Result<Run, String>) {
+    /// Takes in a run and how it went over time. After a failure there are no more.
+    pub(super) fn add(&mut self, run: Result<(Run, Series), String>) {
         match run {
-            Ok(run) => {
+            Ok((run, series)) => {
                 self.runs.push(run);
+                self.series.push(series);
                 self.median = Run::middle(&self.runs);
             }
             Err(reason) => self.failed = Some(reason),
         }
     }
+
+    /// How the run in the middle by total time went.
+    pub(super) fn typical(&self) -> Option<&Series> {
+        self.series.get(typical(&self.runs)?)
+    }
+}
+
+/// Which run is the one in the middle by total time.
+fn typical(runs: &[Run]) -> Option<usize> {
+    let mut by_time: Vec<_> = (0..runs.len()).collect();
+    by_time.sort_by(|&a, &b| runs[a].total_ms.total_cmp(&runs[b].total_ms));
+    by_time.get(runs.len().checked_sub(1)? / 2).copied()
 }
 
 /// To thousandths.
@@ -188,27 +232,58 @@ fn round(value: &mut f64) {
     *value = (*value * 1e3).round() / 1e3;
 }
 
+/// What was measured, in a line or two.
+pub(super) fn heading(results: &Results) -> Vec<String> {
+    let Results { ram_bytes, content, transport, memory, cpus, .. } = results;
+    let runs = results.rows.iter().map(|row| row.runs.len()).max().unwrap_or(0);
+    let mut lines = vec![format!(
+        "{} of RAM ({content}) over {transport} into {memory}, {cpus} CPUs; medians of {runs}; GB = 10^9 bytes, MiB = 2^20",
+        size_text(*ram_bytes)
+    )];
+    lines.extend(results.dirtying.as_ref().map(|dirtying| {
+        let Dirtying { bytes_per_s, pattern, trace, writers, write_bytes } = dirtying;
+        let what = match (bytes_per_s, trace) {
+            (Some(rate), _) => format!("dirty {} MB/s ({pattern})", *rate as f64 / 1e6),
+            (None, Some(trace)) => format!("replay {}", trace.display()),
+            (None, None) => "dirty nothing".into(),
+        };
+        format!("{writers} writers {what}, {write_bytes} bytes in each page")
+    }));
+    lines
+}
+
+/// The table with its heads.
+pub(super) fn cells(results: &Results) -> Vec<Vec<String>> {
+    let heads = HEAD.map(str::to_owned).to_vec();
+    std::iter::once(heads).chain(results.rows.iter().map(cells_of)).collect()
+}
+
+/// What the columns mean.
+pub(super) fn footing(results: &Results) -> Vec<String> {
+    let mut lines = vec![
+        "total, setup, down: ms. CPU-s/GiB: of guest RAM. peak: MiB beyond guest RAM. S: source, D: destination."
+            .into(),
+    ];
+    if results.limits.is_some() {
+        lines.push("of limit: of the least total time, and of the sockets' rate after setup.".into());
+    }
+    lines
+}
+
 /// The table as text.
 pub(super) fn text(results: &Results) -> String {
-    let Results { ram_bytes, content, transport, memory, cpus, rows } = results;
-    let runs = rows.iter().map(|row| row.runs.len()).max().unwrap_or(0);
-    let mut lines = vec![
-        format!(
-            "{} of RAM ({content}) over {transport} into {memory}, {cpus} CPUs; medians of {runs}; GB = 10^9 bytes, MiB = 2^20",
-            size_text(*ram_bytes)
-        ),
-        String::new(),
-    ];
-    let mut cells = vec![HEAD.map(str::to_owned).to_vec()];
-    cells.extend(rows.iter().map(cells_of));
-    lines.extend(align(&cells));
-    lines.push(String::new());
-    lines.push("total, setup, down: ms. CPU-s/GiB: of guest RAM. peak: MiB beyond guest RAM. S: source, D: destination.".into());
+    let blank = || std::iter::once(String::new());
+    let table = align(&cells(results));
+    let mut lines: Vec<_> = heading(results).into_iter().chain(blank()).chain(table).chain(blank()).collect();
+    lines.extend(footing(results));
+    if let Some(limits) = &results.limits {
+        lines.extend(blank().chain(limits.text(&results.transport).lines().map(str::to_owned)));
+    }
     lines.join("\n") + "\n"
 }
 
 /// Heads of the columns.
-const HEAD: [&str; 14] = [
+const HEAD: [&str; 16] = [
     "streams",
     "codec",
     "total",
@@ -222,6 +297,8 @@ const HEAD: [&str; 14] = [
     "peak S",
     "D",
     "rounds",
+    "dirty MB/s",
+    "of limit",
     "pages sent as",
 ];
 
@@ -243,6 +320,14 @@ fn cells_of(row: &Row) -> Vec<String> {
             mib(run.source.peak_beyond_bytes),
             mib(run.destination.peak_beyond_bytes),
             run.rounds.to_string(),
+            format!("{:.0}", run.dirty_mb_s),
+            row.of_limit.map_or_else(
+                || "-".into(),
+                |of| {
+                    let total = of.total.map_or_else(|| "-".into(), |total| format!("{total:.2}"));
+                    format!("{total} {:.2}", of.wire)
+                },
+            ),
             codec_mix(&run.pages),
         ]);
     }
@@ -307,8 +392,8 @@ mod tests {
         let pages = Pages { total: 1 << 18, hole: 1 << 17, raw: 3 << 15, zero: 1 << 15, ..Pages::default() };
         let logical_bytes = 1 << 29;
         let report = Report { total_ms, cpu_s, pages, page_size: 4096, logical_bytes, ..Report::default() };
-        let source = Outcome { report: report.clone(), peak_beyond_bytes: 3 << 20 };
-        Run::new(&source, &Outcome { report, peak_beyond_bytes: 5 << 19 })
+        let source = Outcome { report: report.clone(), peak_beyond_bytes: 3 << 20, ..Outcome::default() };
+        Run::new(&source, &Outcome { report, peak_beyond_bytes: 5 << 19, ..Outcome::default() })
     }
 
     #[test]
@@ -322,17 +407,19 @@ mod tests {
     fn rows_show_medians_and_failures() {
         let mut row = Row::new(4, "auto".into());
         for (total, cpu) in [(400.0, 0.5), (600.0, 0.7), (500.0, 0.9)] {
-            row.add(Ok(run(total, cpu)));
+            row.add(Ok((run(total, cpu), Series::default())));
         }
         let middle = row.median.clone().unwrap();
         assert_eq!((middle.total_ms, middle.source.cpu_s), (500.0, 0.7));
         let mut failed = Row::new(16, "zstd:1".into());
         failed.add(Err("source: cancelled".into()));
-        let results = Results {
+        let mut results = Results {
             ram_bytes: 1 << 30,
             content: "hole=50,random=50".into(),
             transport: "tcp".into(),
             memory: "anon".into(),
+            dirtying: None,
+            limits: None,
             cpus: 2,
             rows: vec![row, failed],
         };
@@ -343,6 +430,8 @@ mod tests {
         assert!(lines[3].ends_with("raw 75% zero 25%"), "{text}");
         assert!(lines[4].ends_with("zstd:1  failed: source: cancelled"), "{text}");
         let json = serde_json::to_string(&results).unwrap();
+        // The object holds all but how runs went over time.
+        results.rows.iter_mut().for_each(|row| row.series.clear());
         assert_eq!(serde_json::from_str::<Results>(&json).unwrap(), results);
     }
 

@@ -12,7 +12,8 @@ use pageferry::engine::destination::{Destination, Incoming};
 use pageferry::engine::progress::Progress;
 use pageferry::engine::report::Report;
 use pageferry::engine::source::{SourceBackend, migrate};
-use pageferry::engine::{Options, explain};
+use pageferry::engine::tuning::Tuning;
+use pageferry::engine::{Options, content_digest, explain};
 use pageferry::pagecopy::backend::{Guest, GuestRam, StaticLog};
 use pageferry::pagecopy::layout::{Layout, PAGE_SIZE};
 use pageferry::transport::uri::Uri;
@@ -20,7 +21,10 @@ use pageferry::transport::wire::control::Hello;
 use pageferry::vmm_shim::guest_memory::GuestMemory;
 use serde::{Deserialize, Serialize};
 
+use super::live::{Arrived, Dirtying, Live, Writing};
+use super::series::{Sampler, Series};
 use crate::cli::backing;
+use crate::cli::tuning::TuningArgs;
 
 /// What a side is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -39,6 +43,14 @@ pub(super) struct SourceOrder {
     pub uri: String,
     /// A file with the content of memory.
     pub image: PathBuf,
+    /// What memory is made of that is written while it moves.
+    pub memory: String,
+    /// How it is written.
+    pub dirtying: Option<Dirtying>,
+    /// Whether its content in the end is to be told.
+    pub digest: bool,
+    /// Whether it is to be told how it went over time.
+    pub series: bool,
     /// How to send.
     pub transfer: Transfer,
 }
@@ -49,6 +61,7 @@ pub(super) struct Transfer {
     pub streams: u16,
     pub codec: String,
     pub timeout_s: u64,
+    pub tuning: TuningArgs,
 }
 
 /// What a destination is to do.
@@ -58,6 +71,10 @@ pub(super) struct DestinationOrder {
     pub uri: String,
     /// What memory is made of.
     pub memory: String,
+    /// Whether a guest comes, not memory alone.
+    pub live: bool,
+    /// Whether the content in the end is to be told.
+    pub digest: bool,
     pub timeout_s: u64,
 }
 
@@ -65,12 +82,21 @@ pub(super) struct DestinationOrder {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Word {
-    /// A destination listens here.
-    Listening(String),
+    /// A destination listens.
+    Listening(Place),
     /// It is done.
     Done(Box<Outcome>),
     /// It failed; why.
     Failed(String),
+}
+
+/// Where a destination listens, and into what.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Place {
+    /// Its address.
+    pub uri: String,
+    /// What its memory is made of.
+    pub memory: String,
 }
 
 /// What a run came to on one side.
@@ -80,6 +106,10 @@ pub(super) struct Outcome {
     pub report: Report,
     /// Largest resident set in bytes, less the guest memory that is resident in the end.
     pub peak_beyond_bytes: u64,
+    /// What the writers did.
+    pub writing: Option<Writing>,
+    /// How a source went over time.
+    pub series: Option<Series>,
 }
 
 /// Does what `order` says, in this process.
@@ -116,41 +146,75 @@ fn end_with_standard_input() {
 
 fn source(order: &SourceOrder) -> Result<Outcome, String> {
     let uri: Uri = order.uri.parse().map_err(|e| explain(&e))?;
-    let ram = Arc::new(GuestMemory::open_ram_file(&order.image, false).map_err(|e| explain(&e))?);
-    let backend = SourceBackend {
-        ram: ram.clone(),
-        log: Arc::new(StaticLog),
-        guest: None,
-        paused: false,
-        machine: String::new(),
+    let image = Arc::new(GuestMemory::open_ram_file(&order.image, false).map_err(|e| explain(&e))?);
+    let live = match &order.dirtying {
+        Some(dirtying) => Some(Live::start(&image, &order.memory, dirtying)?),
+        None => None,
     };
+    let (ram, backend) = match &live {
+        Some(live) => (live.ram.clone(), live.backend.clone()),
+        None => (image.clone(), static_backend(&image)),
+    };
+    drop(image);
+    reset_peak();
     let options = Options {
         streams: order.transfer.streams,
         codec: order.transfer.codec.parse().map_err(|e| format!("codec: {e}"))?,
         timeout: Duration::from_secs(order.transfer.timeout_s),
         ..Options::default()
     };
-    let progress = Progress::default();
-    let report = migrate(&backend, &uri, &options, &progress).map_err(|e| explain(&e))?;
-    Ok(Outcome { report, peak_beyond_bytes: peak_beyond(Guests::Mapped) })
+    let mut tuning = Tuning::default();
+    order.transfer.tuning.apply(&mut tuning);
+    let progress = Progress::new(tuning);
+    let sampler = order.series.then(|| {
+        let written = live.as_ref().map(Live::written);
+        Sampler::start(&progress, move || written.as_ref().map_or(0, |written| written()))
+    });
+    let mut report = migrate(&backend, &uri, &options, &progress).map_err(|e| explain(&e))?;
+    let writing = live.as_ref().map(Live::writing);
+    report.cpu_s -= writing.map_or(0.0, |writing| writing.cpu_s);
+    let series = sampler.map(|sampler| sampler.finish(&progress));
+    let private = live.is_some() && order.memory.starts_with("anon");
+    let outcome = finish(report, &ram, private, order.digest)?;
+    Ok(Outcome { writing, series, ..outcome })
+}
+
+fn static_backend(ram: &Arc<GuestMemory>) -> SourceBackend {
+    SourceBackend {
+        ram: ram.clone(),
+        log: Arc::new(StaticLog),
+        guest: None,
+        paused: false,
+        machine: String::new(),
+    }
+}
+
+/// What a side says of a run that succeeded; `private` tells whether its guest memory is.
+fn finish(report: Report, ram: &GuestMemory, private: bool, digest: bool) -> Result<Outcome, String> {
+    let guests = if private { Guests::Private(resident(ram)) } else { Guests::Mapped };
+    let mut outcome = Outcome { report, peak_beyond_bytes: peak_beyond(guests), ..Outcome::default() };
+    if digest {
+        outcome.report.digest = Some(content_digest(ram).map_err(|e| explain(&e))?);
+    }
+    Ok(outcome)
 }
 
 /// Makes memory of the size that comes.
 struct Taker<'a> {
-    memory: &'a str,
+    order: &'a DestinationOrder,
     ram: Option<Arc<GuestMemory>>,
 }
 
 impl Incoming for Taker<'_> {
     fn open(&mut self, _hello: &Hello, layout: Layout) -> Result<Arc<dyn GuestRam>, String> {
-        let backing = backing::parse(self.memory)?;
+        let backing = backing::parse(&self.order.memory)?;
         let ram = Arc::new(GuestMemory::create(layout, &backing).map_err(|e| explain(&e))?);
         self.ram = Some(ram.clone());
         Ok(ram)
     }
 
     fn guest(&self) -> Option<Arc<dyn Guest>> {
-        None
+        self.order.live.then(|| Arc::new(Arrived) as Arc<dyn Guest>)
     }
 }
 
@@ -160,14 +224,11 @@ fn destination(order: &DestinationOrder) -> Result<Outcome, String> {
     let progress = Progress::default();
     let notice = |text: &str| eprintln!("pageferry: {text}");
     let destination = Destination::bind(&uri, &options, &progress, notice).map_err(|e| explain(&e))?;
-    say(&Word::Listening(destination.uri().to_string()));
-    let mut taker = Taker { memory: &order.memory, ram: None };
+    say(&Word::Listening(Place { uri: destination.uri().to_string(), memory: order.memory.clone() }));
+    let mut taker = Taker { order, ram: None };
     let arrival = destination.receive(&mut taker).map_err(|e| explain(&e))?;
-    let guests = match &taker.ram {
-        Some(ram) if order.memory.starts_with("anon") => Guests::Private(resident(ram)),
-        _ => Guests::Mapped,
-    };
-    Ok(Outcome { report: arrival.report, peak_beyond_bytes: peak_beyond(guests) })
+    let ram = taker.ram.ok_or("the engine took no memory")?;
+    finish(arrival.report, &ram, order.memory.starts_with("anon"), order.digest)
 }
 
 /// Which part of this process' memory is the guest's.
@@ -201,6 +262,11 @@ fn peak_beyond(guests: Guests) -> u64 {
         },
     };
     value("VmHWM").saturating_sub(guests)
+}
+
+/// Forgets the largest resident set so far (proc(5), `clear_refs`). Where the kernel does not, the figure stays too large.
+fn reset_peak() {
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
 /// A size in a `/proc/PID/status`, in bytes.
