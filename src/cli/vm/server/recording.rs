@@ -52,7 +52,9 @@ impl Server {
             return Err("a migration or a recording is under way, and there is one dirty log".into());
         }
         if state.misses_pages() {
-            return Err("pages of the guest are still on their way here: record it once they have come".into());
+            return Err(
+                "pages of the guest are still on their way here: record it once they have come".into()
+            );
         }
         match state.run {
             RunState::Running | RunState::Paused => {}
