@@ -1,10 +1,12 @@
 //! Ctrl-C and SIGTERM: what runs is ended, and the program with it, so that everything is taken down in order.
 
 use std::fs;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::signal::unix::{SignalKind, signal};
 
 static CANCELLED: AtomicBool = AtomicBool::new(false);
 
@@ -13,28 +15,40 @@ pub(crate) fn cancelled() -> bool {
     CANCELLED.load(Ordering::Relaxed)
 }
 
-/// From here on signals end the transfer that runs, and [`cancelled`] tells. To be called before there are other threads.
+/// From here on signals end the transfer that runs, and [`cancelled`] tells.
+///
+/// They are handled, not blocked: a child inherits what is blocked, and could then not be told to end.
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn catch() -> nix::Result<()> {
-    let mut set = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        set.add(signal);
-    }
-    // Children do not inherit this: the standard library gives them an empty set.
-    set.thread_block()?;
-    std::thread::spawn(move || {
-        while set.wait().is_ok() {
-            CANCELLED.store(true, Ordering::Relaxed);
-            eprintln!("peers: stopping");
-            for child in children() {
-                // One that has ended meanwhile is no matter.
-                let _ = kill(child, Signal::SIGKILL);
-            }
+pub(crate) fn catch() -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut streams = Vec::new();
+    {
+        let _within = runtime.enter();
+        for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
+            streams.push(signal(kind)?);
         }
-    });
+    }
+    for mut stream in streams {
+        let runtime = runtime.handle().clone();
+        runtime.spawn(async move {
+            while stream.recv().await.is_some() {
+                end();
+            }
+        });
+    }
+    std::thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
     Ok(())
+}
+
+fn end() {
+    CANCELLED.store(true, Ordering::Relaxed);
+    eprintln!("peers: stopping");
+    for child in children() {
+        // One that has ended meanwhile is no matter. The lab ends its guest; the others leave nothing behind.
+        let _ = kill(child, Signal::SIGTERM);
+    }
 }
 
 /// Child processes that move something. The shells that clean up after us are in process groups of their own, and stay.
