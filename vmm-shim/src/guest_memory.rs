@@ -33,6 +33,8 @@ use crate::sys::scan;
 
 /// The size, in bytes, of the huge pages that mappings are aligned for.
 const HUGE_SIZE: u64 = 2 << 20;
+/// The unit in which the system counts a file's blocks, in bytes.
+const BLOCK_SIZE: u64 = 512;
 
 /// What guest memory is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -274,6 +276,15 @@ impl GuestMemory {
                 each(span.bytes.start, span.bytes.end);
             }
             return Ok(());
+        }
+        // A file in memory that has all its blocks has no hole. That is known without a walk, which takes 11 ms for 1 GiB.
+        if self.kind == Kind::Shmem {
+            let metadata = file.metadata()?;
+            if metadata.blocks().saturating_mul(BLOCK_SIZE) >= metadata.len() {
+                let mut each = each;
+                each(span.bytes.start, span.bytes.end);
+                return Ok(());
+            }
         }
         seek_data(file, base, span.bytes.clone(), each)
     }
