@@ -178,6 +178,12 @@ pub trait DirtyLog: Send + Sync {
         Ok(())
     }
 
+    /// Pages that each vCPU wrote since logging was started, as far as reports have counted them; a page that was reported and written
+    /// again counts again. `None` where the log does not know who wrote.
+    fn written_by_vcpu(&self) -> Option<Vec<u64>> {
+        None
+    }
+
     /// Whether the memory may be written at all while it is moved.
     fn expects_writes(&self) -> bool {
         true
@@ -206,6 +212,15 @@ pub trait Guest: Send + Sync {
     fn resume(&self) -> Result<(), BackendError>;
     /// Takes `percent` (0..=99) of their time from the vCPUs; 0 ends throttling.
     fn throttle(&self, percent: u8) -> Result<(), BackendError>;
+    /// Takes each vCPU a percentage of its own, by its number. A guest that cannot do that takes the highest from all.
+    fn throttle_each(&self, percents: &[u8]) -> Result<(), BackendError> {
+        self.throttle(percents.iter().copied().max().unwrap_or(0))
+    }
+    /// Tries how long pausing, saving the state and resuming take together; the guest is as before. `None` where that is not to be tried
+    /// with a guest that runs, because it takes more than a moment.
+    fn rehearse(&self) -> Result<Option<Duration>, BackendError> {
+        Ok(None)
+    }
     /// The state of everything but memory, of a paused guest.
     fn save_state(&self) -> Result<Vec<StateBlob>, BackendError>;
     /// Puts state into a guest that has not run yet. Unknown names and versions are refused.

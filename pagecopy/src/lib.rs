@@ -16,10 +16,12 @@ pub mod chunk;
 pub mod compress;
 pub mod digest;
 pub mod layout;
+pub mod plan;
 pub mod policy;
 pub mod postcopy;
 #[allow(unsafe_code)]
 pub mod simd;
 pub mod table;
+pub mod throttle;
 pub mod xbzrle;
 pub mod zero;

@@ -34,6 +34,8 @@ pub(super) enum Request {
         #[serde(default)]
         force: bool,
     },
+    /// Watches the guest and says what moving it would come to.
+    Plan(PlanRequest),
     /// Records which pages the guest writes; `Status` tells how it goes on.
     RecordTrace(RecordRequest),
     /// Cancels the migration, or ends the recording.
@@ -118,6 +120,24 @@ fn default_link_timeout() -> u64 {
     10
 }
 
+/// Arguments of a dry run.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct PlanRequest {
+    /// Bytes a second.
+    pub link: u64,
+    #[serde(default = "default_watch")]
+    pub seconds: u64,
+    #[serde(default = "default_downtime")]
+    pub downtime_limit_ms: u64,
+}
+
+fn default_watch() -> u64 {
+    3
+}
+fn default_downtime() -> u64 {
+    300
+}
+
 /// Where a VM is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -152,6 +172,10 @@ pub(super) struct VmStatus {
     pub accelerator: String,
     /// How writes are tracked.
     pub tracker: String,
+    /// Longest time that a vCPU stood still by the guest's own clock since its last migration was begun, in milliseconds; of the
+    /// counter guest on KVM only.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub longest_gap_ms: Option<f64>,
     /// Where a destination listens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub listening: Option<String>,

@@ -5,12 +5,15 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use pageferry::engine::explain;
+use pageferry::engine::plan::Plan;
 use pageferry::engine::report::{Report, Status};
 use pageferry::transport::uri::Uri;
 
-use super::api::{self, ApiAddress, ApiError, MigrateRequest, RecordRequest, Request, TraceState, VmStatus};
+use super::api::{
+    self, ApiAddress, ApiError, MigrateRequest, PlanRequest, RecordRequest, Request, TraceState, VmStatus,
+};
 use super::tuning::TuningArgs;
-use super::{CliError, Exit, TransferArgs, output};
+use super::{CliError, Exit, TransferArgs, output, rate};
 
 /// How often a migration's progress is asked for.
 const POLL: Duration = Duration::from_millis(20);
@@ -61,6 +64,11 @@ enum CtlCommand {
     /// Cancels the migration; the guest runs on where it is
     #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock cancel")]
     Cancel,
+    /// Watches the guest for some seconds and says what moving it would come to
+    #[command(
+        after_help = "Example:\n  pageferry ctl unix:/run/a.sock plan --link 10Gbit --downtime-limit 100 --json"
+    )]
+    Plan(PlanArgs),
     /// Changes limits of the migration that runs
     #[command(
         after_help = "Example:\n  pageferry ctl unix:/run/a.sock set --bandwidth 2Gbit --downtime-limit 500",
@@ -115,6 +123,19 @@ struct RecordArgs {
     interval: u64,
 }
 
+#[derive(Debug, Args)]
+struct PlanArgs {
+    /// What the link to the destination carries: 1Gbit, 100MB/s, or bytes a second
+    #[arg(long, value_name = "RATE", value_parser = rate::parse)]
+    link: u64,
+    /// Watch the guest for this long
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=20))]
+    seconds: u64,
+    /// Longest downtime to aim for, in milliseconds
+    #[arg(long, default_value_t = 300, value_name = "MS")]
+    downtime_limit: u64,
+}
+
 impl MigrateArgs {
     fn request(&self) -> MigrateRequest {
         MigrateRequest {
@@ -134,6 +155,7 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), CliError> {
     let path = args.api.0.as_path();
     let request = match &args.command {
         CtlCommand::Status => return show_status(path, args.json),
+        CtlCommand::Plan(plan) => return show_plan(path, plan, args.json),
         CtlCommand::Migrate(migrate) => {
             api::ask(path, &Request::Migrate(migrate.request())).map_err(|e| refused(&e))?;
             if migrate.detach {
@@ -192,6 +214,19 @@ fn record_trace(path: &Path, args: &RecordArgs, json: bool) -> Result<(), CliErr
 pub(super) fn refused(error: &ApiError) -> CliError {
     let exit = if matches!(error, ApiError::Connect { .. }) { Exit::CannotStart } else { Exit::Failed };
     CliError { exit, text: explain(error) }
+}
+
+fn show_plan(path: &Path, args: &PlanArgs, json: bool) -> Result<(), CliError> {
+    let PlanArgs { link, seconds, downtime_limit } = *args;
+    let request = PlanRequest { link, seconds, downtime_limit_ms: downtime_limit };
+    let plan = api::ask(path, &Request::Plan(request)).map_err(|e| refused(&e))?;
+    if json {
+        println!("{plan}");
+        return Ok(());
+    }
+    let plan: Plan = serde_json::from_value(plan).map_err(|e| refused(&e.into()))?;
+    print!("{}", plan.summary());
+    Ok(())
 }
 
 fn show_status(path: &Path, json: bool) -> Result<(), CliError> {

@@ -3,6 +3,7 @@
 use clap::Args;
 use pageferry::engine::tuning::Tuning;
 use pageferry::pagecopy::policy::OnTimeout;
+use pageferry::pagecopy::throttle::PERCENT_MAX;
 use serde::{Deserialize, Serialize};
 
 use super::rate;
@@ -30,6 +31,14 @@ pub(super) struct TuningArgs {
     #[arg(long, value_name = "WHAT", value_parser = on_timeout)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_timeout: Option<OnTimeoutArg>,
+    /// Take time from the vCPUs of a guest that writes faster than it is copied
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto_converge: Option<bool>,
+    /// With --auto-converge: take at most so many percent [default: 99]
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=99))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle_max: Option<u8>,
     /// Pause the guest and wait for `ctl ... continue` before its state is moved
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -75,6 +84,12 @@ impl TuningArgs {
             Some(OnTimeoutArg::Switchover) => limits.on_timeout = OnTimeout::SwitchOver,
             Some(OnTimeoutArg::Postcopy) => limits.on_timeout = OnTimeout::Postcopy,
             None => {}
+        }
+        if let Some(auto) = self.auto_converge {
+            tuning.auto_converge = auto;
+        }
+        if let Some(percent) = self.throttle_max {
+            tuning.throttle_max = percent.min(PERCENT_MAX);
         }
         if let Some(pause) = self.pause_before_switchover {
             tuning.pause_before_switchover = pause;

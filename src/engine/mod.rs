@@ -1,6 +1,7 @@
 //! The engine: drives a migration from end to end over the three crates.
 
 pub mod destination;
+pub mod plan;
 pub mod progress;
 pub mod report;
 pub mod source;

@@ -106,6 +106,9 @@ pub struct Report {
     /// Most wire bytes a second, where they are limited.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub bandwidth_limit: Option<u64>,
+    /// Percent of their time that is taken from the vCPUs: one number for each, or one for all; empty while nothing is.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub throttle_percent: Vec<u8>,
     /// The guest dirties memory as fast as it is delivered: how fast, and what would help.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub stalled: Option<String>,
@@ -204,6 +207,10 @@ impl Report {
             "downtime:",
             format!("{:.1} ms (expected {:.1} ms)", self.downtime_ms, self.expected_downtime_ms),
         );
+        if !self.throttle_percent.is_empty() {
+            let percents: Vec<String> = self.throttle_percent.iter().map(u8::to_string).collect();
+            line("cpu throttle:", format!("{} %", percents.join(", ")));
+        }
         if let Some(stalled) = &self.stalled {
             line("stalled:", stalled.clone());
         }

@@ -184,8 +184,17 @@ pub fn migrate(
         *r = Report { status: Status::Setup, page_size: PAGE_SIZE as u32, ..Report::default() };
         r.pages.total = backend.ram.layout().pages();
     });
-    let mut attempt =
-        Attempt { backend, uri, options, progress, began, paused_at: None, downtime: None, running: None };
+    let mut attempt = Attempt {
+        backend,
+        uri,
+        options,
+        progress,
+        began,
+        paused_at: None,
+        downtime: None,
+        round_trip: None,
+        running: None,
+    };
     let result = attempt.run();
     let paused = attempt.paused_at.map_or(Duration::ZERO, |at| at.elapsed());
     let downtime = attempt.downtime.unwrap_or(paused);
@@ -236,6 +245,8 @@ struct Attempt<'a> {
     paused_at: Option<Instant>,
     /// Of a guest that runs at the destination before the migration's end.
     downtime: Option<Duration>,
+    /// The shortest that was seen: of opening a stream.
+    round_trip: Option<Duration>,
     running: Option<Running>,
 }
 
@@ -341,15 +352,17 @@ impl Attempt<'_> {
         let (session, source) = (watch.session_id(), source.clone());
         let (opened, ends) = crossbeam_channel::unbounded();
         let mut lanes = Vec::new();
+        let mut round_trip = Duration::MAX;
         let result: Result<(), Cause> = std::thread::scope(|scope| {
             for first in 0..streams.min(OPENING_MAX) {
                 let (opened, source) = (opened.clone(), &source);
                 scope.spawn(move || {
                     for stream in (first..streams).step_by(OPENING_MAX.into()) {
+                        let begun = Instant::now();
                         let end = SourceEnd::open(source, uri, session, version, stream, timeout);
                         let failed = end.is_err();
                         // Nobody listens any more once one has failed.
-                        if opened.send((stream, end)).is_err() || failed {
+                        if opened.send((stream, end, begun.elapsed())).is_err() || failed {
                             return;
                         }
                     }
@@ -357,8 +370,10 @@ impl Attempt<'_> {
             }
             drop(opened);
             // By value: once one has failed, nobody listens to the others.
-            ends.into_iter().try_for_each(|(stream, end)| {
+            ends.into_iter().try_for_each(|(stream, end, took)| {
                 let carrier = end.map_err(|source| Cause::Stream { stream, source })?;
+                // There and back to connect, and once more until it is attached.
+                round_trip = round_trip.min(took / 2);
                 watch.check()?;
                 lanes.push(Lane::spawn(
                     source.clone(),
@@ -373,6 +388,7 @@ impl Attempt<'_> {
         // Also of an attempt that failed: what was started has to be ended.
         self.running.as_mut().expect("parts() used it").lanes = lanes;
         result?;
+        self.round_trip = Some(round_trip);
         self.progress.update(|r| r.streams = streams);
         Ok(())
     }
@@ -512,7 +528,7 @@ fn wait_to_go_on(watch: &mut Watch, progress: &Progress) -> Result<(), Cause> {
 }
 
 /// How long saving, sending and loading device state is taken to need until it is measured.
-const STATE_TIME_GUESS: Duration = Duration::from_millis(5);
+pub(super) const STATE_TIME_GUESS: Duration = Duration::from_millis(5);
 
 /// One question on a connection of its own; says GO again where it did not arrive.
 fn ask_once(uri: &Uri, watch: &mut Watch, timeout: Duration) -> Result<Learnt, Cause> {

@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use pageferry::vmm_shim::guests::counter::Side;
 use serde_json::{Value, json};
 
 use crate::vm::{Ended, PATIENCE, Spec, Vm, World, prove, wait_for};
@@ -160,4 +161,100 @@ fn cancel_is_answered_at_once_while_the_bandwidth_limit_holds_everything_back() 
     assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
     prove(&spec, &[&source]);
     assert_eq!(destination.wait_exit(PATIENCE).code(), Some(1));
+}
+
+#[test]
+fn auto_converge_catches_a_guest_and_lets_go_of_it() {
+    for tracker in ["bitmap", "ring"] {
+        let world = World::new();
+        let spec = Spec {
+            cpus: 2,
+            mem_mib: 96,
+            working_set: 64 << 20,
+            // Both together 160 MB/s, over a link of 40.
+            rate: 20_000,
+            ..Spec::counter().with(&["--tracker", tracker])
+        };
+        let source = world.source("a", &spec);
+        let (destination, uri) = world.destination("b", &spec);
+        let more = json!({"codec": "raw", "bandwidth": 40_000_000, "downtime_limit_ms": 150});
+        source.begin_migration(&uri, &more);
+        wait_report(&source, "it stalls", |r| {
+            r["stalled"].as_str().is_some_and(|s| s.contains("--auto-converge"))
+        });
+        ok(&source.ctl(&["set", "--auto-converge"]));
+        let throttled = wait_report(&source, "it is throttled or has come to its end", |r| {
+            r["throttle_percent"].is_array() || r["status"] != "active"
+        });
+        assert!(throttled["throttle_percent"].is_array(), "{throttled}");
+        if spec.kvm && tracker == "ring" {
+            assert_eq!(throttled["throttle_percent"].as_array().unwrap().len(), 2, "{throttled}");
+        }
+        let report = source.wait_migration(PATIENCE);
+        assert_eq!(report["status"], "completed", "{report}");
+        assert!(report["expected_downtime_ms"].as_f64() <= Some(150.0), "{report}");
+        prove(&spec, &[&source, &destination]);
+    }
+}
+
+#[test]
+fn a_cancelled_migration_lets_go_of_a_throttled_guest() {
+    let world = World::new();
+    let spec = Spec { mem_mib: 96, working_set: 64 << 20, rate: 40_000, ..Spec::counter() };
+    let source = world.source("a", &spec);
+    let (_destination, uri) = world.destination("b", &spec);
+    // It never fits: nothing moves in no time at all.
+    let more =
+        json!({"codec": "raw", "bandwidth": 20_000_000, "downtime_limit_ms": 0, "auto_converge": true});
+    source.begin_migration(&uri, &more);
+    let most = |r: &Value| r["throttle_percent"][0].as_u64() >= Some(95);
+    wait_report(&source, "it is throttled", most);
+    let slow = count(&source, &spec);
+    ok(&source.ctl(&["cancel"]));
+    assert_eq!(source.wait_migration(PATIENCE)["status"], "cancelled");
+    let fast = count(&source, &spec);
+    assert!(fast > slow, "{slow} passes while throttled, {fast} afterwards");
+    prove(&spec, &[&source]);
+}
+
+/// Passes that the guest prints within two seconds.
+fn count(vm: &Vm, spec: &Spec) -> u64 {
+    let passes = || {
+        let mut checker = spec.checker();
+        checker.feed(Side::Source, &vm.serial()).unwrap();
+        checker.passes().iter().map(|(source, _)| source).sum::<u64>()
+    };
+    let before = passes();
+    std::thread::sleep(Duration::from_secs(2));
+    passes() - before
+}
+
+#[test]
+fn a_dry_run_says_what_would_come_and_leaves_the_guest_alone() {
+    let world = World::new();
+    let spec = Spec { mem_mib: 96, working_set: 64 << 20, rate: 20_000, ..Spec::counter() };
+    let source = world.source("a", &spec);
+    // The guest has touched all of it.
+    wait_for("a pass", PATIENCE, || source.serial().contains(&b'\n').then_some(()));
+    let plan = |args: &[&str]| {
+        let ended = source.ctl(&[&["plan", "--seconds", "2", "--json"], args].concat());
+        ok(&ended);
+        ended.json()
+    };
+    let fast = plan(&["--link", "100Gbit"]);
+    assert_eq!((&fast["converges"], &fast["helps"]), (&json!(true), &Value::Null), "{fast}");
+    assert!(fast["present_pages"].as_u64() >= Some(16384), "{fast}");
+    assert!(fast["dirty_pages_per_s"].as_f64() > Some(1000.0), "{fast}");
+    let slow = plan(&["--link", "8Mbit", "--downtime-limit", "100"]);
+    assert_eq!(slow["converges"], json!(false), "{slow}");
+    // With the downtime that it says, it says, it ends.
+    let needed = slow["helps"]["downtime_limit_ms"].as_u64().unwrap();
+    let longer = plan(&["--link", "8Mbit", "--downtime-limit", &(needed * 2).to_string()]);
+    assert_eq!(longer["converges"], json!(true), "{slow} {longer}");
+    let text = source.ctl(&["plan", "--link", "8Mbit", "--seconds", "1"]).out;
+    assert!(text.contains("would help:") && text.contains("--auto-converge"), "{text}");
+    // And it can be moved.
+    let (destination, uri) = world.destination("b", &spec);
+    ok(&source.ctl(&["migrate", &uri]));
+    prove(&spec, &[&source, &destination]);
 }

@@ -86,6 +86,19 @@ impl Machine {
         if self.vm.is_some() { "kvm" } else { "process" }
     }
 
+    /// Lets the counter guest begin anew with [`Self::longest_gap_ms`].
+    pub(super) fn forget_gap(&self) {
+        if let Some(vm) = self.vm.as_ref().filter(|_| self.name == "counter") {
+            vm.forget_counter_gap();
+        }
+    }
+
+    /// How long a vCPU of the counter guest stood still by its own clock, in milliseconds. Its memory must be here.
+    pub(super) fn longest_gap_ms(&self) -> Option<f64> {
+        let vm = self.vm.as_ref().filter(|_| self.name == "counter")?;
+        Some((vm.counter_gap().as_secs_f64() * 1e6).round() / 1e3)
+    }
+
     /// Why it crashed, if it did.
     pub(super) fn crash(&self) -> Option<String> {
         match self.vm.as_ref()?.state() {

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use pageferry::engine::plan::plan;
 use pageferry::engine::progress::Progress;
 use pageferry::engine::report::Status;
 use pageferry::engine::source::{Fate, migrate};
@@ -18,7 +19,7 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::runtime::Runtime;
 
-use super::super::api::{Answer, LINE_MAX, MigrateRequest, Request, RunState, VmStatus};
+use super::super::api::{Answer, LINE_MAX, MigrateRequest, PlanRequest, Request, RunState, VmStatus};
 use super::super::{CliError, Exit};
 use super::machine::Machine;
 use recording::Recording;
@@ -44,6 +45,8 @@ struct State {
     run: RunState,
     /// A migration out is under way.
     migrating: bool,
+    /// The guest is watched by a dry run, which has the dirty log.
+    planning: bool,
     progress: Option<Progress>,
     listening: Option<String>,
     /// Why a guest that ran here is lost.
@@ -88,8 +91,9 @@ impl Server {
     pub(super) fn new(machine: Machine, incoming: bool) -> Self {
         let run = if incoming { RunState::Incoming } else { RunState::Paused };
         let recording = Recording::default();
-        let (migrating, progress, listening, lost, end) = (false, None, None, None, None);
-        let state = State { run, migrating, progress, listening, lost, recording, end };
+        let (migrating, planning, progress) = (false, false, None);
+        let (listening, lost, end) = (None, None, None);
+        let state = State { run, migrating, planning, progress, listening, lost, recording, end };
         let shared = Shared { machine: Arc::new(machine), state: Mutex::new(state), changed: Condvar::new() };
         Self { shared: Arc::new(shared) }
     }
@@ -174,6 +178,7 @@ impl Server {
         match request {
             Request::Status => serde_json::to_value(self.status()).map_err(|e| e.to_string()),
             Request::Migrate(request) => self.migrate(&request).map(|()| Value::Null),
+            Request::Plan(request) => self.plan(request),
             Request::Pause => self.pause().map(|()| Value::Null),
             Request::Resume { force } => self.resume(force).map(|()| Value::Null),
             Request::RecordTrace(request) => self.record(&request).map(|()| Value::Null),
@@ -225,6 +230,11 @@ impl Server {
             memory_bytes: machine.ram.layout().bytes(),
             accelerator: machine.accelerator().into(),
             tracker: machine.log.name().into(),
+            // A guest that is on its way out is still here; on its way in not all of it may be.
+            longest_gap_ms: (matches!(state.run, RunState::Running | RunState::Paused)
+                && !state.misses_pages())
+            .then(|| machine.longest_gap_ms())
+            .flatten(),
             listening: state.listening.clone(),
             trace: state.recording.status(),
             migration: state.progress.as_ref().map(Progress::report),
@@ -335,6 +345,27 @@ impl Server {
         }
     }
 
+    /// Watches the guest for a dry run.
+    fn plan(&self, request: PlanRequest) -> Result<Value, String> {
+        let PlanRequest { link, seconds, downtime_limit_ms } = request;
+        if link == 0 || !(1..=20).contains(&seconds) {
+            return Err("link is at least 1 byte a second, seconds are 1 to 20".into());
+        }
+        let mut state = self.state();
+        match state.run {
+            _ if state.migrating || state.planning || state.misses_pages() || state.recording.runs() => {
+                return Err("a migration or a dry run is under way".into());
+            }
+            RunState::Running | RunState::Paused => state.planning = true,
+            other => return Err(not_here(other)),
+        }
+        drop(state);
+        let backend = self.shared.machine.backend(false);
+        let plan = plan(&backend, Duration::from_secs(seconds), link, downtime_limit_ms);
+        self.state().planning = false;
+        serde_json::to_value(plan.map_err(|e| explain(&e))?).map_err(|e| e.to_string())
+    }
+
     fn migrate(&self, request: &MigrateRequest) -> Result<(), String> {
         let uri: Uri = request.uri.parse().map_err(|e| explain(&e))?;
         let codec = request.codec.parse().map_err(|e| format!("codec: {e}"))?;
@@ -362,6 +393,9 @@ impl Server {
             );
         }
         Self::check_not_recording(&state.recording)?;
+        if state.planning {
+            return Err("a dry run watches the guest: wait for its end".into());
+        }
         let paused = match state.run {
             RunState::Running => false,
             RunState::Paused => true,
@@ -370,6 +404,7 @@ impl Server {
         if let Some(why) = self.shared.machine.crash() {
             return Err(format!("the guest has crashed ({why}); there is nothing to migrate"));
         }
+        self.shared.machine.forget_gap();
         let progress = Progress::new(request.tuning.tuning());
         state.progress = Some(progress.clone());
         state.migrating = true;

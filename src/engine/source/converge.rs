@@ -1,15 +1,21 @@
 //! Precopy: rounds, until what remains fits into the downtime limit, and all that may change their course meanwhile.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use pagecopy::backend::{DirtyLog, Guest};
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::policy::{Decision, Precopy, Sample, SwitchReason};
+use pagecopy::throttle::{PERCENT_MAX, Round, Throttle};
 use transport::source::{Feeder, PageSource};
 
 use super::watch::Watch;
-use super::{Attempt, Cause, STATE_TIME_GUESS};
+use super::{Attempt, Cause, STATE_TIME_GUESS, SourceBackend};
 use crate::engine::progress::Progress;
+
+/// Round trips while the guest stands still: the streams' end, FINISH and READY, GO and RUNNING.
+const HANDOVER_TRIPS: u32 = 3;
 
 /// How precopy ended, where it did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,12 +46,85 @@ struct Course<'a> {
     began: Instant,
     /// The changes of limits that are in force.
     tuned: u64,
+    brake: Option<Brake<'a>>,
+    /// What the messages of the handover take.
+    hand_over: Duration,
+    /// Pausing, saving, loading and handing over, without the last sync, once that was tried.
+    state_time: Duration,
+}
+
+/// What slows a guest down. Dropped, it lets go.
+struct Brake<'a> {
+    guest: &'a Arc<dyn Guest>,
+    log: &'a Arc<dyn DirtyLog>,
+    throttle: Throttle,
+    /// What each vCPU had written before the last round, where that is known.
+    written: Option<Vec<u64>>,
+}
+
+impl Brake<'_> {
+    /// Takes in a round; puts the brake on further where that is allowed and needed.
+    fn on_round(&mut self, policy: &Precopy, remaining: u64, percent_max: Option<u8>) -> Result<(), Cause> {
+        let written = self.log.written_by_vcpu();
+        let before = std::mem::replace(&mut self.written, written);
+        let by_vcpu: Option<Vec<u64>> = self.written.as_ref().map(|now| {
+            let before = before.into_iter().flatten().chain(std::iter::repeat(0));
+            now.iter().zip(before).map(|(now, before)| now.saturating_sub(before)).collect()
+        });
+        let Some(percent_max) = percent_max else {
+            return self.release();
+        };
+        let (dirtied_pages, us) = policy.last_round();
+        let round = Round {
+            remaining,
+            dirtied: dirtied_pages.saturating_mul(PAGE_SIZE as u64),
+            us,
+            delivered_per_s: policy.logical_bytes_per_s(),
+            by_vcpu: by_vcpu.as_deref(),
+        };
+        match self.throttle.on_round(round, percent_max).as_deref() {
+            None => {}
+            Some([percent]) => self.guest.throttle(*percent)?,
+            Some(percents) => self.guest.throttle_each(percents)?,
+        }
+        Ok(())
+    }
+
+    fn release(&mut self) -> Result<(), Cause> {
+        if !self.throttle.percents().is_empty() {
+            self.throttle.release();
+            self.guest.throttle(0)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Brake<'_> {
+    fn drop(&mut self) {
+        // A guest that cannot be let go is about to be stopped, or the migration has failed for a better reason.
+        let _ = self.release();
+    }
 }
 
 impl<'a> Course<'a> {
-    fn new(progress: &'a Progress, source: &'a PageSource, began: Instant) -> Self {
+    fn new(
+        backend: &'a SourceBackend,
+        progress: &'a Progress,
+        source: &'a PageSource,
+        began: Instant,
+        round_trip: Duration,
+    ) -> Self {
         let policy = Precopy::new(progress.tuning().limits, micros(began));
-        let mut course = Self { policy, progress, source, began, tuned: u64::MAX };
+        let brake = backend.guest.as_ref().map(|guest| Brake {
+            guest,
+            log: &backend.log,
+            throttle: Throttle::default(),
+            written: None,
+        });
+        let state_time = STATE_TIME_GUESS;
+        let hand_over = round_trip * HANDOVER_TRIPS;
+        let mut course =
+            Self { policy, progress, source, began, tuned: u64::MAX, brake, hand_over, state_time };
         course.tune();
         course
     }
@@ -83,7 +162,12 @@ impl<'a> Course<'a> {
         // once more for nothing.
         let under_way = self.source.counters().logical_under_way.load(Ordering::Relaxed);
         feeder.drain_to((under_way / 4).max(CHUNK_SIZE as u64), || self.check(watch))?;
+        if self.policy.rounds() == 0 {
+            self.rehearse()?;
+        }
+        let syncing = Instant::now();
         let dirtied = self.source.dirty_sync().map_err(Cause::from)?;
+        let sync_time = syncing.elapsed();
         watch.end_round(dirtied);
         let counters = self.source.counters();
         let sample = Sample {
@@ -91,11 +175,29 @@ impl<'a> Course<'a> {
             dirtied_pages: dirtied,
             acked_logical_bytes: counters.logical_acked.load(Ordering::Relaxed),
             acked_wire_bytes: counters.wire_acked.load(Ordering::Relaxed),
-            state_time_us: STATE_TIME_GUESS.as_micros() as u64,
+            state_time_us: (self.state_time + sync_time).as_micros() as u64,
         };
         let decision = self.policy.on_sync(micros(self.began), sample);
+        if decision == Decision::NextRound
+            && let Some(brake) = &mut self.brake
+        {
+            let tuning = self.progress.tuning();
+            let most = tuning.auto_converge.then_some(tuning.throttle_max);
+            brake.on_round(&self.policy, sample.remaining_logical_bytes, most)?;
+        }
         self.report();
         Ok(decision)
+    }
+
+    /// Tries how long the state takes, at a moment when the streams still have work.
+    fn rehearse(&mut self) -> Result<(), Cause> {
+        if let Some(brake) = &self.brake
+            && let Some(tried) = brake.guest.rehearse()?
+        {
+            // The destination loads what the source saves, and lets the guest run where the source paused it.
+            self.state_time = tried * 2 + self.hand_over;
+        }
+        Ok(())
     }
 
     /// Shows others how it goes.
@@ -103,10 +205,12 @@ impl<'a> Course<'a> {
         let policy = &self.policy;
         let expected = Some(policy.expected_downtime_us()).filter(|&us| us != u64::MAX);
         let stall = policy.stalled().then(|| self.advice());
+        let throttle = self.brake.as_ref().map(|brake| brake.throttle.percents()).unwrap_or_default();
         self.progress.update(|r| {
             r.dirty_pages_per_s = policy.dirty_pages_per_s() as f64;
             r.expected_downtime_ms = expected.map_or(0.0, |us| us as f64 / 1e3);
             r.stalled = stall;
+            r.throttle_percent = throttle;
         });
     }
 
@@ -116,13 +220,17 @@ impl<'a> Course<'a> {
         let mb = |bytes: u64| bytes as f64 / 1e6;
         let dirtied = mb(policy.dirty_pages_per_s().saturating_mul(PAGE_SIZE as u64));
         let delivered = mb(policy.logical_bytes_per_s());
-        let limited = match self.progress.tuning().bandwidth {
-            Some(_) => "a higher --bandwidth, ",
-            None => "",
+        let tuning = self.progress.tuning();
+        let limited = if tuning.bandwidth.is_some() { "a higher --bandwidth, " } else { "" };
+        let throttle = match (tuning.auto_converge, tuning.throttle_max) {
+            (false, _) => "--auto-converge, ",
+            (true, PERCENT_MAX..) => "",
+            (true, _) => "a higher --throttle-max, ",
         };
+        let postcopy = if self.progress.can_postcopy() { "`ctl postcopy`, " } else { "" };
         format!(
             "the guest dirties {dirtied:.0} MB/s of memory and {delivered:.0} MB/s are delivered; what may help: \
-             {limited}--downtime-limit {} (ms), a quieter guest, or `ctl switchover` to accept the downtime",
+             {limited}{throttle}{postcopy}--downtime-limit {} (ms), a quieter guest, or `ctl switchover` to accept the downtime",
             policy.expected_downtime_us().div_ceil(1000).saturating_add(policy.limits().downtime_ms / 10)
         )
     }
@@ -136,11 +244,12 @@ impl Attempt<'_> {
     /// Rounds, until the policy has enough of them. Returns how many there were.
     pub(super) fn precopy(&mut self, feeder: &Feeder) -> Result<(u64, Next), Cause> {
         let live = self.backend.guest.is_some();
-        let (began, progress) = (self.began, self.progress);
+        let (backend, began, progress) = (self.backend, self.began, self.progress);
         let postcopy_after = self.options.postcopy_after_rounds;
+        let round_trip = self.round_trip.unwrap_or_default();
         let (watch, source) = self.parts();
         let source = source.clone();
-        let mut course = Course::new(progress, &source, began);
+        let mut course = Course::new(backend, progress, &source, began, round_trip);
         let mut rounds = 0;
         loop {
             rounds += 1;

@@ -10,8 +10,10 @@ use std::time::Duration;
 
 use crate::clock;
 
-/// The bucket holds what the rate gives in this time: enough for a thread that wakes up late to lose nothing.
+/// The bucket holds what the rate gives in this time.
 const BURST: Duration = Duration::from_millis(10);
+/// A stream that waits for the bucket loses nothing by waking up late, on a host that is busy, up to this.
+const LATE: Duration = Duration::from_millis(250);
 /// Longest sleep at a time, so that whoever waits sees that the session stops.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -26,28 +28,30 @@ struct Bucket {
 }
 
 impl Bucket {
-    fn fill(&mut self, now: Duration) {
+    /// Fills in what has come since, up to what the rate gives in `most`; what is in already stays.
+    fn fill(&mut self, now: Duration, most: Duration) {
         let elapsed = now.saturating_sub(self.filled).as_secs_f64();
-        let most = self.rate as f64 * BURST.as_secs_f64();
+        let most = (self.rate as f64 * most.as_secs_f64()).max(self.tokens);
         self.tokens = (self.tokens + elapsed * self.rate as f64).min(most);
         self.filled = self.filled.max(now);
     }
 
     /// Changes the rate from now on. A debt is paid at the new rate, but a limit that is lifted forgives it.
     fn set_rate(&mut self, now: Duration, rate: u64) {
-        self.fill(now);
+        self.fill(now, BURST);
         if self.rate == 0 || rate == 0 {
             self.tokens = 0.0;
         }
         self.rate = rate;
+        self.tokens = self.tokens.min(rate as f64 * BURST.as_secs_f64());
     }
 
-    /// How long a frame has to wait; zero when it may go.
-    fn wait(&mut self, now: Duration) -> Duration {
+    /// How long a frame has to wait; zero when it may go. `waited`: it did so already.
+    fn wait(&mut self, now: Duration, waited: bool) -> Duration {
         if self.rate == 0 {
             return Duration::ZERO;
         }
-        self.fill(now);
+        self.fill(now, if waited { LATE } else { BURST });
         if self.tokens >= 0.0 {
             return Duration::ZERO;
         }
@@ -100,18 +104,20 @@ impl Pace {
 
     /// Whether a frame may go now.
     pub(crate) fn is_open(&self) -> bool {
-        !self.limits.load(Ordering::Relaxed) || self.bucket().wait(clock::now()).is_zero()
+        !self.limits.load(Ordering::Relaxed) || self.bucket().wait(clock::now(), false).is_zero()
     }
 
     /// Waits until a frame may go, or `stopped` says yes.
     pub(crate) fn wait(&self, stopped: impl Fn() -> bool) {
         let _turn = self.turn.lock().unwrap_or_else(|e| e.into_inner());
         let mut bucket = self.bucket();
+        let mut waited = false;
         while !stopped() {
-            let wait = bucket.wait(clock::now());
+            let wait = bucket.wait(clock::now(), waited);
             if wait.is_zero() {
                 return;
             }
+            waited = true;
             bucket = self.changed.wait_timeout(bucket, wait.min(TICK)).unwrap_or_else(|e| e.into_inner()).0;
         }
     }
@@ -131,12 +137,11 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// Whatever the frames and however late a sleeper wakes up (within the burst): the rate is kept, and kept again
-        /// after a change.
+        /// Whatever the frames and however late a sleeper wakes up: the rate is kept, and kept again after a change.
         #[test]
         fn keeps_the_rate(
             rates in prop::array::uniform2(10_000_000u64..1_000_000_000),
-            frames in prop::collection::vec((50_000u64..300_000, 0u64..5_000), 1..50),
+            frames in prop::collection::vec((50_000u64..300_000, 0u64..200_000), 1..50),
         ) {
             let mut bucket = Bucket { rate: 0, tokens: 0.0, filled: Duration::ZERO };
             let mut frames = frames.into_iter().cycle();
@@ -144,20 +149,21 @@ mod tests {
             for rate in rates {
                 bucket.set_rate(now, rate);
                 until += Duration::from_secs(2);
-                let (begun, mut sent) = (now, 0);
+                let (begun, mut sent, mut waited) = (now, 0, false);
                 while now < until {
-                    let wait = bucket.wait(now);
+                    let wait = bucket.wait(now, std::mem::take(&mut waited));
                     let (bytes, late_us) = frames.next().unwrap();
                     if wait.is_zero() {
                         bucket.spend(bytes);
                         sent += bytes;
                     } else {
                         now += wait + Duration::from_micros(late_us);
+                        waited = true;
                     }
                 }
                 let wanted = rate as f64 * (now - begun).as_secs_f64();
-                // A full bucket at either end, and a frame that overdraws.
-                let slack = rate as f64 * BURST.as_secs_f64() + 300_000.0;
+                // A full bucket at either end, who wakes up late at the end, and a frame that overdraws.
+                let slack = rate as f64 * (BURST.as_secs_f64() + 0.2) + 300_000.0;
                 prop_assert!((sent as f64 - wanted).abs() <= slack, "{sent} of {wanted} at {rate}");
             }
         }
@@ -169,7 +175,7 @@ mod tests {
         bucket.set_rate(Duration::ZERO, 1_000_000);
         let later = Duration::from_secs(3600);
         let mut sent = 0;
-        while bucket.wait(later).is_zero() {
+        while bucket.wait(later, false).is_zero() {
             bucket.spend(1000);
             sent += 1000;
         }

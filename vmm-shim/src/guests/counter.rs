@@ -12,6 +12,9 @@
 //! *after* its last step. Numbers are hexadecimal without leading zeros. A lock in guest memory keeps lines
 //! whole.
 //!
+//! Each vCPU also keeps, at [`map::GAPS`](super::map::GAPS), the longest time in TSC ticks between two of its looks at the clock, which
+//! it looks at after every page and while it waits: so how long it stood still, ever or since somebody put zeros there.
+//!
 //! The pace is kept by the TSC against an absolute schedule; of the time that the guest stood still, at most
 //! [`CATCH_UP_MS`] are caught up.
 

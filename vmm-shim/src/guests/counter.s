@@ -3,11 +3,12 @@
 #
 # Parameter block (64-bit words): 0 vCPUs, 8 working set address, 16 pages per vCPU, 24 end of low memory,
 # 32 gap after it, 40 ticks per page (0: flat out), 48 pattern words per page, 56 most ticks to catch up,
-# 64 address of the print lock.
+# 64 address of the print lock; 64 bytes behind it a word for each vCPU: its longest gap in ticks.
 #
 # Registers that live through the loop:
 #   r15 parameters   r14 vCPU    r13 step k      r12 chain of step k   rbp chain of step k - pages
 #   r11 page index   r10 pages   r9 page address r8  pass              rbx due time of the next page
+#   xmm6 last look at the clock
     .pushsection .rodata.pageferry_counter, "a", @progbits
     .code64
     .globl pageferry_counter_start
@@ -31,6 +32,7 @@ pageferry_counter_start:
     shl rdx, 32
     or rax, rdx
     mov rbx, rax
+    movq xmm6, rax
 
 .Lcounter_next_step:
     # page address = working set + (vCPU * pages + index) * 4096, past the gap when above low memory
@@ -114,14 +116,23 @@ pageferry_counter_start:
     inc r8
 
 .Lcounter_pace:
-    mov rcx, [r15 + 40]
-    test rcx, rcx
-    jz .Lcounter_next_step
-    add rbx, rcx
+    add rbx, [r15 + 40]
 40:
     rdtsc
     shl rdx, 32
     or rax, rdx
+    # The longest gap yet: no other vCPU writes this one's word.
+    movq rcx, xmm6
+    movq xmm6, rax
+    mov rdx, rax
+    sub rdx, rcx
+    mov rcx, [r15 + 64]
+    cmp rdx, [rcx + r14 * 8 + 64]
+    jle 43f
+    mov [rcx + r14 * 8 + 64], rdx
+43:
+    cmp qword ptr [r15 + 40], 0
+    je .Lcounter_next_step
     mov rdx, rbx
     sub rdx, rax
     jle 41f

@@ -24,6 +24,8 @@ pub mod map {
     pub const PARAMS: u64 = 0x1000;
     /// The print lock, in a page of its own.
     pub const LOCK: u64 = 0x2000;
+    /// The longest gap of each of 8 vCPUs of the counter guest, in ticks: 64-bit words behind the print lock.
+    pub const GAPS: u64 = LOCK + 64;
     /// Stacks, one page for each of 8 vCPUs.
     pub const STACKS: u64 = 0x4000;
     /// The task state segment with its I/O bitmap: three pages.

@@ -39,6 +39,8 @@ pub struct KvmRingLog {
 struct State {
     on: bool,
     rings: Vec<DirtyRing>,
+    /// Entries harvested from each ring since logging was started.
+    written: Vec<u64>,
     /// Harvested and re-armed, not reported yet.
     pending: PageBitmap,
 }
@@ -46,7 +48,9 @@ struct State {
 impl KvmRingLog {
     pub(crate) fn new(slots: Arc<Slots>, vcpus: Vec<Arc<Kicker>>, rings: Vec<DirtyRing>) -> Self {
         let pending = PageBitmap::new(slots.ram.layout().chunks());
-        Self { slots, vcpus, state: Mutex::new(State { on: false, rings, pending }), full: AtomicU64::new(0) }
+        let written = vec![0; rings.len()];
+        let state = Mutex::new(State { on: false, rings, written, pending });
+        Self { slots, vcpus, state, full: AtomicU64::new(0) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -66,16 +70,18 @@ impl KvmRingLog {
 
     fn harvest_locked(&self, state: &mut State) -> Result<(), BackendError> {
         let layout = self.slots.ram.layout();
-        let State { rings, pending, .. } = state;
+        let State { rings, written, pending, .. } = state;
         let mut taken = 0;
-        for ring in rings {
-            taken += ring.harvest(|slot, page| {
+        for (ring, written) in rings.iter_mut().zip(written) {
+            let harvested = ring.harvest(|slot, page| {
                 // Slots are the layout's regions; the upper half, an address space, is always 0 here.
                 let chunks = layout.region_chunks(slot as usize);
                 let chunk = chunks.start + (page / CHUNK_PAGES as u64) as u32;
                 assert!(chunk < chunks.end, "the kernel reports pages of the slots it was given");
                 pending.insert(chunk, 1 << (page % CHUNK_PAGES as u64));
             });
+            *written += u64::from(harvested);
+            taken += harvested;
         }
         // Also when nothing was taken now: an earlier reset may have failed.
         sys::reset_dirty_rings(&self.slots.vm)
@@ -111,6 +117,7 @@ impl DirtyLog for KvmRingLog {
         state.on = false;
         // With logging off nothing is appended any more: this empties the rings.
         self.discard(&mut state)?;
+        state.written.fill(0);
         self.slots.log(true)?;
         state.on = true;
         Ok(())
@@ -133,6 +140,10 @@ impl DirtyLog for KvmRingLog {
             from = chunk + 1;
         }
         Ok(count)
+    }
+
+    fn written_by_vcpu(&self) -> Option<Vec<u64>> {
+        Some(self.state().written.clone())
     }
 
     fn stop(&self) -> Result<(), BackendError> {

@@ -94,7 +94,8 @@ fn load_counter(ram: &dyn GuestRam, params: &CounterParams, cpus: u8, tsc_khz: u
     let catch_up = u64::from(tsc_khz) * counter::CATCH_UP_MS;
     let block = [u64::from(cpus), map::FREE, pages, low_end, gap, ticks, words, catch_up, map::LOCK];
     put_words(ram, map::PARAMS, &block)?;
-    put_words(ram, map::LOCK, &[0])
+    put_words(ram, map::LOCK, &[0])?;
+    put_words(ram, map::GAPS, &[0; super::CPUS_MAX as usize])
 }
 
 /// The memory that a 64-bit guest may use; an error where it cannot run at all.

@@ -17,7 +17,7 @@ mod vcpu;
 
 use std::fmt;
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -30,8 +30,10 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VmFd};
 use pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, StateBlob};
 use pagecopy::layout::{Layout, LayoutError, Region};
+use vm_memory::Bytes;
 
 use crate::guests::counter::CounterParams;
+use crate::guests::map;
 use crate::kvm::bitmap_log::Manual;
 use crate::kvm::sys::{DirtyRing, install_kick_handler, set_slot};
 use crate::kvm::{KvmBitmapLog, KvmRingLog, OpenError, Slots, ring_log};
@@ -276,7 +278,6 @@ impl Vm {
             serial: Mutex::new(Serial::new(serial)),
             ring,
             crashed: OnceLock::new(),
-            throttle: AtomicU8::new(0),
             signal: Mutex::new(0),
             signalled: Condvar::new(),
             slots,
@@ -347,6 +348,25 @@ impl Vm {
         self.tsc_khz
     }
 
+    /// The longest time that any vCPU of a [counter](crate::guests::counter) guest stood still, by its own clock, since
+    /// [`Self::forget_counter_gap`]. Of other guests this means nothing. Not to be asked while memory is still to come, which this
+    /// would wait for.
+    pub fn counter_gap(&self) -> Duration {
+        let words = (0..u64::from(self.cpus())).map(|cpu| map::GAPS + 8 * cpu);
+        let ram = self.ram().region(0);
+        // The layout puts them into region 0, which every VM has.
+        let ticks = words.filter_map(|gpa| ram.read_obj::<u64>(gpa as usize).ok()).max().unwrap_or(0);
+        Duration::from_secs_f64(ticks as f64 / (f64::from(self.tsc_khz.max(1)) * 1e3))
+    }
+
+    /// Lets the counter guest begin anew with [`Self::counter_gap`]. Before dirty pages are logged, which this does not do.
+    pub fn forget_counter_gap(&self) {
+        for cpu in 0..usize::from(self.cpus()) {
+            // The layout puts the words into region 0, which every VM has.
+            let _ = self.ram().region(0).write_obj(0u64, map::GAPS as usize + 8 * cpu);
+        }
+    }
+
     /// Waits until the guest wrote `value` to port 0x4f8; `false` when it crashed or `timeout` passed first.
     pub(crate) fn wait_signal(&self, value: u32, timeout: Duration) -> bool {
         let until = Instant::now() + timeout;
@@ -414,15 +434,20 @@ impl Guest for Vm {
     }
 
     fn throttle(&self, percent: u8) -> Result<(), BackendError> {
-        if percent > 99 {
-            return Err(BackendError::new(
-                format!("throttling by {percent} %"),
-                io::ErrorKind::InvalidInput.into(),
-            ));
+        self.throttle_each(&vec![percent; self.machine.vcpus.len()])
+    }
+
+    fn throttle_each(&self, percents: &[u8]) -> Result<(), BackendError> {
+        let most = percents.iter().copied().max().unwrap_or(0);
+        if most > 99 || percents.len() != self.machine.vcpus.len() {
+            let what = format!("throttling {} vCPUs by {percents:?} %", self.machine.vcpus.len());
+            return Err(BackendError::new(what, io::ErrorKind::InvalidInput.into()));
         }
         let mut ticker = lock(&self.ticker);
-        self.machine.throttle.store(percent, Ordering::Relaxed);
-        if percent == 0 {
+        for (vcpu, &percent) in self.machine.vcpus.iter().zip(percents) {
+            vcpu.throttle.store(percent, Ordering::Relaxed);
+        }
+        if most == 0 {
             if let Some(ticker) = ticker.take() {
                 ticker.end();
             }
@@ -436,6 +461,19 @@ impl Guest for Vm {
             *ticker = Some(Ticker { stop, thread });
         }
         Ok(())
+    }
+
+    fn rehearse(&self) -> Result<Option<Duration>, BackendError> {
+        let running = lock(&self.status).running;
+        let begun = Instant::now();
+        if running {
+            self.pause()?;
+        }
+        let saved = self.save_state();
+        if running {
+            self.resume()?;
+        }
+        saved.map(|_| Some(begun.elapsed()))
     }
 
     fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
@@ -492,11 +530,13 @@ impl Drop for Vm {
     }
 }
 
-/// Interrupts all vCPUs at the end of each share of running time.
+/// Interrupts all throttled vCPUs at the end of each share of running time, of the one that is throttled most. Each then sleeps for
+/// what is taken from it of the time that it ran.
 fn tick(machine: &Machine, stop: &(Mutex<bool>, Condvar)) {
+    let percent_of = |vcpu: &Arc<Vcpu>| vcpu.throttle.load(Ordering::Relaxed);
     let mut stopped = lock(&stop.0);
     while !*stopped {
-        let percent = u32::from(machine.throttle.load(Ordering::Relaxed));
+        let percent = machine.vcpus.iter().map(percent_of).max().map_or(0, u32::from);
         let asleep = THROTTLE_PERIOD * percent / 100;
         // Two waits to a period: while the vCPUs sleep, and while they run.
         for wait in [asleep, THROTTLE_PERIOD - asleep] {
@@ -504,7 +544,7 @@ fn tick(machine: &Machine, stop: &(Mutex<bool>, Condvar)) {
                 stopped = stop.1.wait_timeout(stopped, wait).unwrap_or_else(PoisonError::into_inner).0;
             }
         }
-        for vcpu in &machine.vcpus {
+        for vcpu in machine.vcpus.iter().filter(|vcpu| percent_of(vcpu) != 0) {
             vcpu.throttle_due.store(true, Ordering::Relaxed);
             vcpu.kicker.kick();
         }

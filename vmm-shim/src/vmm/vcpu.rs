@@ -34,6 +34,8 @@ pub(crate) struct Vcpu {
     pub(crate) kicker: Arc<Kicker>,
     control: Mutex<Control>,
     changed: Condvar,
+    /// Percent of its time that is taken from it.
+    pub(crate) throttle: AtomicU8,
     /// The next interruption is for throttling.
     pub(crate) throttle_due: AtomicBool,
 }
@@ -50,8 +52,6 @@ pub(crate) struct Machine {
     pub(crate) ring: Option<Arc<KvmRingLog>>,
     /// Why the guest stopped for good.
     pub(crate) crashed: OnceLock<String>,
-    /// Percent of time taken from each vCPU.
-    pub(crate) throttle: AtomicU8,
     /// The last number written to [`SIGNAL_PORT`].
     pub(crate) signal: Mutex<u32>,
     pub(crate) signalled: Condvar,
@@ -73,6 +73,7 @@ impl Vcpu {
             // Parked until there is a thread.
             control: Mutex::new(Control { want: Want::Pause, parked: true }),
             changed: Condvar::new(),
+            throttle: AtomicU8::new(0),
             throttle_due: AtomicBool::new(false),
         })
     }
@@ -173,7 +174,7 @@ impl Machine {
                 // With a stop requested, whatever was pending has been completed before this.
                 Err(e) if e.errno() == libc::EINTR => {
                     if vcpu.throttle_due.swap(false, Ordering::Relaxed) {
-                        self.throttle(vcpu, slice);
+                        Self::throttle(vcpu, slice);
                         slice = Instant::now();
                     }
                 }
@@ -219,8 +220,8 @@ impl Machine {
     }
 
     /// Sleeps so long that the time since `slice` is the share that throttling leaves.
-    fn throttle(&self, vcpu: &Vcpu, slice: Instant) {
-        let percent = u32::from(self.throttle.load(Ordering::Relaxed).min(99));
+    fn throttle(vcpu: &Vcpu, slice: Instant) {
+        let percent = u32::from(vcpu.throttle.load(Ordering::Relaxed).min(99));
         let ran = slice.elapsed();
         vcpu.sleep((ran * percent / (100 - percent)).min(SLEEP_MAX));
     }

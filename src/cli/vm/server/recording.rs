@@ -48,8 +48,10 @@ impl Server {
             return Err(format!("seconds are 1 to {SECONDS_MAX}, interval_ms is 10 to 60000"));
         }
         let mut state = self.state();
-        if state.migrating || state.recording.runs() {
-            return Err("a migration or a recording is under way, and there is one dirty log".into());
+        if state.migrating || state.planning || state.recording.runs() {
+            return Err(
+                "a migration, a dry run or a recording is under way, and there is one dirty log".into()
+            );
         }
         if state.misses_pages() {
             return Err(

@@ -1,0 +1,163 @@
+//! A dry run: watches a guest for a while and says what moving it would come to. Nothing is sent.
+
+use std::time::{Duration, Instant};
+
+use pagecopy::backend::BackendError;
+use pagecopy::bitmap::PageBitmap;
+use pagecopy::layout::PAGE_SIZE;
+use pagecopy::plan::{Aim, DirtyCurve, forecast, remedies};
+use serde::{Deserialize, Serialize};
+
+use super::source::{STATE_TIME_GUESS, SourceBackend};
+
+/// Shortest time between two looks at what was dirtied; the first ones are this far apart, later ones farther.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What moving a guest would come to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// How long the guest was watched, in milliseconds.
+    pub watched_ms: f64,
+    /// Pages that hold data.
+    pub present_pages: u64,
+    /// Distinct pages that it dirtied while it was watched.
+    pub dirtied_pages: u64,
+    /// Pages a second that it dirtied at first, before it came to write the same ones again.
+    pub dirty_pages_per_s: f64,
+    /// The link's rate that was planned with, in bytes a second.
+    pub link_bytes_per_s: u64,
+    /// The downtime that was aimed for, in milliseconds.
+    pub downtime_limit_ms: u64,
+    /// It would switch over by itself.
+    pub converges: bool,
+    /// Rounds until then, or until the remainder stops shrinking.
+    pub rounds: u32,
+    /// Time until then, in milliseconds.
+    pub total_ms: f64,
+    /// The downtime then, in milliseconds.
+    pub downtime_ms: f64,
+    /// Bytes on the wire until then, without deltas and compression.
+    pub wire_bytes: u64,
+    /// What would let it switch over, where it does not by itself; each by itself.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub helps: Option<Helps>,
+}
+
+/// See [`Plan::helps`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Helps {
+    /// A downtime limit of so many milliseconds.
+    pub downtime_limit_ms: u64,
+    /// A link of so many bytes a second.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub link_bytes_per_s: Option<u64>,
+    /// Auto-converge, which would come to about so many percent.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub throttle_percent: Option<u8>,
+}
+
+/// Watches the guest for `time`, with its dirty log on, and plans for a link of `link_bytes_per_s`.
+pub fn plan(
+    backend: &SourceBackend,
+    time: Duration,
+    link_bytes_per_s: u64,
+    downtime_limit_ms: u64,
+) -> Result<Plan, BackendError> {
+    backend.log.start()?;
+    let watched = watch(backend, time);
+    // Whatever came of it, the guest is not to be slowed down by a log that nobody reads.
+    let stopped = backend.log.stop();
+    let seen = watched?;
+    stopped?;
+    let present_pages = super::populated(&*backend.ram)?.count();
+    let curve = DirtyCurve::new(seen.iter().copied(), backend.ram.layout().pages());
+    let aim = Aim {
+        present_bytes: present_pages * PAGE_SIZE as u64,
+        bytes_per_s: link_bytes_per_s,
+        downtime_us: downtime_limit_ms.saturating_mul(1000),
+        state_time_us: STATE_TIME_GUESS.as_micros() as u64,
+    };
+    let come_to = forecast(&curve, aim);
+    let helps = (!come_to.converges).then(|| {
+        let helps = remedies(&curve, aim);
+        Helps {
+            downtime_limit_ms: helps.downtime_us.div_ceil(1000),
+            link_bytes_per_s: helps.bytes_per_s,
+            throttle_percent: helps.throttle_percent,
+        }
+    });
+    let (us, dirtied_pages) = seen.last().copied().unwrap_or((0, 0));
+    let first = seen.first().copied().unwrap_or((1, 0));
+    Ok(Plan {
+        watched_ms: us as f64 / 1e3,
+        present_pages,
+        dirtied_pages,
+        dirty_pages_per_s: first.1 as f64 * 1e6 / first.0.max(1) as f64,
+        link_bytes_per_s,
+        downtime_limit_ms,
+        converges: come_to.converges,
+        rounds: come_to.rounds,
+        total_ms: come_to.total_us as f64 / 1e3,
+        downtime_ms: come_to.downtime_us as f64 / 1e3,
+        wire_bytes: come_to.bytes,
+        helps,
+    })
+}
+
+/// What was dirtied by when: (microseconds, distinct pages).
+fn watch(backend: &SourceBackend, time: Duration) -> Result<Vec<(u64, u64)>, BackendError> {
+    // Never cleared: what was written once is reported once.
+    let dirty = PageBitmap::new(backend.ram.layout().chunks());
+    let begun = Instant::now();
+    let (mut seen, mut pause) = (Vec::new(), LOOK);
+    loop {
+        std::thread::sleep(pause.min(time.saturating_sub(begun.elapsed())));
+        backend.log.sync(&dirty)?;
+        let elapsed = begun.elapsed();
+        seen.push((elapsed.as_micros() as u64, dirty.count()));
+        if elapsed >= time {
+            return Ok(seen);
+        }
+        pause = pause * 5 / 4;
+    }
+}
+
+impl Plan {
+    /// The plan in words.
+    pub fn summary(&self) -> String {
+        use std::fmt::Write;
+        let mut out = String::new();
+        let mut line = |name: &str, value: String| {
+            // Writing to a String cannot fail.
+            let _ = writeln!(out, "{name:<18}{value}");
+        };
+        let mib = |pages: u64| (pages * PAGE_SIZE as u64) >> 20;
+        line("watched:", format!("{:.1} s", self.watched_ms / 1e3));
+        line("memory with data:", format!("{} MiB", mib(self.present_pages)));
+        line(
+            "dirtied:",
+            format!(
+                "{:.0} MB/s at first, {} MiB in all",
+                self.dirty_pages_per_s * PAGE_SIZE as f64 / 1e6,
+                mib(self.dirtied_pages)
+            ),
+        );
+        line("link:", format!("{:.1} MB/s", self.link_bytes_per_s as f64 / 1e6));
+        let verdict = if self.converges { "yes" } else { "no" };
+        line("converges:", format!("{verdict}, with a downtime limit of {} ms", self.downtime_limit_ms));
+        line("rounds:", self.rounds.to_string());
+        line("total time:", format!("{:.1} s", self.total_ms / 1e3));
+        line("downtime:", format!("{:.0} ms", self.downtime_ms));
+        line("on the wire:", format!("{} MiB, less what deltas and compression save", self.wire_bytes >> 20));
+        if let Some(helps) = &self.helps {
+            line("would help:", format!("--downtime-limit {}", helps.downtime_limit_ms));
+            if let Some(rate) = helps.link_bytes_per_s {
+                line("  or:", format!("a link of {:.1} MB/s", rate as f64 / 1e6));
+            }
+            if let Some(percent) = helps.throttle_percent {
+                line("  or:", format!("--auto-converge, which would come to about {percent} %"));
+            }
+        }
+        out
+    }
+}
