@@ -17,6 +17,10 @@ use crate::engine::progress::Progress;
 /// Round trips while the guest stands still: the streams' end, FINISH and READY, GO and RUNNING.
 const HANDOVER_TRIPS: u32 = 3;
 
+/// What no trial shows: threads at both ends that wake up in turn, ends of streams. The rest of what 72 migrations of a guest that hardly
+/// wrote took on loopback, at the median, of 5.2 ms in all.
+const WAKE_UPS: Duration = Duration::from_micros(3500);
+
 /// How precopy ended, where it did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
@@ -195,7 +199,7 @@ impl<'a> Course<'a> {
             && let Some(tried) = brake.guest.rehearse()?
         {
             // The destination loads what the source saves, and lets the guest run where the source paused it.
-            self.state_time = tried * 2 + self.hand_over;
+            self.state_time = tried * 2 + self.hand_over + WAKE_UPS;
         }
         Ok(())
     }
