@@ -280,7 +280,11 @@ impl Attempt<'_> {
                     progress.update(|r| r.expected_downtime_ms = predicted_downtime_us as f64 / 1e3);
                     return Ok((rounds, Next::SwitchOver));
                 }
-                Decision::Postcopy => return Ok((rounds, Next::Postcopy)),
+                Decision::Postcopy => {
+                    // Nothing but the state is moved while it stands still.
+                    progress.update(|r| r.expected_downtime_ms = course.state_time.as_secs_f64() * 1e3);
+                    return Ok((rounds, Next::Postcopy));
+                }
                 Decision::GiveUp { reason } => return Err(Cause::Policy(reason.to_string())),
             }
         }

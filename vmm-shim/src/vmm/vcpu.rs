@@ -15,8 +15,9 @@ use crate::kvm::{KvmRingLog, Slots};
 
 /// A port to which a guest writes a 32-bit number to tell the VMM that it is done with something.
 pub(crate) const SIGNAL_PORT: u16 = 0x4f8;
-/// Longest sleep for throttling at a time.
-const SLEEP_MAX: Duration = Duration::from_millis(500);
+/// Longest sleep for throttling at a time. On a busy host a vCPU seems to have run for long that only waited for a CPU: it is not to
+/// stand still for a hundred times that.
+const SLEEP_MAX: Duration = Duration::from_millis(100);
 
 /// What a vCPU's thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
