@@ -14,6 +14,8 @@ mod pace;
 mod receiver;
 mod server;
 mod sink;
+#[cfg(test)]
+mod stepped;
 
 use std::io;
 

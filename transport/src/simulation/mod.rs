@@ -27,6 +27,8 @@ pub(crate) mod fault;
 mod guest;
 mod guest_memory;
 mod network;
+#[cfg(test)]
+mod postcopy;
 mod rng;
 mod source;
 #[cfg(test)]

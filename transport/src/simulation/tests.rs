@@ -123,3 +123,24 @@ fn a_seed_decides_everything() {
         assert_eq!(first.digest, second.digest, "seed {seed}");
     }
 }
+
+#[test]
+fn no_seed_breaks_postcopy() {
+    let seeds = match number("PAGEFERRY_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("PAGEFERRY_SEEDS").unwrap_or(SEEDS),
+    };
+    let count = seeds.end - seeds.start;
+    let (mut cuts, mut waits) = (0, 0);
+    for seed in seeds {
+        match super::postcopy::run(seed) {
+            Ok((cut, waited)) => (cuts, waits) = (cuts + cut, waits + waited),
+            Err(what) => panic!(
+                "seed {seed}: {what}\nto repeat it: \
+                 PAGEFERRY_SEED={seed} cargo test -p pageferry-transport simulation::tests::no_seed_breaks_postcopy"
+            ),
+        }
+    }
+    println!("{count} seeds: {cuts} cuts, the guest waited {waits} times");
+    assert!(count == 1 || cuts > count && waits > count, "{cuts} cuts, {waits} waits");
+}

@@ -101,7 +101,7 @@ impl Plan {
 }
 
 /// A few regions of a few pages: each is a chunk of its own.
-fn layout(rng: &mut Rng) -> Layout {
+pub(super) fn layout(rng: &mut Rng) -> Layout {
     let mut gpa = 0;
     let regions = (0..rng.range(1, 6)).map(|region| {
         let len = rng.range(1, 9) * PAGE_SIZE as u64;
