@@ -19,7 +19,8 @@ const STYLE: &str = "
 @media (prefers-color-scheme: dark) {
   :root { --paper: #0d1117; --text: #e6edf3; --faint: #9198a1; --axis: #6e7681; --grid: #262c34;
     --ink0: #58a6ff; --ink1: #f0883e; --ink2: #3fb950; --ink3: #bc8cff; --ink4: #8b949e; } }
-body { background: var(--paper); color: var(--text); font: 15px/1.5 system-ui, sans-serif; max-width: 92rem; margin: 2rem auto; padding: 0 1.5rem; }
+body { background: var(--paper); color: var(--text); font: 15px/1.5 system-ui, sans-serif;
+  max-width: 92rem; margin: 2rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 p, .faint { color: var(--faint); }
 .wide { overflow-x: auto; }
