@@ -5,6 +5,8 @@
 
 #[path = "live/commands.rs"]
 mod commands;
+#[path = "common/mod.rs"]
+mod common;
 #[path = "live/demo.rs"]
 mod demo;
 #[path = "common/ends.rs"]
@@ -17,6 +19,8 @@ mod handover;
 mod kill;
 #[path = "live/proxy.rs"]
 mod proxy;
+#[path = "live/resume.rs"]
+mod resume;
 #[path = "live/streams.rs"]
 mod streams;
 #[path = "live/torn.rs"]

@@ -270,7 +270,8 @@ fn a_killed_side_ends_the_other_with_an_error() {
         }
     };
     for kill_source in [true, false] {
-        let mut destination = Recv::start(address, &to, &["--link-timeout", "3"]);
+        let args = ["--link-timeout", "3", "--reconnect-timeout", "0"];
+        let mut destination = Recv::start(address, &to, &args);
         let mut source = destination.send(&from, &["--streams", "2", "--link-timeout", "3"]);
         begun(&to);
         if kill_source {

@@ -223,7 +223,8 @@ pub trait Guest: Send + Sync {
     }
     /// The state of everything but memory, of a paused guest.
     fn save_state(&self) -> Result<Vec<StateBlob>, BackendError>;
-    /// Puts state into a guest that has not run yet. Unknown names and versions are refused.
+    /// Puts state into a guest that has not run yet, in place of what was loaded before, if anything was: a handover may be taken back and
+    /// done again. Unknown names and versions are refused.
     fn load_state(&self, state: &[StateBlob]) -> Result<(), BackendError>;
 }
 

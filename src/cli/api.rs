@@ -99,6 +99,8 @@ pub(super) struct MigrateRequest {
     pub codec: String,
     #[serde(default = "default_link_timeout")]
     pub link_timeout_s: u64,
+    #[serde(default = "default_reconnect")]
+    pub reconnect_timeout_s: u64,
     #[serde(default)]
     pub postcopy_after_rounds: Option<u64>,
     #[serde(default)]
@@ -118,6 +120,10 @@ fn default_codec() -> String {
 }
 fn default_link_timeout() -> u64 {
     10
+}
+
+fn default_reconnect() -> u64 {
+    300
 }
 
 /// Arguments of a dry run.

@@ -144,6 +144,7 @@ impl MigrateArgs {
             codec: self.transfer.codec.to_string(),
             postcopy_after_rounds: self.postcopy_after_rounds,
             link_timeout_s: self.transfer.link_timeout,
+            reconnect_timeout_s: self.transfer.reconnect_timeout,
             rdma_pin_all: self.transfer.rdma.rdma_pin_all,
             rdma_max_pinned: self.transfer.rdma.limit.rdma_max_pinned,
             tuning: self.tuning.clone(),

@@ -115,6 +115,7 @@ fn migrate(args: &DemoArgs, source: &VmProcess, uri: String) -> Result<Report, C
         codec: args.transfer.codec.to_string(),
         postcopy_after_rounds: args.postcopy.then_some(0),
         link_timeout_s: args.transfer.link_timeout,
+        reconnect_timeout_s: 10,
         rdma_pin_all: args.transfer.rdma.rdma_pin_all,
         rdma_max_pinned: args.transfer.rdma.limit.rdma_max_pinned,
         tuning: args.tuning.clone(),

@@ -109,6 +109,9 @@ struct TransferArgs {
     /// Give a silent peer or stream up after this many seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     link_timeout: u64,
+    /// Try this many seconds to connect again what was lost, while the guest runs on; 0: fail at once
+    #[arg(long, default_value_t = 300, value_name = "S", value_parser = clap::value_parser!(u64).range(0..=86400))]
+    reconnect_timeout: u64,
     #[command(flatten)]
     rdma: RdmaArgs,
 }
@@ -149,6 +152,7 @@ impl TransferArgs {
             streams: self.streams,
             codec: self.codec,
             timeout: Duration::from_secs(self.link_timeout),
+            reconnect_timeout: Duration::from_secs(self.reconnect_timeout),
             rdma: self.rdma.options(),
             ..Options::default()
         }

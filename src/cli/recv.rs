@@ -31,6 +31,9 @@ pub(super) struct RecvArgs {
     /// Give a silent peer or stream up after this many seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     link_timeout: u64,
+    /// Wait this many seconds for a source that was lost on the way and connects again; 0: give up at once
+    #[arg(long, default_value_t = 300, value_name = "S", value_parser = clap::value_parser!(u64).range(0..=86400))]
+    reconnect_timeout: u64,
     #[command(flatten)]
     pinned: PinnedArgs,
     /// Print one JSON object at the end instead of text
@@ -82,6 +85,7 @@ impl Incoming for Taker<'_> {
 pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     let options = Options {
         timeout: std::time::Duration::from_secs(args.link_timeout),
+        reconnect_timeout: std::time::Duration::from_secs(args.reconnect_timeout),
         rdma: args.pinned.options(),
         ..Options::default()
     };

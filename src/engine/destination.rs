@@ -6,6 +6,7 @@
 
 mod front;
 mod postcopy;
+mod resume;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,17 +25,18 @@ use transport::session::{DestinationEvent, DestinationSession, SessionError, com
 use transport::socket::{Listener, SocketError};
 use transport::streams::{DestinationStreams, Stop};
 use transport::uri::Uri;
-use transport::wire::WireError;
 use transport::wire::control::{
     ErrorCode, Hello, Message, PRESENCE_CHUNKS, SessionStatus, StreamEnd, Totals, Welcome, capability,
     state_digest,
 };
+use transport::wire::{WireError, stream_number};
 
 use super::progress::Progress;
 use super::report::{Report, Status};
 use super::source::RUN_STATE;
 use super::{Options, explain, usage};
 use front::{Event, Front};
+use resume::Outages;
 
 /// How often somebody who waits looks at everything that may have happened.
 const TICK: Duration = Duration::from_millis(20);
@@ -74,6 +76,17 @@ pub enum IncomingError {
     /// The VMM failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
+    /// The source did not come back.
+    #[error(
+        "the source was lost and did not come back within {seconds} s; what arrived is incomplete and was given up"
+    )]
+    NotResumed {
+        /// How long was waited.
+        seconds: u64,
+        /// How it was lost.
+        #[source]
+        source: LinkError,
+    },
     /// A stream that should have ended in order did not.
     #[error("stream {stream} did not end in order")]
     Stream {
@@ -209,6 +222,7 @@ impl Destination {
                 | Event::Stream { .. }
                 | Event::Query { .. }
                 | Event::Postcopy(_)
+                | Event::Resume { .. }
                 | Event::StreamEnded { .. } => {}
             }
         }
@@ -289,7 +303,11 @@ impl Destination {
                 return None;
             }
         };
-        let capabilities = hello.capabilities & self.capabilities(&hello, &*ram);
+        let reconnect = self.options.reconnect_timeout.min(Duration::from_millis(hello.reconnect_ms.into()));
+        let resume = if reconnect.is_zero() { 0 } else { capability::RESUME };
+        let capabilities = hello.capabilities & (self.capabilities(&hello, &*ram) | resume);
+        let agreed = capabilities & capability::RESUME != 0;
+        let outages = Outages::new(if agreed { reconnect } else { Duration::ZERO });
         let (hasher, options) = (PageHasher::new(hello.seed), &self.options);
         let pinned_max = options.rdma.pinned_max;
         let sink = PageSink::new(ram.clone(), hasher, capabilities, options.timeout, pinned_max);
@@ -298,6 +316,7 @@ impl Destination {
             capabilities,
             streams: hello.streams,
             timeout_ms: self.options.timeout.as_millis().try_into().unwrap_or(u32::MAX),
+            reconnect_ms: reconnect.as_millis().try_into().unwrap_or(u32::MAX),
         }));
         self.progress.update(|r| {
             *r = Report { status: Status::Setup, page_size: PAGE_SIZE as u32, ..Report::default() };
@@ -319,6 +338,7 @@ impl Destination {
             began: Instant::now(),
             setup: Duration::ZERO,
             event_sender: self.event_sender.clone(),
+            outages,
         })
     }
 }
@@ -362,7 +382,16 @@ struct Opening {
 /// A data stream's worker.
 struct Worker {
     breaker: Arc<dyn Breaker>,
-    thread: Option<std::thread::JoinHandle<()>>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+/// What comes of READY.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Handover {
+    /// The guest is this side's.
+    Go,
+    /// The source lost its connections, and pages move again.
+    TakenBack,
 }
 
 /// One session.
@@ -376,6 +405,7 @@ struct Session {
     guest: Option<Arc<dyn Guest>>,
     sink: Arc<PageSink>,
     streams: DestinationStreams,
+    /// By number, as `streams` has them.
     workers: BTreeMap<u16, Worker>,
     /// Once the source has announced it.
     postcopy: Option<postcopy::Postcopy>,
@@ -383,6 +413,7 @@ struct Session {
     began: Instant,
     setup: Duration,
     event_sender: Sender<Event>,
+    outages: Outages,
 }
 
 impl Session {
@@ -393,11 +424,16 @@ impl Session {
         self.send(prepared);
         self.setup = self.began.elapsed();
         listening.progress.update(|r| r.status = Status::Active);
-        let theirs = self.take_pages(listening)?;
-        let mine = self.finish(listening, &theirs)?;
-        let ready = self.machine.ready(mine);
-        self.send(ready);
-        self.wait_go(listening)?;
+        loop {
+            let theirs = self.take_pages(listening)?;
+            // A source that lost its connections meanwhile takes the session back to where pages move.
+            let Some(mine) = self.finish(listening, &theirs)? else { continue };
+            let ready = self.machine.ready(mine);
+            self.send(ready);
+            if self.wait_go(listening)? == Handover::Go {
+                break;
+            }
+        }
         // From here on the guest is this side's, whatever becomes of the source.
         if let Some(guest) = &self.guest
             && self.runs()
@@ -457,12 +493,13 @@ impl Session {
     /// Serves streams and messages until FINISH.
     fn take_pages(&mut self, listening: &Destination) -> Result<Totals, IncomingError> {
         loop {
+            self.check_outage(listening)?;
             let Some(event) = self.next(listening)? else { continue };
             let event = match event {
                 LinkEvent::Message(message) => self.machine.handle(message)?,
                 LinkEvent::Dead(error) => {
-                    self.link = None;
-                    return Err(IncomingError::Link(error));
+                    self.lose_link(listening, error)?;
+                    continue;
                 }
             };
             match event {
@@ -470,6 +507,7 @@ impl Session {
                 DestinationEvent::State(blobs) => self.state = blobs,
                 DestinationEvent::Finish(totals) => return Ok(totals),
                 DestinationEvent::Reply(reply) => self.send(reply),
+                DestinationEvent::Resent(bytes) => listening.progress.update(|r| r.resent_bytes = bytes),
                 DestinationEvent::Postcopy => self.announce_postcopy()?,
                 DestinationEvent::Missing(runs) => self.add_missing(&runs)?,
                 DestinationEvent::Nothing
@@ -489,8 +527,16 @@ impl Session {
         let Ok(event) = listening.events.recv_timeout(TICK) else { return Ok(None) };
         match event {
             Event::Link { generation, event } if generation == self.generation => return Ok(Some(event)),
-            Event::Stream { request, stream } => self.attach(request, stream)?,
-            Event::StreamEnded { stream, result } => self.stream_ended(stream, result),
+            Event::Link { generation, event } => return self.on_other_link(listening, generation, event),
+            Event::Resume { link, generation } => self.outages.knock(link, generation),
+            Event::Stream { request, stream } => self.attach(request, stream, listening)?,
+            Event::StreamEnded { stream, result } => {
+                self.stream_ended(stream, result);
+                self.take_up(listening);
+                if let Some(request) = self.outages.waiting.remove(&stream_number(stream)) {
+                    self.attach(request.1, request.0, listening)?;
+                }
+            }
             Event::Postcopy(event) => self.on_postcopy(event)?,
             Event::Refused { peer, reason } => {
                 (listening.notice)(&format!("refused a connection from {peer}: {reason}"));
@@ -504,7 +550,6 @@ impl Session {
                     (self.link, self.generation) = (Some(link), generation);
                 }
             }
-            Event::Link { .. } => {}
             Event::Control { link, .. } => {
                 let text = "this destination already serves a session".into();
                 link.send(Message::Error { code: ErrorCode::Busy, text });
@@ -514,11 +559,26 @@ impl Session {
     }
 
     /// A data stream of this session was opened.
-    fn attach(&mut self, request: StreamRequest, stream: u16) -> Result<(), IncomingError> {
-        let moving = self.machine.status() == SessionStatus::Moving && !self.setup.is_zero();
-        if let Err(why) = self.streams.admit(stream, self.hello.streams, moving) {
-            request.refuse(ErrorCode::Protocol, format!("stream {stream} is refused: {why}"));
+    fn attach(
+        &mut self,
+        request: StreamRequest,
+        stream: u16,
+        listening: &Destination,
+    ) -> Result<(), IncomingError> {
+        let (number, again) = (stream_number(stream), stream != stream_number(stream));
+        let moving = self.machine.is_moving() && !self.setup.is_zero() && !self.outages.is_taking_up();
+        let agreed = if again && self.outages.patience.is_zero() { 0 } else { self.hello.streams };
+        if let Err(why) = self.streams.admit(stream, agreed, moving) {
+            request.refuse(ErrorCode::Protocol, format!("stream {number} is refused: {why}"));
             return Ok(());
+        }
+        if let Some(earlier) = self.streams.running(stream) {
+            self.outages.waiting.insert(number, (stream, request));
+            self.stop_stream(earlier);
+            return Ok(());
+        }
+        if again {
+            listening.progress.update(|r| r.streams_reconnected += 1);
         }
         let Some(carrier) = request.accept(stream, &self.sink)? else { return Ok(()) };
         let breaker = carrier.breaker();
@@ -531,14 +591,16 @@ impl Session {
             let _ = events.send(Event::StreamEnded { stream, result });
         })?;
         self.streams.started(stream);
-        self.workers.insert(stream, Worker { breaker, thread: Some(thread) });
+        self.workers.insert(number, Worker { breaker, thread });
         Ok(())
     }
 
     /// Nothing of the stream reaches memory any more; a connection that broke is no news to the source.
     fn stream_ended(&mut self, stream: u16, result: Result<StreamEnd, ReceiveError>) {
-        if let Some(thread) = self.workers.get_mut(&stream).and_then(|worker| worker.thread.take()) {
-            let _ = thread.join();
+        if self.streams.runs(stream)
+            && let Some(worker) = self.workers.remove(&stream_number(stream))
+        {
+            let _ = worker.thread.join();
         }
         if let Some(stopped) = self.streams.ended(stream, result.map_err(|e| explain(&e))) {
             self.send(stopped);
@@ -550,42 +612,58 @@ impl Session {
     fn stop_stream(&mut self, stream: u16) {
         match self.streams.lost(stream) {
             Stop::Say(stopped) => self.send(stopped),
-            Stop::Worker => {
-                if let Some(worker) = self.workers.get(&stream) {
-                    worker.breaker.shutdown();
-                }
-            }
+            Stop::Worker => self.break_stream(stream),
             Stop::Nothing => {}
         }
     }
 
-    /// Waits for the streams' ends, compares accounts, loads device state, makes memory durable.
-    fn finish(&mut self, listening: &Destination, theirs: &Totals) -> Result<Totals, IncomingError> {
+    fn break_stream(&self, stream: u16) {
+        if let Some(worker) = self.workers.get(&stream_number(stream)) {
+            worker.breaker.shutdown();
+        }
+    }
+
+    /// Waits for the streams' ends, compares accounts, loads device state, makes memory durable. `None` when the source has lost its
+    /// connections meanwhile, and pages move again.
+    fn finish(&mut self, listening: &Destination, theirs: &Totals) -> Result<Option<Totals>, IncomingError> {
         let deadline = Instant::now() + listening.options.timeout;
         while let Some(stream) = self.streams.unfinished() {
             if Instant::now() > deadline {
-                return Err(IncomingError::Stream { stream });
+                return Err(IncomingError::Stream { stream: stream_number(stream) });
             }
-            if let Some(LinkEvent::Dead(error)) = self.next(listening)? {
-                return Err(IncomingError::Link(error));
+            match self.next(listening)? {
+                Some(LinkEvent::Dead(error)) => {
+                    self.lose_link(listening, error)?;
+                    self.wait_resumed(listening)?;
+                }
+                Some(LinkEvent::Message(error @ Message::Error { .. })) => {
+                    self.machine.handle(error)?;
+                }
+                _ => {}
+            }
+            if self.machine.is_moving() {
+                return Ok(None);
             }
         }
         self.sink.end_placing();
         let streams = self.streams.accounts();
         let mine = Totals { streams, pages: self.sink.carried_pages(), state: state_digest(&self.state) };
-        compare_totals(&mine, theirs)?;
+        let mut theirs = theirs.clone();
+        // What the source may not have heard yet when it said FINISH.
+        theirs.streams.retain(|end| !self.streams.is_lost(end.stream));
+        compare_totals(&mine, &theirs)?;
         self.miss_pages()?;
         if let Some(guest) = &self.guest {
             let state: Vec<_> = self.state.iter().filter(|blob| blob.name != RUN_STATE).cloned().collect();
             guest.load_state(&state)?;
         }
         self.ram.persist()?;
-        Ok(mine)
+        Ok(Some(mine))
     }
 
-    /// Waits for GO, over whatever link the source has.
-    fn wait_go(&mut self, listening: &Destination) -> Result<(), IncomingError> {
-        let timeout = listening.options.handover_timeout;
+    /// Waits for GO, over whatever link the source has, or for a source that lost its connections and takes READY back.
+    fn wait_go(&mut self, listening: &Destination) -> Result<Handover, IncomingError> {
+        let timeout = listening.options.handover_timeout.max(self.outages.patience);
         let mut lost = None::<Instant>;
         loop {
             // A query brings a new link.
@@ -598,11 +676,12 @@ impl Session {
                     self.send(Message::Status(self.machine.status()));
                 }
                 Some(LinkEvent::Message(message)) => match self.machine.handle(message)? {
-                    DestinationEvent::Go => return Ok(()),
+                    DestinationEvent::Go => return Ok(Handover::Go),
                     DestinationEvent::Reply(reply) => self.send(reply),
                     _ => {}
                 },
                 Some(LinkEvent::Dead(_)) => self.link = None,
+                None if self.machine.is_moving() => return Ok(Handover::TakenBack),
                 None => {}
             }
         }
@@ -638,11 +717,9 @@ impl Session {
         self.machine.abandon();
         self.sink.stop();
         self.end_postcopy();
-        for worker in self.workers.values_mut() {
+        for worker in std::mem::take(&mut self.workers).into_values() {
             worker.breaker.shutdown();
-            if let Some(thread) = worker.thread.take() {
-                let _ = thread.join();
-            }
+            let _ = worker.thread.join();
         }
         let peer_knows = matches!(error, IncomingError::Session(SessionError::Peer { .. }));
         if !peer_knows {

@@ -34,6 +34,9 @@ pub struct Options {
     pub postcopy_after_rounds: Option<u64>,
     /// Silence after which a peer, or a stream, is given up.
     pub timeout: Duration,
+    /// How long connections that were lost may take to be made anew before the migration fails; zero: it fails at once. A
+    /// destination waits as long as its source, and no longer than this.
+    pub reconnect_timeout: Duration,
     /// Bound of the delta cache, in bytes.
     pub cache_bytes: u64,
     /// How long a destination that is READY waits for GO after it lost its source.
@@ -51,6 +54,7 @@ impl Default for Options {
             codec: CodecMode::Auto,
             postcopy_after_rounds: None,
             timeout: Duration::from_secs(10),
+            reconnect_timeout: Duration::from_secs(300),
             cache_bytes: 64 << 20,
             handover_timeout: Duration::from_secs(60),
             postcopy_timeout: Duration::from_secs(600),

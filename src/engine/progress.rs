@@ -2,11 +2,12 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use transport::uri::Uri;
 
-use super::report::{Pages, Report};
+use super::report::{Pages, Report, Status};
 use super::tuning::Tuning;
 
 /// Rounds that are remembered: those of a migration that lasts longer have nothing new to tell.
@@ -173,5 +174,41 @@ impl Progress {
 
     fn lock_tuning(&self) -> MutexGuard<'_, Tuning> {
         self.shared.tuning.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// A time without connections, as the report shows it: status `reconnecting`, the reason, and how long it has lasted.
+#[derive(Debug)]
+pub(crate) struct Outage {
+    since: Instant,
+    before_ms: f64,
+}
+
+impl Outage {
+    /// Connections were lost just now.
+    pub(crate) fn begin(progress: &Progress, reason: &str) -> Self {
+        let mut before_ms = 0.0;
+        progress.update(|r| {
+            r.status = Status::Reconnecting;
+            r.error = Some(reason.into());
+            before_ms = r.reconnecting_ms;
+        });
+        Self { since: Instant::now(), before_ms }
+    }
+
+    /// How long it has lasted; renews the report.
+    pub(crate) fn lasts(&self, progress: &Progress) -> Duration {
+        let elapsed = self.since.elapsed();
+        progress.update(|r| r.reconnecting_ms = self.before_ms + elapsed.as_secs_f64() * 1e3);
+        elapsed
+    }
+
+    /// It is over: pages move again.
+    pub(crate) fn end(self, progress: &Progress) {
+        self.lasts(progress);
+        progress.update(|r| {
+            r.status = Status::Active;
+            r.error = None;
+        });
     }
 }

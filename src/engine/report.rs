@@ -26,6 +26,8 @@ pub enum Status {
     PostcopyPaused,
     /// The source is gone with pages that were missing: the guest was stopped for good.
     PostcopyLost,
+    /// Connections are lost and made anew; the guest runs at the source.
+    Reconnecting,
     /// It is at the destination.
     Completed,
     /// It failed; the guest is where the error says.
@@ -148,6 +150,18 @@ pub struct Report {
     /// Postcopy, where there was some.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub postcopy: Option<Postcopy>,
+    /// Streams that were connected again after a loss.
+    #[serde(default)]
+    pub streams_reconnected: u32,
+    /// Times that the control connection was lost and the session went on over another.
+    #[serde(default)]
+    pub reconnects: u32,
+    /// Time without any connection that pages could travel on, in milliseconds.
+    #[serde(default)]
+    pub reconnecting_ms: f64,
+    /// Wire bytes sent on streams that were lost, and not receipted: their pages were sent twice, or more often.
+    #[serde(default)]
+    pub resent_bytes: u64,
     /// Every page was receipted with the digest of what was sent, and both sides' accounts are equal.
     pub verified: bool,
     /// xxh3-128 of the content, where it was asked for.
@@ -166,6 +180,7 @@ impl Report {
             &mut self.downtime_ms,
             &mut self.expected_downtime_ms,
             &mut self.setup_ms,
+            &mut self.reconnecting_ms,
             &mut self.dirty_pages_per_s,
             &mut self.logical_gb_s,
             &mut self.wire_gb_s,
@@ -271,9 +286,21 @@ impl Report {
             if self.streams_lost == 0 {
                 self.streams.to_string()
             } else {
-                format!("{} ({} lost)", self.streams, self.streams_lost)
+                format!(
+                    "{} ({} lost, {} connected again)",
+                    self.streams, self.streams_lost, self.streams_reconnected
+                )
             },
         );
+        if self.reconnects != 0 {
+            line(
+                "reconnects:",
+                format!("{} ({:.1} s without connection)", self.reconnects, self.reconnecting_ms / 1e3),
+            );
+        }
+        if self.resent_bytes != 0 {
+            line("sent twice:", format!("{} kbytes", self.resent_bytes / 1024));
+        }
         line(
             "verified:",
             if self.verified { "yes: every page receipted, accounts equal".into() } else { "no".into() },

@@ -5,6 +5,8 @@
 
 mod converge;
 mod postcopy;
+mod reopen;
+mod resume;
 mod watch;
 
 use std::fmt;
@@ -16,24 +18,26 @@ use pagecopy::bitmap::PageBitmap;
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::PAGE_SIZE;
-use transport::carrier::{OpenError, SourceEnd};
+use transport::carrier::OpenError;
 use transport::link::{Exchange, LinkError};
 use transport::postcopy::PostcopyError;
 use transport::session::{Learnt, SessionError};
-use transport::socket::{Connection, SocketError};
-use transport::source::{FatalError, Feeder, Lane, PageSource, SourceOptions};
+use transport::socket::SocketError;
+use transport::source::{FatalError, Feeder, PageSource, SourceOptions};
 use transport::streams::StreamsError;
 use transport::uri::Uri;
+use transport::wire::Role;
 use transport::wire::control::{
     ErrorCode, Hello, Message, SessionStatus, Totals, Welcome, capability, state_digest,
 };
-use transport::wire::{Preamble, Role, VERSION_MAX, VERSION_MIN};
 
 use super::Options;
 use super::progress::Progress;
 use super::report::{Report, Status};
 use super::usage;
 use converge::Next;
+use reopen::Opener;
+use resume::connect;
 use watch::Watch;
 
 /// Receipts that may mismatch before the migration fails.
@@ -143,6 +147,18 @@ pub enum Cause {
     /// A connection of postcopy could not be opened.
     #[error(transparent)]
     Postcopy(#[from] PostcopyError),
+    /// The connections did not come back.
+    #[error(
+        "the connections were lost ({lost}) and not made anew within {seconds} s; the last attempt: {last}"
+    )]
+    NotReconnected {
+        /// How long was tried.
+        seconds: u64,
+        /// What was lost.
+        lost: String,
+        /// Why the last attempt failed.
+        last: String,
+    },
     /// The policy gave up.
     #[error("{0}")]
     Policy(String),
@@ -250,11 +266,18 @@ struct Attempt<'a> {
     running: Option<Running>,
 }
 
+/// How far a transfer came.
+enum Stage {
+    /// The destination has everything and waits for GO.
+    Ready,
+    /// The guest is there.
+    Moved,
+}
+
 /// What exists once the destination has answered.
 struct Running {
     watch: Watch,
     source: Arc<PageSource>,
-    lanes: Vec<Lane>,
     welcome: Welcome,
     /// What serves the pages that are missing at the destination.
     postcopy: Option<postcopy::Service>,
@@ -268,24 +291,44 @@ impl Attempt<'_> {
         // After the log was started, so that no page falls between the two.
         let populated = super::populated(&*self.backend.ram)?;
         let hello = self.hello(&mut watch, &populated);
-        let (welcome, hasher) = hello.inspect_err(|cause| watch.say_error(cause))?;
+        let (welcome, hasher) = hello.inspect_err(|cause| watch.say_error(self.uri, cause))?;
         let source = self.page_source(hasher, welcome.capabilities, populated);
-        let source = source.inspect_err(|cause| watch.say_error(cause))?;
+        let source = source.inspect_err(|cause| watch.say_error(self.uri, cause))?;
         let feeder = Feeder::new(source.clone());
         watch.observe(source.clone());
-        self.running = Some(Running { watch, source, lanes: Vec::new(), welcome, postcopy: None });
+        self.running = Some(Running { watch, source, welcome, postcopy: None });
         self.progress.offer_postcopy(welcome.capabilities & capability::POSTCOPY != 0);
         self.open_streams(welcome.version, welcome.streams, &feeder)?;
         self.progress.update(|r| {
             r.status = Status::Active;
             r.setup_ms = self.began.elapsed().as_secs_f64() * 1e3;
         });
+        let mut feeder = feeder;
+        loop {
+            match self.transfer(feeder) {
+                Ok(Stage::Ready) => return self.hand_over(),
+                Ok(Stage::Moved) => return Ok(()),
+                Err(cause) if self.is_resumable(&cause) => self.resume(&cause)?,
+                Err(cause) => return Err(cause),
+            }
+            let (watch, source) = self.parts();
+            feeder = Feeder::new(source.clone());
+            watch.feed(feeder.work());
+        }
+    }
+
+    /// Everything up to READY, or all of postcopy. Nothing is lost for good when it fails before GO: what was not delivered is dirty
+    /// again.
+    fn transfer(&mut self, feeder: Feeder) -> Result<Stage, Cause> {
         let state = match self.precopy(&feeder)? {
             (rounds, Next::SwitchOver) => self.switchover(&feeder, rounds)?,
-            (rounds, Next::Postcopy) => return self.postcopy(feeder, rounds),
+            (rounds, Next::Postcopy) => {
+                self.postcopy(feeder, rounds)?;
+                return Ok(Stage::Moved);
+            }
         };
-        drop(feeder);
-        self.hand_over(state)
+        self.finish(feeder, state)?;
+        Ok(Stage::Ready)
     }
 
     fn parts(&mut self) -> (&mut Watch, &Arc<PageSource>) {
@@ -302,17 +345,20 @@ impl Attempt<'_> {
             let bit = chunk / transport::wire::control::PRESENCE_CHUNKS;
             presence[bit as usize / 8] |= 1 << (bit % 8);
         }
+        let resume = if self.options.reconnect_timeout.is_zero() { 0 } else { capability::RESUME };
+        let capabilities = capability::CODECS | resume;
         watch.send(Message::Hello(Hello {
             seed,
-            capabilities: capability::ALL,
+            capabilities,
             streams: self.options.streams,
             live: self.backend.guest.is_some(),
             timeout_ms: self.options.timeout.as_millis().try_into().unwrap_or(u32::MAX),
+            reconnect_ms: self.options.reconnect_timeout.as_millis().try_into().unwrap_or(u32::MAX),
             regions: layout.regions().to_vec(),
             presence,
             machine: self.backend.machine.clone(),
         }));
-        let welcome = watch.welcome(self.options.streams, capability::ALL)?;
+        let welcome = watch.welcome(self.options.streams, capabilities)?;
         Ok((welcome, PageHasher::new(seed)))
     }
 
@@ -347,19 +393,20 @@ impl Attempt<'_> {
 
     /// Opens all streams at the same time: what takes long is the way there and back.
     fn open_streams(&mut self, version: u16, streams: u16, feeder: &Feeder) -> Result<(), Cause> {
-        let (uri, timeout) = (self.uri, self.options.timeout);
+        let (uri, timeout) = (self.uri.clone(), self.options.timeout);
         let (watch, source) = self.parts();
         let (session, source) = (watch.session_id(), source.clone());
+        let opener = Arc::new(Opener { source, uri, session, version, timeout });
+        watch.keep_open(opener.clone(), streams);
         let (opened, ends) = crossbeam_channel::unbounded();
-        let mut lanes = Vec::new();
         let mut round_trip = Duration::MAX;
         let result: Result<(), Cause> = std::thread::scope(|scope| {
             for first in 0..streams.min(OPENING_MAX) {
-                let (opened, source) = (opened.clone(), &source);
+                let (opened, opener) = (opened.clone(), &opener);
                 scope.spawn(move || {
                     for stream in (first..streams).step_by(OPENING_MAX.into()) {
                         let begun = Instant::now();
-                        let end = SourceEnd::open(source, uri, session, version, stream, timeout);
+                        let end = opener.open(stream);
                         let failed = end.is_err();
                         // Nobody listens any more once one has failed.
                         if opened.send((stream, end, begun.elapsed())).is_err() || failed {
@@ -375,19 +422,11 @@ impl Attempt<'_> {
                 // There and back to connect, and once more until it is attached.
                 round_trip = round_trip.min(took / 2);
                 watch.check()?;
-                lanes.push(Lane::spawn(
-                    source.clone(),
-                    carrier,
-                    stream,
-                    feeder.work(),
-                    watch.lane_started(),
-                )?);
-                Ok(())
+                watch.start(carrier, stream, feeder.work())
             })
         });
-        // Also of an attempt that failed: what was started has to be ended.
-        self.running.as_mut().expect("parts() used it").lanes = lanes;
         result?;
+        watch.feed(feeder.work());
         self.round_trip = Some(round_trip);
         self.progress.update(|r| r.streams = streams);
         Ok(())
@@ -405,6 +444,7 @@ impl Attempt<'_> {
             let (watch, source) = self.parts();
             // Nobody is slowed down by haste any more but the guest that waits.
             source.limit_bandwidth(None);
+            watch.hurry();
             let mut dirtied = source.dirty_sync()?;
             if progress.tuning().pause_before_switchover {
                 feeder.settle(|| watch.check())?;
@@ -425,23 +465,33 @@ impl Attempt<'_> {
         Ok(digest)
     }
 
-    /// FINISH, READY, GO, RUNNING.
-    fn hand_over(&mut self, state: u64) -> Result<(), Cause> {
+    /// Ends the streams; FINISH, READY.
+    fn finish(&mut self, feeder: Feeder, state: u64) -> Result<(), Cause> {
+        let live = self.backend.guest.is_some();
         let (watch, source) = self.parts();
+        watch.close();
+        drop(feeder);
         let streams = watch.streams_ended()?;
         match source.never_carried() {
             0 => {}
             pages => return Err(FatalError::NeverSent { pages }.into()),
         }
         let totals = Totals { streams, pages: source.carried_pages(), state };
-        self.give(totals)
+        watch.finish(totals, live)
     }
 
     /// The handover itself, once everything that comes before the guest is there.
     fn give(&mut self, totals: Totals) -> Result<(), Cause> {
-        let (options, progress, live) = (self.options, self.progress, self.backend.guest.is_some());
+        let live = self.backend.guest.is_some();
         let (watch, _) = self.parts();
         watch.finish(totals, live)?;
+        self.hand_over()
+    }
+
+    /// GO, RUNNING.
+    fn hand_over(&mut self) -> Result<(), Cause> {
+        let (options, progress) = (self.options, self.progress);
+        let (watch, _) = self.parts();
         if progress.is_cancelled() {
             return Err(Cause::Cancelled);
         }
@@ -493,11 +543,11 @@ impl Attempt<'_> {
     /// Undoes what a failed attempt did, and says who has the guest. A paused guest comes first.
     fn unwind(&mut self, cause: Cause) -> Failure {
         let mut owns = true;
-        if let Some(running) = &self.running {
+        if let Some(running) = &mut self.running {
             owns = running.watch.owns_guest() || matches!(cause, Cause::Abandoned);
-            running.watch.say_error(&cause);
+            running.watch.say_error(self.uri, &cause);
             running.source.stop();
-            running.lanes.iter().for_each(Lane::abort);
+            running.watch.abort();
         }
         let fate = match &self.backend.guest {
             _ if !owns && self.downtime.is_some() => Fate::Lost,
@@ -508,7 +558,7 @@ impl Attempt<'_> {
             Some(_) => Fate::RunsOn,
         };
         if let Some(running) = &mut self.running {
-            running.lanes.drain(..).for_each(Lane::join);
+            running.watch.join();
         }
         // A log that does not stop costs speed and nothing else, and the cause is what matters.
         let _ = self.backend.log.stop();
@@ -532,15 +582,8 @@ pub(super) const STATE_TIME_GUESS: Duration = Duration::from_millis(5);
 
 /// One question on a connection of its own; says GO again where it did not arrive.
 fn ask_once(uri: &Uri, watch: &mut Watch, timeout: Duration) -> Result<Learnt, Cause> {
-    let connection = Connection::connect(uri, timeout)?;
-    let preamble = Preamble {
-        version_min: VERSION_MIN,
-        version_max: VERSION_MAX,
-        role: Role::Query,
-        stream: 0,
-        session: watch.session_id(),
-    };
-    let exchange = Exchange::open(&connection, &preamble, timeout)?;
+    let connection = connect(uri, Role::Query, watch.session_id(), timeout)?;
+    let exchange = Exchange::new(&connection, timeout)?;
     exchange.send(&Message::Query)?;
     let deadline = Instant::now() + timeout;
     // Pings alone are no answer: the destination's network lives longer than its session may.

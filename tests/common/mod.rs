@@ -5,6 +5,7 @@
 
 pub(crate) mod proxy;
 pub(crate) mod raw;
+pub(crate) mod rng;
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -17,6 +18,8 @@ use std::time::{Duration, Instant};
 
 use pageferry::engine::report::Report;
 use tempfile::TempDir;
+
+pub(crate) use rng::Rng;
 
 pub(crate) const MIB: usize = 1 << 20;
 pub(crate) const PAGE: usize = 4096;
@@ -227,10 +230,12 @@ impl Recv {
         Self { ferry, uri }
     }
 
-    /// A destination for `file` on a TCP port of the system's choice.
+    /// A destination for `file` on a TCP port of the system's choice. It ends with its connections: whatever happens to them is seen at
+    /// once.
     pub(crate) fn to_file(file: &Path, timeout: u64) -> Self {
         let timeout = timeout.to_string();
-        let args = ["--json", "--link-timeout", &timeout, "--ram-file"].map(OsStr::new);
+        let args =
+            ["--json", "--reconnect-timeout", "0", "--link-timeout", &timeout, "--ram-file"].map(OsStr::new);
         Self::start("tcp:127.0.0.1:0", args.into_iter().chain([file.as_os_str()]))
     }
 
@@ -246,29 +251,6 @@ pub(crate) fn send(uri: &str, file: &Path, args: &[&str]) -> Ferry {
     all.push(file.as_os_str());
     all.extend(args.iter().map(OsStr::new));
     Ferry::start(all)
-}
-
-/// A generator of numbers that are the same in every run (splitmix64).
-pub(crate) struct Rng(pub(crate) u64);
-
-impl Rng {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub(crate) fn below(&mut self, end: usize) -> usize {
-        (self.next() % end as u64) as usize
-    }
-
-    pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
-        let mut bytes: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).collect();
-        bytes.truncate(len);
-        bytes
-    }
 }
 
 /// Kinds of RAM images.

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use pageferry::pagecopy::digest::{PageHasher, receipt};
 use pageferry::pagecopy::layout::Region;
-use pageferry::transport::wire::control::{CHECKSUM_LEN, ErrorCode, HEADER_LEN, Hello, Message, Welcome};
+use pageferry::transport::wire::control::{
+    CHECKSUM_LEN, ErrorCode, HEADER_LEN, Hello, Message, Welcome, capability,
+};
 use pageferry::transport::wire::frame::{FrameHeader, FrameKind, encode_receipt};
 use pageferry::transport::wire::{Preamble, Role};
 
@@ -26,6 +28,7 @@ pub(crate) fn hello(len: u64) -> Hello {
         streams: 1,
         live: false,
         timeout_ms: 2000,
+        reconnect_ms: 0,
         regions: vec![Region { name: "ram".into(), gpa: 0, len }],
         presence: vec![0xff],
         machine: String::new(),
@@ -159,9 +162,11 @@ impl Server {
 pub(crate) fn welcome(hello: &Hello) -> Message {
     Message::Welcome(Welcome {
         version: 1,
-        capabilities: hello.capabilities,
+        // Not capability::RESUME: what such a destination does is to be seen at once.
+        capabilities: hello.capabilities & capability::CODECS,
         streams: hello.streams,
         timeout_ms: 2000,
+        reconnect_ms: 0,
     })
 }
 

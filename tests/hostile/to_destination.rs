@@ -1,5 +1,6 @@
 //! What a hostile source can do to a destination.
 
+use std::ffi::OsStr;
 use std::time::{Duration, Instant};
 
 use pageferry::pagecopy::digest::PageHasher;
@@ -60,6 +61,7 @@ fn preambles_of_strangers_are_refused() {
         (altered(14, 1), ErrorCode::Protocol, "stream"),
         (preamble(Role::Stream, 0).encode().to_vec(), ErrorCode::UnknownSession, "no such session"),
         (preamble(Role::Query, 0).encode().to_vec(), ErrorCode::UnknownSession, "no such session"),
+        (preamble(Role::Resume, 0).encode().to_vec(), ErrorCode::UnknownSession, "no such session"),
     ] {
         let mut peer = Peer::connect(recv.port());
         peer.write(&bytes);
@@ -115,7 +117,7 @@ fn hello_fields(streams: u16, live: u16, page_size: u32, chunk_pages: u32, regio
     let mut fields = [SEED.to_le_bytes(), 3u64.to_le_bytes()].concat();
     fields.extend_from_slice(&streams.to_le_bytes());
     fields.extend_from_slice(&live.to_le_bytes());
-    for field in [1000, page_size, chunk_pages, regions] {
+    for field in [1000, 0, page_size, chunk_pages, regions] {
         fields.extend_from_slice(&field.to_le_bytes());
     }
     fields
@@ -272,6 +274,75 @@ fn a_second_session_and_a_second_stream_are_refused() {
     }
     control.send(&Message::Error { code: ErrorCode::Cancelled, text: "enough".into() });
     recv.ferry.wait_for(LIMIT).code(1).says(&["the source reports: enough"]);
+}
+
+/// A connection of role 4, with its first message.
+fn resume(port: u16, first: &Message) -> Peer {
+    let mut peer = Peer::connect(port);
+    peer.write(&preamble(Role::Resume, 0).encode());
+    peer.send(first);
+    peer
+}
+
+#[test]
+fn a_session_is_resumed_by_its_source_and_in_order_only() {
+    let _turn = turn();
+    let job = Job::new(Image::Random, MIB);
+    let to = job.to.as_os_str();
+    let recv = Recv::start("tcp:127.0.0.1:0", [OsStr::new("--json"), OsStr::new("--ram-file"), to]);
+    let offer = Hello { capabilities: 7, reconnect_ms: 60_000, ..hello(MIB as u64) };
+    let mut control = open_session(recv.port(), offer);
+    let mut stream = open_stream(recv.port(), 0);
+    let mut stranger = Peer::connect(recv.port());
+    stranger.write(&Preamble { session: [1; 16], ..preamble(Role::Resume, 0) }.encode());
+    stranger.expect_error(ErrorCode::UnknownSession, "no such session");
+    resume(recv.port(), &Message::Query).expect_error(ErrorCode::Protocol, "QUERY while");
+    let mut second = resume(recv.port(), &Message::Resume { epoch: 2 });
+    assert_eq!(second.receive(), Some(Message::Resumed { epoch: 2 }));
+    assert_eq!(stream.receive(), None, "its streams are broken");
+    assert_eq!(control.receive(), None, "and so is the control connection");
+    for epoch in [0, 1, 2] {
+        let late = Message::Resume { epoch };
+        resume(recv.port(), &late).expect_error(ErrorCode::Protocol, "in state Moving after attempt 2");
+    }
+    // An incarnation of the same number, and one of a number that was not agreed on.
+    let mut again = open_stream(recv.port(), 0x100);
+    for (id, words) in [(0, "already connected"), (0x100, "already connected"), (0x101, "not agreed on")] {
+        let mut peer = Peer::connect(recv.port());
+        peer.write(&preamble(Role::Stream, id).encode());
+        peer.expect_error(ErrorCode::Protocol, words);
+    }
+    // A later one takes its place: this side may not have heard yet that it is lost.
+    let _later = open_stream(recv.port(), 0x200);
+    assert_eq!(again.receive(), None);
+    assert!(matches!(second.receive(), Some(Message::StreamStopped { stream: 0x100, .. })));
+    second.send(&Message::StreamLost { stream: 0x200 });
+    assert!(matches!(second.receive(), Some(Message::StreamStopped { stream: 0x200, .. })));
+    let totals = Totals { streams: vec![], pages: 0, state: 0 };
+    second.send(&Message::Finish(totals.clone()));
+    assert_eq!(second.receive(), Some(Message::Ready(totals)));
+    second.send(&Message::Go);
+    assert_eq!(second.receive(), Some(Message::Running));
+    let over = Message::Resume { epoch: 3 };
+    resume(recv.port(), &over).expect_error(ErrorCode::Protocol, "in state Running");
+    second.send(&Message::Running);
+    recv.ferry.wait_for(LIMIT).code(0);
+}
+
+/// Without the capability nothing is waited for, and there are no other incarnations.
+#[test]
+fn a_session_that_did_not_agree_on_it_is_not_resumed() {
+    let _turn = turn();
+    let job = Job::new(Image::Random, MIB);
+    let recv = Recv::to_file(&job.to, TIMEOUT);
+    let offer = Hello { capabilities: 7, reconnect_ms: 60_000, ..hello(MIB as u64) };
+    let control = open_session(recv.port(), offer);
+    let _stream = open_stream(recv.port(), 0);
+    let mut peer = Peer::connect(recv.port());
+    peer.write(&preamble(Role::Stream, 0x100).encode());
+    peer.expect_error(ErrorCode::Protocol, "not agreed on");
+    drop(control);
+    recv.ferry.wait_for(LIMIT).code(1).says(&["the source is gone"]);
 }
 
 /// A frame of raw pages.

@@ -10,7 +10,7 @@ use pageferry::transport::wire::control::Message;
 use serde_json::json;
 
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::vm::{PATIENCE, Spec, Vm, World, prove, send_signal, stop_process, wait_for};
+use crate::vm::{NO_RESUME, PATIENCE, Spec, Vm, World, prove, send_signal, stop_process, wait_for};
 
 /// Moments at which a process is killed. What comes by at that moment is lost with it, so that nothing is left to chance: it
 /// either arrived before, or never does.
@@ -73,7 +73,7 @@ fn runs_on(spec: &Spec, source: &Vm, what: &str) {
 #[test]
 fn destination_killed_after_any_time() {
     let world = World::new();
-    let spec = Spec::counter();
+    let spec = Spec::counter().with(NO_RESUME);
     let source = world.source("a", &spec);
     let mut failed = 0;
     // The longest delays may come after the end: then the test is over, with the guest gone.
@@ -109,7 +109,7 @@ pub(crate) fn slow(uri: &str, bytes_per_s: u64) -> Proxy {
 #[test]
 fn destination_killed_at_any_point() {
     let world = World::new();
-    let spec = Spec { cpus: 2, ..Spec::counter() };
+    let spec = Spec { cpus: 2, ..Spec::counter() }.with(NO_RESUME);
     let source = world.source("a", &spec);
     for (i, point) in POINTS.into_iter().enumerate() {
         let (destination, uri) = world.destination(&format!("b{i}"), &spec);
@@ -128,7 +128,7 @@ fn destination_killed_at_any_point() {
 #[test]
 fn source_killed_at_any_point() {
     let world = World::new();
-    let spec = Spec::counter();
+    let spec = Spec::counter().with(NO_RESUME);
     for (i, point) in POINTS.into_iter().enumerate() {
         let source = world.source(&format!("a{i}"), &spec);
         let short = spec.clone().with(&["--link-timeout", "3", "--handover-timeout", "2"]);
@@ -161,7 +161,7 @@ fn source_killed_at_any_point() {
 #[test]
 fn source_killed_after_any_time() {
     let world = World::new();
-    let spec = Spec::counter();
+    let spec = Spec::counter().with(NO_RESUME);
     for delay_ms in [0, 2, 5, 10, 20, 40] {
         let source = world.source(&format!("a{delay_ms}"), &spec);
         let (destination, uri) = world.destination(&format!("b{delay_ms}"), &spec);
@@ -187,7 +187,7 @@ fn source_killed_after_any_time() {
 #[test]
 fn destination_stopped_is_given_up_in_time() {
     let world = World::new();
-    let spec = Spec::counter();
+    let spec = Spec::counter().with(NO_RESUME);
     let source = world.source("a", &spec);
     for (i, bytes) in [1, 64 << 10].into_iter().enumerate() {
         let (destination, uri) = world.destination(&format!("b{i}"), &spec);
@@ -218,7 +218,7 @@ fn destination_stopped_is_given_up_in_time() {
 #[test]
 fn without_go_a_ready_destination_never_runs() {
     let world = World::new();
-    let spec = Spec::counter();
+    let spec = Spec::counter().with(NO_RESUME);
     let source = world.source("a", &spec);
     let patient = spec.clone().with(&["--handover-timeout", "3"]);
     let (destination, uri) = world.destination("b", &patient);

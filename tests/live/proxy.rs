@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pageferry::transport::wire::control::{CHECKSUM_LEN, HEADER_LEN, Message};
-use pageferry::transport::wire::{Preamble, Role};
+use pageferry::transport::wire::{Preamble, Role, stream_number};
 
 /// Largest piece of page data that is passed on at a time.
 const PIECE_BYTES: usize = 32 << 10;
@@ -22,9 +22,9 @@ pub(crate) enum By {
 /// What comes by.
 #[derive(Debug)]
 pub(crate) enum Seen<'a> {
-    /// A new connection, before its preamble goes on.
+    /// A new connection, before its preamble goes on; a stream by its id.
     Open { role: Role, stream: u16 },
-    /// A message on the control connection, or on a query.
+    /// A message on a control connection, or on a query.
     Message { role: Role, by: By, message: &'a Message },
     /// Page data from the source, or receipts: `total` bytes of this connection with this piece, which has `len`.
     Data { role: Role, stream: u16, by: By, total: u64, len: usize },
@@ -46,7 +46,8 @@ type Rule = dyn Fn(&Seen<'_>) -> Verdict + Send + Sync;
 struct Shared {
     to: String,
     rule: Box<Rule>,
-    open: Mutex<Vec<TcpStream>>,
+    /// By role and the stream's number.
+    open: Mutex<Vec<(Role, u16, TcpStream)>>,
     stop: AtomicBool,
 }
 
@@ -89,9 +90,18 @@ impl Proxy {
 
     /// Closes all connections that are open now.
     pub(crate) fn cut_all(&self) {
-        for stream in self.shared.open.lock().unwrap().drain(..) {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+        self.cut(|_, _| true);
+    }
+
+    /// Closes those of the connections that are open now.
+    pub(crate) fn cut(&self, which: impl Fn(Role, u16) -> bool) {
+        self.shared.open.lock().unwrap().retain(|(role, stream, socket)| {
+            let cut = which(*role, *stream);
+            if cut {
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+            !cut
+        });
     }
 }
 
@@ -114,7 +124,7 @@ fn serve(shared: &Arc<Shared>, mut client: TcpStream) -> io::Result<()> {
     let mut server = TcpStream::connect(&shared.to)?;
     for side in [&client, &server] {
         side.set_nodelay(true)?;
-        shared.open.lock().unwrap().push(side.try_clone()?);
+        shared.open.lock().unwrap().push((role, stream_number(stream), side.try_clone()?));
     }
     server.write_all(&preamble)?;
     let back = (shared.clone(), server.try_clone()?, client.try_clone()?);

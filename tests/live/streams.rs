@@ -6,7 +6,7 @@ use pageferry::transport::wire::Role;
 use serde_json::json;
 
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::vm::{PATIENCE, Spec, World, prove};
+use crate::vm::{NO_RESUME, PATIENCE, Spec, World, prove};
 
 /// A guest that is big and busy enough that every stream carries some MiB.
 fn busy() -> Spec {
@@ -70,7 +70,7 @@ fn all_streams_but_one_cut() {
 #[test]
 fn all_streams_cut_fails_and_says_so() {
     let world = World::new();
-    let spec = busy();
+    let spec = busy().with(NO_RESUME);
     let source = world.source("a", &spec);
     let (destination, uri) = world.destination("b", &spec);
     let total = AtomicU64::new(0);

@@ -15,6 +15,9 @@ use serde_json::{Value, json};
 /// Longest wait for anything that a test has not set a time for itself: this machine may be busy.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
 
+/// A destination with this gives a session up as soon as its connections are lost, and so does its source.
+pub(crate) const NO_RESUME: &[&str] = &["--reconnect-timeout", "0"];
+
 /// The command under test.
 pub(crate) const PAGEFERRY: &str = env!("CARGO_BIN_EXE_pageferry");
 

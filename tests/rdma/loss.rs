@@ -213,7 +213,7 @@ fn the_guest_runs_on_when_its_device_is_removed() {
         Process(child.unwrap(), api)
     };
     let source = vm("a", &[]);
-    let mut destination = vm("b", &["--incoming", &format!("rdma:{address}:0")]);
+    let mut destination = vm("b", &["--reconnect-timeout", "0", "--incoming", &format!("rdma:{address}:0")]);
     source.wait("running", |status| (status["state"] == "running").then_some(()));
     let uri = destination.wait("listening", |status| status["listening"].as_str().map(str::to_owned));
     source.ctl(&["migrate", &uri, "--detach", "--streams", "4", "--codec", "raw"]);

@@ -286,14 +286,19 @@ pub struct Exchange<'a> {
 }
 
 impl<'a> Exchange<'a> {
+    /// An exchange over a connection whose preamble was sent.
+    pub fn new(connection: &'a Connection, timeout: Duration) -> Result<Self, LinkError> {
+        connection.set_timeouts(Some(timeout), Some(timeout)).map_err(LinkError::Io)?;
+        Ok(Self { connection, timeout })
+    }
+
     /// Sends the preamble.
     pub fn open(
         connection: &'a Connection,
         preamble: &Preamble,
         timeout: Duration,
     ) -> Result<Self, LinkError> {
-        connection.set_timeouts(Some(timeout), Some(timeout)).map_err(LinkError::Io)?;
-        let exchange = Self { connection, timeout };
+        let exchange = Self::new(connection, timeout)?;
         exchange.write(&preamble.encode())?;
         Ok(exchange)
     }

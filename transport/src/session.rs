@@ -14,6 +14,17 @@
 //! Gone            <------------- RUNNING --
 //! Done            -- RUNNING ------------>  (knows that the source knows)
 //! ```
+//! A source that lost its connections before GO opens another control connection and takes the session back to where pages
+//! move. What either side had of the handover is void:
+//!
+//! ```text
+//! Moving to Ready -- RESUME n ----------->  Moving to Ready: stops all streams, drops the state
+//! ExpectResumed   <----------- RESUMED n --  Moving
+//! Moving          == frames / receipts ==>
+//! ```
+//! Only a source that has not said GO resumes, and only an attempt with a number above all others is taken. So there is never
+//! a GO of a handover that was taken back, and a RESUME that was long on its way takes back nothing.
+//!
 //! With postcopy POSTCOPY and POSTCOPY_READY come while pages are moving, and MISSING before FINISH. The guest is then handed over in
 //! the same way, and what is missing follows; SENT and ARRIVED end that.
 //!
@@ -56,6 +67,16 @@ pub enum SessionError {
     TotalsDiffer {
         /// What differs.
         what: &'static str,
+    },
+    /// A RESUME that comes late, or to a side that cannot go back.
+    #[error("the source wants to resume the session (attempt {epoch}) in state {state} after attempt {last}")]
+    NoResume {
+        /// Number of the attempt.
+        epoch: u32,
+        /// The last that was taken.
+        last: u32,
+        /// The state's name.
+        state: &'static str,
     },
     /// A WELCOME that takes what was not offered.
     #[error("the destination answered HELLO with {what}, which was not offered")]
@@ -103,6 +124,7 @@ enum SourceState {
     Ready,
     Gone,
     Done,
+    ExpectResumed,
 }
 
 /// What a message means to the source.
@@ -127,6 +149,8 @@ pub enum SourceEvent {
     Ready,
     /// The destination owns the guest.
     Running,
+    /// The destination has stopped all streams and taken READY back: pages may move again.
+    Resumed,
     /// The destination takes the guest before its pages; these many chunks of them at a time, or single ones (0).
     PostcopyReady {
         /// See [`Message::PostcopyReady`].
@@ -142,17 +166,23 @@ pub struct SourceSession {
     state: SourceState,
     /// POSTCOPY was said.
     postcopy: bool,
+    /// Number of the last attempt to resume.
+    epoch: u32,
 }
 
 impl SourceSession {
     /// A session whose HELLO is about to be sent.
     pub fn new() -> Self {
-        Self { state: SourceState::ExpectWelcome, postcopy: false }
+        Self { state: SourceState::ExpectWelcome, postcopy: false, epoch: 0 }
     }
 
     /// Takes a message from the destination.
     pub fn handle(&mut self, message: Message) -> Result<SourceEvent, SessionError> {
         use SourceState as S;
+        if let (S::ExpectReady(mine), Message::StreamStopped { stream, .. }) = (&mut self.state, &message) {
+            // It had ended in order here: its END was lost, and this crossed FINISH. The destination leaves it out, too.
+            mine.streams.retain(|end| end.stream != *stream);
+        }
         let event = match (&self.state, message) {
             (_, Message::Ping(nonce)) => SourceEvent::Reply(Message::Pong(nonce)),
             (_, Message::Pong(_)) => SourceEvent::Nothing,
@@ -182,6 +212,10 @@ impl SourceSession {
             (S::Gone, Message::Running) => {
                 self.state = S::Done;
                 SourceEvent::Running
+            }
+            (S::ExpectResumed, Message::Resumed { epoch }) if epoch == self.epoch => {
+                self.state = S::Moving;
+                SourceEvent::Resumed
             }
             #[cfg(test)]
             (S::Gone, Message::Ready(_)) if fault::is(fault::Fault::GoBeforeReady) => SourceEvent::Nothing,
@@ -229,6 +263,25 @@ impl SourceSession {
         Message::Go
     }
 
+    /// Whether [`resume`](Self::resume) may be called: pages have moved, and GO was not said. Nor POSTCOPY, after which the destination
+    /// has given up pages that it had.
+    pub fn may_resume(&self) -> bool {
+        use SourceState as S;
+        let before_go = matches!(self.state, S::Moving | S::ExpectReady(_) | S::Ready | S::ExpectResumed);
+        before_go && !self.postcopy
+    }
+
+    /// Takes the session back to where pages move, over another control connection: the message that is the first on it.
+    ///
+    /// # Panics
+    /// When GO was said, or pages never moved: the caller's order of steps is wrong.
+    pub fn resume(&mut self) -> Message {
+        assert!(self.may_resume(), "RESUME in state {}", self.state_name());
+        self.state = SourceState::ExpectResumed;
+        self.epoch += 1;
+        Message::Resume { epoch: self.epoch }
+    }
+
     /// Takes the answer to a query that followed GO; says whether the session has come to its end.
     pub fn learn(&mut self, status: SessionStatus) -> Learnt {
         match (&self.state, status) {
@@ -258,6 +311,7 @@ impl SourceSession {
             SourceState::Ready => "Ready",
             SourceState::Gone => "Gone",
             SourceState::Done => "Done",
+            SourceState::ExpectResumed => "ExpectResumed",
         }
     }
 }
@@ -310,6 +364,8 @@ pub enum DestinationEvent {
     Finish(Totals),
     /// Run the guest.
     Go,
+    /// The source sends so many bytes again: for the report.
+    Resent(u64),
     /// The guest will run before its pages are there: get ready, then [`Message::PostcopyReady`].
     Postcopy,
     /// These pages are still to come.
@@ -325,12 +381,14 @@ pub struct DestinationSession {
     have_state: bool,
     /// The source said POSTCOPY.
     postcopy: bool,
+    /// Number of the last attempt to resume that was taken.
+    epoch: u32,
 }
 
 impl DestinationSession {
     /// A destination that waits for HELLO.
     pub fn new() -> Self {
-        Self { state: DestinationState::ExpectHello, have_state: false, postcopy: false }
+        Self { state: DestinationState::ExpectHello, have_state: false, postcopy: false, epoch: 0 }
     }
 
     /// Takes a message from the source.
@@ -347,6 +405,7 @@ impl DestinationSession {
                 DestinationEvent::Hello(hello)
             }
             (S::Moving, Message::StreamLost { stream }) => DestinationEvent::StreamLost(stream),
+            (S::Moving, Message::Resent { bytes }) => DestinationEvent::Resent(bytes),
             (S::Moving, Message::State(blobs)) if !self.have_state => {
                 self.have_state = true;
                 DestinationEvent::State(blobs)
@@ -395,6 +454,27 @@ impl DestinationSession {
         assert_eq!(self.state, DestinationState::Finishing, "READY follows FINISH");
         self.state = DestinationState::Ready;
         Message::Ready(totals)
+    }
+
+    /// Goes back to where pages move, on the word of a source that lost its connections. Streams must have been stopped before the
+    /// message that this returns is sent, and the device state is to be dropped.
+    ///
+    /// # Errors
+    /// When nothing has moved yet, when the guest is this side's or the session given up, and when an attempt with this number or
+    /// a higher one was taken: that source has given this attempt up.
+    pub fn resume(&mut self, epoch: u32) -> Result<Message, SessionError> {
+        use DestinationState as S;
+        let may = matches!(self.state, S::Moving | S::Finishing | S::Ready) && !self.postcopy;
+        if epoch <= self.epoch || !may {
+            return Err(SessionError::NoResume { epoch, last: self.epoch, state: self.state_name() });
+        }
+        (self.state, self.have_state, self.epoch) = (S::Moving, false, epoch);
+        Ok(Message::Resumed { epoch })
+    }
+
+    /// Whether pages move: streams may connect.
+    pub fn is_moving(&self) -> bool {
+        self.state == DestinationState::Moving
     }
 
     /// Gives the session up, unless the guest is already this side's; returns whether it is given up. Final: GO is refused
@@ -451,12 +531,13 @@ mod tests {
             streams: 1,
             live: true,
             timeout_ms: 1,
+            reconnect_ms: 1,
             regions: vec![],
             presence: vec![],
             machine: String::new(),
         };
         destination.handle(Message::Hello(hello)).unwrap();
-        let welcome = Welcome { version: 1, capabilities: 0, streams: 1, timeout_ms: 1 };
+        let welcome = Welcome { version: 1, capabilities: 0, streams: 1, timeout_ms: 1, reconnect_ms: 1 };
         source.handle(Message::Welcome(welcome)).unwrap();
         source.handle(destination.prepared()).unwrap();
         (source, destination)
@@ -464,7 +545,7 @@ mod tests {
 
     #[test]
     fn a_welcome_takes_only_what_was_offered() {
-        let good = Welcome { version: 1, capabilities: 1, streams: 2, timeout_ms: 1 };
+        let good = Welcome { version: 1, capabilities: 1, streams: 2, timeout_ms: 1, reconnect_ms: 1 };
         assert_eq!(check_welcome(&good, 2, 3), Ok(()));
         for bad in [
             Welcome { version: 0, ..good },
@@ -541,6 +622,16 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_that_stopped_while_finish_was_on_its_way_is_left_out() {
+        let (mut source, _) = moving();
+        let end = |stream| crate::wire::control::StreamEnd { stream, frames: 1, fold: 2 };
+        source.finish(Totals { streams: vec![end(0), end(1)], ..totals(3) });
+        source.handle(Message::StreamStopped { stream: 1, reason: "closed".into() }).unwrap();
+        let theirs = Totals { streams: vec![end(0)], ..totals(3) };
+        assert_eq!(source.handle(Message::Ready(theirs)), Ok(SourceEvent::Ready));
+    }
+
+    #[test]
     fn differing_totals_stop_the_handover() {
         let (mut source, _) = moving();
         source.finish(totals(3));
@@ -560,5 +651,81 @@ mod tests {
         let (mut source, mut destination) = moving();
         assert_eq!(source.handle(Message::Ping(7)), Ok(SourceEvent::Reply(Message::Pong(7))));
         assert_eq!(destination.handle(Message::Ping(8)), Ok(DestinationEvent::Reply(Message::Pong(8))));
+    }
+
+    /// Both sides resumed.
+    fn resume(source: &mut SourceSession, destination: &mut DestinationSession) {
+        let Message::Resume { epoch } = source.resume() else { panic!("RESUME is what resume() says") };
+        assert_eq!(source.handle(destination.resume(epoch).unwrap()), Ok(SourceEvent::Resumed));
+    }
+
+    #[test]
+    fn a_resumed_session_takes_ready_back() {
+        let (mut source, mut destination) = moving();
+        let finish = source.finish(totals(3));
+        destination.handle(Message::State(vec![])).unwrap();
+        destination.handle(finish).unwrap();
+        // READY is lost.
+        destination.ready(totals(3));
+        resume(&mut source, &mut destination);
+        assert_eq!(destination.status(), SessionStatus::Moving);
+        assert!(
+            destination.clone().handle(Message::Go).is_err(),
+            "GO without READY since the session resumed"
+        );
+        // All of it once more.
+        destination.handle(Message::State(vec![])).unwrap();
+        let finish = source.finish(totals(4));
+        destination.handle(finish).unwrap();
+        assert_eq!(source.handle(destination.ready(totals(4))), Ok(SourceEvent::Ready));
+        let go = source.go();
+        assert_eq!(destination.handle(go), Ok(DestinationEvent::Go));
+    }
+
+    #[test]
+    fn a_late_resume_takes_nothing_back() {
+        let (mut source, mut destination) = moving();
+        let late = source.resume();
+        resume(&mut source, &mut destination);
+        let Message::Resume { epoch } = late else { panic!() };
+        let finish = source.finish(totals(3));
+        destination.handle(finish).unwrap();
+        source.handle(destination.ready(totals(3))).unwrap();
+        for stale in [epoch, epoch + 1] {
+            assert!(matches!(destination.resume(stale), Err(SessionError::NoResume { .. })), "{stale}");
+        }
+        assert_eq!(destination.status(), SessionStatus::Ready);
+        assert_eq!(destination.handle(source.go()), Ok(DestinationEvent::Go));
+        assert!(destination.resume(99).is_err(), "a guest that runs is not taken back");
+        assert_eq!(destination.status(), SessionStatus::Running);
+    }
+
+    #[test]
+    fn only_the_answer_to_the_last_attempt_resumes() {
+        let (mut source, _) = moving();
+        source.resume();
+        source.resume();
+        assert!(source.clone().handle(Message::Resumed { epoch: 1 }).is_err());
+        assert!(source.owns_guest());
+        assert_eq!(source.handle(Message::Resumed { epoch: 2 }), Ok(SourceEvent::Resumed));
+    }
+
+    #[test]
+    fn an_abandoned_session_is_not_resumed() {
+        let (_, mut destination) = moving();
+        destination.abandon();
+        assert!(destination.resume(1).is_err());
+        assert!(DestinationSession::new().resume(1).is_err());
+    }
+
+    #[test]
+    #[should_panic(expected = "RESUME in state Gone")]
+    fn resume_after_go_is_a_programming_error() {
+        let (mut source, mut destination) = moving();
+        let finish = source.finish(totals(3));
+        destination.handle(finish).unwrap();
+        source.handle(destination.ready(totals(3))).unwrap();
+        source.go();
+        source.resume();
     }
 }

@@ -3,6 +3,9 @@
 //! A stream is dead for good once both sides say so: the source by STREAM_LOST, the destination by STREAM_STOPPED, in either
 //! order. Only then are the pages of its unreceipted frames dirty again (rules 1 and 2): before that the destination's worker
 //! might still write an old version of a page over a newer one that came on another stream.
+//!
+//! A stream is named by its id: its number and which incarnation of that number it is. A number may be connected again once the
+//! source has buried its last incarnation; what is said of that one late is not taken for the next.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,6 +13,7 @@ use std::time::Duration;
 #[cfg(test)]
 use crate::simulation::fault;
 use crate::wire::control::{Message, StreamEnd};
+use crate::wire::{is_later_incarnation, stream_number};
 
 /// How long a destination that dropped all streams has to say why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -52,12 +56,21 @@ pub struct SourceStreams<F> {
     /// Streams whose worker the destination has stopped, with its reason.
     stopped: BTreeMap<u16, String>,
     last_error: Option<String>,
+    /// Streams that are dead on both sides, until [`take_buried`](SourceStreams::take_buried).
+    buried: Vec<u16>,
 }
 
 impl<F> SourceStreams<F> {
     /// A session without streams.
     pub fn new() -> Self {
-        Self { live: 0, ended: Vec::new(), dead: BTreeMap::new(), stopped: BTreeMap::new(), last_error: None }
+        Self {
+            live: 0,
+            ended: Vec::new(),
+            dead: BTreeMap::new(),
+            stopped: BTreeMap::new(),
+            last_error: None,
+            buried: Vec::new(),
+        }
     }
 
     /// A stream works.
@@ -78,7 +91,9 @@ impl<F> SourceStreams<F> {
         self.live -= 1;
         let theirs = self.stopped.get(&stream).filter(|reason| !reason.is_empty());
         self.last_error = Some(match theirs {
-            Some(reason) => format!("{error}; the destination stopped stream {stream}: {reason}"),
+            Some(reason) => {
+                format!("{error}; the destination stopped stream {}: {reason}", stream_number(stream))
+            }
             None => error.clone(),
         });
         self.dead.insert(stream, Dead { frames, error, since: now });
@@ -91,7 +106,7 @@ impl<F> SourceStreams<F> {
     pub fn stopped(&mut self, stream: u16, reason: String) -> Vec<F> {
         if !reason.is_empty() {
             // Which side was first is not known: the other one's reason is a consequence.
-            let theirs = format!("the destination stopped stream {stream}: {reason}");
+            let theirs = format!("the destination stopped stream {}: {reason}", stream_number(stream));
             let own = self.dead.get(&stream).map(|dead| format!("{}; ", dead.error));
             self.last_error = Some(own.unwrap_or_default() + &theirs);
         }
@@ -108,25 +123,59 @@ impl<F> SourceStreams<F> {
             return Vec::new();
         }
         let Some(dead) = self.dead.remove(&stream) else { return Vec::new() };
+        self.stopped.remove(&stream);
+        self.buried.push(stream);
         self.last_error.get_or_insert(dead.error);
         dead.frames
     }
 
+    /// Streams that have come to be dead on both sides since this was asked last: their numbers may be connected again.
+    pub fn take_buried(&mut self) -> Vec<u16> {
+        std::mem::take(&mut self.buried)
+    }
+
+    /// An id is about to be used; the destination may have said something of a stream that had it long ago.
+    pub fn forget(&mut self, stream: u16) {
+        self.stopped.remove(&stream);
+    }
+
+    /// The destination has stopped all streams, and the source has ended its own: nothing that was said of any counts. Returns
+    /// frames as [`died`](Self::died) does.
+    #[must_use = "the pages of these frames are pending again"]
+    pub fn void(&mut self) -> Vec<F> {
+        let dead = std::mem::take(self).dead;
+        dead.into_values().flat_map(|dead| dead.frames).collect()
+    }
+
+    /// Whether a stream works.
+    pub fn any_live(&self) -> bool {
+        self.live != 0
+    }
+
     /// Whether the session can go on, when the destination has `timeout` to stop a worker.
-    pub fn check(&mut self, now: Duration, timeout: Duration) -> Result<(), StreamsError> {
-        let waited = |dead: &Dead<F>| now.saturating_sub(dead.since);
-        // The destination may be about to say why it dropped the streams.
-        let silent = |dead: &Dead<F>| waited(dead) > LAST_WORDS;
-        if self.live == 0
-            && self.ended.is_empty()
-            && (self.dead.is_empty() || self.dead.values().any(silent))
-            && let Some(last) = self.last_error.take()
-        {
-            return Err(StreamsError::AllLost { last });
+    pub fn check(&self, now: Duration, timeout: Duration) -> Result<(), StreamsError> {
+        if let Some(last) = self.all_lost(now) {
+            return Err(StreamsError::AllLost { last: last.into() });
         }
+        self.check_stopped(now, timeout)
+    }
+
+    /// Whether no stream is left; why the last one died, as soon as that is known.
+    pub fn all_lost(&self, now: Duration) -> Option<&str> {
+        // The destination may be about to say why it dropped the streams.
+        let silent = |dead: &Dead<F>| now.saturating_sub(dead.since) > LAST_WORDS;
+        let none = self.live == 0 && self.ended.is_empty();
+        let known = self.dead.is_empty() || self.dead.values().any(silent);
+        self.last_error.as_deref().filter(|_| none && known)
+    }
+
+    /// Whether the destination stops workers in time.
+    pub fn check_stopped(&self, now: Duration, timeout: Duration) -> Result<(), StreamsError> {
+        let waited = |dead: &Dead<F>| now.saturating_sub(dead.since);
         // Until its worker has stopped, what a stream had under way cannot be sent again.
         let limit = timeout.max(LAST_WORDS);
         if let Some((&stream, _)) = self.dead.iter().find(|(_, dead)| waited(dead) > limit) {
+            let stream = stream_number(stream);
             return Err(StreamsError::NotStopped { stream, seconds: limit.as_secs() });
         }
         Ok(())
@@ -137,9 +186,10 @@ impl<F> SourceStreams<F> {
         self.live == 0 && self.dead.is_empty()
     }
 
-    /// The accounts of those that ended in order, for FINISH.
+    /// The accounts of those that ended in order, for FINISH; of none that the destination calls dead.
     pub fn take_accounts(&mut self) -> Vec<StreamEnd> {
-        self.ended.sort_by_key(|end| end.stream);
+        self.ended.retain(|end| !self.stopped.contains_key(&end.stream));
+        self.ended.sort_by_key(|end| stream_number(end.stream));
         std::mem::take(&mut self.ended)
     }
 }
@@ -161,6 +211,8 @@ enum Worker {
 /// A stream at the destination.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
+    /// Which incarnation of the number it is.
+    stream: u16,
     worker: Worker,
     /// The source calls it dead, or was told that it is: its account does not count.
     lost: bool,
@@ -180,6 +232,7 @@ pub enum Stop {
 /// The streams of a session at the destination.
 #[derive(Debug, Default)]
 pub struct DestinationStreams {
+    /// By number.
     streams: BTreeMap<u16, Entry>,
 }
 
@@ -189,11 +242,11 @@ impl DestinationStreams {
         Self::default()
     }
 
-    /// Whether stream `stream` of `agreed` may connect now; if not, why.
+    /// Whether a stream, whose number is one of `agreed`, may connect now; if not, why.
     pub fn admit(&self, stream: u16, agreed: u16, moving: bool) -> Result<(), &'static str> {
-        if stream >= agreed {
+        if stream_number(stream) >= agreed {
             Err("it was not agreed on")
-        } else if self.runs(stream) {
+        } else if self.running(stream).is_some_and(|earlier| !is_later_incarnation(stream, earlier)) {
             Err("it is already connected")
         } else if !moving {
             Err("pages are not moving")
@@ -202,20 +255,31 @@ impl DestinationStreams {
         }
     }
 
+    /// The incarnation of a stream's number whose worker may still write to memory. Where a later one asks to connect, the source knows
+    /// of its end before this side does: it is to be stopped first, as if STREAM_LOST had come.
+    pub fn running(&self, stream: u16) -> Option<u16> {
+        let entry = self.streams.get(&stream_number(stream))?;
+        (entry.worker == Worker::Runs).then_some(entry.stream)
+    }
+
+    fn entry(&mut self, stream: u16) -> Option<&mut Entry> {
+        self.streams.get_mut(&stream_number(stream)).filter(|entry| entry.stream == stream)
+    }
+
     /// A stream's worker has started.
     pub fn started(&mut self, stream: u16) {
-        self.streams.insert(stream, Entry { worker: Worker::Runs, lost: false });
+        self.streams.insert(stream_number(stream), Entry { stream, worker: Worker::Runs, lost: false });
     }
 
     /// Whether a stream's worker may still write to memory.
     pub fn runs(&self, stream: u16) -> bool {
-        self.streams.get(&stream).is_some_and(|entry| entry.worker == Worker::Runs)
+        self.running(stream) == Some(stream)
     }
 
     /// A stream's worker has ended, in order or for a reason; returns what the source is to hear.
     #[must_use = "the source waits for STREAM_STOPPED"]
     pub fn ended(&mut self, stream: u16, result: Result<StreamEnd, String>) -> Option<Message> {
-        let entry = self.streams.get_mut(&stream).filter(|entry| entry.worker == Worker::Runs)?;
+        let entry = self.entry(stream).filter(|entry| entry.worker == Worker::Runs)?;
         match result {
             Ok(account) => {
                 entry.worker = Worker::EndedInOrder(account);
@@ -232,7 +296,7 @@ impl DestinationStreams {
     #[must_use = "the source waits for STREAM_STOPPED"]
     pub fn lost(&mut self, stream: u16) -> Stop {
         let stopped = Message::StreamStopped { stream, reason: String::new() };
-        let Some(entry) = self.streams.get_mut(&stream) else { return Stop::Say(stopped) };
+        let Some(entry) = self.entry(stream) else { return Stop::Say(stopped) };
         let told = std::mem::replace(&mut entry.lost, true);
         match entry.worker {
             Worker::Runs => Stop::Worker,
@@ -241,9 +305,33 @@ impl DestinationStreams {
         }
     }
 
+    /// Whether there ever was a stream.
+    pub fn any(&self) -> bool {
+        !self.streams.is_empty()
+    }
+
     /// A stream whose worker has not ended yet.
     pub fn unfinished(&self) -> Option<u16> {
-        self.streams.iter().find(|(_, entry)| entry.worker == Worker::Runs).map(|(&stream, _)| stream)
+        self.streams.values().find(|entry| entry.worker == Worker::Runs).map(|entry| entry.stream)
+    }
+
+    /// The source has lost its connections: no account of any stream counts. Returns those whose connections are to be broken.
+    pub fn void(&mut self) -> Vec<u16> {
+        let mut running = Vec::new();
+        for entry in self.streams.values_mut() {
+            entry.lost = true;
+            if entry.worker == Worker::Runs {
+                running.push(entry.stream);
+            }
+        }
+        running
+    }
+
+    /// Whether the source was told, or says, that a stream is dead. One whose end was lost on the way may have ended in order for the
+    /// source, which then hears too late that it did not.
+    pub fn is_lost(&self, stream: u16) -> bool {
+        let entry = self.streams.get(&stream_number(stream)).filter(|entry| entry.stream == stream);
+        entry.is_some_and(|entry| entry.lost)
     }
 
     /// The accounts of the streams that ended in order and that neither side calls dead, for READY.
@@ -346,6 +434,25 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_whose_end_was_lost_is_in_no_account() {
+        let mut source = SourceStreams::<u32>::new();
+        let mut destination = DestinationStreams::new();
+        for stream in 0..2 {
+            source.started();
+            destination.started(stream);
+        }
+        // All of stream 1 was receipted, and then its connection closed: that is END's answer, or END never came.
+        source.ended(account(0));
+        source.ended(account(1));
+        assert_eq!(destination.ended(0, Ok(account(0))), None);
+        assert_eq!(destination.ended(1, Err("closed".into())), Some(stopped(1, "closed")));
+        assert!(destination.is_lost(1) && !destination.is_lost(0));
+        assert_eq!(destination.accounts(), [account(0)]);
+        assert_eq!(source.stopped(1, "closed".into()), NONE);
+        assert_eq!(source.take_accounts(), [account(0)]);
+    }
+
+    #[test]
     fn accounts_are_of_streams_that_neither_side_calls_dead() {
         let mut streams = DestinationStreams::new();
         for stream in 0..3 {
@@ -356,5 +463,71 @@ mod tests {
         assert_eq!(streams.ended(1, Ok(account(1))), None);
         let _ = streams.lost(1);
         assert_eq!(streams.accounts(), [account(0), account(2)]);
+    }
+
+    /// Another incarnation of a stream's number.
+    fn again(stream: u16) -> u16 {
+        crate::wire::next_incarnation(stream)
+    }
+
+    #[test]
+    fn a_buried_stream_may_come_again_and_is_another() {
+        let mut streams = SourceStreams::new();
+        streams.started();
+        assert_eq!(streams.died(1, "cut".into(), vec![7], at(0)), NONE);
+        assert!(streams.take_buried().is_empty(), "its worker may still write");
+        assert_eq!(streams.stopped(1, String::new()), [7]);
+        assert_eq!(streams.take_buried(), [1]);
+        assert!(streams.take_buried().is_empty());
+        assert!(streams.all_lost(at(0)).is_some());
+        streams.started();
+        assert_eq!(streams.all_lost(at(9)), None);
+        assert_eq!(streams.stopped(1, "late".into()), NONE, "of the first one");
+        assert_eq!(streams.died(again(1), "cut".into(), vec![8], at(2)), NONE);
+        assert_eq!(streams.stopped(again(1), String::new()), [8]);
+    }
+
+    #[test]
+    fn a_resumed_source_has_all_frames_back_and_no_accounts() {
+        let mut streams = SourceStreams::<u32>::new();
+        (0..3).for_each(|_| streams.started());
+        streams.ended(account(0));
+        assert_eq!(streams.died(1, "cut".into(), vec![7], at(0)), NONE);
+        assert_eq!(streams.died(2, "cut".into(), vec![8, 9], at(0)), NONE);
+        assert_eq!(streams.void(), [7, 8, 9]);
+        assert!(streams.all_over() && !streams.any_live());
+        assert_eq!(streams.take_accounts(), []);
+        assert_eq!(streams.check(at(99), TIMEOUT), Ok(()));
+    }
+
+    #[test]
+    fn a_later_incarnation_takes_the_place_of_an_earlier_one() {
+        let mut streams = DestinationStreams::new();
+        streams.started(1);
+        let second = again(1);
+        assert_eq!(streams.admit(second, 4, true), Ok(()));
+        assert_eq!(streams.running(second), Some(1), "which is to be stopped first");
+        assert_eq!(streams.lost(1), Stop::Worker);
+        assert_eq!(streams.ended(1, Err("shut".into())), Some(stopped(1, "shut")));
+        assert_eq!(streams.running(second), None);
+        streams.started(second);
+        assert!(streams.admit(1, 4, true).is_err(), "one that was long on its way");
+        // The first one's end, told late.
+        assert_eq!(streams.lost(1), Stop::Say(stopped(1, "")));
+        assert_eq!(streams.ended(1, Ok(account(1))), None);
+        assert!(streams.runs(second));
+        assert_eq!(streams.ended(second, Ok(account(second))), None);
+        assert_eq!(streams.accounts(), [account(second)]);
+    }
+
+    #[test]
+    fn a_resumed_destination_counts_no_stream_of_before() {
+        let mut streams = DestinationStreams::new();
+        streams.started(0);
+        streams.started(1);
+        assert_eq!(streams.ended(0, Ok(account(0))), None);
+        assert_eq!(streams.void(), [1]);
+        assert_eq!(streams.ended(1, Ok(account(1))), Some(stopped(1, "")));
+        assert_eq!(streams.accounts(), []);
     }
 }

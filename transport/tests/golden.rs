@@ -28,6 +28,8 @@ fn preambles() -> Vec<(&'static str, Preamble)> {
         ("8f504746455252590100010001000000000102030405060708090a0b0c0d0e0f", preamble(Role::Control, 0)),
         ("8f504746455252590100010002000200000102030405060708090a0b0c0d0e0f", preamble(Role::Stream, 2)),
         ("8f504746455252590100010003000000000102030405060708090a0b0c0d0e0f", preamble(Role::Query, 0)),
+        ("8f504746455252590100010004000000000102030405060708090a0b0c0d0e0f", preamble(Role::Resume, 0)),
+        ("8f504746455252590100010002000203000102030405060708090a0b0c0d0e0f", preamble(Role::Stream, 0x302)),
         ("8f504746455252590100010005000100000102030405060708090a0b0c0d0e0f", preamble(Role::Postcopy, 1)),
     ]
 }
@@ -48,6 +50,7 @@ fn messages() -> Vec<(&'static str, Message)> {
         streams: 4,
         live: true,
         timeout_ms: 10_000,
+        reconnect_ms: 300_000,
         regions: vec![
             Region { name: "low".into(), gpa: 0, len: 0x10_0000 },
             Region { name: "high".into(), gpa: 0x1_0000_0000, len: 0x3000 },
@@ -57,12 +60,18 @@ fn messages() -> Vec<(&'static str, Message)> {
     };
     vec![
         (
-            "010000005d00000088776655443322110300000000000000040001001027000000100000400000000200000000000000000000000000100000000000030000006c6f770000000001000000003000000000000004000000686967680100000001010000006d0e99f2751d560535",
+            "0100000061000000887766554433221103000000000000000400010010270000e093040000100000400000000200000000000000000000000000100000000000030000006c6f770000000001000000003000000000000004000000686967680100000001010000006d8185c3f0a9c2a105",
             Message::Hello(hello),
         ),
         (
-            "020000001000000001000400102700000300000000000000ec841c70620554d4",
-            Message::Welcome(Welcome { version: 1, capabilities: 3, streams: 4, timeout_ms: 10_000 }),
+            "02000000140000000100040010270000e093040003000000000000007e7136458f10e5bb",
+            Message::Welcome(Welcome {
+                version: 1,
+                capabilities: 3,
+                streams: 4,
+                timeout_ms: 10_000,
+                reconnect_ms: 300_000,
+            }),
         ),
         (
             "030000000a00000003000000020000006e6f2cce08a3f1bce9a3",
@@ -93,6 +102,9 @@ fn messages() -> Vec<(&'static str, Message)> {
         ("0e000000000000003678e5c6a7791431", Message::Running),
         ("0f0000000000000063f47101c156cee5", Message::Query),
         ("1000000002000000020014407092abcab33c", Message::Status(SessionStatus::Ready)),
+        ("110000000400000001000000dfecaed75b3c1f66", Message::Resume { epoch: 1 }),
+        ("120000000400000001000000f0d1ab73e2ed3544", Message::Resumed { epoch: 1 }),
+        ("13000000080000000010000000000000e454fa3a1d32a82b", Message::Resent { bytes: 4096 }),
         ("180000000000000049092da506957fbe", Message::Postcopy),
         ("1900000004000000080000004417bb3811b577cb", Message::PostcopyReady { unit_chunks: 8 }),
         (
@@ -237,7 +249,7 @@ fn messages_are_these_bytes() {
         );
     }
     let kinds: Vec<u16> = messages.iter().map(|(_, message)| message.kind()).collect();
-    assert_eq!(kinds, Vec::from_iter((1..=16).chain(24..=28)), "every kind has its vector");
+    assert_eq!(kinds, Vec::from_iter((1..=19).chain(24..=28)), "every kind has its vector");
 }
 
 #[test]

@@ -353,9 +353,10 @@ fn refuses_state_that_is_not_right() {
     let leaf = cpuid.bytes.chunks_exact(40).position(|e| e[..8] == [7, 0, 0, 0, 0, 0, 0, 0]).unwrap();
     cpuid.bytes[leaf * 40 + 16..][..4].fill(0xff);
     refused(&lacking, "CPUID 0x7");
-    // Nothing was applied: the right state still loads, once.
+    // Nothing was applied: the right state still loads.
     b.load_state(&good).unwrap();
-    assert!(b.load_state(&good).is_err());
+    // A handover that was taken back comes again.
+    b.load_state(&good).unwrap();
 }
 
 #[test]

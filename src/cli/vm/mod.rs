@@ -75,6 +75,9 @@ pub(super) struct VmArgs {
     /// Wait this many seconds for a source that was lost while pages of the running guest were missing; then the guest is lost
     #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86400))]
     postcopy_timeout: u64,
+    /// Wait this many seconds for a source that was lost on the way and connects again; 0: give up at once
+    #[arg(long, default_value_t = 300, value_name = "S", value_parser = clap::value_parser!(u64).range(0..=86400))]
+    reconnect_timeout: u64,
     #[command(flatten)]
     pinned: PinnedArgs,
 }
@@ -106,6 +109,7 @@ pub(super) fn run(args: &VmArgs) -> Result<(), CliError> {
             timeout: std::time::Duration::from_secs(args.link_timeout),
             handover_timeout: std::time::Duration::from_secs(args.handover_timeout),
             postcopy_timeout: std::time::Duration::from_secs(args.postcopy_timeout),
+            reconnect_timeout: std::time::Duration::from_secs(args.reconnect_timeout),
             rdma: args.pinned.options(),
             ..Options::default()
         };

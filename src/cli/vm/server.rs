@@ -372,11 +372,15 @@ impl Server {
         if !(1..=256).contains(&request.streams) || !(1..=3600).contains(&request.link_timeout_s) {
             return Err("streams are 1 to 256, link_timeout_s is 1 to 3600".into());
         }
+        if request.reconnect_timeout_s > 86400 {
+            return Err("reconnect_timeout_s is at most 86400".into());
+        }
         let options = Options {
             streams: request.streams,
             codec,
             postcopy_after_rounds: request.postcopy_after_rounds,
             timeout: Duration::from_secs(request.link_timeout_s),
+            reconnect_timeout: Duration::from_secs(request.reconnect_timeout_s),
             rdma: RdmaOptions {
                 pin_all: request.rdma_pin_all,
                 pinned_max: request.rdma_max_pinned.unwrap_or(u64::MAX),

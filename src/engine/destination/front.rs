@@ -40,6 +40,8 @@ pub(super) enum Event {
     Postcopy(PostcopyEvent),
     /// A source asks what became of the session.
     Query { link: Link, generation: u64 },
+    /// A source takes its session up again.
+    Resume { link: Link, generation: u64 },
     /// A stream's worker has ended.
     StreamEnded { stream: u16, result: Result<StreamEnd, ReceiveError> },
     /// A connection was refused.
@@ -242,7 +244,9 @@ impl Door {
                     session.generation += 1;
                     true
                 }
-                Role::Stream | Role::Query | Role::Postcopy => session.id == Some(preamble.session),
+                Role::Stream | Role::Query | Role::Resume | Role::Postcopy => {
+                    session.id == Some(preamble.session)
+                }
             }
         };
         if !known {
@@ -269,14 +273,17 @@ impl Door {
                     let _ = self.events.send(Event::Control { link, peer, version, generation });
                 }
             }
-            Role::Query => {
+            Role::Query | Role::Resume => {
                 let generation = {
                     let mut session = lock(&self.session);
                     session.generation += 1;
                     session.generation
                 };
                 if let Some(link) = self.link(connection, generation) {
-                    let _ = self.events.send(Event::Query { link, generation });
+                    let _ = self.events.send(match preamble.role {
+                        Role::Resume => Event::Resume { link, generation },
+                        _ => Event::Query { link, generation },
+                    });
                 }
             }
         }

@@ -254,7 +254,8 @@ impl Attempt<'_> {
         let (watch, source) = self.parts();
         let source = source.clone();
         let mut course = Course::new(backend, progress, &source, began, round_trip);
-        let mut rounds = 0;
+        // Those before the connections were lost count, too.
+        let mut rounds = progress.report().rounds;
         loop {
             rounds += 1;
             progress.update(|r| r.rounds = rounds);

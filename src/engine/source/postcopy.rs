@@ -100,6 +100,7 @@ impl Attempt<'_> {
         }
         // While the guest still runs: what is under way arrives, the streams end in order, and others are opened.
         let unit_chunks = running.watch.postcopy()?;
+        running.watch.close();
         drop(feeder);
         let streams = running.watch.streams_ended()?;
         let connections = dial_all(uri, running.watch.session_id(), &welcome, timeout)?;

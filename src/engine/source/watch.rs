@@ -6,59 +6,66 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use tokio::runtime::Runtime;
+use transport::carrier::SourceEnd;
 use transport::link::{Link, LinkError, LinkEvent};
 use transport::session::{Learnt, SessionError, SourceEvent, SourceSession, check_welcome};
-use transport::socket::Connection;
-use transport::source::{LaneEnd, LaneError, PageSource, Unreceipted};
-use transport::streams::SourceStreams;
+use transport::source::{Batch, Lane, LaneEnd, LaneError, PageSource, Unreceipted};
+use transport::streams::{SourceStreams, StreamsError};
 use transport::uri::Uri;
-use transport::wire::control::{Message, SessionStatus, StreamEnd, Totals, Welcome};
-use transport::wire::{Preamble, Role, SessionId, VERSION_MAX, VERSION_MIN};
+use transport::wire::control::{Message, SessionStatus, StreamEnd, Totals, Welcome, capability};
+use transport::wire::{Role, SessionId};
 
+use super::reopen::{Opener, Reopening};
+use super::resume::connect;
 use super::{Cause, random};
-use crate::engine::progress::Progress;
+use crate::engine::progress::{Outage, Progress};
 use crate::engine::report::Status;
 use crate::engine::{Options, explain};
 
 /// How often somebody who waits looks at everything that may have happened.
-const TICK: Duration = Duration::from_millis(20);
+pub(super) const TICK: Duration = Duration::from_millis(20);
 /// How often the report that others see is renewed.
 const REPORT_EVERY: Duration = Duration::from_millis(50);
 /// How long a destination has to take the last message.
 const FAREWELL: Duration = Duration::from_secs(1);
 
 pub(super) struct Watch {
-    session: SourceSession,
-    id: SessionId,
-    link: Link,
-    inbox: Receiver<LinkEvent>,
-    streams: SourceStreams<Unreceipted>,
-    lane_ends: (Sender<LaneEnd>, Receiver<LaneEnd>),
-    progress: Progress,
+    pub(super) session: SourceSession,
+    pub(super) id: SessionId,
+    pub(super) link: Link,
+    pub(super) inbox: Receiver<LinkEvent>,
+    pub(super) streams: SourceStreams<Unreceipted>,
+    pub(super) lane_ends: (Sender<LaneEnd>, Receiver<LaneEnd>),
+    /// All that were started and have not ended.
+    lanes: Vec<Lane>,
+    /// What new lanes take from; none while the streams are being ended.
+    work: Option<Receiver<Batch>>,
+    /// Connects lost streams again, where the destination takes them.
+    pub(super) reopening: Option<Reopening>,
+    /// What is sent goes nowhere.
+    pub(super) link_lost: bool,
+    /// How long what was lost may take to be connected again; zero where nothing is.
+    pub(super) reconnect: Duration,
+    reconnect_max: Duration,
+    /// The guest is paused, or streams are being ended: none are waited for.
+    hurried: bool,
+    /// There is no stream, and the guest runs.
+    pub(super) outage: Option<Outage>,
+    pub(super) progress: Progress,
     began: Instant,
     reported: Instant,
-    timeout: Duration,
+    pub(super) timeout: Duration,
     source: Option<Arc<PageSource>>,
     /// Last, so that the link's task outlives what uses it.
-    runtime: Runtime,
+    pub(super) runtime: Runtime,
 }
 
 impl Watch {
     /// Connects the control link.
     pub(super) fn connect(uri: &Uri, options: &Options, progress: &Progress) -> Result<Self, Cause> {
         let began = Instant::now();
-        let connection = Connection::connect(uri, options.timeout)?;
-        connection.tune(options.timeout)?;
-        connection.set_timeouts(None, Some(options.timeout))?;
         let id = random()?;
-        let preamble = Preamble {
-            version_min: VERSION_MIN,
-            version_max: VERSION_MAX,
-            role: Role::Control,
-            stream: 0,
-            session: id,
-        };
-        std::io::Write::write_all(&mut &connection, &preamble.encode())?;
+        let connection = connect(uri, Role::Control, id, options.timeout)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let (deliver, inbox) = unbounded();
         let link = Link::spawn(runtime.handle(), connection, options.timeout, deliver, |event| event)?;
@@ -69,6 +76,14 @@ impl Watch {
             inbox,
             streams: SourceStreams::new(),
             lane_ends: unbounded(),
+            lanes: Vec::new(),
+            work: None,
+            reopening: None,
+            link_lost: false,
+            reconnect: Duration::ZERO,
+            reconnect_max: options.reconnect_timeout,
+            hurried: false,
+            outage: None,
             progress: progress.clone(),
             began,
             reported: began,
@@ -95,12 +110,6 @@ impl Watch {
         self.source = Some(source);
     }
 
-    /// Where a new lane reports its end.
-    pub(super) fn lane_started(&mut self) -> Sender<LaneEnd> {
-        self.streams.started();
-        self.lane_ends.0.clone()
-    }
-
     /// Waits for WELCOME, which must lie within what was offered, and PREPARED.
     pub(super) fn welcome(&mut self, streams: u16, capabilities: u64) -> Result<Welcome, Cause> {
         let mut welcome = None;
@@ -112,6 +121,9 @@ impl Watch {
             match self.next_event()? {
                 SourceEvent::Welcome(w) => {
                     check_welcome(&w, streams, capabilities)?;
+                    if w.capabilities & capability::RESUME != 0 {
+                        self.reconnect = self.reconnect_max.min(Duration::from_millis(w.reconnect_ms.into()));
+                    }
                     welcome = Some(w);
                 }
                 SourceEvent::Prepared => return Ok(welcome.expect("the session machine orders the two")),
@@ -131,11 +143,94 @@ impl Watch {
         while let Ok(end) = self.lane_ends.1.try_recv() {
             self.on_lane_end(end)?;
         }
-        self.streams.check(self.began.elapsed(), self.timeout)?;
+        self.reopen()?;
+        self.check_streams()?;
         if self.reported.elapsed() >= REPORT_EVERY {
             self.report();
         }
         Ok(())
+    }
+
+    /// Fails when there is no stream any more, and none in time.
+    fn check_streams(&mut self) -> Result<(), Cause> {
+        let now = self.began.elapsed();
+        let Some(last) = self.streams.all_lost(now) else {
+            if self.streams.any_live()
+                && let Some(outage) = self.outage.take()
+            {
+                outage.end(&self.progress);
+            }
+            return Ok(self.streams.check_stopped(now, self.timeout)?);
+        };
+        let lost = StreamsError::AllLost { last: last.into() };
+        if self.hurried || self.reconnect.is_zero() {
+            return Err(lost.into());
+        }
+        let progress = &self.progress;
+        let outage = self.outage.get_or_insert_with(|| Outage::begin(progress, &explain(&lost)));
+        if outage.lasts(progress) >= self.reconnect {
+            return Err(lost.into());
+        }
+        Ok(self.streams.check_stopped(now, self.timeout)?)
+    }
+
+    /// Starts the streams that were opened anew.
+    fn reopen(&mut self) -> Result<(), Cause> {
+        let (Some(work), Some(_)) = (&self.work, &self.reopening) else { return Ok(()) };
+        let work = work.clone();
+        while let Some((id, end)) = self.reopening.as_mut().and_then(Reopening::poll) {
+            self.streams.forget(id);
+            self.start(end, id, work.clone())?;
+            self.progress.update(|r| r.streams_reconnected += 1);
+        }
+        Ok(())
+    }
+
+    /// Starts the lane of a stream that was opened.
+    pub(super) fn start(&mut self, end: SourceEnd, id: u16, work: Receiver<Batch>) -> Result<(), Cause> {
+        let Some(source) = self.source.clone() else { return Ok(()) };
+        self.lanes.retain(|lane| !lane.is_finished());
+        self.lanes.push(Lane::spawn(source, end, id, work, self.lane_ends.0.clone())?);
+        self.streams.started();
+        Ok(())
+    }
+
+    /// Lost streams are to be connected again, once pages move.
+    pub(super) fn keep_open(&mut self, opener: Arc<Opener>, streams: u16) {
+        if !self.reconnect.is_zero() {
+            self.reopening = Some(Reopening::new(opener, streams));
+        }
+    }
+
+    /// Pages move: lanes of streams that are opened from here on take from `work`.
+    pub(super) fn feed(&mut self, work: Receiver<Batch>) {
+        self.work = Some(work);
+        self.hurried = false;
+    }
+
+    /// The guest is paused: nobody waits for streams to come back.
+    pub(super) fn hurry(&mut self) {
+        self.hurried = true;
+    }
+
+    /// No stream is opened any more: those that there are will be ended.
+    pub(super) fn close(&mut self) {
+        self.work = None;
+        self.hurried = true;
+        if let Some(reopening) = &mut self.reopening {
+            reopening.stop();
+        }
+    }
+
+    /// Breaks all streams, so that they end at once.
+    pub(super) fn abort(&mut self) {
+        self.close();
+        self.lanes.iter().for_each(Lane::abort);
+    }
+
+    /// Waits until all streams have ended.
+    pub(super) fn join(&mut self) {
+        self.lanes.drain(..).for_each(Lane::join);
     }
 
     /// Waits until every stream has ended, in order or dead on both sides; returns the accounts of the former.
@@ -215,17 +310,7 @@ impl Watch {
 
     /// Takes a query connection for the control link that was lost; the destination says on it that it runs the guest.
     pub(super) fn relink(&mut self, uri: &Uri) -> Result<(), Cause> {
-        let connection = Connection::connect(uri, self.timeout)?;
-        connection.tune(self.timeout)?;
-        connection.set_timeouts(None, Some(self.timeout))?;
-        let preamble = Preamble {
-            version_min: VERSION_MIN,
-            version_max: VERSION_MAX,
-            role: Role::Query,
-            stream: 0,
-            session: self.id,
-        };
-        std::io::Write::write_all(&mut &connection, &preamble.encode())?;
+        let connection = connect(uri, Role::Query, self.id, self.timeout)?;
         let (deliver, inbox) = unbounded();
         self.link = Link::spawn(self.runtime.handle(), connection, self.timeout, deliver, |event| event)?;
         self.inbox = inbox;
@@ -233,7 +318,10 @@ impl Watch {
         loop {
             match self.inbox.recv_deadline(deadline) {
                 Ok(LinkEvent::Message(Message::Status(status))) => match self.session.learn(status) {
-                    Learnt::Running => return Ok(()),
+                    Learnt::Running => {
+                        self.link_lost = false;
+                        return Ok(());
+                    }
                     _ => return Err(self.overdue("that it runs the guest")),
                 },
                 Ok(LinkEvent::Message(Message::Error { code, text })) => {
@@ -252,8 +340,13 @@ impl Watch {
     }
 
     /// Tells the destination why, unless it was the one to say so.
-    pub(super) fn say_error(&self, cause: &Cause) {
-        if self.session.owns_guest() {
+    pub(super) fn say_error(&self, uri: &Uri, cause: &Cause) {
+        if !self.session.owns_guest() {
+            return;
+        }
+        if self.link_lost && !self.reconnect.is_zero() && !matches!(cause, Cause::Session(_)) {
+            self.say_error_later(uri, cause);
+        } else {
             self.send(Message::Error { code: cause.code(), text: explain(cause) });
         }
     }
@@ -277,7 +370,7 @@ impl Watch {
             r.mismatches = get(&counters.mismatches);
             r.torn = get(&counters.torn);
             r.remaining_bytes = remaining;
-            if matches!(r.status, Status::Setup | Status::Active | Status::Device) {
+            if matches!(r.status, Status::Setup | Status::Active | Status::Device | Status::Reconnecting) {
                 r.rates(total);
             }
         });
@@ -290,7 +383,7 @@ impl Watch {
     }
 
     /// The next event of the session, or nothing for a tick, while pages do not move.
-    fn next_event(&mut self) -> Result<SourceEvent, Cause> {
+    pub(super) fn next_event(&mut self) -> Result<SourceEvent, Cause> {
         if self.progress.is_cancelled() {
             return Err(Cause::Cancelled);
         }
@@ -304,7 +397,10 @@ impl Watch {
     fn on_link(&mut self, event: LinkEvent) -> Result<SourceEvent, Cause> {
         let message = match event {
             LinkEvent::Message(message) => message,
-            LinkEvent::Dead(error) => return Err(error.into()),
+            LinkEvent::Dead(error) => {
+                self.link_lost = true;
+                return Err(error.into());
+            }
         };
         let event = self.session.handle(message)?;
         match &event {
@@ -318,7 +414,7 @@ impl Watch {
         Ok(event)
     }
 
-    fn on_lane_end(&mut self, end: LaneEnd) -> Result<(), Cause> {
+    pub(super) fn on_lane_end(&mut self, end: LaneEnd) -> Result<(), Cause> {
         match end.result {
             Ok(account) => self.streams.ended(account),
             Err(LaneError::Fatal { source, .. }) => return Err(source.into()),
@@ -333,10 +429,27 @@ impl Watch {
         Ok(())
     }
 
-    /// Frames of a stream that is dead on both sides: their pages are dirty again, and any stream may take them.
-    fn take_back(&self, frames: Vec<Unreceipted>) {
+    /// Frames of streams that are dead on both sides: their pages are dirty again, and any stream may take them. Both sides' reports
+    /// count what that costs.
+    pub(super) fn take_back(&mut self, frames: Vec<Unreceipted>) {
+        for stream in self.streams.take_buried() {
+            if let Some(reopening) = &mut self.reopening {
+                reopening.lost(stream);
+            }
+        }
+        let bytes: u64 = frames.iter().map(Unreceipted::wire_bytes).sum();
         if let Some(source) = &self.source {
             source.take_back(frames);
+        }
+        if bytes != 0 {
+            let mut total = 0;
+            self.progress.update(|r| {
+                r.resent_bytes += bytes;
+                total = r.resent_bytes;
+            });
+            if !self.reconnect.is_zero() {
+                self.send(Message::Resent { bytes: total });
+            }
         }
     }
 }
@@ -344,6 +457,9 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         self.report();
-        self.link.flush(FAREWELL);
+        // A link that is lost takes nothing any more.
+        if !self.link_lost {
+            self.link.flush(FAREWELL);
+        }
     }
 }

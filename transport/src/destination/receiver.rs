@@ -17,6 +17,7 @@ use crate::sys::ReceiveList;
 use crate::wire::WireError;
 use crate::wire::control::{StreamEnd, capability};
 use crate::wire::frame::{self, ENCODED_MAX, FrameHeader, FrameKind};
+use crate::wire::stream_number;
 
 /// Headers and encoded sections are read through a buffer of this size.
 const BUFFER_BYTES: usize = ENCODED_MAX + FrameHeader::LEN + AHEAD_BYTES;
@@ -29,7 +30,7 @@ const RECEIPTS_BYTES: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 pub enum ReceiveError {
     /// The socket failed.
-    #[error("stream {stream}: the connection from the source broke")]
+    #[error("stream {}: the connection from the source broke", stream_number(*stream))]
     Io {
         /// Which stream.
         stream: u16,
@@ -38,7 +39,7 @@ pub enum ReceiveError {
         source: io::Error,
     },
     /// The source closed the stream without ending it.
-    #[error("stream {stream}: the source closed the connection in the middle of {place}")]
+    #[error("stream {}: the source closed the connection in the middle of {place}", stream_number(*stream))]
     Closed {
         /// Which stream.
         stream: u16,
@@ -46,7 +47,7 @@ pub enum ReceiveError {
         place: &'static str,
     },
     /// The rest of a frame did not come.
-    #[error("stream {stream}: the source stopped in the middle of a frame for {seconds} s")]
+    #[error("stream {}: the source stopped in the middle of a frame for {seconds} s", stream_number(*stream))]
     Timeout {
         /// Which stream.
         stream: u16,
@@ -54,7 +55,7 @@ pub enum ReceiveError {
         seconds: u64,
     },
     /// A frame that is not one.
-    #[error("stream {stream}, frame {seq}")]
+    #[error("stream {}, frame {seq}", stream_number(*stream))]
     Frame {
         /// Which stream.
         stream: u16,
@@ -65,7 +66,7 @@ pub enum ReceiveError {
         source: WireError,
     },
     /// An encoded section that does not decode.
-    #[error("stream {stream}, frame {seq}, chunk {chunk}")]
+    #[error("stream {}, frame {seq}, chunk {chunk}", stream_number(*stream))]
     Decode {
         /// Which stream.
         stream: u16,
@@ -78,7 +79,7 @@ pub enum ReceiveError {
         source: DecodeError,
     },
     /// Guest memory could not be had.
-    #[error("stream {stream}")]
+    #[error("stream {}", stream_number(*stream))]
     Memory {
         /// Which stream.
         stream: u16,
@@ -87,7 +88,7 @@ pub enum ReceiveError {
         source: BackendError,
     },
     /// Told to stop.
-    #[error("stream {stream}: stopped")]
+    #[error("stream {}: stopped", stream_number(*stream))]
     Stopped {
         /// Which stream.
         stream: u16,

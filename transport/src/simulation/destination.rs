@@ -149,6 +149,7 @@ impl<'a> DestinationHost<'a> {
             Role::Control => self.refuse(wire, ErrorCode::Busy, world),
             Role::Stream => self.attach(wire, preamble.stream, world),
             Role::Postcopy => self.refuse(wire, ErrorCode::Protocol, world),
+            Role::Resume => unreachable!("the simulated source does not offer to resume"),
             Role::Query => {
                 let status = self.machine.status();
                 world.say(wire, ME, &Message::Status(status));
@@ -307,12 +308,13 @@ impl<'a> DestinationHost<'a> {
                 let layout = Layout::new(hello.regions).expect("a real layout was offered");
                 assert_eq!(&layout, pagecopy::backend::GuestRam::layout(&*self.guest));
                 let (hasher, timeout) = (PageHasher::new(hello.seed), Duration::from_micros(TIMEOUT));
-                let capabilities = hello.capabilities & capability::ALL;
+                let capabilities = hello.capabilities & capability::CODECS;
                 let sink = PageSink::new(self.guest.clone(), hasher, capabilities, timeout, u64::MAX);
                 assert!(self.sink_slot.set(sink).is_ok(), "a destination serves one session");
                 self.streams_agreed = hello.streams;
                 let timeout_ms = (TIMEOUT / 1000) as u32;
-                let welcome = Welcome { version: 1, capabilities, streams: hello.streams, timeout_ms };
+                let welcome =
+                    Welcome { version: 1, capabilities, streams: hello.streams, timeout_ms, reconnect_ms: 0 };
                 self.say(&Message::Welcome(welcome), world);
                 self.phase = Phase::Preparing;
                 let after = world.rng.range(0, 5000);
@@ -329,7 +331,7 @@ impl<'a> DestinationHost<'a> {
             }
             DestinationEvent::Reply(reply) => self.say(&reply, world),
             DestinationEvent::Go => self.run_guest(world),
-            DestinationEvent::Nothing => {}
+            DestinationEvent::Nothing | DestinationEvent::Resent(_) => {}
             // The simulated source never says POSTCOPY.
             DestinationEvent::Postcopy | DestinationEvent::Missing(_) | DestinationEvent::Sent(_) => {}
         }

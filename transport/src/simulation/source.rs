@@ -109,10 +109,11 @@ impl<'a> SourceHost<'a> {
         let seed = world.rng.next();
         let hello = Message::Hello(Hello {
             seed,
-            capabilities: capability::ALL,
+            capabilities: capability::CODECS,
             streams: attempt.streams,
             live: true,
             timeout_ms: (TIMEOUT / 1000) as u32,
+            reconnect_ms: 0,
             regions: layout.regions().to_vec(),
             presence: vec![0xff; Hello::presence_len(layout)],
             machine: "simulated".into(),
@@ -226,7 +227,8 @@ impl<'a> SourceHost<'a> {
         let event = self.session.handle(message).map_err(|e| self.judge(&e, world))?;
         match event {
             SourceEvent::Welcome(welcome) => {
-                check_welcome(&welcome, self.attempt.streams, capability::ALL).map_err(|e| e.to_string())?;
+                check_welcome(&welcome, self.attempt.streams, capability::CODECS)
+                    .map_err(|e| e.to_string())?;
                 self.phase = Phase::ExpectPrepared;
             }
             SourceEvent::Prepared => self.prepare(world),
@@ -241,7 +243,10 @@ impl<'a> SourceHost<'a> {
                 self.say(&Message::Running, world);
                 self.over(Fate::Moved, world);
             }
-            SourceEvent::Nothing | SourceEvent::PostcopyReady { .. } | SourceEvent::Arrived(_) => {}
+            SourceEvent::Nothing
+            | SourceEvent::Resumed
+            | SourceEvent::PostcopyReady { .. }
+            | SourceEvent::Arrived(_) => {}
         }
         Ok(())
     }

@@ -13,7 +13,8 @@ const WAITING_MAX: usize = 4;
 /// Longest wait before the caller's conditions are looked at again.
 const TICK: Duration = Duration::from_millis(20);
 
-/// The one thread that feeds a session's workers owns this; dropping it ends the streams in order.
+/// The one thread that feeds a session's workers owns this; dropping it ends the streams in order. Batches that no worker has taken by
+/// then go back with it: their pages are still pending.
 pub struct Feeder {
     source: Arc<PageSource>,
     work: Sender<Batch>,
@@ -77,5 +78,14 @@ impl Feeder {
             self.source.wait_progress(TICK);
         }
         Ok(())
+    }
+}
+
+impl Drop for Feeder {
+    fn drop(&mut self) {
+        // None are left where everything was delivered; some where the streams are dead.
+        while self.taken.try_recv().is_ok() {
+            self.source.batch_done();
+        }
     }
 }

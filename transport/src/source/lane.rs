@@ -22,6 +22,7 @@ use crate::clock;
 use crate::sys::SendList;
 use crate::wire::control::StreamEnd;
 use crate::wire::frame::{FrameHeader, FrameKind};
+use crate::wire::stream_number;
 
 /// Small frames are gathered up to this many bytes before they are written.
 const GATHER_BYTES: usize = 64 << 10;
@@ -32,7 +33,7 @@ const TICK: Duration = Duration::from_millis(100);
 #[derive(Debug, thiserror::Error)]
 pub enum LaneError {
     /// The socket failed.
-    #[error("stream {stream}: the connection to the destination broke")]
+    #[error("stream {}: the connection to the destination broke", stream_number(*stream))]
     Io {
         /// Which stream.
         stream: u16,
@@ -41,7 +42,7 @@ pub enum LaneError {
         source: io::Error,
     },
     /// This host lacks memory for it, or may not use it.
-    #[error("stream {stream}")]
+    #[error("stream {}", stream_number(*stream))]
     Memory {
         /// Which stream.
         stream: u16,
@@ -50,13 +51,13 @@ pub enum LaneError {
         source: io::Error,
     },
     /// The destination closed the stream.
-    #[error("stream {stream}: the destination closed the connection")]
+    #[error("stream {}: the destination closed the connection", stream_number(*stream))]
     Closed {
         /// Which stream.
         stream: u16,
     },
     /// Nothing was receipted for too long.
-    #[error("stream {stream}: no receipt for {seconds} s")]
+    #[error("stream {}: no receipt for {seconds} s", stream_number(*stream))]
     Timeout {
         /// Which stream.
         stream: u16,
@@ -64,7 +65,7 @@ pub enum LaneError {
         seconds: u64,
     },
     /// Not the receipts the protocol wants.
-    #[error("stream {stream}")]
+    #[error("stream {}", stream_number(*stream))]
     Receipt {
         /// Which stream.
         stream: u16,
@@ -73,13 +74,13 @@ pub enum LaneError {
         source: ReceiptError,
     },
     /// Told to stop.
-    #[error("stream {stream}: stopped")]
+    #[error("stream {}: stopped", stream_number(*stream))]
     Stopped {
         /// Which stream.
         stream: u16,
     },
     /// The whole session cannot go on.
-    #[error("stream {stream}")]
+    #[error("stream {}", stream_number(*stream))]
     Fatal {
         /// Which stream noticed.
         stream: u16,
@@ -104,9 +105,16 @@ pub struct Unreceipted {
     pub(super) _placement: Option<Placement>,
 }
 
+impl Unreceipted {
+    /// What it took on the wire.
+    pub fn wire_bytes(&self) -> u64 {
+        self.wire_bytes
+    }
+}
+
 /// How a stream ended.
 pub struct LaneEnd {
-    /// Which stream.
+    /// Which stream, by its id.
     pub stream: u16,
     /// Its account if it ended in order.
     pub result: Result<StreamEnd, LaneError>,
@@ -146,7 +154,7 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// Starts the two threads of stream `stream` over what carries it. The sender takes batches from
+    /// Starts the two threads of the stream with the id `stream` over what carries it. The sender takes batches from
     /// `work` until the channel is disconnected and empty, then ends the stream. `ends` gets the end, in order or not.
     pub fn spawn(
         source: Arc<PageSource>,
@@ -180,6 +188,11 @@ impl Lane {
     /// Breaks the connection, so that both threads end at once, wherever they wait.
     pub fn abort(&self) {
         self.shared.fail(LaneError::Stopped { stream: self.shared.stream });
+    }
+
+    /// Whether both threads have ended, or are about to: the end was reported.
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
     }
 
     /// Waits until both threads have ended.

@@ -33,10 +33,14 @@ pub mod capability {
     pub const DELTA: u64 = 1;
     /// zstd frames.
     pub const ZSTD: u64 = 2;
+    /// Lost streams are connected anew, and the session goes on over a new control connection.
+    pub const RESUME: u64 = 4;
     /// Pages that follow a guest which runs at the destination already.
     pub const POSTCOPY: u64 = 8;
+    /// What says how pages may be encoded.
+    pub const CODECS: u64 = DELTA | ZSTD;
     /// All that this version knows.
-    pub const ALL: u64 = DELTA | ZSTD | POSTCOPY;
+    pub const ALL: u64 = CODECS | RESUME | POSTCOPY;
 }
 
 /// What a session is about, from the source.
@@ -52,6 +56,9 @@ pub struct Hello {
     pub live: bool,
     /// Silence after which the source gives its peer up, in milliseconds.
     pub timeout_ms: u32,
+    /// How long the source tries to connect again what was lost, in milliseconds; means nothing without
+    /// [`capability::RESUME`].
+    pub reconnect_ms: u32,
     /// Guest-physical layout.
     pub regions: Vec<Region>,
     /// One bit for every [`PRESENCE_CHUNKS`] chunks: the source may have data there.
@@ -71,6 +78,8 @@ pub struct Welcome {
     pub streams: u16,
     /// Silence after which the destination gives its peer up, in milliseconds.
     pub timeout_ms: u32,
+    /// How long both sides wait for what was lost to be connected again, in milliseconds: at most what the source said.
+    pub reconnect_ms: u32,
 }
 
 /// Where one stream ended: the source says what it sent, the destination what it applied.
@@ -239,6 +248,22 @@ pub enum Message {
     Query,
     /// Destination's answer.
     Status(SessionStatus),
+    /// Source, first on a connection that takes the place of the lost one: stop every stream, take back READY and the device
+    /// state, and go on.
+    Resume {
+        /// Counts a session's attempts to resume; only one above all others that came is taken.
+        epoch: u32,
+    },
+    /// Destination: done. Streams may connect.
+    Resumed {
+        /// Of the RESUME that it answers.
+        epoch: u32,
+    },
+    /// Source: this much was sent on streams that were lost, and is sent again; for the destination's report.
+    Resent {
+        /// Wire bytes in all.
+        bytes: u64,
+    },
     /// Source: the guest will run before all its pages are there; get ready for that.
     Postcopy,
     /// Destination: so be it.
@@ -277,6 +302,9 @@ impl Message {
             Self::Running => 14,
             Self::Query => 15,
             Self::Status(_) => 16,
+            Self::Resume { .. } => 17,
+            Self::Resumed { .. } => 18,
+            Self::Resent { .. } => 19,
             Self::Postcopy => 24,
             Self::PostcopyReady { .. } => 25,
             Self::Missing(_) => 26,
@@ -313,6 +341,7 @@ impl Message {
                 w.u16(welcome.version);
                 w.u16(welcome.streams);
                 w.u32(welcome.timeout_ms);
+                w.u32(welcome.reconnect_ms);
                 w.u64(welcome.capabilities);
             }
             Self::Error { code, text } => {
@@ -328,6 +357,8 @@ impl Message {
             Self::State(blobs) => encode_state(blobs, w),
             Self::Finish(totals) | Self::Ready(totals) => totals.encode(w),
             Self::Status(status) => w.u16(*status as u16),
+            Self::Resume { epoch } | Self::Resumed { epoch } => w.u32(*epoch),
+            Self::Resent { bytes } => w.u64(*bytes),
             Self::PostcopyReady { unit_chunks } => w.u32(*unit_chunks),
             Self::Missing(runs) => {
                 w.u32(runs.len() as u32);
@@ -398,6 +429,7 @@ impl Message {
                     version,
                     streams,
                     timeout_ms: timeout_ms(r)?,
+                    reconnect_ms: r.u32("reconnect_ms")?,
                     capabilities: r.u64("capabilities")?,
                 })
             }
@@ -418,6 +450,9 @@ impl Message {
             14 => Self::Running,
             15 => Self::Query,
             16 => Self::Status(SessionStatus::from_wire(r.u16("session status")?)?),
+            17 => Self::Resume { epoch: r.u32("epoch")? },
+            18 => Self::Resumed { epoch: r.u32("epoch")? },
+            19 => Self::Resent { bytes: r.u64("bytes")? },
             24 => Self::Postcopy,
             25 => Self::PostcopyReady { unit_chunks: r.u32("unit")? },
             26 => Self::Missing(decode_runs(r)?),
@@ -441,6 +476,7 @@ impl Hello {
         w.u16(self.streams);
         w.u16(u16::from(self.live));
         w.u32(self.timeout_ms);
+        w.u32(self.reconnect_ms);
         w.u32(pagecopy::layout::PAGE_SIZE as u32);
         w.u32(pagecopy::layout::CHUNK_PAGES as u32);
         w.u32(self.regions.len() as u32);
@@ -463,7 +499,7 @@ impl Hello {
             1 => true,
             value => return Err(WireError::BadValue { field: "live", value: value.into() }),
         };
-        let timeout_ms = timeout_ms(r)?;
+        let (timeout_ms, reconnect_ms) = (timeout_ms(r)?, r.u32("reconnect_ms")?);
         for (field, expected) in
             [("page_size", pagecopy::layout::PAGE_SIZE), ("chunk_pages", pagecopy::layout::CHUNK_PAGES)]
         {
@@ -479,7 +515,7 @@ impl Hello {
         }
         let presence = r.blob(PRESENCE_MAX, "presence map")?.to_vec();
         let machine = r.string(MACHINE_MAX, "machine")?;
-        Ok(Self { seed, capabilities, streams, live, timeout_ms, regions, presence, machine })
+        Ok(Self { seed, capabilities, streams, live, timeout_ms, reconnect_ms, regions, presence, machine })
     }
 
     /// Whether the source may have data in a chunk, by the presence map; chunks beyond the map count as present.
@@ -601,6 +637,9 @@ fn kind_name(kind: u16) -> &'static str {
         14 => "RUNNING",
         15 => "QUERY",
         16 => "STATUS",
+        17 => "RESUME",
+        18 => "RESUMED",
+        19 => "RESENT",
         24 => "POSTCOPY",
         25 => "POSTCOPY_READY",
         26 => "MISSING",
@@ -625,11 +664,18 @@ mod tests {
                 streams: 4,
                 live: true,
                 timeout_ms: 10_000,
+                reconnect_ms: 300_000,
                 regions: vec![Region { name: "ram".into(), gpa: 0, len: 1 << 20 }],
                 presence: vec![1],
                 machine: "{}".into(),
             }),
-            Message::Welcome(Welcome { version: 1, capabilities: 3, streams: 4, timeout_ms: 10_000 }),
+            Message::Welcome(Welcome {
+                version: 1,
+                capabilities: 3,
+                streams: 4,
+                timeout_ms: 10_000,
+                reconnect_ms: 60_000,
+            }),
             Message::Error { code: ErrorCode::Busy, text: "no".into() },
             Message::Ping(1),
             Message::Pong(2),
@@ -644,6 +690,9 @@ mod tests {
             Message::Running,
             Message::Query,
             Message::Status(SessionStatus::Ready),
+            Message::Resume { epoch: 1 },
+            Message::Resumed { epoch: 2 },
+            Message::Resent { bytes: 3 },
             Message::Postcopy,
             Message::PostcopyReady { unit_chunks: 8 },
             Message::Missing(vec![ChunkRun { first: 3, count: 2, pages: 5 }]),
@@ -670,7 +719,7 @@ mod tests {
 
     #[test]
     fn hostile_lengths_are_refused_before_allocation() {
-        for kind in (1..=16).chain(24..=28u16) {
+        for kind in (1..=19).chain(24..=28u16) {
             let mut header = [0; 8];
             header[..2].copy_from_slice(&kind.to_le_bytes());
             header[4..].copy_from_slice(&u32::MAX.to_le_bytes());

@@ -21,6 +21,25 @@ pub const VERSION_MIN: u16 = 1;
 pub const VERSION_MAX: u16 = 1;
 /// Most data streams in a session.
 pub const STREAMS_MAX: u16 = 256;
+/// Added to a stream's id every time its number is connected anew.
+pub const INCARNATION: u16 = STREAMS_MAX;
+
+/// The number of a stream, counted from 0. A stream's *id* says besides which incarnation of that number it is: a stream that was
+/// lost and is connected again is another stream, of which nothing holds that was said of the first.
+pub const fn stream_number(id: u16) -> u16 {
+    id % INCARNATION
+}
+
+/// The id of the next incarnation; it wraps around.
+pub const fn next_incarnation(id: u16) -> u16 {
+    id.wrapping_add(INCARNATION)
+}
+
+/// Whether `id` is of a later incarnation than `than`, another id with the same number.
+pub const fn is_later_incarnation(id: u16, than: u16) -> bool {
+    let ahead = (id >> 8).wrapping_sub(than >> 8) & 0xff;
+    ahead != 0 && ahead < 0x80
+}
 
 /// Names a session through all its connections; chosen at random by the source.
 pub type SessionId = [u8; 16];
@@ -35,6 +54,8 @@ pub enum Role {
     Stream = 2,
     /// Asks what became of a session, or tells it to go.
     Query = 3,
+    /// Takes the place of a control connection that was lost.
+    Resume = 4,
     /// Carries pages that the destination's guest is still missing: stream 0 those that it asks for.
     Postcopy = 5,
 }
@@ -48,7 +69,7 @@ pub struct Preamble {
     pub version_max: u16,
     /// What the connection is for.
     pub role: Role,
-    /// Which stream, counted from 0; 0 for other roles.
+    /// Which stream, by its id; 0 for other roles. See [`stream_number`].
     pub stream: u16,
     /// The session.
     pub session: SessionId,
@@ -85,11 +106,17 @@ impl Preamble {
             1 => Role::Control,
             2 => Role::Stream,
             3 => Role::Query,
+            4 => Role::Resume,
             5 => Role::Postcopy,
             value => return Err(WireError::BadValue { field: "role", value: value.into() }),
         };
         let stream = r.u16("stream")?;
-        if stream >= STREAMS_MAX || (!matches!(role, Role::Stream | Role::Postcopy) && stream != 0) {
+        let most = match role {
+            Role::Stream => u16::MAX,
+            Role::Postcopy => STREAMS_MAX - 1,
+            Role::Control | Role::Query | Role::Resume => 0,
+        };
+        if stream > most {
             return Err(WireError::BadValue { field: "stream", value: stream.into() });
         }
         Ok(Self { version_min, version_max, role, stream, session: r.array("session id")? })
@@ -117,10 +144,23 @@ mod tests {
         assert_eq!(p.agree(), Ok(1));
         let future = Preamble { version_min: 2, ..p };
         assert_eq!(future.agree(), Err(WireError::NoCommonVersion { min: 2, max: 3 }));
-        for (at, value) in [(0, 0), (8, 9), (12, 4), (12, 1), (15, 0xff)] {
+        for (at, value) in [(0, 0), (8, 9), (12, 9), (12, 1), (13, 1)] {
             let mut bad = bytes;
             bad[at] = value;
             assert!(Preamble::decode(&bad).is_err(), "byte {at}");
         }
+    }
+
+    #[test]
+    fn incarnations_follow_each_other_for_ever() {
+        let mut id = 7;
+        for _ in 0..1000 {
+            let next = next_incarnation(id);
+            assert_eq!(stream_number(next), 7);
+            assert!(is_later_incarnation(next, id) && !is_later_incarnation(id, next));
+            assert!(!is_later_incarnation(id, id));
+            id = next;
+        }
+        assert!(is_later_incarnation(0x7f07, 0x0007) && !is_later_incarnation(0x8007, 0x0007));
     }
 }

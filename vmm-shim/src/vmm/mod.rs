@@ -202,7 +202,7 @@ pub struct Vm {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Status {
     running: bool,
-    /// It has run, or a load was begun: no state can be loaded any more.
+    /// It has run: no state can be loaded any more.
     used: bool,
 }
 
@@ -491,16 +491,15 @@ impl Guest for Vm {
     }
 
     fn load_state(&self, blobs: &[StateBlob]) -> Result<(), BackendError> {
-        let mut status = lock(&self.status);
+        let status = lock(&self.status);
         if let Some(error) = self.crash_error("load state") {
             return Err(error);
         }
         if status.used {
-            let what = "loading state into a guest that has run or was loaded before";
+            let what = "loading state into a guest that has run";
             return Err(BackendError::new(what, io::ErrorKind::InvalidInput.into()));
         }
         let plan = state::check(self, blobs)?;
-        status.used = true;
         state::apply(self, &plan).inspect_err(|e| {
             // Half a state must never run.
             self.machine.crash(format!("loading its state failed: {e}"));

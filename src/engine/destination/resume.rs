@@ -1,0 +1,140 @@
+//! What the destination does when its source's connections are lost before GO: it keeps what it has, and waits until the source takes
+//! the session up again.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use transport::carrier::StreamRequest;
+use transport::link::{Link, LinkError, LinkEvent};
+use transport::session::SessionError;
+use transport::wire::control::{ErrorCode, Message};
+
+use super::{Destination, IncomingError, Session};
+use crate::engine::explain;
+use crate::engine::progress::Outage;
+
+/// Lost connections, and who comes to take their place.
+pub(super) struct Outages {
+    /// How long a source may stay away; zero where it does not come back at all.
+    pub(super) patience: Duration,
+    /// A connection on which RESUME is to come, and its generation.
+    knocking: Option<(Link, u64)>,
+    current: Option<(Outage, LinkError)>,
+    /// What is said on a new control connection once all streams of before have stopped.
+    taking_up: Option<(Link, Message)>,
+    /// Streams whose number is still held by an earlier incarnation, by that number.
+    pub(super) waiting: BTreeMap<u16, (u16, StreamRequest)>,
+}
+
+impl Outages {
+    pub(super) fn new(patience: Duration) -> Self {
+        Self { patience, knocking: None, current: None, taking_up: None, waiting: BTreeMap::new() }
+    }
+
+    /// The streams of before are being stopped.
+    pub(super) fn is_taking_up(&self) -> bool {
+        self.taking_up.is_some()
+    }
+
+    /// Somebody who knows the session's id wants to take it up. The last who came is the one who did not give up.
+    pub(super) fn knock(&mut self, link: Link, generation: u64) {
+        self.knocking = Some((link, generation));
+    }
+}
+
+impl Session {
+    /// The control connection is lost: waits for another, if the source may come back with one.
+    pub(super) fn lose_link(
+        &mut self,
+        listening: &Destination,
+        error: LinkError,
+    ) -> Result<(), IncomingError> {
+        self.link = None;
+        // If it was the one that took its place, too.
+        self.outages.taking_up = None;
+        let lost = matches!(error, LinkError::Io(_) | LinkError::Closed | LinkError::Timeout(_));
+        // Before its first stream a source has nothing to lose: it begins anew.
+        if !lost || self.outages.patience.is_zero() || !self.streams.any() || self.postcopy.is_some() {
+            return Err(IncomingError::Link(error));
+        }
+        let outage = Outage::begin(&listening.progress, &explain(&error));
+        self.outages.current = Some((outage, error));
+        Ok(())
+    }
+
+    /// Gives the session up when its source has stayed away for too long.
+    pub(super) fn check_outage(&mut self, listening: &Destination) -> Result<(), IncomingError> {
+        let patience = self.outages.patience;
+        match self.outages.current.take_if(|(outage, _)| outage.lasts(&listening.progress) >= patience) {
+            Some((_, source)) => Err(IncomingError::NotResumed { seconds: patience.as_secs(), source }),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until the source takes the session up again. What it had of the handover is void by then.
+    pub(super) fn wait_resumed(&mut self, listening: &Destination) -> Result<(), IncomingError> {
+        while !self.machine.is_moving() {
+            self.check_outage(listening)?;
+            if let Some(LinkEvent::Message(message)) = self.next(listening)? {
+                self.machine.handle(message)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Something on a connection that is not the session's own: it may become that. Returns the source's last word.
+    pub(super) fn on_other_link(
+        &mut self,
+        listening: &Destination,
+        generation: u64,
+        event: LinkEvent,
+    ) -> Result<Option<LinkEvent>, IncomingError> {
+        let Some((link, _)) = self.outages.knocking.take_if(|(_, g)| *g == generation) else {
+            return Ok(None);
+        };
+        let refuse = |error: &SessionError| {
+            link.send(Message::Error { code: ErrorCode::Protocol, text: explain(error) });
+        };
+        match event {
+            LinkEvent::Message(Message::Resume { epoch }) => match self.machine.resume(epoch) {
+                Ok(resumed) => {
+                    // Nothing more is said to the old connection, nor heard from it.
+                    (self.link, self.generation) = (None, generation);
+                    self.outages.taking_up = Some((link, resumed));
+                    self.state.clear();
+                    for stream in self.streams.void() {
+                        self.break_stream(stream);
+                    }
+                    self.take_up(listening);
+                }
+                Err(error) => refuse(&error),
+            },
+            // It does not come back, and says so.
+            LinkEvent::Message(Message::Error { code, text }) => {
+                return Ok(Some(LinkEvent::Message(Message::Error { code, text })));
+            }
+            LinkEvent::Message(message) => refuse(&SessionError::OutOfOrder {
+                peer: "source",
+                message: message.name(),
+                state: "ExpectResume",
+            }),
+            LinkEvent::Dead(_) => {}
+        }
+        Ok(None)
+    }
+
+    /// Goes on over another control connection once all streams have stopped: nothing of them reaches memory any more.
+    pub(super) fn take_up(&mut self, listening: &Destination) {
+        if self.streams.unfinished().is_some() {
+            return;
+        }
+        let Some((link, resumed)) = self.outages.taking_up.take() else { return };
+        self.link = Some(link);
+        self.send(resumed);
+        let progress = &listening.progress;
+        // Without one, the source noticed first.
+        let outage = self.outages.current.take().map(|(outage, _)| outage);
+        outage.unwrap_or_else(|| Outage::begin(progress, "the source lost its connections")).end(progress);
+        progress.update(|r| r.reconnects += 1);
+    }
+}

@@ -1,0 +1,147 @@
+//! Connects lost streams anew, each by itself, with back-off and in the background, while the others go on.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use transport::carrier::{OpenError, SourceEnd};
+use transport::source::PageSource;
+use transport::uri::Uri;
+use transport::wire::{SessionId, next_incarnation, stream_number};
+
+/// Pause before a stream that was lost is connected again, and between attempts; doubled from one to the next.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+/// Longest pause.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// A stream that lasted this long was a good one: the next pause is the shortest again.
+const STEADY: Duration = Duration::from_secs(1);
+
+/// What all streams of a session are opened with.
+pub(super) struct Opener {
+    pub(super) source: Arc<PageSource>,
+    pub(super) uri: Uri,
+    pub(super) session: SessionId,
+    pub(super) version: u16,
+    pub(super) timeout: Duration,
+}
+
+impl Opener {
+    /// Opens the stream with this id.
+    pub(super) fn open(&self, id: u16) -> Result<SourceEnd, OpenError> {
+        SourceEnd::open(&self.source, &self.uri, self.session, self.version, id, self.timeout)
+    }
+}
+
+/// How attempts of the background end.
+type Opened = (u16, Result<SourceEnd, OpenError>);
+
+/// The streams of a session, as far as their connections go.
+pub(super) struct Reopening {
+    opener: Arc<Opener>,
+    opened: (Sender<Opened>, Receiver<Opened>),
+    /// By number.
+    slots: Vec<Slot>,
+}
+
+/// One number.
+struct Slot {
+    /// Id of its last incarnation, or of the attempt at the next.
+    id: u16,
+    next: Next,
+    pause: Duration,
+    since: Instant,
+}
+
+/// What a number waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// Its stream's end.
+    Loss,
+    /// The time of its next attempt.
+    Attempt(Instant),
+    /// The end of an attempt.
+    Opened,
+}
+
+impl Reopening {
+    /// For streams with the ids 0 to `streams` that are connected now.
+    pub(super) fn new(opener: Arc<Opener>, streams: u16) -> Self {
+        let since = Instant::now();
+        let slot = |id| Slot { id, next: Next::Loss, pause: PAUSE_MIN, since };
+        Self { opener, opened: unbounded(), slots: (0..streams).map(slot).collect() }
+    }
+
+    /// A stream is dead on both sides.
+    pub(super) fn lost(&mut self, id: u16) {
+        let Some(slot) = self.slots.get_mut(usize::from(stream_number(id))) else { return };
+        if slot.id != id || slot.next != Next::Loss {
+            return;
+        }
+        if slot.since.elapsed() >= STEADY {
+            slot.pause = PAUSE_MIN;
+        }
+        slot.wait();
+    }
+
+    /// All streams are dead on both sides, and the way is open again.
+    pub(super) fn all_lost(&mut self) {
+        self.stop();
+        let now = Instant::now();
+        for slot in &mut self.slots {
+            (slot.next, slot.pause) = (Next::Attempt(now), PAUSE_MIN);
+        }
+    }
+
+    /// Gives attempts up that are under way: what they still open is closed at once.
+    pub(super) fn stop(&mut self) {
+        self.opened = unbounded();
+        for slot in &mut self.slots {
+            slot.next = Next::Loss;
+        }
+    }
+
+    /// Begins the attempts that are due; returns a stream that was opened, with its id.
+    pub(super) fn poll(&mut self) -> Option<(u16, SourceEnd)> {
+        let now = Instant::now();
+        for slot in &mut self.slots {
+            if matches!(slot.next, Next::Attempt(at) if at <= now) {
+                slot.attempt(&self.opener, &self.opened.0);
+            }
+        }
+        while let Ok((id, end)) = self.opened.1.try_recv() {
+            let slot = &mut self.slots[usize::from(stream_number(id))];
+            match end {
+                Ok(end) => {
+                    (slot.next, slot.since) = (Next::Loss, now);
+                    return Some((id, end));
+                }
+                Err(_) => slot.wait(),
+            }
+        }
+        None
+    }
+}
+
+impl Slot {
+    /// Waits for the next attempt.
+    fn wait(&mut self) {
+        self.next = Next::Attempt(Instant::now() + self.pause);
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+    }
+
+    fn attempt(&mut self, opener: &Arc<Opener>, opened: &Sender<Opened>) {
+        // Another id for every attempt: the destination may have let one in whose answer was lost.
+        self.id = next_incarnation(self.id);
+        let (id, opener, opened) = (self.id, opener.clone(), opened.clone());
+        let name = format!("reopen-{}", stream_number(id));
+        let begun = std::thread::Builder::new().name(name).spawn(move || {
+            // Nobody listens any more where the session went on without it.
+            let _ = opened.send((id, opener.open(id)));
+        });
+        match begun {
+            Ok(_) => self.next = Next::Opened,
+            // Out of threads, for now.
+            Err(_) => self.wait(),
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! What the source does when its connections are lost before GO: the guest runs on, and the session is taken up again over
+//! others, where it was.
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{RecvTimeoutError, bounded, unbounded};
+use transport::link::{Link, LinkError};
+use transport::session::SourceEvent;
+use transport::socket::Connection;
+use transport::streams::StreamsError;
+use transport::uri::Uri;
+use transport::wire::control::Message;
+use transport::wire::{Preamble, Role, SessionId, VERSION_MAX, VERSION_MIN};
+
+use super::watch::{TICK, Watch};
+use super::{Attempt, Cause};
+use crate::engine::explain;
+use crate::engine::progress::Outage;
+
+/// Pause after the first attempt; doubled from one to the next.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+/// Longest pause.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+
+impl Attempt<'_> {
+    /// Whether the session can be taken up again after this.
+    pub(super) fn is_resumable(&self, cause: &Cause) -> bool {
+        let lost = matches!(
+            cause,
+            Cause::Streams(StreamsError::AllLost { .. })
+                | Cause::Link(LinkError::Io(_) | LinkError::Closed | LinkError::Timeout(_))
+        );
+        lost && self.running.as_ref().is_some_and(|running| running.watch.is_resumable())
+    }
+
+    /// Takes the session up again. The guest comes first: it runs on, whether or not there will be connections.
+    pub(super) fn resume(&mut self, cause: &Cause) -> Result<(), Cause> {
+        if let Some(guest) = &self.backend.guest
+            && self.paused_at.is_some()
+        {
+            if !self.backend.paused {
+                guest.resume()?;
+            }
+            self.paused_at = None;
+        }
+        let (uri, progress) = (self.uri, self.progress);
+        let (watch, _) = self.parts();
+        let outage = Outage::begin(progress, &explain(cause));
+        watch.lose_all()?;
+        let mut pause = PAUSE_MIN;
+        loop {
+            let last = match watch.try_resume(uri) {
+                Ok(()) => break,
+                Err(Cause::Socket(error)) => Cause::Socket(error),
+                Err(Cause::Link(error)) => Cause::Link(error),
+                Err(Cause::System(error)) => Cause::System(error),
+                Err(other) => return Err(other),
+            };
+            let waited = outage.lasts(progress);
+            if waited >= watch.patience() {
+                return Err(Cause::NotReconnected {
+                    seconds: waited.as_secs(),
+                    lost: explain(cause),
+                    last: explain(&last),
+                });
+            }
+            let until = Instant::now() + pause.min(watch.patience() - waited);
+            while Instant::now() < until {
+                if progress.is_cancelled() {
+                    return Err(Cause::Cancelled);
+                }
+                outage.lasts(progress);
+                std::thread::sleep(TICK.min(pause));
+            }
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+        watch.resumed();
+        outage.end(progress);
+        progress.update(|r| r.reconnects += 1);
+        Ok(())
+    }
+}
+
+impl Watch {
+    /// Whether both sides agreed to take the session up again, and may.
+    fn is_resumable(&self) -> bool {
+        !self.reconnect.is_zero() && self.reopening.is_some() && self.session.may_resume()
+    }
+
+    /// How long it may take.
+    fn patience(&self) -> Duration {
+        self.reconnect
+    }
+
+    /// The connections are lost, some perhaps only as far as the others are: ends what is left of them here. Frames without receipt
+    /// are kept until the destination has stopped its workers.
+    fn lose_all(&mut self) -> Result<(), Cause> {
+        self.outage = None;
+        self.abort();
+        self.join();
+        while let Ok(end) = self.lane_ends.1.try_recv() {
+            self.on_lane_end(end)?;
+        }
+        Ok(())
+    }
+
+    /// One attempt, that ends early when the migration is cancelled.
+    fn try_resume(&mut self, uri: &Uri) -> Result<(), Cause> {
+        let connection = self.connect_again(uri)?;
+        let (deliver, inbox) = unbounded();
+        let link = Link::spawn(self.runtime.handle(), connection, self.timeout, deliver, |event| event)?;
+        // What still comes over the old one is heard no more.
+        (self.link, self.inbox, self.link_lost) = (link, inbox, true);
+        let resume = self.session.resume();
+        self.send(resume);
+        let deadline = Instant::now() + self.timeout;
+        while self.next_event()? != SourceEvent::Resumed {
+            if Instant::now() > deadline {
+                return Err(LinkError::Timeout(self.timeout.as_secs()).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// A connection whose preamble was sent. Connecting blocks as long as the system likes, so that it is done elsewhere.
+    fn connect_again(&self, uri: &Uri) -> Result<Connection, Cause> {
+        let (done, connected) = bounded(1);
+        let (uri, id, timeout) = (uri.clone(), self.id, self.timeout);
+        std::thread::Builder::new().name("reconnect".into()).spawn(move || {
+            // Nobody waits any more where the migration was cancelled.
+            let _ = done.send(connect(&uri, Role::Resume, id, timeout));
+        })?;
+        loop {
+            match connected.recv_timeout(TICK) {
+                Ok(connection) => return connection,
+                Err(RecvTimeoutError::Timeout) if self.progress.is_cancelled() => {
+                    return Err(Cause::Cancelled);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(LinkError::Closed.into()),
+            }
+        }
+    }
+
+    /// The destination has stopped all streams: what was under way on them is dirty again, and they are connected anew.
+    fn resumed(&mut self) {
+        self.link_lost = false;
+        let frames = self.streams.void();
+        self.take_back(frames);
+        if let Some(reopening) = &mut self.reopening {
+            reopening.all_lost();
+        }
+    }
+
+    /// Tells a destination that cannot be reached now that the session is over, as soon as it can be: it waits for this source, which
+    /// will not come back. In the background, and no longer than it waits.
+    pub(super) fn say_error_later(&self, uri: &Uri, cause: &Cause) {
+        let message = Message::Error { code: cause.code(), text: explain(cause) };
+        let (uri, id, timeout) = (uri.clone(), self.id, self.timeout);
+        let until = Instant::now() + self.reconnect;
+        // Without a thread it waits in vain, and then gives up by itself.
+        let _ = std::thread::Builder::new().name("farewell".into()).spawn(move || {
+            while Instant::now() < until {
+                let told = connect(&uri, Role::Resume, id, timeout)
+                    .is_ok_and(|connection| (&connection).write_all(&message.encode()).is_ok());
+                if told {
+                    return;
+                }
+                std::thread::sleep(PAUSE_MAX);
+            }
+        });
+    }
+}
+
+/// A control connection in whatever role.
+pub(super) fn connect(
+    uri: &Uri,
+    role: Role,
+    session: SessionId,
+    timeout: Duration,
+) -> Result<Connection, Cause> {
+    let connection = Connection::connect(uri, timeout)?;
+    connection.tune(timeout)?;
+    connection.set_timeouts(None, Some(timeout))?;
+    let preamble = Preamble { version_min: VERSION_MIN, version_max: VERSION_MAX, role, stream: 0, session };
+    (&connection).write_all(&preamble.encode())?;
+    Ok(connection)
+}
