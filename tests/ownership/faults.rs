@@ -1,0 +1,270 @@
+//! What is done to a migration, when, and the hand that does it.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::time::Duration;
+
+use pageferry::transport::wire::{Role, stream_number};
+
+use crate::proxy::{By, Proxy, Seen, Verdict};
+use crate::rng::Rng;
+use crate::vm::{send_signal, stop_process};
+
+/// A step of the protocol, as it comes by between the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    Open(Role),
+    Message(By, &'static str),
+    /// So many bytes of one stream.
+    Data(By, u64),
+}
+
+/// Every step of a migration to which nothing happens.
+const STEPS: [Step; 18] = [
+    Step::Open(Role::Control),
+    Step::Message(By::Source, "HELLO"),
+    Step::Message(By::Destination, "WELCOME"),
+    Step::Message(By::Destination, "PREPARED"),
+    Step::Open(Role::Stream),
+    Step::Data(By::Source, 1),
+    Step::Data(By::Destination, 1),
+    Step::Data(By::Source, 100 << 10),
+    Step::Data(By::Destination, 1 << 10),
+    Step::Data(By::Source, 300 << 10),
+    Step::Message(By::Source, "STATE"),
+    Step::Message(By::Source, "FINISH"),
+    Step::Message(By::Destination, "READY"),
+    Step::Message(By::Source, "GO"),
+    Step::Message(By::Destination, "RUNNING"),
+    Step::Message(By::Source, "RUNNING"),
+    // Twice as often as the others: what they decide is decided nowhere else.
+    Step::Message(By::Destination, "READY"),
+    Step::Message(By::Source, "GO"),
+];
+
+/// Steps that come only after something has happened.
+const RECOVERY: [Step; 9] = [
+    Step::Open(Role::Resume),
+    Step::Message(By::Source, "RESUME"),
+    Step::Message(By::Destination, "RESUMED"),
+    Step::Message(By::Source, "STREAM_LOST"),
+    Step::Message(By::Destination, "STREAM_STOPPED"),
+    Step::Open(Role::Query),
+    Step::Message(By::Source, "QUERY"),
+    Step::Message(By::Destination, "STATUS"),
+    Step::Message(By::Destination, "ERROR"),
+];
+
+/// What happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Harm {
+    Kill(By),
+    /// SIGSTOP, and SIGCONT after so many milliseconds.
+    Freeze(By, u64),
+    /// The control connection, and the streams of this mask.
+    Cut {
+        control: bool,
+        streams: u16,
+    },
+    /// Everything, and nothing comes through for so many milliseconds.
+    Down(u64),
+}
+
+/// One fault.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    step: Step,
+    /// Which time that the step comes by.
+    nth: u32,
+    /// Before it reaches the other side, or just after.
+    before: bool,
+    harm: Harm,
+}
+
+/// What one run is.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) seed: u64,
+    pub(crate) streams: u16,
+    pub(crate) reconnect_s: u64,
+    faults: Vec<Fault>,
+}
+
+impl Plan {
+    /// The same for the same seed.
+    pub(crate) fn of(seed: u64) -> Self {
+        let rng = &mut Rng(seed);
+        let streams = 1 + rng.below(3) as u16;
+        let reconnect_s = [0, 1, 3, 3][rng.below(4)];
+        let faults = (0..1 + rng.below(3)).map(|i| Fault::any(rng, i != 0)).collect();
+        Self { seed, streams, reconnect_s, faults }
+    }
+}
+
+impl Fault {
+    fn any(rng: &mut Rng, recovery: bool) -> Self {
+        let step = match rng.below(if recovery { STEPS.len() + RECOVERY.len() } else { STEPS.len() }) {
+            i if i < STEPS.len() => STEPS[i],
+            i => RECOVERY[i - STEPS.len()],
+        };
+        let side = if rng.below(2) == 0 { By::Source } else { By::Destination };
+        let harm = match rng.below(8) {
+            0 | 1 => Harm::Kill(side),
+            2 | 3 => Harm::Freeze(side, [100, 500, 1500, 3500][rng.below(4)]),
+            4..7 => Harm::Cut { control: rng.below(3) != 0, streams: rng.below(8) as u16 },
+            _ => Harm::Down([200, 1500, 4000][rng.below(3)]),
+        };
+        Self { step, nth: 1 + rng.below(4) as u32 / 3, before: rng.below(2) == 0, harm }
+    }
+}
+
+/// Harms the migration by a plan, and knows what it has done.
+pub(crate) struct Hand {
+    proxy: Arc<Proxy>,
+    deeds: Arc<Deeds>,
+}
+
+/// What ends a harm.
+type Ending = Box<dyn FnOnce(&Deeds) + Send>;
+
+#[derive(Default)]
+struct Deeds {
+    source: i32,
+    destination: i32,
+    proxy: OnceLock<Weak<Proxy>>,
+    down: AtomicBool,
+    /// Signals and silences that are still to end.
+    unfinished: AtomicU32,
+    done: Mutex<Vec<Fault>>,
+}
+
+impl Hand {
+    /// A way to the destination at `uri` on which the plan happens.
+    pub(crate) fn new(uri: &str, plan: &Plan, source: i32, destination: i32) -> Self {
+        let deeds = Arc::new(Deeds { source, destination, ..Deeds::default() });
+        let seen: Vec<AtomicU32> = plan.faults.iter().map(|_| AtomicU32::new(0)).collect();
+        let (faults, acting) = (plan.faults.clone(), deeds.clone());
+        let proxy = Proxy::new(uri, move |event| {
+            if acting.down.load(Ordering::Acquire) {
+                return Verdict::Cut;
+            }
+            let mut verdict = Verdict::Pass;
+            for (fault, seen) in faults.iter().zip(&seen) {
+                if is(fault.step, event) && seen.fetch_add(1, Ordering::Relaxed) + 1 == fault.nth {
+                    verdict = acting.strike(*fault, event, verdict);
+                }
+            }
+            verdict
+        });
+        let proxy = Arc::new(proxy);
+        let _ = deeds.proxy.set(Arc::downgrade(&proxy));
+        Self { proxy, deeds }
+    }
+
+    /// Where the source connects.
+    pub(crate) fn uri(&self) -> String {
+        self.proxy.uri()
+    }
+
+    /// Whether a process was killed.
+    pub(crate) fn killed(&self, side: By) -> bool {
+        self.deeds.done.lock().unwrap().iter().any(|fault| fault.harm == Harm::Kill(side))
+    }
+
+    /// Whether something is still frozen or cut off.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.deeds.unfinished.load(Ordering::Acquire) != 0
+    }
+
+    /// What happened, in short.
+    pub(crate) fn deeds(&self) -> String {
+        let done = self.deeds.done.lock().unwrap();
+        if done.is_empty() { "nothing".into() } else { format!("{done:?}") }
+    }
+}
+
+fn is(step: Step, seen: &Seen<'_>) -> bool {
+    match (step, seen) {
+        (Step::Open(at), Seen::Open { role, .. }) => at == *role,
+        (Step::Message(from, name), Seen::Message { by, message, .. }) => {
+            from == *by && message.name() == name
+        }
+        (Step::Data(from, bytes), Seen::Data { by, total, len, .. }) => {
+            from == *by && *total >= bytes && *total - (*len as u64) < bytes
+        }
+        _ => false,
+    }
+}
+
+impl Deeds {
+    /// Does it, now or just after what was seen has gone on.
+    fn strike(self: &Arc<Self>, fault: Fault, seen: &Seen<'_>, verdict: Verdict) -> Verdict {
+        self.unfinished.fetch_add(1, Ordering::AcqRel);
+        self.done.lock().unwrap().push(fault);
+        if fault.before {
+            self.harm(fault.harm);
+            let lost = match fault.harm {
+                // What a process has sent before it died may arrive, or not.
+                Harm::Kill(_) => fault.nth == 1,
+                Harm::Freeze(..) => false,
+                Harm::Cut { control, streams } => match seen {
+                    Seen::Open { role: Role::Stream, stream } | Seen::Data { stream, .. } => {
+                        streams >> stream_number(*stream) & 1 != 0
+                    }
+                    _ => control,
+                },
+                Harm::Down(_) => true,
+            };
+            return if lost { Verdict::Cut } else { verdict };
+        }
+        let later = self.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(2));
+            later.harm(fault.harm);
+        });
+        verdict
+    }
+
+    fn pid(&self, side: By) -> i32 {
+        match side {
+            By::Source => self.source,
+            By::Destination => self.destination,
+        }
+    }
+
+    fn harm(self: &Arc<Self>, harm: Harm) {
+        let cut = |which: &dyn Fn(Role, u16) -> bool| {
+            if let Some(proxy) = self.proxy.get().and_then(Weak::upgrade) {
+                proxy.cut(which);
+            }
+        };
+        let (after_ms, end): (u64, Ending) = match harm {
+            Harm::Kill(side) => {
+                send_signal(self.pid(side), libc::SIGKILL);
+                (0, Box::new(|_| {}))
+            }
+            Harm::Freeze(side, ms) => {
+                stop_process(self.pid(side));
+                (ms, Box::new(move |deeds| send_signal(deeds.pid(side), libc::SIGCONT)))
+            }
+            Harm::Cut { control, streams } => {
+                cut(&|role, stream| match role {
+                    Role::Stream => streams >> stream & 1 != 0,
+                    _ => control,
+                });
+                (0, Box::new(|_| {}))
+            }
+            Harm::Down(ms) => {
+                self.down.store(true, Ordering::Release);
+                cut(&|_, _| true);
+                (ms, Box::new(|deeds| deeds.down.store(false, Ordering::Release)))
+            }
+        };
+        let deeds = self.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(after_ms));
+            end(&deeds);
+            deeds.unfinished.fetch_sub(1, Ordering::AcqRel);
+        });
+    }
+}
