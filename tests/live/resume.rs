@@ -104,7 +104,8 @@ fn everything_cut_for_a_while_goes_on_where_it_was() {
     let report = source.wait_migration(PATIENCE);
     assert_eq!(report["status"], "completed", "{report}");
     assert_eq!((number(&report, "reconnects"), number(&report, "mismatches")), (2, 0), "{report}");
-    assert_eq!(number(&report, "streams_lost"), 8, "{report}");
+    // The second time they may be lost before they are back.
+    assert!((4..=8).contains(&number(&report, "streams_lost")), "{report}");
     let twice = number(&report, "resent_bytes");
     assert!(0 < twice && twice < TWICE_MAX, "{report}");
     let theirs = wait_for("the destination's report", PATIENCE, || {

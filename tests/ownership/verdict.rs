@@ -115,12 +115,13 @@ fn unknown(spec: &Spec, source: &Vm, destination: &Vm, hand: &Hand) -> String {
 /// The source is gone: the destination runs the guest if it was told to, and else never does.
 fn without_source(spec: &Spec, source: &Vm, destination: &Vm, hand: &Hand) -> String {
     assert!(hand.killed(By::Source), "the source ended: {}", source.errors());
-    let running = wait_for("the destination runs it or does not", PATIENCE, || match state(destination) {
-        Some(state) if state == "running" => Some(true),
+    let running = wait_for("the destination runs it or does not", PATIENCE, || {
+        let Ok(status) = destination.ask(&json!({"execute": "status"})) else {
+            return destination.exited().map(|_| false);
+        };
         // It listens, since no session had begun, or still waits.
-        Some(_) if destination.status()["migration"]["status"] == "none" => Some(false),
-        Some(_) => None,
-        None => Some(false),
+        let listens = status["migration"]["status"] == "none";
+        if status["state"] == "running" { Some(true) } else { listens.then_some(false) }
     });
     if running {
         prove(spec, &[source, destination]);

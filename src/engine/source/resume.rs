@@ -5,7 +5,7 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{RecvTimeoutError, bounded, unbounded};
-use transport::link::{Link, LinkError};
+use transport::link::{Exchange, Link, LinkError};
 use transport::session::SourceEvent;
 use transport::socket::Connection;
 use transport::streams::StreamsError;
@@ -156,21 +156,44 @@ impl Watch {
     /// Tells a destination that cannot be reached now that the session is over, as soon as it can be: it waits for this source, which
     /// will not come back. In the background, and no longer than it waits.
     pub(super) fn say_error_later(&self, uri: &Uri, cause: &Cause) {
+        let mut session = self.session.clone();
+        if !session.may_resume() {
+            return;
+        }
         let message = Message::Error { code: cause.code(), text: explain(cause) };
         let (uri, id, timeout) = (uri.clone(), self.id, self.timeout);
         let until = Instant::now() + self.reconnect;
         // Without a thread it waits in vain, and then gives up by itself.
         let _ = std::thread::Builder::new().name("farewell".into()).spawn(move || {
             while Instant::now() < until {
-                let told = connect(&uri, Role::Resume, id, timeout)
-                    .is_ok_and(|connection| (&connection).write_all(&message.encode()).is_ok());
-                if told {
-                    return;
+                match tell(&uri, id, timeout, &session.resume(), &message) {
+                    // Somebody else is there, or it has given up by itself.
+                    Ok(()) | Err(Cause::Link(LinkError::Refused(_))) => return,
+                    Err(_) => std::thread::sleep(PAUSE_MAX),
                 }
-                std::thread::sleep(PAUSE_MAX);
             }
         });
     }
+}
+
+/// Takes a session up and ends it. Only an answer tells that what was said has come to where it was meant for.
+fn tell(
+    uri: &Uri,
+    session: SessionId,
+    timeout: Duration,
+    resume: &Message,
+    error: &Message,
+) -> Result<(), Cause> {
+    let connection = connect(uri, Role::Resume, session, timeout)?;
+    let exchange = Exchange::new(&connection, timeout)?;
+    exchange.send(resume)?;
+    let deadline = Instant::now() + timeout;
+    while !matches!(exchange.receive()?, Message::Resumed { .. }) {
+        if Instant::now() > deadline {
+            return Err(LinkError::Timeout(timeout.as_secs()).into());
+        }
+    }
+    Ok(exchange.send(error)?)
 }
 
 /// A control connection in whatever role.
