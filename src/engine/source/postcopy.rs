@@ -261,7 +261,10 @@ fn dial_all(
     welcome: &Welcome,
     timeout: Duration,
 ) -> Result<Vec<Connection>, Cause> {
-    let streams = 0..=welcome.streams.min(PUSHING_MAX);
+    // More of them than cores only keep each other, and faults, from running.
+    let cores =
+        std::thread::available_parallelism().map_or(1, |cores| cores.get().try_into().unwrap_or(PUSHING_MAX));
+    let streams = 0..=welcome.streams.min(PUSHING_MAX).min(cores);
     streams.map(|stream| Ok(Lane::dial(uri, session, welcome.version, stream, timeout)?)).collect()
 }
 

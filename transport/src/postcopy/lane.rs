@@ -17,7 +17,7 @@ use super::pace::Pace;
 use super::{PageServer, PostcopyError};
 use crate::link::attach_stream;
 use crate::socket::Connection;
-use crate::sys::{ReceiveList, SendList};
+use crate::sys::{self, ReceiveList, SendList};
 use crate::uri::Uri;
 use crate::wire::frame::{
     FrameHeader, FrameKind, RECEIPT_HEADER_LEN, RECEIPT_MAGIC, check_receipt, decode_receipt_header,
@@ -141,6 +141,9 @@ struct Worker {
 impl Worker {
     /// Works until the connection ends.
     fn run(&mut self) -> PostcopyError {
+        if self.stream == FAULTS {
+            sys::run_soon();
+        }
         loop {
             let result = if self.stream == FAULTS { self.answer() } else { self.push() };
             if let Err(error) = result {

@@ -16,6 +16,7 @@ use super::PostcopyError;
 use super::lane::FAULTS;
 use super::receiver;
 use crate::socket::Connection;
+use crate::sys;
 use crate::wire::WireError;
 use crate::wire::control::{Arrived, ChunkRun};
 use crate::wire::frame::FrameHeader;
@@ -187,6 +188,7 @@ impl MissingSink {
 
     /// Asks for pages that somebody touches, until [`stop`](Self::stop). Blocks.
     pub fn serve_faults(&self) -> Result<(), BackendError> {
+        sys::run_soon();
         let mut faults = Vec::new();
         while !self.stopped() {
             faults.clear();
@@ -247,6 +249,7 @@ impl MissingSink {
         let failed = |source| PostcopyError::Io { stream, source };
         connection.set_timeouts(Some(TICK), Some(self.timeout)).map_err(failed)?;
         if stream == FAULTS {
+            sys::run_soon();
             *self.writer() = Some(connection.clone());
             // What was asked for on one that is gone.
             let waiting: Vec<_> = self.waits().pages.keys().copied().collect();
