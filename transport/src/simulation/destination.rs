@@ -1,6 +1,6 @@
 //! The destination's process: the engine's phases around the real session machine, stream bookkeeping and workers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use crate::streams::{DestinationStreams, Stop};
 use crate::wire::control::{
     ErrorCode, Message, SessionStatus, StreamEnd, Totals, Welcome, capability, state_digest,
 };
-use crate::wire::{Preamble, Role};
+use crate::wire::{Preamble, Role, stream_number};
 
 const ME: Side = Side::Destination;
 
@@ -58,12 +58,25 @@ pub(super) struct DestinationHost<'a> {
     link: Option<Link>,
     /// Connections whose preamble has not come.
     strangers: BTreeMap<usize, Vec<u8>>,
+    /// Connections that said what they are for.
+    greeted: BTreeSet<usize>,
     streams_agreed: u16,
     streams: DestinationStreams,
     /// By wire.
     workers: BTreeMap<usize, (u16, SteppedWorker<'a>)>,
     state: Vec<StateBlob>,
     waited_for_go: bool,
+    /// How long the source may stay away; 0: it does not come back.
+    patience: Micros,
+    reconnect_max: Micros,
+    /// Since when the source is away.
+    outage: Option<Micros>,
+    /// A connection on which RESUME is to come.
+    knocking: Option<Link>,
+    /// What is said on a new control connection once all streams of before have stopped.
+    taking_up: Option<(Link, Message)>,
+    /// Streams, and their wires, whose number is still held by an earlier incarnation.
+    waiting: BTreeMap<u16, (u16, usize)>,
 }
 
 impl<'a> DestinationHost<'a> {
@@ -71,6 +84,7 @@ impl<'a> DestinationHost<'a> {
         sink_slot: &'a OnceLock<PageSink>,
         guest: &Arc<Guest>,
         refuses_state: bool,
+        reconnect_max: Micros,
     ) -> DestinationHost<'a> {
         Self {
             sink_slot,
@@ -80,11 +94,18 @@ impl<'a> DestinationHost<'a> {
             machine: DestinationSession::new(),
             link: None,
             strangers: BTreeMap::new(),
+            greeted: BTreeSet::new(),
             streams_agreed: 0,
             streams: DestinationStreams::new(),
             workers: BTreeMap::new(),
             state: Vec::new(),
             waited_for_go: false,
+            patience: 0,
+            reconnect_max,
+            outage: None,
+            knocking: None,
+            taking_up: None,
+            waiting: BTreeMap::new(),
         }
     }
 
@@ -122,8 +143,7 @@ impl<'a> DestinationHost<'a> {
             let after = world.rng.range(0, 300);
             return world.schedule(after, Event::Worker(wire));
         }
-        let known = self.link.as_ref().is_some_and(|link| link.wire == wire);
-        if !known && !world.connection(wire).is_down(ME) {
+        if !self.greeted.contains(&wire) && !world.connection(wire).is_down(ME) {
             self.greet(wire, world);
         }
     }
@@ -140,6 +160,7 @@ impl<'a> DestinationHost<'a> {
             }
             return;
         };
+        self.greeted.insert(wire);
         let preamble = Preamble::decode(preamble).expect("the network damages nothing");
         assert_eq!(preamble.session, SESSION);
         let link = Link::new(wire, bytes[Preamble::LEN..].to_vec());
@@ -149,7 +170,12 @@ impl<'a> DestinationHost<'a> {
             Role::Control => self.refuse(wire, ErrorCode::Busy, world),
             Role::Stream => self.attach(wire, preamble.stream, world),
             Role::Postcopy => self.refuse(wire, ErrorCode::Protocol, world),
-            Role::Resume => unreachable!("the simulated source does not offer to resume"),
+            // The last who came is the one who did not give up.
+            Role::Resume => {
+                if let Some(old) = self.knocking.replace(link) {
+                    world.connection(old.wire).close(ME);
+                }
+            }
             Role::Query => {
                 let status = self.machine.status();
                 world.say(wire, ME, &Message::Status(status));
@@ -169,10 +195,17 @@ impl<'a> DestinationHost<'a> {
     }
 
     fn attach(&mut self, wire: usize, stream: u16, world: &mut World) {
-        let moving = matches!(self.phase, Phase::Moving);
-        let sink =
-            self.sink_slot.get().filter(|_| self.streams.admit(stream, self.streams_agreed, moving).is_ok());
+        let again = stream != stream_number(stream);
+        let moving =
+            matches!(self.phase, Phase::Moving) && self.machine.is_moving() && self.taking_up.is_none();
+        let agreed = if again && self.patience == 0 { 0 } else { self.streams_agreed };
+        let sink = self.sink_slot.get().filter(|_| self.streams.admit(stream, agreed, moving).is_ok());
         let Some(sink) = sink else { return self.refuse(wire, ErrorCode::Protocol, world) };
+        if let Some(earlier) = self.streams.running(stream) {
+            self.waiting.insert(stream_number(stream), (stream, wire));
+            world.saw("streams that replaced an earlier incarnation", 1);
+            return self.stop_stream(earlier, world);
+        }
         world.say(wire, ME, &Message::Attached { stream });
         let worker = SteppedWorker::new(sink, Box::new(world.connection(wire)), stream);
         self.streams.started(stream);
@@ -227,6 +260,10 @@ impl<'a> DestinationHost<'a> {
         if let Some(stopped) = stopped {
             self.say(&stopped, world);
         }
+        self.take_up(world);
+        if let Some((stream, wire)) = self.waiting.remove(&stream_number(stream)) {
+            self.attach(wire, stream, world);
+        }
     }
 
     fn say(&self, message: &Message, world: &mut World) {
@@ -256,13 +293,27 @@ impl<'a> DestinationHost<'a> {
                 None => {
                     self.link = None;
                     if !matches!(self.phase, Phase::WaitGo { .. } | Phase::Linger { .. } | Phase::Listening) {
-                        return Err("the source is gone".into());
+                        self.taking_up = None;
+                        if self.patience == 0 || !self.streams.any() {
+                            return Err("the source is gone".into());
+                        }
+                        self.outage = Some(world.now);
                     }
                 }
             }
         }
+        if !self.is_over()
+            && let Some(heard) = self.knocking.as_mut().and_then(|link| link.next(world, ME))
+        {
+            self.hear_other(heard, world)?;
+        }
         let now = world.now;
+        if self.outage.is_some_and(|since| now - since >= self.patience) {
+            return Err("the source did not come back".into());
+        }
         match &mut self.phase {
+            // Until the source comes back.
+            Phase::Finishing { .. } if self.outage.is_some() => {}
             Phase::Finishing { deadline, .. } => match self.streams.unfinished() {
                 Some(_) if now > *deadline => return Err("a stream did not end in order".into()),
                 Some(_) => {}
@@ -270,7 +321,7 @@ impl<'a> DestinationHost<'a> {
             },
             Phase::WaitGo { lost } => {
                 *lost = if self.link.is_some() { None } else { lost.or(Some(now)) };
-                if lost.is_some_and(|at| now - at > HANDOVER_TIMEOUT) {
+                if lost.is_some_and(|at| now - at > HANDOVER_TIMEOUT.max(self.patience)) {
                     self.waited_for_go = true;
                     return Err("no GO came".into());
                 }
@@ -308,23 +359,25 @@ impl<'a> DestinationHost<'a> {
                 let layout = Layout::new(hello.regions).expect("a real layout was offered");
                 assert_eq!(&layout, pagecopy::backend::GuestRam::layout(&*self.guest));
                 let (hasher, timeout) = (PageHasher::new(hello.seed), Duration::from_micros(TIMEOUT));
-                let capabilities = hello.capabilities & capability::CODECS;
+                self.patience = self.reconnect_max.min(u64::from(hello.reconnect_ms) * 1000);
+                let resume = if self.patience == 0 { 0 } else { capability::RESUME };
+                let capabilities = hello.capabilities & (capability::CODECS | resume);
+                if capabilities & capability::RESUME == 0 {
+                    self.patience = 0;
+                }
                 let sink = PageSink::new(self.guest.clone(), hasher, capabilities, timeout, u64::MAX);
                 assert!(self.sink_slot.set(sink).is_ok(), "a destination serves one session");
                 self.streams_agreed = hello.streams;
                 let timeout_ms = (TIMEOUT / 1000) as u32;
+                let reconnect_ms = (self.patience / 1000) as u32;
                 let welcome =
-                    Welcome { version: 1, capabilities, streams: hello.streams, timeout_ms, reconnect_ms: 0 };
+                    Welcome { version: 1, capabilities, streams: hello.streams, timeout_ms, reconnect_ms };
                 self.say(&Message::Welcome(welcome), world);
                 self.phase = Phase::Preparing;
                 let after = world.rng.range(0, 5000);
                 world.schedule(after, Event::Done);
             }
-            DestinationEvent::StreamLost(stream) => match self.streams.lost(stream) {
-                Stop::Say(stopped) => self.say(&stopped, world),
-                Stop::Worker => self.break_worker(stream, world),
-                Stop::Nothing => {}
-            },
+            DestinationEvent::StreamLost(stream) => self.stop_stream(stream, world),
             DestinationEvent::State(blobs) => self.state = blobs,
             DestinationEvent::Finish(theirs) => {
                 self.phase = Phase::Finishing { theirs, deadline: world.now + TIMEOUT };
@@ -336,6 +389,55 @@ impl<'a> DestinationHost<'a> {
             DestinationEvent::Postcopy | DestinationEvent::Missing(_) | DestinationEvent::Sent(_) => {}
         }
         Ok(())
+    }
+
+    fn stop_stream(&mut self, stream: u16, world: &mut World) {
+        match self.streams.lost(stream) {
+            Stop::Say(stopped) => self.say(&stopped, world),
+            Stop::Worker => self.break_worker(stream, world),
+            Stop::Nothing => {}
+        }
+    }
+
+    /// The first message on a connection that wants to take the place of the control connection.
+    fn hear_other(&mut self, heard: Option<Message>, world: &mut World) -> Result<(), String> {
+        let Some(link) = self.knocking.take() else { return Ok(()) };
+        match heard {
+            Some(Message::Resume { epoch }) => match self.machine.resume(epoch) {
+                Ok(resumed) => {
+                    if let Some(old) = self.link.take() {
+                        world.connection(old.wire).close(ME);
+                    }
+                    self.taking_up = Some((link, resumed));
+                    self.state.clear();
+                    self.phase = Phase::Moving;
+                    for stream in self.streams.void() {
+                        self.break_worker(stream, world);
+                    }
+                    self.take_up(world);
+                }
+                Err(error) => {
+                    world.note(|| error.to_string());
+                    self.refuse(link.wire, ErrorCode::Protocol, world);
+                }
+            },
+            Some(Message::Error { text, .. }) if self.machine.status() != SessionStatus::Running => {
+                return Err(text);
+            }
+            Some(_) | None => world.connection(link.wire).close(ME),
+        }
+        Ok(())
+    }
+
+    /// Goes on over another control connection once nothing of the streams of before reaches memory any more.
+    fn take_up(&mut self, world: &mut World) {
+        if self.streams.unfinished().is_some() {
+            return;
+        }
+        let Some((link, resumed)) = self.taking_up.take() else { return };
+        self.link = Some(link);
+        self.outage = None;
+        self.say(&resumed, world);
     }
 
     /// The connection is broken; its worker sees that after what has arrived already.
@@ -405,8 +507,12 @@ impl<'a> DestinationHost<'a> {
         for wire in std::mem::take(&mut self.workers).into_keys() {
             world.connection(wire).close(ME);
         }
-        if let Some(link) = self.link.take() {
+        let others = [self.link.take(), self.knocking.take(), self.taking_up.take().map(|(link, _)| link)];
+        for link in others.into_iter().flatten() {
             world.connection(link.wire).close(ME);
+        }
+        for (_, wire) in std::mem::take(&mut self.waiting).into_values() {
+            world.connection(wire).close(ME);
         }
         world.listening = false;
         self.phase = Phase::Over;

@@ -19,7 +19,8 @@
 //! - every receipt matches: no delta meets another base than the one it was made from, and no old version of a page is written
 //!   over a newer one;
 //! - no side ever takes the other's messages, frames or accounts for wrong;
-//! - it ends: in fair weather at the destination, after any fault with exactly one side running the guest, unless a process
+//! - it ends: in fair weather at the destination, and there, too, where nothing but connections was lost that both sides take up
+//!   again; after any fault with exactly one side running the guest, unless a process
 //!   that may have had it died, or the destination waited for GO in vain.
 
 mod destination;
@@ -27,8 +28,8 @@ pub(crate) mod fault;
 mod guest;
 mod guest_memory;
 mod network;
-#[cfg(test)]
 mod postcopy;
+mod reopen;
 mod rng;
 mod source;
 #[cfg(test)]
@@ -66,7 +67,7 @@ const EVENTS_MAX: u64 = 100_000;
 /// Questions after which a source that hears nothing will never hear anything.
 const ASKED_MAX: u32 = 6;
 /// Lanes of a run.
-const LANES_MAX: usize = 16;
+const LANES_MAX: usize = 96;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +119,8 @@ struct Run<'a> {
     /// Until when each process stands still.
     frozen: [Micros; 2],
     struck: bool,
+    /// Nothing struck but cuts, after pages had begun to move, and both sides take what was lost up again.
+    survivable: bool,
     /// The destination had the guest.
     arrived: bool,
     events: u64,
@@ -146,7 +149,8 @@ impl<'a> Run<'a> {
         let mut world = World::new(rng.fork(), plan.weather, traced);
         world.note(|| format!("{plan:#?}"));
         let source = SourceHost::start(&ground.lanes, &guests[0], &plan.attempt, &mut world);
-        let destination = DestinationHost::new(&ground.sink, &guests[1], plan.refuses_state);
+        let destination =
+            DestinationHost::new(&ground.sink, &guests[1], plan.refuses_state, plan.reconnect_max);
         for side in [true, false] {
             world.schedule(TICK, Event::Tick(side));
             world.schedule(0, Event::Guest(side));
@@ -160,6 +164,7 @@ impl<'a> Run<'a> {
             strikes: plan.strikes.clone(),
             frozen: [0; 2],
             struck: plan.refuses_state,
+            survivable: !plan.refuses_state && plan.attempt.reconnect != 0 && plan.reconnect_max != 0,
             arrived: false,
             events: 0,
             heard: 0,
@@ -207,7 +212,7 @@ impl<'a> Run<'a> {
                 world.connection(wire).notice(if source { Side::Source } else { Side::Destination });
                 source
             }
-            Event::Abort(_) | Event::Refuse(_) | Event::Lane(_) => true,
+            Event::Abort(_) | Event::Alarm | Event::Refuse(_) | Event::Lane(_) => true,
             Event::Worker(_) | Event::Done => false,
             Event::Look(_, source) | Event::Tick(source) | Event::Guest(source) => source,
         };
@@ -249,6 +254,8 @@ impl<'a> Run<'a> {
                 source.ticked(world);
                 world.schedule(TICK, event);
             }
+            // The turn below is what it is for.
+            Event::Alarm => {}
             Event::Worker(_) | Event::Done | Event::Guest(_) => {}
         }
         source.turn(world);
@@ -276,7 +283,7 @@ impl<'a> Run<'a> {
                 destination.ticked(world);
                 world.schedule(TICK, event);
             }
-            Event::Abort(_) | Event::Refuse(_) | Event::Lane(_) | Event::Guest(_) => {}
+            Event::Abort(_) | Event::Alarm | Event::Refuse(_) | Event::Lane(_) | Event::Guest(_) => {}
         }
         destination.turn(world);
         self.arrived |= self.guests[1].runs();
@@ -332,6 +339,9 @@ impl<'a> Run<'a> {
         }
         if ending != Ending::Moved && !self.struck {
             self.world.violated("the migration failed in fair weather");
+        }
+        if ending != Ending::Moved && self.survivable {
+            self.world.violated("the migration did not survive lost connections");
         }
         if let Some(Fate::Moved) = self.source.as_ref().and_then(SourceHost::fate)
             && !self.arrived

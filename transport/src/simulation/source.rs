@@ -15,14 +15,15 @@ use pagecopy::policy::{Decision, Limits, Precopy, Sample};
 use super::fault::{self, Fault};
 use super::guest::Guest;
 use super::network::Side;
+use super::reopen::Reopening;
 use super::world::{Event, Link, Micros, World};
 use super::{HANDOVER_TIMEOUT, SESSION, TIMEOUT};
 use crate::session::{Learnt, SourceEvent, SourceSession, check_welcome};
 use crate::source::stepped::{LaneSlot, SteppedLane};
 use crate::source::{Batch, LaneError, PageSource, RdmaOptions, SourceOptions, Unreceipted};
-use crate::streams::SourceStreams;
-use crate::wire::Role;
+use crate::streams::{SourceStreams, StreamsError};
 use crate::wire::control::{ErrorCode, Hello, Message, Totals, capability, state_digest};
+use crate::wire::{Role, stream_number};
 
 const ME: Side = Side::Source;
 /// Batches that may wait for a lane.
@@ -39,16 +40,38 @@ pub(super) enum Fate {
 
 #[derive(Debug)]
 enum Phase {
-    ExpectWelcome { deadline: Micros },
+    ExpectWelcome {
+        deadline: Micros,
+    },
     ExpectPrepared,
     Opening,
-    Round { not_before: Micros },
+    Round {
+        not_before: Micros,
+    },
     LastPass,
-    Settle { next_pass: Micros },
+    Settle {
+        next_pass: Micros,
+    },
     Ending,
-    ExpectReady { deadline: Micros },
-    Gone { deadline: Micros },
-    Asking { link: Option<Link>, until: Micros, pause: Micros, asked: u32 },
+    ExpectReady {
+        deadline: Micros,
+    },
+    Gone {
+        deadline: Micros,
+    },
+    Asking {
+        link: Option<Link>,
+        until: Micros,
+        pause: Micros,
+        asked: u32,
+    },
+    /// Takes the session up again over other connections.
+    Resuming {
+        link: Option<Link>,
+        until: Micros,
+        pause: Micros,
+        began: Micros,
+    },
     Over(Fate),
 }
 
@@ -56,12 +79,40 @@ enum Phase {
 #[derive(Clone, Debug)]
 pub(super) struct Attempt {
     pub(super) streams: u16,
+    /// How long lost connections may take to come back; 0: they do not.
+    pub(super) reconnect: Micros,
     pub(super) codec: CodecMode,
     pub(super) cache_bytes: u64,
     pub(super) limits: Limits,
     /// Page bytes that may be under way when a round ends.
     pub(super) drain_to: u64,
     pub(super) batch_chunks: u32,
+}
+
+/// Why an attempt cannot go on as it is.
+#[derive(Debug)]
+enum Cause {
+    /// Connections were lost, which may come back.
+    Lost(String),
+    Other(String),
+}
+
+impl From<String> for Cause {
+    fn from(text: String) -> Self {
+        Self::Other(text)
+    }
+}
+
+impl From<&str> for Cause {
+    fn from(text: &str) -> Self {
+        Self::Other(text.into())
+    }
+}
+
+impl Attempt {
+    fn capabilities(&self) -> u64 {
+        capability::CODECS | if self.reconnect == 0 { 0 } else { capability::RESUME }
+    }
 }
 
 struct Lane<'a> {
@@ -94,6 +145,12 @@ pub(super) struct SourceHost<'a> {
     pub(super) cancelled: bool,
     /// A stream died.
     lost: bool,
+    /// How long lost connections may take to come back, as agreed.
+    reconnect: Micros,
+    reopening: Reopening,
+    /// Since when there is no stream.
+    outage: Option<Micros>,
+    resumed: bool,
 }
 
 impl<'a> SourceHost<'a> {
@@ -109,11 +166,11 @@ impl<'a> SourceHost<'a> {
         let seed = world.rng.next();
         let hello = Message::Hello(Hello {
             seed,
-            capabilities: capability::CODECS,
+            capabilities: attempt.capabilities(),
             streams: attempt.streams,
             live: true,
             timeout_ms: (TIMEOUT / 1000) as u32,
-            reconnect_ms: 0,
+            reconnect_ms: (attempt.reconnect / 1000) as u32,
             regions: layout.regions().to_vec(),
             presence: vec![0xff; Hello::presence_len(layout)],
             machine: "simulated".into(),
@@ -138,6 +195,10 @@ impl<'a> SourceHost<'a> {
             state: 0,
             cancelled: false,
             lost: false,
+            reconnect: 0,
+            reopening: Reopening::default(),
+            outage: None,
+            resumed: false,
         }
     }
 
@@ -147,6 +208,11 @@ impl<'a> SourceHost<'a> {
 
     pub(super) fn owns_guest(&self) -> bool {
         self.session.owns_guest()
+    }
+
+    /// Pages have begun to move.
+    pub(super) fn has_moved_pages(&self) -> bool {
+        !matches!(self.phase, Phase::ExpectWelcome { .. } | Phase::ExpectPrepared | Phase::Opening)
     }
 
     /// How often it has asked in vain what became of the guest.
@@ -192,7 +258,7 @@ impl<'a> SourceHost<'a> {
         }
     }
 
-    fn try_turn(&mut self, world: &mut World) -> Result<(), String> {
+    fn try_turn(&mut self, world: &mut World) -> Result<(), Cause> {
         while self.fate().is_none()
             && let Some(link) = &mut self.link
             && let Some(heard) = link.next(world, ME)
@@ -201,7 +267,7 @@ impl<'a> SourceHost<'a> {
                 Some(message) => self.hear(message, world)?,
                 None => {
                     self.link = None;
-                    return Err("the control connection is lost".into());
+                    return Err(Cause::Lost("the control connection".into()));
                 }
             }
         }
@@ -212,8 +278,8 @@ impl<'a> SourceHost<'a> {
             self.phase,
             Phase::Opening | Phase::Round { .. } | Phase::LastPass | Phase::Settle { .. } | Phase::Ending
         ) {
-            let (now, timeout) = (Duration::from_micros(world.now), Duration::from_micros(TIMEOUT));
-            self.streams.check(now, timeout).map_err(|e| e.to_string())?;
+            self.reopen(world);
+            self.check_streams(world)?;
         }
         while self.advance(world)? {}
         if !self.waiting.is_empty() || matches!(self.phase, Phase::Ending) {
@@ -223,12 +289,15 @@ impl<'a> SourceHost<'a> {
         Ok(())
     }
 
-    fn hear(&mut self, message: Message, world: &mut World) -> Result<(), String> {
+    fn hear(&mut self, message: Message, world: &mut World) -> Result<(), Cause> {
         let event = self.session.handle(message).map_err(|e| self.judge(&e, world))?;
         match event {
             SourceEvent::Welcome(welcome) => {
-                check_welcome(&welcome, self.attempt.streams, capability::CODECS)
+                check_welcome(&welcome, self.attempt.streams, self.attempt.capabilities())
                     .map_err(|e| e.to_string())?;
+                if welcome.capabilities & capability::RESUME != 0 {
+                    self.reconnect = self.attempt.reconnect.min(u64::from(welcome.reconnect_ms) * 1000);
+                }
                 self.phase = Phase::ExpectPrepared;
             }
             SourceEvent::Prepared => self.prepare(world),
@@ -259,11 +328,11 @@ impl<'a> SourceHost<'a> {
     }
 
     /// Only what the other side says by itself may end a session; that it broke the protocol may not happen.
-    fn judge(&self, error: &crate::session::SessionError, world: &mut World) -> String {
+    fn judge(&self, error: &crate::session::SessionError, world: &mut World) -> Cause {
         if !matches!(error, crate::session::SessionError::Peer { .. }) {
             world.violated(format!("at the source: {error}"));
         }
-        error.to_string()
+        error.to_string().into()
     }
 
     fn say(&self, message: &Message, world: &mut World) {
@@ -291,6 +360,7 @@ impl<'a> SourceHost<'a> {
         let (ram, log) = (self.guest.clone(), self.guest.clone());
         self.pages = Some(Arc::new(PageSource::new(ram, log, self.hasher.clone(), options, pending)));
         for stream in 0..self.attempt.streams {
+            self.reopening.add(stream);
             let wire = world.connect(Role::Stream, stream, SESSION);
             let opening = Some(Link::new(wire, Vec::new()));
             self.lanes.insert(stream, Lane { wire, opening, stepped: None });
@@ -310,11 +380,19 @@ impl<'a> SourceHost<'a> {
                     lane.opening = None;
                     let slot = &self.slots[self.slots_used];
                     self.slots_used += 1;
+                    self.reopening.opened(stream, world);
+                    self.streams.forget(stream);
+                    world.saw("streams connected again", u64::from(stream != stream_number(stream)));
                     let pages = self.pages.as_ref().expect("made before the streams");
                     lane.stepped = Some(SteppedLane::new(slot, pages, connection.source_end(), stream));
                     self.streams.started();
                 }
-                Some(_) => return self.fail(&format!("stream {stream} could not be opened"), world),
+                Some(_) if stream != stream_number(stream) => {
+                    connection.close(ME);
+                    self.lanes.remove(&stream);
+                    return self.reopening.failed(stream, world);
+                }
+                Some(_) => return self.fail(&format!("stream {stream} could not be opened").into(), world),
                 None => return,
             }
         }
@@ -373,8 +451,13 @@ impl<'a> SourceHost<'a> {
         }
     }
 
-    fn take_back(&self, frames: Vec<Unreceipted>, world: &mut World) {
+    fn take_back(&mut self, frames: Vec<Unreceipted>, world: &mut World) {
         world.saw("frames taken back", frames.len() as u64);
+        for stream in self.streams.take_buried() {
+            if self.reconnect != 0 {
+                self.reopening.lost(stream, world);
+            }
+        }
         if let Some(pages) = &self.pages {
             pages.take_back(frames);
         }
@@ -392,7 +475,7 @@ impl<'a> SourceHost<'a> {
     }
 
     /// One step of the phases; whether another may follow at once.
-    fn advance(&mut self, world: &mut World) -> Result<bool, String> {
+    fn advance(&mut self, world: &mut World) -> Result<bool, Cause> {
         let now = world.now;
         match self.phase {
             Phase::ExpectWelcome { deadline } if now > deadline => Err("no WELCOME".into()),
@@ -420,6 +503,7 @@ impl<'a> SourceHost<'a> {
             }),
             Phase::Settle { next_pass } => {
                 if self.pages().settled() {
+                    self.close(world);
                     self.phase = Phase::Ending;
                     return Ok(true);
                 }
@@ -427,7 +511,7 @@ impl<'a> SourceHost<'a> {
                     self.begin_pass();
                     let after = world.rng.range(1000, 20_000);
                     self.phase = Phase::Settle { next_pass: now + after };
-                    world.schedule(after, Event::Tick(true));
+                    world.schedule(after, Event::Alarm);
                     self.pass(world);
                 }
                 Ok(false)
@@ -440,6 +524,7 @@ impl<'a> SourceHost<'a> {
                 self.ask(world);
                 Ok(false)
             }
+            Phase::Resuming { .. } => self.try_resume(world),
             _ => Ok(false),
         }
     }
@@ -470,7 +555,7 @@ impl<'a> SourceHost<'a> {
     }
 
     /// A dirty sync ends the round; the policy says what follows.
-    fn end_round(&mut self, world: &mut World) -> Result<(), String> {
+    fn end_round(&mut self, world: &mut World) -> Result<(), Cause> {
         let pages = self.pages().clone();
         let dirtied_pages = pages.dirty_sync().map_err(|e| e.to_string())?;
         let counters = pages.counters();
@@ -484,7 +569,7 @@ impl<'a> SourceHost<'a> {
         match self.policy.on_sync(world.now, sample) {
             Decision::NextRound => {
                 let after = world.rng.range(0, 3000);
-                world.schedule(after, Event::Tick(true));
+                world.schedule(after, Event::Alarm);
                 self.phase = Phase::Round { not_before: world.now + after };
             }
             Decision::SwitchOver { .. } => {
@@ -493,7 +578,7 @@ impl<'a> SourceHost<'a> {
                 pages.dirty_sync().map_err(|e| e.to_string())?;
                 self.phase = Phase::LastPass;
             }
-            Decision::GiveUp { reason } => return Err(reason.to_string()),
+            Decision::GiveUp { reason } => return Err(reason.to_string().into()),
             Decision::Postcopy => unreachable!("these limits do not ask for it"),
         }
         self.begin_pass();
@@ -574,19 +659,160 @@ impl<'a> SourceHost<'a> {
         }
     }
 
+    /// Begins the attempts to connect lost streams again that are due.
+    fn reopen(&mut self, world: &mut World) {
+        if self.reconnect == 0 || matches!(self.phase, Phase::Opening | Phase::Ending) {
+            return;
+        }
+        for stream in self.reopening.due(world) {
+            if self.slots_used + self.lanes.len() >= self.slots.len() {
+                // No run needs that many.
+                return;
+            }
+            let wire = world.connect(Role::Stream, stream, SESSION);
+            let opening = Some(Link::new(wire, Vec::new()));
+            self.lanes.insert(stream, Lane { wire, opening, stepped: None });
+        }
+    }
+
+    /// No stream is opened any more: those that there are will be ended.
+    fn close(&mut self, world: &mut World) {
+        self.reopening.stop();
+        let opening: Vec<u16> =
+            self.lanes.iter().filter(|(_, lane)| lane.stepped.is_none()).map(|(&stream, _)| stream).collect();
+        for stream in opening {
+            if let Some(lane) = self.lanes.remove(&stream) {
+                world.connection(lane.wire).close(ME);
+            }
+        }
+    }
+
+    /// Fails when there is no stream any more, and none in time.
+    fn check_streams(&mut self, world: &World) -> Result<(), Cause> {
+        let (now, timeout) = (Duration::from_micros(world.now), Duration::from_micros(TIMEOUT));
+        self.streams.check_stopped(now, timeout).map_err(|e| e.to_string())?;
+        let Some(last) = self.streams.all_lost(now) else {
+            if self.streams.any_live() {
+                self.outage = None;
+            }
+            return Ok(());
+        };
+        let lost = Cause::Lost(StreamsError::AllLost { last: last.into() }.to_string());
+        // With a paused guest there is no time to wait for streams.
+        let hurried = !matches!(self.phase, Phase::Round { .. });
+        if hurried || self.reconnect == 0 {
+            return Err(lost);
+        }
+        let since = *self.outage.get_or_insert(world.now);
+        if world.now - since < self.reconnect { Ok(()) } else { Err(lost) }
+    }
+
+    /// The connections are lost, some perhaps only as far as the others are: what is left of them ends here, and the guest runs on.
+    /// Frames without receipt are kept until the destination has stopped its workers.
+    fn lose_all(&mut self, world: &mut World) {
+        self.outage = None;
+        self.close(world);
+        let streams: Vec<u16> = self.lanes.keys().copied().collect();
+        for stream in streams {
+            if let Some(stepped) = self.lanes.get(&stream).and_then(|lane| lane.stepped.as_ref()) {
+                stepped.abort();
+            }
+            self.lane_over(stream, world);
+        }
+        self.awake.clear();
+        self.cursor = None;
+        for _ in self.waiting.drain(..) {
+            self.pages.as_ref().expect("pages moved").drop_batch();
+        }
+        if let Some(link) = self.link.take() {
+            world.connection(link.wire).close(ME);
+        }
+        self.guest.set_running(true);
+        self.phase = Phase::Resuming { link: None, until: world.now, pause: 50_000, began: world.now };
+    }
+
+    /// One attempt after the other, until the destination says RESUMED.
+    fn try_resume(&mut self, world: &mut World) -> Result<bool, Cause> {
+        let Phase::Resuming { link, until, pause, began } = &mut self.phase else { return Ok(false) };
+        let Some(open) = link else {
+            if world.now - *began >= self.reconnect {
+                return Err("the connections did not come back".into());
+            }
+            if world.now >= *until {
+                let wire = world.connect(Role::Resume, 0, SESSION);
+                let resume = self.session.resume();
+                world.say(wire, ME, &resume);
+                (*link, *until) = (Some(Link::new(wire, Vec::new())), world.now + TIMEOUT);
+            }
+            return Ok(false);
+        };
+        let wire = open.wire;
+        match open.next(world, ME) {
+            Some(Some(message)) => {
+                let resumed = self.session.handle(message).map_err(|e| self.judge(&e, world))?;
+                if resumed != SourceEvent::Resumed {
+                    return Ok(true);
+                }
+            }
+            Some(None) => {
+                *link = None;
+                *until = world.now + *pause;
+                *pause = (*pause * 2).min(2 * TIMEOUT);
+                return Ok(false);
+            }
+            None if world.now > *until => {
+                world.connection(wire).close(ME);
+                return Ok(true);
+            }
+            None => return Ok(false),
+        }
+        world.saw("resumed", 1);
+        self.resumed = true;
+        let Phase::Resuming { link, .. } = &mut self.phase else { return Ok(false) };
+        self.link = link.take();
+        let frames = self.streams.void();
+        self.take_back(frames, world);
+        self.reopening.all_lost(world);
+        self.policy = Precopy::new(self.attempt.limits, world.now);
+        self.begin_pass();
+        self.phase = Phase::Round { not_before: world.now };
+        Ok(true)
+    }
+
     /// Undoes what a failed attempt did; after GO it asks instead.
-    fn fail(&mut self, cause: &str, world: &mut World) {
+    fn fail(&mut self, cause: &Cause, world: &mut World) {
         if self.fate().is_some() {
             return;
         }
-        world.note(|| format!("the source fails: {cause}"));
+        world.note(|| format!("the source fails: {cause:?}"));
+        let moves = matches!(
+            self.phase,
+            Phase::Round { .. }
+                | Phase::LastPass
+                | Phase::Settle { .. }
+                | Phase::Ending
+                | Phase::ExpectReady { .. }
+        );
+        if matches!(cause, Cause::Lost(_)) && moves && self.reconnect != 0 && self.session.owns_guest() {
+            return self.lose_all(world);
+        }
+        let cause = match cause {
+            Cause::Lost(text) | Cause::Other(text) => text,
+        };
         if !self.session.owns_guest() {
             if !matches!(self.phase, Phase::Asking { .. }) {
                 self.phase = Phase::Asking { link: None, until: world.now, pause: 50_000, asked: 0 };
             }
             return;
         }
-        self.say(&Message::Error { code: ErrorCode::Local, text: cause.into() }, world);
+        let error = Message::Error { code: ErrorCode::Local, text: cause.clone() };
+        if self.link.is_none() && self.reconnect != 0 {
+            // The destination waits for a source that will not come back.
+            let wire = world.connect(Role::Resume, 0, SESSION);
+            world.say(wire, ME, &error);
+            world.connection(wire).close(ME);
+        }
+        self.say(&error, world);
         if let Some(pages) = &self.pages {
             pages.stop();
         }
@@ -620,6 +846,7 @@ impl<'a> SourceHost<'a> {
         }
         self.guest.stop().expect("a simulated log stops");
         world.saw("moved although streams died", u64::from(self.lost && fate == Fate::Moved));
+        world.saw("resumed, and moved", u64::from(self.resumed && fate == Fate::Moved));
         if fate == Fate::RunsOn {
             self.guest.set_running(true);
         }

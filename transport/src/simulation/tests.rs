@@ -24,6 +24,9 @@ const EXPECTED: &[(&str, u64)] = &[
     ("torn pages", 200),
     ("GO said again", 500),
     ("asked, and heard that it runs", 500),
+    ("streams connected again", 20),
+    ("resumed", 40),
+    ("resumed, and moved", 50),
 ];
 
 /// Runs seeds from 0 on, with all cores, until one is in violation; returns it, and what was seen how often.
@@ -102,7 +105,7 @@ fn a_chunk_on_two_streams_is_caught() {
 
 #[test]
 fn go_before_ready_is_caught() {
-    caught(Fault::GoBeforeReady, &["stale", "nobody runs the guest"]);
+    caught(Fault::GoBeforeReady, &["stale", "nobody runs the guest", "while this side was in state"]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use pagecopy::policy::Limits;
 use super::guest::Habits;
 use super::network::Side;
 use super::rng::Rng;
-use super::source::Attempt;
+use super::source::{Attempt, SourceHost};
 use super::world::{Event, Micros, Weather};
 use super::{Run, TIMEOUT};
 use crate::wire::Role;
@@ -56,6 +56,8 @@ pub(super) struct Plan {
     pub(super) weather: Weather,
     pub(super) attempt: Attempt,
     pub(super) refuses_state: bool,
+    /// How long the destination waits for a source that lost its connections.
+    pub(super) reconnect_max: Micros,
     pub(super) strikes: Vec<(Trigger, Strike)>,
 }
 
@@ -83,6 +85,7 @@ impl Plan {
         ]);
         let attempt = Attempt {
             streams: rng.pick(&[1, 2, 2, 3, 4]),
+            reconnect: rng.pick(&[0, 4 * TIMEOUT, 20 * TIMEOUT]),
             codec,
             cache_bytes: rng.pick(&[8 << 20, 8 << 20, 40 << 10]),
             limits: Limits {
@@ -94,9 +97,10 @@ impl Plan {
             batch_chunks: rng.pick(&[1, 2, 16]),
         };
         let refuses_state = rng.percent(4);
-        let count = rng.pick(&[0, 1, 1, 1, 2, 2, 3]);
+        let reconnect_max = rng.pick(&[0, 4 * TIMEOUT, 20 * TIMEOUT, 20 * TIMEOUT]);
+        let count = rng.pick(&[0, 1, 1, 2, 2, 3, 4]);
         let strikes = (0..count).map(|_| (trigger(&mut rng), strike(&mut rng))).collect();
-        Self { layout, habits, weather, attempt, refuses_state, strikes, rng }
+        Self { layout, habits, weather, attempt, refuses_state, reconnect_max, strikes, rng }
     }
 }
 
@@ -112,8 +116,9 @@ pub(super) fn layout(rng: &mut Rng) -> Layout {
 }
 
 fn trigger(rng: &mut Rng) -> Trigger {
-    const SOURCE: [&str; 6] = ["HELLO", "STREAM_LOST", "STATE", "FINISH", "GO", "RUNNING"];
-    const DESTINATION: [&str; 6] = ["WELCOME", "PREPARED", "ATTACHED", "STREAM_STOPPED", "READY", "RUNNING"];
+    const SOURCE: [&str; 7] = ["HELLO", "STREAM_LOST", "STATE", "FINISH", "GO", "RUNNING", "RESUME"];
+    const DESTINATION: [&str; 7] =
+        ["WELCOME", "PREPARED", "ATTACHED", "STREAM_STOPPED", "READY", "RUNNING", "RESUMED"];
     if rng.percent(50) {
         // As often in the first steps as in the many that move pages.
         let most = 1 << rng.range(3, 10);
@@ -163,6 +168,11 @@ impl Run<'_> {
         self.strikes = rest;
         for (_, strike) in due {
             self.struck = true;
+            let cut = matches!(
+                strike,
+                Strike::CutStream | Strike::AbortStream(_) | Strike::CutControl | Strike::CutAll
+            );
+            self.survivable &= cut && self.source.as_ref().is_some_and(SourceHost::has_moved_pages);
             self.strike_with(strike);
         }
     }

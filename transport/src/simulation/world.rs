@@ -21,6 +21,8 @@ pub(super) enum Event {
     Notice(usize, bool),
     /// A side looks at a connection on which something arrived.
     Look(usize, bool),
+    /// Something is due at the source.
+    Alarm,
     /// The source gives a data stream up.
     Abort(usize),
     /// A connection could not be opened.

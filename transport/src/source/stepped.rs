@@ -102,6 +102,11 @@ impl PageSource {
         Some((batch, batch.first + batch.count))
     }
 
+    /// A batch that no lane has taken goes back.
+    pub(crate) fn drop_batch(&self) {
+        self.batch_done();
+    }
+
     /// Whether every page is delivered and receipted; for whoever gives batches out.
     pub(crate) fn settled(&self) -> bool {
         self.is_settled()
