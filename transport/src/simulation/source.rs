@@ -812,6 +812,9 @@ impl<'a> SourceHost<'a> {
             world.say(wire, ME, &error);
             world.connection(wire).close(ME);
         }
+        if let Phase::Resuming { link: Some(link), .. } = &self.phase {
+            world.connection(link.wire).close(ME);
+        }
         self.say(&error, world);
         if let Some(pages) = &self.pages {
             pages.stop();
