@@ -344,16 +344,16 @@ impl Destination {
 }
 
 impl Destination {
-    /// What this side can do for such a guest.
+    /// What this side can do for such a guest, besides taking a session up again.
     fn capabilities(&self, hello: &Hello, ram: &dyn GuestRam) -> u64 {
         if !hello.live {
-            return capability::ALL & !capability::POSTCOPY;
+            return capability::CODECS;
         }
         match ram.missing_unit() {
-            Ok(_) => capability::ALL,
+            Ok(_) => capability::CODECS | capability::POSTCOPY,
             Err(error) => {
                 (self.notice)(&format!("no postcopy here: {}", explain(&error)));
-                capability::ALL & !capability::POSTCOPY
+                capability::CODECS
             }
         }
     }

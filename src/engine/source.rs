@@ -346,7 +346,8 @@ impl Attempt<'_> {
             presence[bit as usize / 8] |= 1 << (bit % 8);
         }
         let resume = if self.options.reconnect_timeout.is_zero() { 0 } else { capability::RESUME };
-        let capabilities = capability::CODECS | resume;
+        let postcopy = if self.backend.guest.is_some() { capability::POSTCOPY } else { 0 };
+        let capabilities = capability::CODECS | postcopy | resume;
         watch.send(Message::Hello(Hello {
             seed,
             capabilities,

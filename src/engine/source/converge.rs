@@ -17,6 +17,10 @@ use crate::engine::progress::Progress;
 /// Round trips while the guest stands still: the streams' end, FINISH and READY, GO and RUNNING.
 const HANDOVER_TRIPS: u32 = 3;
 
+/// A round takes at least this long: what was dirtied in less is not worth a sync, and where only the state takes too long,
+/// rounds would follow each other for nothing.
+const ROUND_MIN: Duration = Duration::from_millis(5);
+
 /// Trials of the state's time at most; the shortest counts.
 const REHEARSALS_MAX: u32 = 8;
 /// What no trial shows: threads at both ends that wake up in turn, ends of streams. The rest of what 72 migrations of a guest that hardly
@@ -174,6 +178,7 @@ impl<'a> Course<'a> {
 
     /// Sends what is dirty, finds what was dirtied meanwhile, and decides.
     fn round(&mut self, watch: &mut Watch, feeder: &Feeder) -> Result<Decision, Stop> {
+        let begun = Instant::now();
         feeder.pass(|| self.check(watch))?;
         // Sync when the round is all but delivered: the streams still have work, and what was dirtied early is not sent
         // once more for nothing.
@@ -205,6 +210,10 @@ impl<'a> Course<'a> {
             brake.on_round(&self.policy, sample.remaining_logical_bytes, most)?;
         }
         self.report();
+        while decision == Decision::NextRound && begun.elapsed() < ROUND_MIN {
+            self.check(watch)?;
+            std::thread::sleep(ROUND_MIN.saturating_sub(begun.elapsed()).min(Duration::from_millis(1)));
+        }
         Ok(decision)
     }
 

@@ -51,6 +51,8 @@ pub(super) struct Watch {
     hurried: bool,
     /// There is no stream, and the guest runs.
     pub(super) outage: Option<Outage>,
+    /// Since when streams are lost without a receipt in between, and the bytes that had one.
+    fruitless: Option<(Instant, u64)>,
     pub(super) progress: Progress,
     began: Instant,
     reported: Instant,
@@ -84,6 +86,7 @@ impl Watch {
             reconnect_max: options.reconnect_timeout,
             hurried: false,
             outage: None,
+            fruitless: None,
             progress: progress.clone(),
             began,
             reported: began,
@@ -168,10 +171,23 @@ impl Watch {
         }
         let progress = &self.progress;
         let outage = self.outage.get_or_insert_with(|| Outage::begin(progress, &explain(&lost)));
-        if outage.lasts(progress) >= self.reconnect {
+        if outage.lasts(progress) >= self.reconnect || self.is_fruitless() {
             return Err(lost.into());
         }
         Ok(self.streams.check_stopped(now, self.timeout)?)
+    }
+
+    /// Streams are lost, all of them. Whether that has gone on for as long as connections are waited for, without a receipt in between: a
+    /// path that lets itself be connected and carries nothing is no better than none.
+    pub(super) fn is_fruitless(&mut self) -> bool {
+        let acked = self.source.as_ref().map_or(0, |s| s.counters().wire_acked.load(Ordering::Relaxed));
+        match self.fruitless {
+            Some((since, before)) if before == acked => since.elapsed() >= self.reconnect,
+            _ => {
+                self.fruitless = Some((Instant::now(), acked));
+                false
+            }
+        }
     }
 
     /// Starts the streams that were opened anew.

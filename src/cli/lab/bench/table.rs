@@ -150,7 +150,7 @@ mod tests {
             qemu: "QEMU 10".into(),
             rows,
         };
-        let expected = "128 MiB images, 2 CPUs, Linux 6.1, QEMU 10; emulated, so only the ratios mean something\n\n\
+        let expected = "128 MiB images in 4 KiB pages, 2 CPUs, Linux 6.1, QEMU 10; emulated, so only the ratios mean something\n\n\
             what            image   median MB/s    least to most  after setup  of limit\n\
             ib_write_bw     -              62.0     60.0 to 64.0         62.0      1.00\n\
             pageferry rdma  random  failed: not a URI\n\
