@@ -177,8 +177,8 @@ impl Watch {
         Ok(self.streams.check_stopped(now, self.timeout)?)
     }
 
-    /// Streams are lost, all of them. Whether that has gone on for as long as connections are waited for, without a receipt in between: a
-    /// path that lets itself be connected and carries nothing is no better than none.
+    /// A stream was lost with frames that had no receipt. Whether that has gone on for as long as connections are waited for, without a
+    /// receipt on any stream in between: a path that lets itself be connected and carries nothing is no better than none.
     pub(super) fn is_fruitless(&mut self) -> bool {
         let acked = self.source.as_ref().map_or(0, |s| s.counters().wire_acked.load(Ordering::Relaxed));
         match self.fruitless {
@@ -438,8 +438,13 @@ impl Watch {
                 self.progress.update(|r| r.streams_lost += 1);
                 self.send(Message::StreamLost { stream: end.stream });
                 let now = self.began.elapsed();
-                let frames = self.streams.died(end.stream, explain(&error), end.unreceipted, now);
+                let waited = !end.unreceipted.is_empty();
+                let last = explain(&error);
+                let frames = self.streams.died(end.stream, last.clone(), end.unreceipted, now);
                 self.take_back(frames);
+                if waited && !self.reconnect.is_zero() && self.is_fruitless() {
+                    return Err(StreamsError::AllLost { last }.into());
+                }
             }
         }
         Ok(())

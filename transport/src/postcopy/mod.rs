@@ -6,7 +6,7 @@
 //! again, and a page stays at the source until its receipt came.
 //!
 //! Connection 0 carries what the guest asks for, at once and by itself; the others everything else, in the order of
-//! [`pagecopy::postcopy::Order`], with little under way so that nobody waits long for a page that is ([`pace`]). At the
+//! [`pagecopy::postcopy::Order`], with little under way so that nobody waits long for a page that is (`pace`). At the
 //! destination the [`MissingSink`] places what fits its seal, and lets those go on who wait for it.
 
 mod lane;

@@ -99,8 +99,8 @@ struct RunArgs {
     watch_memory: bool,
     #[command(flatten)]
     how: HowArgs,
-    /// pageferry:STREAMS[:CODEC], qemu:tcp, qemu:xbzrle, qemu:multifd:CHANNELS, qemu:multifd-zstd:CHANNELS[:LEVEL],
-    /// limit:write|splice[:STREAMS]
+    /// `pageferry:STREAMS[:CODEC]`, `qemu:tcp`, `qemu:xbzrle`, `qemu:multifd:CHANNELS`, `qemu:multifd-zstd:CHANNELS[:LEVEL]`,
+    /// `limit:write|splice[:STREAMS]`
     #[arg(required = true)]
     contenders: Vec<Contender>,
 }
