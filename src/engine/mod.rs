@@ -64,7 +64,7 @@ impl Default for Options {
 }
 
 /// Which pages of memory are not holes.
-fn populated(ram: &dyn GuestRam) -> Result<PageBitmap, BackendError> {
+pub fn populated(ram: &dyn GuestRam) -> Result<PageBitmap, BackendError> {
     let chunks = ram.layout().chunks();
     let bitmap = PageBitmap::new(chunks);
     let mut words = vec![0; SCAN_CHUNKS.min(chunks) as usize];

@@ -369,7 +369,7 @@ impl Attempt<'_> {
         capabilities: u64,
         populated: PageBitmap,
     ) -> Result<Arc<PageSource>, Cause> {
-        let (codec, codecs) = (self.options.codec, capability::DELTA | capability::ZSTD);
+        let codec = self.options.codec;
         let needs = match codec {
             CodecMode::Auto | CodecMode::Raw => 0,
             CodecMode::Zstd { .. } => capability::ZSTD,
@@ -378,8 +378,11 @@ impl Attempt<'_> {
         if needs & !capabilities != 0 {
             return Err(Cause::Codec { codec });
         }
-        let codec =
-            if codec == CodecMode::Auto && codecs & !capabilities != 0 { CodecMode::Raw } else { codec };
+        let codec = if codec == CodecMode::Auto && capability::CODECS & !capabilities != 0 {
+            CodecMode::Raw
+        } else {
+            codec
+        };
         let options = SourceOptions {
             codec,
             cache_bytes: self.options.cache_bytes,

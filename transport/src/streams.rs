@@ -27,6 +27,14 @@ pub enum StreamsError {
         /// Why the last one did.
         last: String,
     },
+    /// Streams can be connected, and carry nothing.
+    #[error("data streams were lost for {seconds} s without anything arriving on one; the last one: {last}")]
+    NothingArrives {
+        /// For how long.
+        seconds: u64,
+        /// Why the last one was lost.
+        last: String,
+    },
     /// The destination never said that a lost stream's worker has stopped.
     #[error(
         "the destination did not stop stream {stream} within {seconds} s after it was lost, so its pages cannot be sent again"

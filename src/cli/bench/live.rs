@@ -3,10 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pageferry::engine::explain;
 use pageferry::engine::source::SourceBackend;
+use pageferry::engine::{explain, populated};
 use pageferry::pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
-use pageferry::pagecopy::bitmap::PageBitmap;
 use pageferry::pagecopy::layout::PAGE_SIZE;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 use pageferry::vmm_shim::uffd_log::UffdLog;
@@ -97,16 +96,6 @@ impl Live {
             cpu_s: self.dirtier.cpu_s() - self.before.cpu_s,
         }
     }
-}
-
-fn populated(ram: &dyn GuestRam) -> Result<PageBitmap, BackendError> {
-    let mut words = vec![0; ram.layout().chunks() as usize];
-    ram.populated(0, &mut words)?;
-    let bitmap = PageBitmap::new(ram.layout().chunks());
-    for (chunk, &pages) in (0..).zip(&words) {
-        bitmap.insert(chunk, pages);
-    }
-    Ok(bitmap)
 }
 
 /// The guest at the destination: takes the writers' state, and writes nothing.

@@ -25,14 +25,13 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 
 impl Attempt<'_> {
     /// Whether the session can be taken up again after this.
-    pub(super) fn is_resumable(&mut self, cause: &Cause) -> bool {
-        let Some(watch) = self.running.as_mut().map(|running| &mut running.watch) else { return false };
-        let lost = match cause {
-            Cause::Streams(StreamsError::AllLost { .. }) => !watch.is_fruitless(),
-            Cause::Link(LinkError::Io(_) | LinkError::Closed | LinkError::Timeout(_)) => true,
-            _ => false,
-        };
-        lost && watch.is_resumable()
+    pub(super) fn is_resumable(&self, cause: &Cause) -> bool {
+        let lost = matches!(
+            cause,
+            Cause::Streams(StreamsError::AllLost { .. })
+                | Cause::Link(LinkError::Io(_) | LinkError::Closed | LinkError::Timeout(_))
+        );
+        lost && self.running.as_ref().is_some_and(|running| running.watch.is_resumable())
     }
 
     /// Takes the session up again. The guest comes first: it runs on, whether or not there will be connections.

@@ -162,32 +162,39 @@ impl Watch {
                 && let Some(outage) = self.outage.take()
             {
                 outage.end(&self.progress);
+                // Where nothing waits to be sent, no receipt is missed.
+                if self.source.as_ref().is_some_and(|source| source.remaining_bytes() == 0) {
+                    self.fruitless = None;
+                }
             }
             return Ok(self.streams.check_stopped(now, self.timeout)?);
         };
-        let lost = StreamsError::AllLost { last: last.into() };
+        let last: String = last.into();
+        let lost = StreamsError::AllLost { last: last.clone() };
         if self.hurried || self.reconnect.is_zero() {
             return Err(lost.into());
         }
         let progress = &self.progress;
         let outage = self.outage.get_or_insert_with(|| Outage::begin(progress, &explain(&lost)));
-        if outage.lasts(progress) >= self.reconnect || self.is_fruitless() {
-            return Err(lost.into());
-        }
+        outage.lasts(progress);
+        self.check_fruitless(last)?;
         Ok(self.streams.check_stopped(now, self.timeout)?)
     }
 
-    /// A stream was lost with frames that had no receipt. Whether that has gone on for as long as connections are waited for, without a
+    /// A stream was lost with frames that had no receipt. Fails when that has gone on for as long as connections are waited for, without a
     /// receipt on any stream in between: a path that lets itself be connected and carries nothing is no better than none.
-    pub(super) fn is_fruitless(&mut self) -> bool {
+    fn check_fruitless(&mut self, last: String) -> Result<(), Cause> {
         let acked = self.source.as_ref().map_or(0, |s| s.counters().wire_acked.load(Ordering::Relaxed));
         match self.fruitless {
-            Some((since, before)) if before == acked => since.elapsed() >= self.reconnect,
-            _ => {
-                self.fruitless = Some((Instant::now(), acked));
-                false
+            Some((since, before)) if before == acked => {
+                if since.elapsed() >= self.reconnect {
+                    let seconds = since.elapsed().as_secs();
+                    return Err(StreamsError::NothingArrives { seconds, last }.into());
+                }
             }
+            _ => self.fruitless = Some((Instant::now(), acked)),
         }
+        Ok(())
     }
 
     /// Starts the streams that were opened anew.
@@ -442,8 +449,8 @@ impl Watch {
                 let last = explain(&error);
                 let frames = self.streams.died(end.stream, last.clone(), end.unreceipted, now);
                 self.take_back(frames);
-                if waited && !self.reconnect.is_zero() && self.is_fruitless() {
-                    return Err(StreamsError::AllLost { last }.into());
+                if waited && !self.reconnect.is_zero() {
+                    self.check_fruitless(last)?;
                 }
             }
         }
