@@ -39,6 +39,8 @@ pub(crate) enum Verdict {
     Lose,
     /// It does not, and both ends of this connection are closed.
     Cut,
+    /// It goes on, with a bit in the middle of it flipped.
+    Flip,
 }
 
 type Rule = dyn Fn(&Seen<'_>) -> Verdict + Send + Sync;
@@ -178,6 +180,11 @@ fn pass_messages(
         let message = Message::decode(&bytes).map_err(io::Error::other)?;
         match (shared.rule)(&Seen::Message { role, by, message: &message }) {
             Verdict::Pass => to.write_all(&bytes)?,
+            Verdict::Flip => {
+                let at = bytes.len() / 2;
+                bytes[at] ^= 1;
+                to.write_all(&bytes)?;
+            }
             Verdict::Lose => {}
             Verdict::Cut => return Ok(false),
         }
@@ -202,6 +209,10 @@ fn pass_data(
         total += len as u64;
         match (shared.rule)(&Seen::Data { role, stream, by, total, len }) {
             Verdict::Pass => to.write_all(&piece[..len])?,
+            Verdict::Flip => {
+                piece[len / 2] ^= 1;
+                to.write_all(&piece[..len])?;
+            }
             Verdict::Lose => {}
             Verdict::Cut => return Ok(false),
         }

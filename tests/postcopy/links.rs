@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use pageferry::transport::wire::Role;
 use serde_json::{Value, json};
 
-use crate::proxy::{Proxy, Seen, Verdict};
+use crate::proxy::{By, Proxy, Seen, Verdict};
 use crate::vm::{PATIENCE, Spec, Vm, World, prove, wait_for};
 
 /// A guest in postcopy whose connections go through a proxy, which lets nothing through while `cut` is set.
@@ -140,6 +140,30 @@ fn go_and_running_lost_are_learnt_by_asking_while_pages_come() {
         assert_eq!(report["status"], "completed", "{word}: {report}");
         prove(&spec, &[&source, &destination]);
     }
+}
+
+/// The seal of a frame tells before its pages are placed, for a page that was placed cannot be taken back from a running guest.
+#[test]
+fn what_arrives_damaged_is_not_placed() {
+    let world = World::new();
+    let spec = Spec { cpus: 2, mem_mib: 64, working_set: 40 << 20, ..Spec::counter() };
+    let spec = spec.with(&["--memory", "memfd"]);
+    let source = world.source("a", &spec);
+    prove(&spec, &[&source]);
+    let (destination, uri) = world.destination("b", &spec);
+    let pieces = AtomicU32::new(0);
+    let proxy = Proxy::new(&uri, move |seen| match seen {
+        // Small pieces may be headers: a connection that carries a wrong one is lost.
+        Seen::Data { role: Role::Postcopy, by: By::Source, len: 16_384.., .. } => {
+            if pieces.fetch_add(1, Ordering::Relaxed) % 100 == 7 { Verdict::Flip } else { Verdict::Pass }
+        }
+        _ => Verdict::Pass,
+    });
+    source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0}));
+    let report = source.wait_migration(PATIENCE);
+    assert_eq!(report["status"], "completed", "{report}");
+    assert!(report["postcopy"]["damaged"].as_u64() > Some(0), "{report}");
+    prove(&spec, &[&source, &destination]);
 }
 
 #[test]

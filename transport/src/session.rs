@@ -567,6 +567,9 @@ mod tests {
         assert!(source.clone().handle(Message::PostcopyReady { unit_chunks: 0 }).is_err());
         assert_eq!(destination.handle(source.postcopy()), Ok(DestinationEvent::Postcopy));
         assert!(destination.clone().handle(Message::Postcopy).is_err(), "once is enough");
+        // The destination gives up pages that it had: there is no way back to where they were.
+        assert!(!source.may_resume());
+        assert!(matches!(destination.clone().resume(1), Err(SessionError::NoResume { .. })));
         let ready = source.handle(Message::PostcopyReady { unit_chunks: 8 });
         assert_eq!(ready, Ok(SourceEvent::PostcopyReady { unit_chunks: 8 }));
         assert_eq!(destination.handle(missing.clone()), Ok(DestinationEvent::Missing(vec![run])));
