@@ -1,4 +1,4 @@
-//! Side-by-side runs of pageferry and QEMU's own migration on the same RAM images, and the figures that README quotes.
+//! Side-by-side runs of pageferry and QEMU's own migration on the same RAM images, and the figures that pageferry is held to.
 //!
 //! `cargo run --release -p pageferry-benches --bin peers -- --help`
 
@@ -54,7 +54,7 @@ enum Command {
     Limit(limit::LimitArgs),
 }
 
-/// Measures the figures that README quotes, each with its target
+/// Measures the figures that pageferry is held to, each with its target
 #[derive(Debug, Args)]
 struct ReadmeArgs {
     /// Only these rows; `--list` names them
@@ -227,7 +227,7 @@ fn compare(args: &RunArgs) -> Result<bool, String> {
     Ok(outcome.contenders.iter().all(|runs| runs.failed.is_none()))
 }
 
-/// The figures of README. False if something could not be measured.
+/// The figures that pageferry is held to. False if something could not be measured.
 fn readme(args: &ReadmeArgs) -> Result<bool, String> {
     if let Some(name) = args.only.iter().find(|name| acceptance::ROWS.iter().all(|row| row.name != **name)) {
         return Err(format!("there is no row {name:?}; --list names them"));
