@@ -441,6 +441,10 @@ impl Session {
             guest.resume()?;
         }
         self.send(Message::Running);
+        if self.missing_left() != 0 {
+            // Before others hear of the guest, whose memory must not be read by whoever cannot wait.
+            listening.progress.update(|r| r.status = Status::PostcopyActive);
+        }
         incoming.arrived(self.runs());
         self.take_rest(listening)?;
         self.linger(listening);

@@ -71,11 +71,11 @@ impl State {
         matches!(self.migration(), Some(Status::PostcopyActive | Status::PostcopyPaused))
     }
 
-    /// The guest came in and runs, and misses pages.
+    /// The guest came in without all its pages: whoever reads its memory may wait for one, and for ever when it is lost.
     fn misses_pages(&self) -> bool {
         let incoming = self.progress.as_ref().filter(|_| !self.migrating);
         let status = incoming.map(|progress| progress.report().status);
-        matches!(status, Some(Status::PostcopyActive | Status::PostcopyPaused))
+        matches!(status, Some(Status::PostcopyActive | Status::PostcopyPaused | Status::PostcopyLost))
     }
 
     /// The migration has its result, and its thread is about to enter it here.

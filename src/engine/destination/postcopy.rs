@@ -203,7 +203,7 @@ impl Session {
     }
 
     /// Pages that are missing.
-    fn missing_left(&self) -> u64 {
+    pub(super) fn missing_left(&self) -> u64 {
         self.postcopy.as_ref().and_then(|post| post.sink.as_ref()).map_or(0, |sink| sink.left())
     }
 
