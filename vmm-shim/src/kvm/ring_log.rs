@@ -16,6 +16,8 @@ use super::{Slots, sys};
 
 /// Longest time that [`sync`](DirtyLog::sync) waits for a vCPU to leave the guest.
 const FLUSH_MAX: Duration = Duration::from_millis(50);
+/// Resets that are cut short in a row before that is an error.
+const RESETS_MAX: u32 = 1000;
 
 /// `KVM_CAP_DIRTY_LOG_RING` or `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`.
 ///
@@ -27,6 +29,11 @@ const FLUSH_MAX: Duration = Duration::from_millis(50);
 /// A processor may hold dirty pages back in a buffer of its own (Intel PML) until the vCPU leaves the guest;
 /// `sync` therefore makes each running vCPU leave it once before harvesting. A paused guest has none held
 /// back.
+///
+/// Since Linux 6.16 a pending signal ends a reset early, and up to 64 pages around the entry it ended at are then neither re-armed nor
+/// in a ring any more (`kvm_dirty_ring_reset` in `virt/kvm/dirty_ring.c`): what is written to them is never logged again. So signals
+/// are held back during a reset. Some cannot be: where a reset has come to less than was harvested, the pages in question are reported
+/// by every [`sync`](DirtyLog::sync) from then on.
 ///
 /// Only what vCPUs write is logged.
 pub struct KvmRingLog {
@@ -43,13 +50,16 @@ struct State {
     written: Vec<u64>,
     /// Harvested and re-armed, not reported yet.
     pending: PageBitmap,
+    /// Perhaps never re-armed: always dirty.
+    unarmed: PageBitmap,
 }
 
 impl KvmRingLog {
     pub(crate) fn new(slots: Arc<Slots>, vcpus: Vec<Arc<Kicker>>, rings: Vec<DirtyRing>) -> Self {
-        let pending = PageBitmap::new(slots.ram.layout().chunks());
+        let chunks = slots.ram.layout().chunks();
         let written = vec![0; rings.len()];
-        let state = Mutex::new(State { on: false, rings, written, pending });
+        let (pending, unarmed) = (PageBitmap::new(chunks), PageBitmap::new(chunks));
+        let state = Mutex::new(State { on: false, rings, written, pending, unarmed });
         Self { slots, vcpus, state, full: AtomicU64::new(0) }
     }
 
@@ -70,7 +80,7 @@ impl KvmRingLog {
 
     fn harvest_locked(&self, state: &mut State) -> Result<(), BackendError> {
         let layout = self.slots.ram.layout();
-        let State { rings, written, pending, .. } = state;
+        let State { rings, written, pending, unarmed, .. } = state;
         let mut taken = 0;
         for (ring, written) in rings.iter_mut().zip(written) {
             let harvested = ring.harvest(|slot, page| {
@@ -83,16 +93,36 @@ impl KvmRingLog {
             *written += u64::from(harvested);
             taken += harvested;
         }
-        // Also when nothing was taken now: an earlier reset may have failed.
-        sys::reset_dirty_rings(&self.slots.vm)
-            .map_err(|e| BackendError::new(format!("KVM_RESET_DIRTY_RINGS of {taken} harvested pages"), e))?;
-        Ok(())
+        let _quiet = sys::SignalsBlocked::new();
+        let mut reset = 0;
+        for _ in 0..RESETS_MAX {
+            reset += match sys::reset_dirty_rings(&self.slots.vm) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+                result => result.map_err(|e| {
+                    BackendError::new(format!("KVM_RESET_DIRTY_RINGS of {taken} harvested pages"), e)
+                })?,
+            };
+            if reset >= taken {
+                return Ok(());
+            }
+            // All that was harvested now is among what was not reported yet.
+            for (chunk, pages) in pending.iter() {
+                unarmed.insert(chunk, pages);
+            }
+        }
+        let error = io::Error::new(io::ErrorKind::Interrupted, format!("only {reset} were re-armed"));
+        Err(BackendError::new(
+            format!("KVM_RESET_DIRTY_RINGS of {taken} harvested pages, {RESETS_MAX} times"),
+            error,
+        ))
     }
 
     fn discard(&self, state: &mut State) -> Result<(), BackendError> {
         self.harvest_locked(state)?;
+        // Switching the log on re-arms everything.
         for chunk in 0..state.pending.chunks() {
             state.pending.take(chunk);
+            state.unarmed.take(chunk);
         }
         Ok(())
     }
@@ -131,6 +161,9 @@ impl DirtyLog for KvmRingLog {
             return Err(not_started(self.name()));
         }
         self.harvest_locked(&mut state)?;
+        for (chunk, pages) in state.unarmed.iter() {
+            state.pending.insert(chunk, pages);
+        }
         let mut count = 0;
         let mut from = 0;
         while let Some(chunk) = state.pending.next_chunk(from) {

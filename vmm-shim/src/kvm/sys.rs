@@ -4,6 +4,7 @@
 //! Ioctl numbers and structures: Linux `include/uapi/linux/kvm.h` and `Documentation/virt/kvm/api.rst`.
 
 use std::io;
+use std::marker::PhantomData;
 use std::mem::{offset_of, size_of};
 use std::os::fd::AsRawFd;
 use std::sync::Once;
@@ -271,6 +272,35 @@ pub(crate) fn unblock_kick() {
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, kick_signal());
         libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut());
+    }
+}
+
+/// As long as it lives, the thread that made it receives no signal but those that cannot be held back. They come when it is dropped.
+pub(crate) struct SignalsBlocked {
+    before: libc::sigset_t,
+    /// The mask is the thread's.
+    _of_this_thread: PhantomData<*const ()>,
+}
+
+impl SignalsBlocked {
+    pub(crate) fn new() -> Self {
+        // SAFETY: both sets are initialised before use, the one by sigfillset and the other by pthread_sigmask, which cannot fail with a
+        // valid `how`; only this thread's mask changes.
+        let before = unsafe {
+            let (mut all, mut before): (libc::sigset_t, libc::sigset_t) =
+                (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigfillset(&mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+            before
+        };
+        Self { before, _of_this_thread: PhantomData }
+    }
+}
+
+impl Drop for SignalsBlocked {
+    fn drop(&mut self) {
+        // SAFETY: `before` is this thread's mask from before, for the type cannot leave the thread.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.before, std::ptr::null_mut()) };
     }
 }
 

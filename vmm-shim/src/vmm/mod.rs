@@ -240,7 +240,13 @@ impl Vm {
             return Err(VmError::DeviceHole { name: r.name.clone() });
         }
         let kvm = crate::kvm::open()?;
-        let vm = kvm.create_vm().map_err(|e| VmError::system("KVM_CREATE_VM", e))?;
+        // Making a VM starts a thread of the kernel's, and a signal ends the wait for it.
+        let vm = loop {
+            match kvm.create_vm() {
+                Err(e) if e.errno() == libc::EINTR => {}
+                result => break result.map_err(|e| VmError::system("KVM_CREATE_VM", e))?,
+            }
+        };
         vm.set_tss_address(TSS_ADDRESS).map_err(|e| VmError::system("KVM_SET_TSS_ADDR", e))?;
         vm.create_irq_chip().map_err(|e| VmError::system("KVM_CREATE_IRQCHIP", e))?;
         vm.create_pit2(kvm_pit_config::default()).map_err(|e| VmError::system("KVM_CREATE_PIT2", e))?;
