@@ -294,7 +294,7 @@ impl Attempt<'_> {
         let (welcome, hasher) = hello.inspect_err(|cause| watch.say_error(self.uri, cause))?;
         let source = self.page_source(hasher, welcome.capabilities, populated);
         let source = source.inspect_err(|cause| watch.say_error(self.uri, cause))?;
-        let feeder = Feeder::new(source.clone());
+        let feeder = Feeder::new(source.clone(), welcome.streams);
         watch.observe(source.clone());
         self.running = Some(Running { watch, source, welcome, postcopy: None });
         self.progress.offer_postcopy(welcome.capabilities & capability::POSTCOPY != 0);
@@ -311,8 +311,9 @@ impl Attempt<'_> {
                 Err(cause) if self.is_resumable(&cause) => self.resume(&cause)?,
                 Err(cause) => return Err(cause),
             }
+            let streams = self.running.as_ref().map_or(1, |running| running.welcome.streams);
             let (watch, source) = self.parts();
-            feeder = Feeder::new(source.clone());
+            feeder = Feeder::new(source.clone(), streams);
             watch.feed(feeder.work());
         }
     }

@@ -124,7 +124,7 @@ fn one_of_four_streams_cut_again_and_again() {
     let source = full(&world, &spec);
     let (destination, uri) = world.destination("b", &spec);
     let proxy = narrow(&uri, &up());
-    source.begin_migration(&proxy.uri(), &json!({}));
+    source.begin_migration(&proxy.uri(), &json!({"codec": "raw"}));
     wait_moving(&source);
     let mut cuts = 0;
     let report = loop {

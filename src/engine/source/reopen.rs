@@ -14,7 +14,7 @@ const PAUSE_MIN: Duration = Duration::from_millis(50);
 /// Longest pause.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// A stream that lasted this long was a good one: the next pause is the shortest again.
-const STEADY: Duration = Duration::from_secs(1);
+const STEADY: Duration = Duration::from_millis(250);
 
 /// What all streams of a session are opened with.
 pub(super) struct Opener {
@@ -100,11 +100,15 @@ impl Reopening {
         }
     }
 
-    /// Begins the attempts that are due; returns a stream that was opened, with its id.
-    pub(super) fn poll(&mut self) -> Option<(u16, SourceEnd)> {
+    /// Begins the attempts that are due, of each of which `begins` hears the id before the destination does; returns a stream that was
+    /// opened, with its id.
+    pub(super) fn poll(&mut self, mut begins: impl FnMut(u16)) -> Option<(u16, SourceEnd)> {
         let now = Instant::now();
         for slot in &mut self.slots {
             if matches!(slot.next, Next::Attempt(at) if at <= now) {
+                // Another id for every attempt: the destination may have let one in whose answer was lost.
+                slot.id = next_incarnation(slot.id);
+                begins(slot.id);
                 slot.attempt(&self.opener, &self.opened.0);
             }
         }
@@ -130,8 +134,6 @@ impl Slot {
     }
 
     fn attempt(&mut self, opener: &Arc<Opener>, opened: &Sender<Opened>) {
-        // Another id for every attempt: the destination may have let one in whose answer was lost.
-        self.id = next_incarnation(self.id);
         let (id, opener, opened) = (self.id, opener.clone(), opened.clone());
         let name = format!("reopen-{}", stream_number(id));
         let begun = std::thread::Builder::new().name(name).spawn(move || {

@@ -148,6 +148,8 @@ impl Watch {
         self.link_lost = false;
         let frames = self.streams.void();
         self.take_back(frames);
+        // What was said shortly before may have been lost.
+        self.say_resent();
         if let Some(reopening) = &mut self.reopening {
             reopening.all_lost();
         }

@@ -199,14 +199,15 @@ impl Watch {
 
     /// Starts the streams that were opened anew.
     fn reopen(&mut self) -> Result<(), Cause> {
-        let (Some(work), Some(_)) = (&self.work, &self.reopening) else { return Ok(()) };
-        let work = work.clone();
-        while let Some((id, end)) = self.reopening.as_mut().and_then(Reopening::poll) {
-            self.streams.forget(id);
+        let Some(work) = self.work.clone() else { return Ok(()) };
+        loop {
+            let (reopening, streams) = (self.reopening.as_mut(), &mut self.streams);
+            // Before the attempt: the destination may say that the stream has stopped before this side knows that it was opened.
+            let opened = reopening.and_then(|r| r.poll(|id| streams.forget(id)));
+            let Some((id, end)) = opened else { return Ok(()) };
             self.start(end, id, work.clone())?;
             self.progress.update(|r| r.streams_reconnected += 1);
         }
-        Ok(())
     }
 
     /// Starts the lane of a stream that was opened.
@@ -470,14 +471,16 @@ impl Watch {
             source.take_back(frames);
         }
         if bytes != 0 {
-            let mut total = 0;
-            self.progress.update(|r| {
-                r.resent_bytes += bytes;
-                total = r.resent_bytes;
-            });
-            if !self.reconnect.is_zero() {
-                self.send(Message::Resent { bytes: total });
-            }
+            self.progress.update(|r| r.resent_bytes += bytes);
+            self.say_resent();
+        }
+    }
+
+    /// Tells the destination's report, too.
+    pub(super) fn say_resent(&mut self) {
+        let bytes = self.progress.report().resent_bytes;
+        if bytes != 0 && !self.reconnect.is_zero() {
+            self.send(Message::Resent { bytes });
         }
     }
 }

@@ -10,6 +10,10 @@ use super::{Batch, PageSource};
 
 /// Batches that may wait for a worker: few, so that a chunk is taken late and with its newest content.
 const WAITING_MAX: usize = 4;
+/// A pass with little to send is cut into at least so many batches for each stream, so that none goes without and they end together.
+const BATCHES_PER_STREAM: u64 = 4;
+/// Batches of fewer pages are not worth their calls.
+const BATCH_PAGES_MIN: u64 = 64;
 /// Longest wait before the caller's conditions are looked at again.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -19,13 +23,14 @@ pub struct Feeder {
     source: Arc<PageSource>,
     work: Sender<Batch>,
     taken: Receiver<Batch>,
+    streams: u64,
 }
 
 impl Feeder {
-    /// A feeder for the workers of `source`.
-    pub fn new(source: Arc<PageSource>) -> Self {
+    /// A feeder for the workers of `source`, which are about so many.
+    pub fn new(source: Arc<PageSource>, streams: u16) -> Self {
         let (work, taken) = bounded(WAITING_MAX);
-        Self { source, work, taken }
+        Self { source, work, taken, streams: streams.max(1).into() }
     }
 
     /// The end of the channel that workers take from.
@@ -36,8 +41,9 @@ impl Feeder {
     /// Gives out every chunk that is pending now or becomes so while the pass goes over it. `go_on` is asked now and then and
     /// ends the pass by its error.
     pub fn pass<E>(&self, mut go_on: impl FnMut() -> Result<(), E>) -> Result<(), E> {
+        let share = self.source.pending.count() / (self.streams * BATCHES_PER_STREAM);
         let mut chunk = 0;
-        while let Some(mut batch) = self.source.next_batch(chunk) {
+        while let Some(mut batch) = self.source.next_batch(chunk, share.max(BATCH_PAGES_MIN)) {
             chunk = batch.first + batch.count;
             self.source.outstanding.fetch_add(1, Ordering::AcqRel);
             loop {

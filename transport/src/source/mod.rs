@@ -235,10 +235,16 @@ impl PageSource {
         self.notify();
     }
 
-    /// The next batch at or after `chunk` that has pages pending.
-    fn next_batch(&self, chunk: u32) -> Option<Batch> {
+    /// The next batch at or after `chunk` that has pages pending: it ends with the chunk in which it comes to `pages_min` of them.
+    fn next_batch(&self, chunk: u32, pages_min: u64) -> Option<Batch> {
         let first = self.pending.next_chunk(chunk)?;
-        Some(Batch { first, count: BATCH_CHUNKS.min(self.pending.chunks() - first) })
+        let most = BATCH_CHUNKS.min(self.pending.chunks() - first);
+        let (mut count, mut pages) = (0, 0);
+        while count < most && pages < pages_min {
+            pages += u64::from(self.pending.get(first + count).count_ones());
+            count += 1;
+        }
+        Some(Batch { first, count })
     }
 
     /// Makes the pages of frames pending again whose stream has died on both sides, and voids what they would have been bases of.
@@ -377,12 +383,7 @@ mod tests {
         }
     }
 
-    #[test]
-    fn pages_that_no_frame_carried_are_missed() {
-        let layout = Layout::flat(4 * CHUNK_SIZE as u64).unwrap();
-        let pending = PageBitmap::new(4);
-        pending.insert(0, 0b111);
-        pending.insert(3, 1 << 63);
+    fn nowhere(layout: Layout, pending: PageBitmap) -> PageSource {
         let options = SourceOptions {
             codec: CodecMode::Raw,
             cache_bytes: 0,
@@ -390,13 +391,34 @@ mod tests {
             mismatches_max: 0,
             rdma: RdmaOptions::default(),
         };
-        let source = PageSource::new(
-            Arc::new(Nowhere(layout)),
-            Arc::new(StaticLog),
-            PageHasher::new(1),
-            options,
-            pending,
-        );
+        let (ram, log) = (Arc::new(Nowhere(layout)), Arc::new(StaticLog));
+        PageSource::new(ram, log, PageHasher::new(1), options, pending)
+    }
+
+    #[test]
+    fn a_batch_ends_where_it_has_its_share() {
+        let chunks = 40;
+        let pending = PageBitmap::new(chunks);
+        for chunk in 3..chunks {
+            pending.insert(chunk, if chunk < 10 { u64::MAX } else { 1 });
+        }
+        let source = nowhere(Layout::flat(u64::from(chunks) * CHUNK_SIZE as u64).unwrap(), pending);
+        let batch = |chunk, pages| source.next_batch(chunk, pages).map(|batch| (batch.first, batch.count));
+        assert_eq!(batch(0, 64), Some((3, 1)));
+        assert_eq!(batch(0, 65), Some((3, 2)));
+        assert_eq!(batch(9, 66), Some((9, 3)));
+        assert_eq!(batch(0, u64::MAX), Some((3, BATCH_CHUNKS)));
+        assert_eq!(batch(30, 64), Some((30, 10)));
+        assert_eq!(batch(chunks, 64), None);
+    }
+
+    #[test]
+    fn pages_that_no_frame_carried_are_missed() {
+        let layout = Layout::flat(4 * CHUNK_SIZE as u64).unwrap();
+        let pending = PageBitmap::new(4);
+        pending.insert(0, 0b111);
+        pending.insert(3, 1 << 63);
+        let source = nowhere(layout, pending);
         assert_eq!(source.never_carried(), 4);
         // Taken, and in no frame: pending no more, and still missed.
         source.pending.take(0);

@@ -96,7 +96,7 @@ impl<'a> SteppedLane<'a> {
 impl PageSource {
     /// Gives out the next batch at or after `chunk`, of at most `count_max` chunks; returns it and where the pass goes on.
     pub(crate) fn give_out(&self, chunk: u32, count_max: u32) -> Option<(Batch, u32)> {
-        let mut batch = self.next_batch(chunk)?;
+        let mut batch = self.next_batch(chunk, u64::MAX)?;
         batch.count = batch.count.min(count_max);
         self.outstanding.fetch_add(1, std::sync::atomic::Ordering::AcqRel);
         Some((batch, batch.first + batch.count))
