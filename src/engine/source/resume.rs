@@ -28,7 +28,8 @@ impl Attempt<'_> {
     pub(super) fn is_resumable(&self, cause: &Cause) -> bool {
         let lost = matches!(
             cause,
-            Cause::Streams(StreamsError::AllLost { .. })
+            // A destination that does not stop a stream may be one that is not heard. Taken up again, it stops them all.
+            Cause::Streams(StreamsError::AllLost { .. } | StreamsError::NotStopped { .. })
                 | Cause::Link(LinkError::Io(_) | LinkError::Closed | LinkError::Timeout(_))
         );
         lost && self.running.as_ref().is_some_and(|running| running.watch.is_resumable())

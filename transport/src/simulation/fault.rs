@@ -13,6 +13,8 @@ pub(crate) enum Fault {
     BaseNotVoided,
     /// A dead stream's pages are sent again before the destination has stopped its worker (against rule 1).
     NoStopBeforeResend,
+    /// What the destination says of a stream before the source knows that it was opened is forgotten.
+    EarlyStopForgotten,
 }
 
 thread_local!(static BROKEN: Cell<Option<Fault>> = const { Cell::new(None) });

@@ -116,8 +116,6 @@ struct Run<'a> {
     /// The guest's memory at the source, and at the destination.
     guests: [Arc<Guest>; 2],
     strikes: Vec<(Trigger, Strike)>,
-    /// Until when each process stands still.
-    frozen: [Micros; 2],
     struck: bool,
     /// Nothing struck but cuts, after pages had begun to move, and both sides take what was lost up again.
     survivable: bool,
@@ -162,7 +160,6 @@ impl<'a> Run<'a> {
             destination: Some(destination),
             guests,
             strikes: plan.strikes.clone(),
-            frozen: [0; 2],
             struck: plan.refuses_state,
             survivable: !plan.refuses_state && plan.attempt.reconnect != 0 && plan.reconnect_max != 0,
             arrived: false,
@@ -216,7 +213,7 @@ impl<'a> Run<'a> {
             Event::Worker(_) | Event::Done => false,
             Event::Look(_, source) | Event::Tick(source) | Event::Guest(source) => source,
         };
-        let thaws = self.frozen[usize::from(!of_source)];
+        let thaws = world.frozen[usize::from(!of_source)];
         if world.now < thaws {
             // What arrived lies in the system's buffers until somebody looks.
             let again = match event {

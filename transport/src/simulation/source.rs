@@ -381,7 +381,9 @@ impl<'a> SourceHost<'a> {
                     let slot = &self.slots[self.slots_used];
                     self.slots_used += 1;
                     self.reopening.opened(stream, world);
-                    self.streams.forget(stream);
+                    if fault::is(Fault::EarlyStopForgotten) {
+                        self.streams.forget(stream);
+                    }
                     world.saw("streams connected again", u64::from(stream != stream_number(stream)));
                     let pages = self.pages.as_ref().expect("made before the streams");
                     lane.stepped = Some(SteppedLane::new(slot, pages, connection.source_end(), stream));
@@ -669,6 +671,7 @@ impl<'a> SourceHost<'a> {
                 // No run needs that many.
                 return;
             }
+            self.streams.forget(stream);
             let wire = world.connect(Role::Stream, stream, SESSION);
             let opening = Some(Link::new(wire, Vec::new()));
             self.lanes.insert(stream, Lane { wire, opening, stepped: None });
@@ -688,9 +691,15 @@ impl<'a> SourceHost<'a> {
     }
 
     /// Fails when there is no stream any more, and none in time.
-    fn check_streams(&mut self, world: &World) -> Result<(), Cause> {
+    fn check_streams(&mut self, world: &mut World) -> Result<(), Cause> {
         let (now, timeout) = (Duration::from_micros(world.now), Duration::from_micros(TIMEOUT));
-        self.streams.check_stopped(now, timeout).map_err(|e| e.to_string())?;
+        if let Err(error) = self.streams.check_stopped(now, timeout) {
+            let heard = self.link.as_ref().is_some_and(|link| world.carries(link.wire, TIMEOUT));
+            if heard {
+                world.violated(format!("over a control connection that works, {error}"));
+            }
+            return Err(Cause::Lost(error.to_string()));
+        }
         let Some(last) = self.streams.all_lost(now) else {
             if self.streams.any_live() {
                 self.outage = None;

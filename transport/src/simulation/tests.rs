@@ -119,6 +119,11 @@ fn pages_sent_again_before_the_worker_stopped_are_caught() {
 }
 
 #[test]
+fn a_forgotten_stop_is_caught() {
+    caught(Fault::EarlyStopForgotten, &["did not stop stream"]);
+}
+
+#[test]
 fn a_seed_decides_everything() {
     for seed in 0..20 {
         let (first, second) = (run(seed, None, true), run(seed, None, true));

@@ -256,7 +256,7 @@ impl Run<'_> {
     /// The process stands still. The other side gives it up when it hears no ping for too long.
     fn freeze(&mut self, side: Side, during: Micros) {
         let world = &mut self.world;
-        self.frozen[side as usize] = world.now + during;
+        world.frozen[side as usize] = world.now + during;
         if during > TIMEOUT {
             for wire in world.open_wires() {
                 if world.wires[wire].role != Role::Stream {

@@ -71,6 +71,8 @@ pub(super) struct World {
     scheduled: u64,
     /// No connection can be opened before this.
     pub(super) parted_until: Micros,
+    /// Until when each process stands still.
+    pub(super) frozen: [Micros; 2],
     /// The destination's process is there, and listens.
     pub(super) listening: bool,
     /// Control messages that were written, by kind and writer, in order.
@@ -96,6 +98,7 @@ impl World {
             queue: BinaryHeap::new(),
             scheduled: 0,
             parted_until: 0,
+            frozen: [0; 2],
             listening: true,
             said: Vec::new(),
             trace: traced.then(Vec::new),
@@ -211,6 +214,13 @@ impl World {
         self.alive.iter().copied().filter(|&wire| !self.wires[wire].cut).collect()
     }
 
+    /// Whether what was said on a wire at least `since` ago is heard by now: the destination lives, and nothing holds it or the wire up.
+    pub(super) fn carries(&self, wire: usize, since: Micros) -> bool {
+        let wire = &self.wires[wire];
+        let held_until = self.frozen.into_iter().fold(wire.stalled_until, Micros::max);
+        self.listening && !wire.cut && held_until + since < self.now
+    }
+
     /// Cuts a connection: some of what is under way still arrives, and each side learns of it within `notice_max`.
     pub(super) fn cut(&mut self, wire: usize, notice_max: Micros) {
         if std::mem::replace(&mut self.wires[wire].cut, true) {
@@ -240,8 +250,8 @@ impl World {
     /// wait for a ping.
     pub(super) fn stall(&mut self, wire: usize, during: Micros, timeout: Micros) {
         self.note(|| format!("wire {wire} stalls for {during} us"));
-        let until = self.now + during;
-        self.wires[wire].stalled_until = until;
+        let until = &mut self.wires[wire].stalled_until;
+        *until = (*until).max(self.now + during);
         if self.wires[wire].role != Role::Stream && during > timeout {
             self.notice_later(wire, Side::Source, timeout);
             self.notice_later(wire, Side::Destination, timeout);
