@@ -41,6 +41,11 @@ fn every_configuration_has_a_row_with_every_figure() {
         for figure in ["total_ms", "setup_ms", "logical_gb_s", "wire_gb_s", "after_setup_gb_s"] {
             assert!(number(&run[figure]) > 0.0, "{figure}: {run}");
         }
+        for part in ["scan", "send", "receive", "hash"] {
+            assert!(number(&run["time_ms"][part]) > 0.0, "{part}: {run}");
+        }
+        let compresses = row["codec"] != "raw";
+        assert_eq!(number(&run["time_ms"]["encode"]) > 0.0, compresses, "{run}");
         for side in ["source", "destination"] {
             assert!(number(&run[side]["cpu_s"]) > 0.0, "{run}");
             let beyond = number(&run[side]["peak_beyond_bytes"]);

@@ -137,6 +137,13 @@ fn the_json_object_has_every_field() {
         ] {
             assert!(json[field].is_number(), "{side}: {field} in {json}");
         }
+        let (mine, others): (&[_], &[_]) = match side {
+            "send" => (&["scan", "send"], &["receive", "fault_in", "apply", "hash"]),
+            _ => (&["receive", "hash"], &["scan", "copy", "encode", "send"]),
+        };
+        let spent = |name: &&str| json["time_ms"][name].as_f64().unwrap();
+        assert!(mine.iter().all(|name| spent(name) > 0.0), "{side}: {json}");
+        assert!(others.iter().all(|name| spent(name) == 0.0), "{side}: {json}");
         for field in ["total", "hole", "zero", "unchanged", "delta", "compressed", "raw"] {
             assert!(json["pages"][field].is_u64(), "{side}: pages.{field} in {json}");
         }

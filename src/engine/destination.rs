@@ -23,6 +23,7 @@ use transport::destination::{PageSink, ReceiveError, receive_stream};
 use transport::link::{Link, LinkError, LinkEvent};
 use transport::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
 use transport::socket::{Listener, SocketError};
+use transport::spent::Spent;
 use transport::streams::{DestinationStreams, Stop};
 use transport::uri::Uri;
 use transport::wire::control::{
@@ -484,7 +485,9 @@ impl Session {
                 .map(|_| {
                     scope.spawn(|| {
                         while let Some(&first) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                            let begun = Instant::now();
                             self.ram.populate(first, PRESENCE_CHUNKS.min(chunks - first))?;
+                            Spent::add(&self.sink.received().spent.fault_in, begun.elapsed());
                         }
                         Ok(())
                     })
@@ -746,6 +749,7 @@ impl Session {
             r.pages.raw = get(&received.raw);
             r.pages.delta = get(&received.delta);
             r.pages.compressed = get(&received.compressed);
+            r.time_ms = (&received.spent).into();
         });
         self.show_postcopy(progress);
     }

@@ -1,8 +1,10 @@
 //! What a migration came to: the numbers of `info migrate`, and ours.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use transport::spent::Spent;
 
 /// How it ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +57,76 @@ pub struct Pages {
     pub compressed: u64,
     /// Sent as they are (QEMU: normal, together with the two before).
     pub raw: u64,
+}
+
+/// Where the time of the threads that move pages went, in milliseconds, all threads together; waits are counted as well as work. The
+/// source fills in the first four, the destination the others. Postcopy is not in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Times {
+    /// Finding holes, dirty pages and pages of zeros, and hashing pages that are sent from where they lie.
+    pub scan: f64,
+    /// Copying pages out of guest memory.
+    pub copy: f64,
+    /// Hashing, deltas and compression of what was copied.
+    pub encode: f64,
+    /// The kernel's copy into sockets, and waits for room.
+    pub send: f64,
+    /// The kernel's copy out of sockets, and waits for something to come.
+    pub receive: f64,
+    /// Bringing fresh memory in.
+    pub fault_in: f64,
+    /// Decoding, and writing what was decoded.
+    pub apply: f64,
+    /// Hashing what memory holds.
+    pub hash: f64,
+}
+
+impl Times {
+    /// The parts by name.
+    pub fn parts(&self) -> [(&'static str, f64); 8] {
+        let Self { scan, copy, encode, send, receive, fault_in, apply, hash } = *self;
+        [
+            ("scan", scan),
+            ("copy", copy),
+            ("encode", encode),
+            ("send", send),
+            ("receive", receive),
+            ("fault-in", fault_in),
+            ("apply", apply),
+            ("hash", hash),
+        ]
+    }
+
+    /// Each part through `f`, with the same part of `other`.
+    #[must_use]
+    pub fn zip(self, other: Self, f: impl Fn(f64, f64) -> f64) -> Self {
+        Self {
+            scan: f(self.scan, other.scan),
+            copy: f(self.copy, other.copy),
+            encode: f(self.encode, other.encode),
+            send: f(self.send, other.send),
+            receive: f(self.receive, other.receive),
+            fault_in: f(self.fault_in, other.fault_in),
+            apply: f(self.apply, other.apply),
+            hash: f(self.hash, other.hash),
+        }
+    }
+}
+
+impl From<&Spent> for Times {
+    fn from(spent: &Spent) -> Self {
+        let ms = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64 / 1e6;
+        Self {
+            scan: ms(&spent.scan),
+            copy: ms(&spent.copy),
+            encode: ms(&spent.encode),
+            send: ms(&spent.send),
+            receive: ms(&spent.receive),
+            fault_in: ms(&spent.fault_in),
+            apply: ms(&spent.apply),
+            hash: ms(&spent.hash),
+        }
+    }
 }
 
 /// Postcopy: what came after the guest.
@@ -138,6 +210,9 @@ pub struct Report {
     pub wire_gb_s: f64,
     /// CPU time of this process during the migration, in seconds.
     pub cpu_s: f64,
+    /// Where the time of the threads that move pages went.
+    #[serde(default)]
+    pub time_ms: Times,
     /// Largest resident set of this process, in bytes.
     pub max_rss_bytes: u64,
     /// Pages whose receipt did not match and that were sent again.
@@ -188,6 +263,7 @@ impl Report {
         ] {
             *value = (*value * 1e3).round() / 1e3;
         }
+        self.time_ms = self.time_ms.zip(Times::default(), |ms, _| (ms * 1e3).round() / 1e3);
         if let Some(p) = &mut self.postcopy {
             let times = [&mut p.blocked_ms, &mut p.drain_ms, &mut p.drain_mib_s].into_iter();
             times.chain(&mut p.vcpu_blocked_ms).for_each(|value| *value = (*value * 1e3).round() / 1e3);
@@ -274,6 +350,12 @@ impl Report {
                     p.faults, p.fault_p50_us, p.fault_p99_us, p.blocked_ms
                 ),
             );
+        }
+        let parts = self.time_ms.parts();
+        let parts: Vec<_> = parts.iter().filter(|(_, ms)| *ms >= 0.05).collect();
+        if !parts.is_empty() {
+            let parts: Vec<_> = parts.iter().map(|(name, ms)| format!("{name} {ms:.1}")).collect();
+            line("thread time, ms:", parts.join(", "));
         }
         line("dirty sync count:", format!("{} (rounds)", self.rounds));
         line("dirty pages rate:", format!("{:.0} pages/s", self.dirty_pages_per_s));

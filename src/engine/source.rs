@@ -24,6 +24,7 @@ use transport::postcopy::PostcopyError;
 use transport::session::{Learnt, SessionError};
 use transport::socket::SocketError;
 use transport::source::{FatalError, Feeder, PageSource, SourceOptions};
+use transport::spent::Spent;
 use transport::streams::StreamsError;
 use transport::uri::Uri;
 use transport::wire::Role;
@@ -289,11 +290,14 @@ impl Attempt<'_> {
         let mut watch = Watch::connect(self.uri, self.options, self.progress)?;
         self.backend.log.start()?;
         // After the log was started, so that no page falls between the two.
+        let scanning = Instant::now();
         let populated = super::populated(&*self.backend.ram)?;
+        let scanned = scanning.elapsed();
         let hello = self.hello(&mut watch, &populated);
         let (welcome, hasher) = hello.inspect_err(|cause| watch.say_error(self.uri, cause))?;
         let source = self.page_source(hasher, welcome.capabilities, populated);
         let source = source.inspect_err(|cause| watch.say_error(self.uri, cause))?;
+        Spent::add(&source.counters().spent.scan, scanned);
         let feeder = Feeder::new(source.clone(), welcome.streams);
         watch.observe(source.clone());
         self.running = Some(Running { watch, source, welcome, postcopy: None });

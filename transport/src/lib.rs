@@ -17,6 +17,7 @@ pub mod session;
 mod simulation;
 pub mod socket;
 pub mod source;
+pub mod spent;
 pub mod streams;
 mod sys;
 pub mod uri;

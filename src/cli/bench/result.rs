@@ -1,6 +1,7 @@
 //! What the bench found, as JSON and as a table.
 
-use pageferry::engine::report::Pages;
+use pageferry::engine::report::{Pages, Times};
+use pageferry::pagecopy::layout::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
 use super::limit::{Limits, OfLimit};
@@ -43,7 +44,7 @@ pub(super) struct Row {
     /// How these runs went over time, where that was asked for.
     #[serde(skip)]
     pub series: Vec<Series>,
-    /// The middle of each of their figures; codec mix and rounds are those of the run in the middle by total time.
+    /// The middle of each of their figures; codec mix, rounds and where time went are those of the run in the middle by total time.
     pub median: Option<Run>,
     /// What share of the limits the median run reached.
     pub of_limit: Option<OfLimit>,
@@ -78,6 +79,9 @@ pub(super) struct Run {
     pub pages: Pages,
     /// Page bytes that a second of the guest's time dirtied by the last syncs, in 10^6.
     pub dirty_mb_s: f64,
+    /// Where the time of both sides' threads went.
+    #[serde(default)]
+    pub time_ms: Times,
     /// What the writers did, where there were any.
     pub writing: Option<Writing>,
     /// What it cost the source.
@@ -131,6 +135,7 @@ impl Run {
             rounds: report.rounds,
             pages: report.pages,
             dirty_mb_s: report.dirty_pages_per_s * f64::from(report.page_size) / 1e6,
+            time_ms: report.time_ms.zip(destination.report.time_ms, |a, b| a + b),
             writing: source.writing,
             source: Cost::of(source, ram_bytes),
             destination: Cost::of(destination, ram_bytes),
@@ -179,6 +184,7 @@ impl Run {
             rounds: typical.rounds,
             pages: typical.pages,
             dirty_mb_s: middle(&|run| run.dirty_mb_s),
+            time_ms: typical.time_ms,
             writing: typical.writing,
             source: cost(&|run| run.source).rounded(),
             destination: cost(&|run| run.destination).rounded(),
@@ -264,6 +270,9 @@ pub(super) fn footing(results: &Results) -> Vec<String> {
         "total, setup, down: ms. CPU-s/GiB: of guest RAM. peak: MiB beyond guest RAM. S: source, D: destination."
             .into(),
     ];
+    let times = results.rows.iter().filter_map(times_of);
+    let head = "thread time, all threads of a side together, waits included, ms a GiB of RAM (send, receive: copies and waits):";
+    lines.extend(std::iter::once(head.to_owned()).chain(times));
     if results.limits.is_some() {
         lines.push("of limit: of the least total time, and of the sockets' rate after setup.".into());
     }
@@ -335,6 +344,15 @@ fn cells_of(row: &Row) -> Vec<String> {
         cells.push(format!("failed: {reason}"));
     }
     cells
+}
+
+/// Where the time of a configuration's typical run went, both sides.
+fn times_of(row: &Row) -> Option<String> {
+    let run = row.median.as_ref()?;
+    let gib = run.pages.total as f64 * PAGE_SIZE as f64 / f64::from(1 << 30);
+    let parts = run.time_ms.parts().into_iter().filter(|(_, ms)| *ms >= 0.5);
+    let parts: Vec<_> = parts.map(|(name, ms)| format!("{name} {:.0}", ms / gib)).collect();
+    Some(format!("{:>7}  {}  {}", row.streams, row.codec, parts.join(", ")))
 }
 
 /// What share of the pages that were handled went which way.

@@ -393,6 +393,7 @@ impl Watch {
             r.wire_bytes = get(&counters.wire_acked);
             r.mismatches = get(&counters.mismatches);
             r.torn = get(&counters.torn);
+            r.time_ms = (&counters.spent).into();
             r.remaining_bytes = remaining;
             if matches!(r.status, Status::Setup | Status::Active | Status::Device | Status::Reconnecting) {
                 r.rates(total);

@@ -14,6 +14,8 @@ use pagecopy::digest::PageHasher;
 
 pub use receiver::{ReceiveError, receive_stream};
 
+use crate::spent::Spent;
+
 /// What arrived so far; all counters only rise.
 #[derive(Debug, Default)]
 pub struct Received {
@@ -29,6 +31,8 @@ pub struct Received {
     pub delta: AtomicU64,
     /// Pages that came in zstd frames.
     pub compressed: AtomicU64,
+    /// Where the time of the threads went.
+    pub spent: Spent,
 }
 
 /// The memory of a guest on its way in, shared by all stream workers of a session.

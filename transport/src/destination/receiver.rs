@@ -13,6 +13,7 @@ use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 
 use super::PageSink;
 use crate::carrier::{DestinationEnd, FrameReceiver};
+use crate::spent::Lap;
 use crate::sys::ReceiveList;
 use crate::wire::WireError;
 use crate::wire::control::{StreamEnd, capability};
@@ -222,6 +223,8 @@ pub(super) struct Worker<'a> {
     sink: &'a PageSink,
     input: Input<'a>,
     decoder: ChunkDecoder,
+    /// Where the frame's encoded section lies in the input's buffer.
+    encoded_at: usize,
     /// Fills fresh pages.
     placer: Option<Arc<dyn Placer>>,
     /// Raw pages on their way to be placed.
@@ -245,6 +248,7 @@ impl<'a> Worker<'a> {
                 receipts: Vec::with_capacity(2 * RECEIPTS_BYTES),
             },
             decoder: ChunkDecoder::new(),
+            encoded_at: 0,
             raw: vec![0; if placer.is_some() { CHUNK_SIZE } else { 0 }].into(),
             placer,
             frames: 0,
@@ -263,7 +267,9 @@ impl<'a> Worker<'a> {
     /// Takes the next frame; returns the stream's account when it was the last.
     pub(super) fn frame(&mut self) -> Result<Option<StreamEnd>, ReceiveError> {
         let stream = self.input.stream;
+        let (spent, mut lap) = (&self.sink.received.spent, Lap::start());
         let header = self.header()?;
+        lap.to(&spent.receive);
         if header.kind == FrameKind::End {
             self.input.send_receipts()?;
             // The source waits for this: all receipts are on their way.
@@ -274,20 +280,31 @@ impl<'a> Worker<'a> {
         let fresh = written & !self.sink.touched.get(header.chunk);
         self.sink.touched.insert(header.chunk, written);
         self.populate(&header, fresh)?;
+        lap.to(&spent.fault_in);
+        self.need_encoded(&header)?;
+        lap.to(&spent.receive);
         self.apply_encoded(&header, fresh)?;
+        lap.to(&spent.apply);
         let by_stream = header.raw_len() != 0;
         if by_stream && self.placer.is_some() && header.raw & !fresh == 0 {
+            self.fetch_raw(&header)?;
+            lap.to(&spent.receive);
             self.place_raw(&header)?;
+            lap.to(&spent.fault_in);
         } else {
             self.read_raw(&header)?;
+            lap.to(&spent.receive);
         }
         self.apply_zero(&header);
+        lap.to(&spent.apply);
         self.sink.carried.insert(header.chunk, header.pages());
         self.count(&header);
         self.receipt(&header);
+        lap.to(&spent.hash);
         self.frames += 1;
         if self.input.receipts.len() >= RECEIPTS_BYTES {
             self.input.send_receipts()?;
+            lap.to(&spent.receive);
         }
         Ok(None)
     }
@@ -341,13 +358,19 @@ impl<'a> Worker<'a> {
         Ok(header)
     }
 
-    /// Reads the encoded section, checks it, decodes all of it, and only then writes guest memory.
+    /// Reads the encoded section ahead.
+    fn need_encoded(&mut self, header: &FrameHeader) -> Result<(), ReceiveError> {
+        let len = header.encoded_len as usize;
+        self.encoded_at = if len == 0 { 0 } else { self.input.need(len, true)? };
+        Ok(())
+    }
+
+    /// Checks the encoded section that was read, decodes all of it, and only then writes guest memory.
     fn apply_encoded(&mut self, header: &FrameHeader, fresh: u64) -> Result<(), ReceiveError> {
         if header.encoded_len == 0 {
             return Ok(());
         }
-        let len = header.encoded_len as usize;
-        let at = self.input.need(len, true)?;
+        let (at, len) = (self.encoded_at, header.encoded_len as usize);
         let encoded = &self.input.buffer[at..at + len];
         let found = self.sink.hasher.checksum(encoded);
         if found != header.encoded_checksum {
@@ -392,8 +415,8 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Reads raw pages, all of which are fresh, into a buffer that stays in cache, and places them.
-    fn place_raw(&mut self, header: &FrameHeader) -> Result<(), ReceiveError> {
+    /// Reads raw pages, all of which are fresh, into a buffer that stays in cache.
+    fn fetch_raw(&mut self, header: &FrameHeader) -> Result<(), ReceiveError> {
         let len = header.raw_len();
         let mut raw = std::mem::take(&mut self.raw);
         let buffered = len.min(self.input.end - self.input.start);
@@ -403,7 +426,11 @@ impl<'a> Worker<'a> {
         list.push(&mut raw[buffered..len]);
         let result = self.input.read_list(list, len - buffered);
         self.raw = raw;
-        result?;
+        result
+    }
+
+    /// Places them.
+    fn place_raw(&self, header: &FrameHeader) -> Result<(), ReceiveError> {
         let Some(placer) = &self.placer else { return Ok(()) };
         let mut at = 0;
         for (first, count) in runs(header.raw) {

@@ -19,6 +19,7 @@ use super::window::Window;
 use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, ReceiptError};
 use crate::carrier::{Breaker, FrameSender, Placement, SourceEnd};
 use crate::clock;
+use crate::spent::Lap;
 use crate::sys::SendList;
 use crate::wire::control::StreamEnd;
 use crate::wire::frame::{FrameHeader, FrameKind};
@@ -391,11 +392,18 @@ impl<'a> LaneSender<'a> {
         let plan = self.encoder.plan(chunk);
         // A page that was torn by being sent from where it lies is not in its first pass any more: it goes from a copy.
         let in_place = plan.in_place(first_pass);
+        let (spent, mut lap) = (&source.counters.spent, Lap::start());
         let encoded = if in_place {
-            self.encoder.survey(&source.shared, chunk, &source.ram.chunk(chunk), pages)
+            let encoded = self.encoder.survey(&source.shared, chunk, &source.ram.chunk(chunk), pages);
+            lap.to(&spent.scan);
+            encoded
         } else {
             take_snapshot(&source.ram.chunk(chunk), pages, &mut self.snapshot);
-            self.encoder.encode_as(plan, &source.shared, chunk, &self.snapshot, pages, first_pass)
+            lap.to(&spent.copy);
+            let encoded =
+                self.encoder.encode_as(plan, &source.shared, chunk, &self.snapshot, pages, first_pass);
+            lap.to(&spent.encode);
+            encoded
         };
         count_pages(&self.source.counters, &encoded);
         let sent = pages & !encoded.unchanged;
@@ -448,6 +456,7 @@ impl<'a> LaneSender<'a> {
         if header.raw != 0 || self.carrier.places() || self.out.len() >= GATHER_BYTES {
             self.write(header.raw & !placed, in_place.then_some(chunk))?;
         }
+        lap.to(&spent.send);
         // A limit is a slow link: what it holds back may be spent on encoding.
         let link_nanos = clock::nanos() - begun + std::mem::take(&mut self.held_back_nanos);
         self.encoder.observe_link(wire_bytes, link_nanos);

@@ -33,6 +33,7 @@ pub(crate) use window::BYTES_MIN as WINDOW_BYTES_MIN;
 use crate::clock;
 #[cfg(test)]
 use crate::simulation::fault;
+use crate::spent::{Lap, Spent};
 use crate::wire::WireError;
 
 /// Chunks that are claimed, re-armed in the dirty log and encoded together.
@@ -100,6 +101,8 @@ pub struct Counters {
     pub mismatches: AtomicU64,
     /// Pages that the guest wrote while they were sent from where they lie, so that their receipt did not match.
     pub torn: AtomicU64,
+    /// Where the time of the threads went.
+    pub spent: Spent,
 }
 
 impl Counters {
@@ -213,7 +216,10 @@ impl PageSource {
 
     /// Adds what the dirty log holds to the pending pages; returns how many pages it held.
     pub fn dirty_sync(&self) -> Result<u64, BackendError> {
-        self.log.sync(&self.pending)
+        let mut lap = Lap::start();
+        let found = self.log.sync(&self.pending);
+        lap.to(&self.counters.spent.scan);
+        found
     }
 
     /// Page bytes that are pending or under way.
