@@ -24,8 +24,9 @@ const HISTORY_MAX: usize = 32;
 const MINIMUM_ROUNDS: usize = 8;
 /// Rounds after the last allowed one in which a local minimum is waited for.
 const GRACE_ROUNDS: u32 = 8;
-/// A remainder is a new low when it is below this many percent of the lowest before: less is noise.
-const LOW_PERCENT: u64 = 90;
+/// A remainder is a new low when it is below this many percent of the lowest before: less is noise, for what a guest writes in a
+/// round varies by that much.
+const LOW_PERCENT: u64 = 75;
 /// A guest has stalled when there was no new low for at least this long, in microseconds, however short the rounds are.
 const STALL_US: u64 = 1_000_000;
 
