@@ -3,9 +3,11 @@
 
 use std::time::{Duration, Instant};
 
+use pageferry::transport::wire::Role;
 use pageferry::vmm_shim::guests::counter::Side;
 use serde_json::{Value, json};
 
+use crate::proxy::{Proxy, Seen, Verdict};
 use crate::vm::{Ended, PATIENCE, Spec, Vm, World, prove, wait_for};
 
 /// A guest that rewrites 64 MiB as fast as it can, and a destination for it.
@@ -258,5 +260,25 @@ fn a_dry_run_says_what_would_come_and_leaves_the_guest_alone() {
     // And it can be moved.
     let (destination, uri) = world.destination("b", &spec);
     ok(&source.ctl(&["migrate", &uri]));
+    prove(&spec, &[&source, &destination]);
+}
+
+/// What makes the opening of streams slow, once, is no round trip of the handover.
+#[test]
+fn streams_that_open_slowly_do_not_keep_a_guest_from_its_handover() {
+    let world = World::new();
+    let spec = Spec::counter();
+    let source = world.source("a", &spec);
+    let (destination, uri) = world.destination("b", &spec);
+    let proxy = Proxy::new(&uri, |seen| {
+        if let Seen::Open { role: Role::Stream, .. } = seen {
+            std::thread::sleep(Duration::from_millis(700));
+        }
+        Verdict::Pass
+    });
+    source.begin_migration(&proxy.uri(), &json!({}));
+    let report = source.wait_migration(PATIENCE);
+    assert_eq!(report["status"], "completed", "{report}");
+    assert!(report["expected_downtime_ms"].as_f64() < Some(300.0), "{report}");
     prove(&spec, &[&source, &destination]);
 }

@@ -23,6 +23,7 @@ fn state(vm: &Vm) -> Option<String> {
 /// Waits until the source knows what became of its migration, has given up asking for it, or is gone.
 pub(crate) fn settle(source: &Vm, hand: &Hand) {
     let mut unknown = None;
+    let mut told = Some(Instant::now() + PATIENCE - Duration::from_secs(1));
     wait_for("the source's migration settles", PATIENCE, || {
         if hand.is_busy() {
             return None;
@@ -31,6 +32,9 @@ pub(crate) fn settle(source: &Vm, hand: &Hand) {
             return Some(());
         }
         let status = source.ask(&json!({"execute": "status"})).ok()?;
+        if told.take_if(|at| Instant::now() > *at).is_some() {
+            println!("the source says, still: {status}");
+        }
         match status["migration"]["status"].as_str().unwrap_or("none") {
             "completed" | "failed" | "cancelled" => Some(()),
             "unknown" => {

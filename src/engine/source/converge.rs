@@ -57,11 +57,11 @@ struct Course<'a> {
     /// The changes of limits that are in force.
     tuned: u64,
     brake: Option<Brake<'a>>,
-    /// What the messages of the handover take.
-    hand_over: Duration,
+    /// A round trip, as opening the streams showed it; what delayed that need not delay the handover.
+    round_trip: Duration,
     /// Trials of the state's time so far.
     rehearsals: u32,
-    /// Pausing, saving, loading and handing over, without the last sync, once that was tried.
+    /// Pausing, saving and loading, without the messages of the handover and the last sync, once that was tried.
     state_time: Duration,
 }
 
@@ -134,7 +134,6 @@ impl<'a> Course<'a> {
             written: None,
         });
         let state_time = STATE_TIME_GUESS;
-        let hand_over = round_trip * HANDOVER_TRIPS;
         let mut course = Self {
             policy,
             progress,
@@ -142,7 +141,7 @@ impl<'a> Course<'a> {
             began,
             tuned: u64::MAX,
             brake,
-            hand_over,
+            round_trip,
             rehearsals: 0,
             state_time,
         };
@@ -199,7 +198,7 @@ impl<'a> Course<'a> {
             dirtied_pages: dirtied,
             acked_logical_bytes: counters.logical_acked.load(Ordering::Relaxed),
             acked_wire_bytes: counters.wire_acked.load(Ordering::Relaxed),
-            state_time_us: (self.state_time + sync_time).as_micros() as u64,
+            state_time_us: (self.switch_time() + sync_time).as_micros() as u64,
         };
         let decision = self.policy.on_sync(micros(self.began), sample);
         if decision == Decision::NextRound
@@ -223,11 +222,23 @@ impl<'a> Course<'a> {
             && let Some(tried) = brake.guest.rehearse()?
         {
             // The destination loads what the source saves, and lets the guest run where the source paused it.
-            let time = tried * 2 + self.hand_over + WAKE_UPS;
+            let time = tried * 2 + WAKE_UPS;
             self.state_time = if self.rehearsals == 0 { time } else { self.state_time.min(time) };
         }
         self.rehearsals += 1;
         Ok(())
+    }
+
+    /// What the state and the messages of the handover take.
+    fn switch_time(&self) -> Duration {
+        if self.brake.is_none() {
+            return self.state_time;
+        }
+        let best = match self.source.counters().round_trip.load(Ordering::Relaxed) {
+            0 => self.round_trip,
+            nanos => self.round_trip.min(Duration::from_nanos(nanos)),
+        };
+        self.state_time + best * HANDOVER_TRIPS
     }
 
     /// Shows others how it goes.
@@ -309,7 +320,7 @@ impl Attempt<'_> {
                 }
                 Decision::Postcopy => {
                     // Nothing but the state is moved while it stands still.
-                    progress.update(|r| r.expected_downtime_ms = course.state_time.as_secs_f64() * 1e3);
+                    progress.update(|r| r.expected_downtime_ms = course.switch_time().as_secs_f64() * 1e3);
                     return Ok((rounds, Next::Postcopy));
                 }
                 Decision::GiveUp { reason } => return Err(Cause::Policy(reason.to_string())),

@@ -103,11 +103,25 @@ pub struct Counters {
     pub torn: AtomicU64,
     /// Where the time of the threads went.
     pub spent: Spent,
+    /// Receipts come this soon after their frame was sent, in nanoseconds, at best so far; 0 before the first.
+    pub round_trip: AtomicU64,
 }
 
 impl Counters {
     fn add(counter: &AtomicU64, value: u64) {
         counter.fetch_add(value, Ordering::Relaxed);
+    }
+
+    /// Takes note of how long a frame and its receipt travelled.
+    fn travelled(&self, time: Duration) {
+        let nanos = (time.as_nanos() as u64).max(1);
+        let best = self.round_trip.load(Ordering::Relaxed);
+        if best == 0 {
+            // Whoever is first; a better one that comes in between is good, too.
+            let _ = self.round_trip.compare_exchange(0, nanos, Ordering::Relaxed, Ordering::Relaxed);
+        } else if nanos < best {
+            self.round_trip.fetch_min(nanos, Ordering::Relaxed);
+        }
     }
 }
 

@@ -119,8 +119,10 @@ impl<'a> Receipts<'a> {
         flight.bytes -= sent.wire_bytes;
         flight.waiting_since = now;
         let idle = flight.frames.is_empty();
-        flight.window.on_receipt(now, sent.wire_bytes, now.saturating_sub(sent.sent_at), idle);
+        let travelled = now.saturating_sub(sent.sent_at);
+        flight.window.on_receipt(now, sent.wire_bytes, travelled, idle);
         drop(flight);
+        source.counters.travelled(travelled);
         let pages = sent.pages.count_ones() as usize;
         let mut wrong = if count == pages { 0 } else { sent.pages };
         for ((theirs, ours), bit) in digests.as_chunks::<8>().0.iter().zip(sent.digests).zip(bits(sent.pages))
