@@ -353,13 +353,14 @@ pub(crate) fn stop_process(pid: i32) {
     send_signal(pid, libc::SIGSTOP);
     let stands = |task: std::io::Result<std::fs::DirEntry>| {
         let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat")));
-        // A thread that has gone meanwhile stands, too.
+        // A thread that has gone meanwhile, or died before it was stopped, stands, too.
         stat.map_or(true, |stat| {
-            stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
+            stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['T', 'Z', 'X']))
         })
     };
     wait_for("the process stands", PATIENCE, || {
-        std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.all(stands).then_some(())
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+        tasks.map_or(true, |mut tasks| tasks.all(stands)).then_some(())
     });
 }
 
