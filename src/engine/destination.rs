@@ -700,8 +700,11 @@ impl Session {
         let options = &listening.options;
         let live = self.guest.is_some();
         let deadline = Instant::now() + if live { options.handover_timeout } else { options.timeout };
+        // After postcopy the last word follows ARRIVED. One that comes before only says that the source knows who has the guest.
+        let mut answered = self.postcopy.is_none();
         while Instant::now() < deadline {
             match self.next(listening) {
+                Ok(Some(LinkEvent::Message(Message::Running))) if !answered => {}
                 Ok(Some(LinkEvent::Message(Message::Running))) | Err(_) => return,
                 Ok(Some(LinkEvent::Dead(LinkError::Closed))) if !live => return,
                 Ok(Some(LinkEvent::Dead(_))) => self.link = None,
@@ -711,7 +714,7 @@ impl Session {
                 Ok(Some(LinkEvent::Message(message))) => match self.machine.handle(message) {
                     Ok(DestinationEvent::Reply(reply)) => self.send(reply),
                     // Nothing is missing, or the guest would be lost; whatever the source thinks.
-                    Ok(DestinationEvent::Sent(pages)) => drop(self.on_sent(pages)),
+                    Ok(DestinationEvent::Sent(pages)) => answered |= self.on_sent(pages).is_ok(),
                     _ => {}
                 },
                 Ok(None) => {}
