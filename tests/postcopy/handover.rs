@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pageferry::transport::wire::Role;
+use pageferry::transport::wire::control::Message;
 use serde_json::json;
 
-use crate::proxy::{Proxy, Seen, Verdict};
+use crate::proxy::{By, Proxy, Seen, Verdict};
 use crate::vm::{PATIENCE, Spec, World, prove, wait_for};
 
 /// A guest with enough memory that its pages are on their way for a while.
@@ -26,6 +27,29 @@ fn slowly(slow: &Arc<AtomicBool>) -> impl Fn(&Seen<'_>) -> Verdict + Send + Sync
         }
         Verdict::Pass
     }
+}
+
+/// The source's word that it knows of the running guest may come when nothing is missing any more. It is not its last.
+#[test]
+fn a_late_echo_of_running_is_not_the_end() {
+    let world = World::new();
+    let spec = Spec::counter().with(&["--memory", "memfd"]);
+    let source = world.source("a", &spec);
+    let (destination, uri) = world.destination("b", &spec);
+    let late = AtomicBool::new(true);
+    let proxy = Proxy::new(&uri, move |seen| {
+        let echo = matches!(seen, Seen::Message { by: By::Source, message: Message::Running, .. });
+        if echo && late.swap(false, Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        Verdict::Pass
+    });
+    source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0}));
+    let report = source.wait_migration(PATIENCE);
+    assert_eq!(report["status"], "completed", "{report}");
+    // Without ARRIVED the source would have waited for its time-out.
+    assert!(report["total_ms"].as_f64() < Some(8000.0), "{report}");
+    prove(&spec, &[&source, &destination]);
 }
 
 #[test]
