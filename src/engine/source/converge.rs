@@ -231,9 +231,6 @@ impl<'a> Course<'a> {
 
     /// What the state and the messages of the handover take.
     fn switch_time(&self) -> Duration {
-        if self.brake.is_none() {
-            return self.state_time;
-        }
         let best = match self.source.counters().round_trip.load(Ordering::Relaxed) {
             0 => self.round_trip,
             nanos => self.round_trip.min(Duration::from_nanos(nanos)),
