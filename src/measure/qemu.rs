@@ -124,8 +124,10 @@ pub fn migrate(mode: Mode, job: &Job<'_>) -> Result<Took, String> {
         file.map_err(|e| format!("{}: {e}", copy.display()))?;
     }
     let socket = |name: &str| job.folder.join(name);
-    let mut destination = Qemu::start(job.target, length, &socket("destination.qmp"), job.destination, true)?;
-    let mut source = Qemu::start(Target::File(job.image), length, &socket("source.qmp"), job.source, false)?;
+    let start =
+        |ram, name, place, incoming| Qemu::start(ram, length, Runs::Not, &socket(name), place, incoming);
+    let mut destination = start(job.target, "destination.qmp", job.destination, true)?;
+    let mut source = start(Target::File(job.image), "source.qmp", job.source, false)?;
     for qemu in [&mut source, &mut destination] {
         qemu.connect()?;
         if let Some(capability) = mode.capability() {
@@ -159,6 +161,131 @@ pub fn migrate(mode: Mode, job: &Job<'_>) -> Result<Took, String> {
     })
 }
 
+/// How QEMU moves a guest that runs, and writes more than its link carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weather {
+    /// Over one connection, with nothing to help it.
+    Plain,
+    /// With throttled vCPUs.
+    Converge,
+    /// With postcopy after this time.
+    Postcopy(Duration),
+    /// Over four connections, with zstd.
+    Zstd,
+}
+
+/// One move of a running guest by QEMU.
+#[derive(Clone, Copy, Debug)]
+pub struct LiveJob<'a> {
+    /// The guest's RAM, a file.
+    pub ram: &'a Path,
+    /// What leads from the reset vector into what that holds.
+    pub firmware: &'a Path,
+    /// Where the source runs.
+    pub source: &'a Place,
+    /// Where the destination runs.
+    pub destination: &'a Place,
+    /// Address and port of the destination.
+    pub address: &'a str,
+    /// A folder for sockets and logs.
+    pub folder: &'a Path,
+    /// How.
+    pub weather: Weather,
+    /// The downtime limit.
+    pub downtime_limit: Duration,
+    /// How long the guest runs before it is moved.
+    pub warm_up: Duration,
+    /// How long the move may take.
+    pub patience: Duration,
+    /// Address of 8 bytes of the guest's memory that are read in the end.
+    pub word: u64,
+}
+
+/// What became of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lived {
+    /// QEMU's word for how the migration stands.
+    pub status: String,
+    /// How long it took, or was waited for.
+    pub took: Duration,
+    /// QEMU's count of rounds.
+    pub rounds: u64,
+    /// Downtime that QEMU reports, in milliseconds, where it ended.
+    pub downtime_ms: Option<f64>,
+    /// Downtime that it expects, in milliseconds.
+    pub expected_ms: Option<f64>,
+    /// The word that was asked for, where the guest has arrived.
+    pub word: Option<u64>,
+}
+
+/// Starts a guest under KVM and moves it while it runs.
+///
+/// # Errors
+/// What QEMU says, or that it does not answer or is not there.
+pub fn migrate_live(job: &LiveJob<'_>) -> Result<Lived, String> {
+    let length = job.ram.metadata().map_err(|e| format!("{}: {e}", job.ram.display()))?.len();
+    let runs = Runs::From(job.firmware);
+    let start =
+        |ram, name, place, incoming| Qemu::start(ram, length, runs, &job.folder.join(name), place, incoming);
+    let mut destination = start(Target::Anonymous, "destination.qmp", job.destination, true)?;
+    let mut source = start(Target::File(job.ram), "source.qmp", job.source, false)?;
+    let limit_ms = job.downtime_limit.as_millis() as u64;
+    for qemu in [&mut source, &mut destination] {
+        qemu.connect()?;
+        let mut parameters = json!({"max-bandwidth": BANDWIDTH, "downtime-limit": limit_ms});
+        let capability = match job.weather {
+            Weather::Plain => None,
+            Weather::Converge => Some("auto-converge"),
+            Weather::Postcopy(_) => Some("postcopy-ram"),
+            Weather::Zstd => {
+                parameters["multifd-channels"] = 4.into();
+                parameters["multifd-compression"] = "zstd".into();
+                Some("multifd")
+            }
+        };
+        if let Some(capability) = capability {
+            let on = json!([{"capability": capability, "state": true}]);
+            qemu.ask("migrate-set-capabilities", &json!({ "capabilities": on }))?;
+        }
+        qemu.ask("migrate-set-parameters", &parameters)?;
+    }
+    let uri = format!("tcp:{}", job.address);
+    destination.ask("migrate-incoming", &json!({ "uri": uri }))?;
+    std::thread::sleep(job.warm_up);
+    let begin = Instant::now();
+    source.ask("migrate", &json!({ "uri": uri }))?;
+    let mut asked_for_postcopy = false;
+    let state = loop {
+        std::thread::sleep(Duration::from_millis(100));
+        let state = source.ask("query-migrate", &json!({}))?;
+        if matches!(state["status"].as_str(), Some("completed" | "failed" | "cancelled"))
+            || begin.elapsed() > job.patience
+        {
+            break state;
+        }
+        if matches!(job.weather, Weather::Postcopy(after) if begin.elapsed() > after && !asked_for_postcopy) {
+            source.ask("migrate-start-postcopy", &json!({}))?;
+            asked_for_postcopy = true;
+        }
+    };
+    let took = begin.elapsed();
+    let status = state["status"].as_str().unwrap_or("unknown").to_owned();
+    let word = if status == "completed" {
+        destination.wait_for_migration(begin)?;
+        Some(destination.word_at(job.word, &job.folder.join("word"))?)
+    } else {
+        None
+    };
+    Ok(Lived {
+        took,
+        rounds: state["ram"]["dirty-sync-count"].as_u64().unwrap_or(0),
+        downtime_ms: state["downtime"].as_f64(),
+        expected_ms: state["expected-downtime"].as_f64(),
+        status,
+        word,
+    })
+}
+
 /// QEMU's name and version, or that there is none.
 pub fn version() -> String {
     let output = process::program(PROGRAM)
@@ -168,7 +295,16 @@ pub fn version() -> String {
     text.split_whitespace().nth(3).map_or_else(|| "no QEMU".into(), |version| format!("QEMU {version}"))
 }
 
-/// A QEMU with a paused guest.
+/// Whether a QEMU's guest runs.
+#[derive(Clone, Copy)]
+enum Runs<'a> {
+    /// It is paused, and stays so.
+    Not,
+    /// Under KVM, from this firmware.
+    From(&'a Path),
+}
+
+/// A QEMU with its guest.
 struct Qemu {
     child: Running,
     socket: PathBuf,
@@ -179,6 +315,7 @@ impl Qemu {
     fn start(
         ram: Target<'_>,
         length: u64,
+        runs: Runs<'_>,
         socket: &Path,
         place: &Place,
         incoming: bool,
@@ -196,17 +333,12 @@ impl Qemu {
             Target::Anonymous => format!("memory-backend-ram,id=ram,size={length}"),
         };
         let mut command = place.command(&program);
+        match runs {
+            Runs::Not => command.args(["-accel", "tcg", "-S"]),
+            Runs::From(firmware) => command.args(["-accel", "kvm", "-cpu", "host", "-bios"]).arg(firmware),
+        };
         command
-            .args([
-                "-accel",
-                "tcg",
-                "-machine",
-                "q35,memory-backend=ram",
-                "-nodefaults",
-                "-display",
-                "none",
-                "-S",
-            ])
+            .args(["-machine", "q35,memory-backend=ram", "-nodefaults", "-display", "none"])
             .args(["-m", &format!("size={length}B"), "-object", &backend])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
             .stdin(Stdio::null())
@@ -267,6 +399,14 @@ impl Qemu {
                 _ => std::thread::sleep(TICK),
             }
         }
+    }
+
+    /// 8 bytes of the guest's memory, by way of a file.
+    fn word_at(&mut self, address: u64, file: &Path) -> Result<u64, String> {
+        self.ask("pmemsave", &json!({"val": address, "size": 8, "filename": file}))?;
+        let bytes = std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
+        let word = bytes.try_into().map_err(|_| format!("{}: not 8 bytes", file.display()))?;
+        Ok(u64::from_le_bytes(word))
     }
 
     /// What it printed last.

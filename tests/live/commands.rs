@@ -195,6 +195,33 @@ fn from_vm_to_vm_to_vm() {
 }
 
 #[test]
+fn a_guest_with_content_takes_it_along() {
+    let world = World::new();
+    let (text, empty) = (world.path("text"), world.path("empty"));
+    let content: String = (0..200_000).map(|i| format!("line {i}\n")).collect();
+    std::fs::write(&text, content).unwrap();
+    std::fs::write(&empty, "").unwrap();
+    let with = |path: &std::path::Path| Spec::counter().with(&["--content", path.to_str().unwrap()]);
+    if !Spec::counter().kvm {
+        // Threads that stand for a guest have no use for it.
+        return;
+    }
+    let api = format!("unix:{}", world.path("none").display());
+    let ended = pageferry(&["vm", "--api", &api, "--content", empty.to_str().unwrap()], PATIENCE);
+    assert!(ended.code == Some(3) && ended.err.contains("nothing to fill memory with"), "{ended:?}");
+    let spec = with(&text);
+    let source = world.source("source", &spec);
+    let (destination, uri) = world.destination("destination", &spec);
+    let ended = source.ctl(&["migrate", &uri, "--codec", "zstd", "--json"]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    // All of memory has content, and it shrinks.
+    let (logical, wire) = (ended.json()["logical_bytes"].clone(), ended.json()["wire_bytes"].clone());
+    let (logical, wire) = (logical.as_u64().unwrap(), wire.as_u64().unwrap());
+    assert!(logical > 59 << 20 && wire > 1 << 20 && wire < logical / 2, "{logical} {wire}");
+    prove(&spec, &[&source, &destination]);
+}
+
+#[test]
 fn detach_does_not_wait() {
     let world = World::new();
     let spec = Spec::counter();

@@ -9,7 +9,7 @@ use pageferry::pagecopy::backend::{DirtyLog, Guest, GuestRam};
 use pageferry::pagecopy::layout::Layout;
 use pageferry::vmm_shim::guest_memory::GuestMemory;
 use pageferry::vmm_shim::guests::counter::{CounterParams, PAGE_WORDS_MAX};
-use pageferry::vmm_shim::guests::map;
+use pageferry::vmm_shim::guests::{fill, map};
 use pageferry::vmm_shim::uffd_log::UffdLog;
 use pageferry::vmm_shim::vmm::{self, GuestImage, Tracker, Vm, VmConfig, VmState};
 use pageferry::vmm_shim::writer::{MemoryWriter, WriterOptions};
@@ -38,6 +38,11 @@ impl Machine {
 
     fn kvm(args: &VmArgs, ram: Arc<GuestMemory>, serial: Box<dyn Write + Send>) -> Result<Self, String> {
         let guest = if args.incoming.is_some() { GuestImage::Incoming } else { image(args)? };
+        if let (None, Some(path)) = (&args.incoming, &args.content) {
+            let complain = |e: &dyn std::fmt::Display| format!("--content {}: {e}", path.display());
+            let bytes = std::fs::read(path).map_err(|e| complain(&e))?;
+            fill(&*ram, &bytes).map_err(|e| complain(&e))?;
+        }
         let tracker = match args.tracker {
             TrackerArg::Bitmap => Tracker::Bitmap,
             TrackerArg::Ring => Tracker::Ring,
@@ -151,7 +156,7 @@ fn image(args: &VmArgs) -> Result<GuestImage, String> {
         "counter" => GuestImage::Counter(CounterParams {
             working_set: args.working_set,
             pages_per_s: args.rate,
-            page_words: PAGE_WORDS_MAX,
+            page_words: if args.content.is_some() { 0 } else { PAGE_WORDS_MAX },
         }),
         "mem-test" => GuestImage::MemTest { bytes: args.working_set & !1023 },
         path => GuestImage::RealMode(std::fs::read(path).map_err(|e| {

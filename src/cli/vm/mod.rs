@@ -63,6 +63,10 @@ pub(super) struct VmArgs {
     /// Pages that each vCPU of the counter guest writes in a second; 0: as fast as it can
     #[arg(long, default_value_t = 20000)]
     rate: u64,
+    /// Fill memory with this file's bytes, over and over, before the counter guest starts; of each page it then writes 32 bytes
+    /// only, instead of all
+    #[arg(long, value_name = "FILE", conflicts_with = "no_kvm")]
+    content: Option<std::path::PathBuf>,
     /// Start paused
     #[arg(long, short = 'S')]
     paused: bool,

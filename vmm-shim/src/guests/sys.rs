@@ -6,11 +6,12 @@ global_asm!(include_str!("counter.s"), options(raw));
 global_asm!(include_str!("memtest.s"), options(raw));
 global_asm!(include_str!("writer.s"), options(raw));
 global_asm!(include_str!("bootsector.s"), options(raw));
+global_asm!(include_str!("firmware.s"), options(raw));
 
 macro_rules! code {
-    ($(#[$doc:meta])* $name:ident, $start:ident, $end:ident) => {
+    ($(#[$doc:meta])* $visible:vis $name:ident, $start:ident, $end:ident) => {
         $(#[$doc])*
-        pub fn $name() -> &'static [u8] {
+        $visible fn $name() -> &'static [u8] {
             unsafe extern "C" {
                 static $start: u8;
                 static $end: u8;
@@ -25,18 +26,26 @@ macro_rules! code {
 
 code! {
     /// The code of [`counter`](super::counter).
-    counter_code, pageferry_counter_start, pageferry_counter_end
+    pub counter_code, pageferry_counter_start, pageferry_counter_end
 }
 code! {
     /// The code of the mem-test guest.
-    mem_test_code, pageferry_memtest_start, pageferry_memtest_end
+    pub mem_test_code, pageferry_memtest_start, pageferry_memtest_end
 }
 code! {
     /// The code of [`writer`](super::writer).
-    writer_code, pageferry_writer_start, pageferry_writer_end
+    pub writer_code, pageferry_writer_start, pageferry_writer_end
 }
 code! {
     /// A boot sector (512 bytes with its signature) that walks the memory from 64 KiB to 576 KiB, adding one
     /// to the first byte of each KiB, and prints a dot for every pass.
-    boot_sector, pageferry_boot_start, pageferry_boot_end
+    pub boot_sector, pageferry_boot_start, pageferry_boot_end
+}
+code! {
+    /// A firmware image of 64 KiB: see [`firmware`](super::firmware).
+    pub(super) firmware_code, pageferry_firmware_start, pageferry_firmware_end
+}
+code! {
+    /// What the firmware jumps to.
+    pub(super) long_mode_code, pageferry_long_mode_start, pageferry_long_mode_end
 }

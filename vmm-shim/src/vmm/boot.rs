@@ -34,6 +34,8 @@ const TSS_LEN: u32 = 104;
 const TSS_IO_BASE: usize = 102;
 /// One bit for each port.
 const IO_BITMAP_LEN: usize = 8192;
+/// Offset of the last byte of a TSS with its I/O bitmap and the byte of ones behind that.
+pub(crate) const TSS_LIMIT: u32 = TSS_LEN + IO_BITMAP_LEN as u32;
 
 const PRESENT: u64 = 1;
 const WRITE: u64 = 1 << 1;
@@ -172,13 +174,12 @@ pub(crate) fn set_registers(vcpu: &VcpuFd, image: &GuestImage, index: u8) -> Res
     let data = kvm_segment { selector: 0x23, type_: 3, db: 1, ..flat };
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     // A busy 64-bit TSS, which long mode demands, with its I/O bitmap.
-    let limit = TSS_LEN + IO_BITMAP_LEN as u32;
     sregs.tr = kvm_segment {
         base: map::TSS,
         selector: 0x28,
         type_: 11,
         present: 1,
-        limit,
+        limit: TSS_LIMIT,
         ..kvm_segment::default()
     };
     sregs.ldt = kvm_segment { unusable: 1, ..kvm_segment::default() };

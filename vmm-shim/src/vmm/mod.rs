@@ -37,6 +37,7 @@ use crate::guests::map;
 use crate::kvm::bitmap_log::Manual;
 use crate::kvm::sys::{DirtyRing, install_kick_handler, set_slot};
 use crate::kvm::{KvmBitmapLog, KvmRingLog, OpenError, Slots, ring_log};
+pub(crate) use boot::TSS_LIMIT;
 use serial::Serial;
 use vcpu::{Machine, Vcpu, Want, lock};
 

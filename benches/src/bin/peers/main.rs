@@ -8,6 +8,7 @@ mod delta;
 mod guest_ram;
 mod limit;
 mod link;
+mod live;
 mod run;
 mod signals;
 mod table;
@@ -52,6 +53,9 @@ enum Command {
     /// One transfer of bytes alone
     #[command(hide = true)]
     Limit(limit::LimitArgs),
+    /// What benches/converge.sh asks for
+    #[command(hide = true)]
+    Live(live::LiveArgs),
 }
 
 /// Measures the figures that pageferry is held to, each with its target
@@ -164,6 +168,7 @@ fn main() -> ExitCode {
         Command::MakeGuestRam(args) => guest_ram::make(args).map(|()| true),
         Command::FillGuest(args) => guest_ram::fill(args).map(|()| true),
         Command::Limit(args) => limit::run(args).map(|()| true),
+        Command::Live(args) => live::run(args).map(|()| true),
     };
     match done {
         _ if signals::cancelled() => ExitCode::from(130),
