@@ -72,6 +72,19 @@ pub trait GuestRam: Send + Sync {
         let _ = (first, count);
     }
 
+    /// Whether [`enlarge`](Self::enlarge) is worth calling.
+    fn enlarges(&self) -> bool {
+        false
+    }
+
+    /// Brings these chunks in for writing as larger pages than usual, where that costs less; returns whether it did. What they hold
+    /// stays, and others may read and write them meanwhile, which may make it fail. They are no holes any more. Not after
+    /// [`placer`](Self::placer).
+    fn enlarge(&self, first: u32, count: u32) -> bool {
+        let _ = (first, count);
+        false
+    }
+
     /// Something that fills pages that were never touched for less than touching them costs, where this memory has that.
     fn placer(self: Arc<Self>) -> Option<Box<dyn Placer>> {
         None

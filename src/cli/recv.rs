@@ -72,7 +72,7 @@ impl Incoming for Taker<'_> {
             None => Backing::Anonymous { huge: true },
         };
         let ram: Arc<dyn GuestRam> =
-            Arc::new(GuestMemory::create(layout, &backing).map_err(|e| explain(&e))?);
+            Arc::new(GuestMemory::create(layout, &backing).map_err(|e| explain(&e))?.enlarging());
         self.ram = Some(ram.clone());
         Ok(ram)
     }

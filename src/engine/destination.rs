@@ -41,6 +41,8 @@ use resume::Outages;
 
 /// How often somebody who waits looks at everything that may have happened.
 const TICK: Duration = Duration::from_millis(20);
+/// Most pieces of 2 MiB that are brought in by one call: 32 MiB.
+const POPULATE_PIECES: usize = 16;
 
 /// How long a source has to take the last message.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -360,13 +362,16 @@ impl Destination {
     }
 }
 
-/// Refuses a presence map that is not the layout's.
+/// Refuses maps that are not the layout's.
 fn check_presence(hello: &Hello, layout: Layout) -> Result<Layout, String> {
     let (found, expected) = (hello.presence.len(), Hello::presence_len(&layout));
-    if found == expected {
-        Ok(layout)
-    } else {
-        Err(format!("field presence map has {found} bytes; the layout's has {expected}"))
+    if found != expected {
+        return Err(format!("field presence map has {found} bytes; the layout's has {expected}"));
+    }
+    match hello.dense.len() {
+        0 => Ok(layout),
+        len if len == expected => Ok(layout),
+        len => Err(format!("field dense map has {len} bytes; the layout's presence map has {expected}")),
     }
 }
 
@@ -421,6 +426,7 @@ impl Session {
     /// The phases: populate, move, finish, hand over.
     fn run(&mut self, listening: &Destination, incoming: &mut dyn Incoming) -> Result<(), IncomingError> {
         self.populate()?;
+        self.sink.begin_placing();
         let prepared = self.machine.prepared();
         self.send(prepared);
         self.setup = self.began.elapsed();
@@ -464,19 +470,27 @@ impl Session {
         self.guest.is_some() && !self.state.iter().any(|blob| blob.name == RUN_STATE && blob.bytes == [0])
     }
 
-    /// Faults in the memory that data will come for, with all cores, before it comes; never more than this host has to spare,
+    /// Brings in the memory that data will come for, with all cores, before it comes; never more than this host has to spare,
     /// for nothing was sent yet and anything may be announced.
     fn populate(&self) -> Result<(), BackendError> {
-        if !self.ram.populates_ahead() {
+        let ram = &self.ram;
+        let wanted: &(dyn Fn(u32) -> bool + Sync) = if ram.populates_ahead() {
+            &|chunk| self.hello.present(chunk)
+        } else if ram.enlarges() {
+            &|chunk| self.hello.is_dense(chunk)
+        } else {
             return Ok(());
-        }
-        let chunks = self.ram.layout().chunks();
+        };
+        let chunks = ram.layout().chunks();
         let piece_bytes = u64::from(PRESENCE_CHUNKS) * CHUNK_SIZE as u64;
         let spare = usage::available_memory_bytes() / 10 * 9;
-        let pieces: Vec<u32> = (0..chunks)
-            .step_by(PRESENCE_CHUNKS as usize)
-            .filter(|&chunk| self.hello.present(chunk))
-            .take(usize::try_from(spare / piece_bytes).unwrap_or(usize::MAX))
+        let most = usize::try_from(spare / piece_bytes).unwrap_or(usize::MAX);
+        let pieces: Vec<u32> =
+            (0..chunks).step_by(PRESENCE_CHUNKS as usize).filter(|&chunk| wanted(chunk)).take(most).collect();
+        // A call for many of them costs less, and enough calls keep all cores busy.
+        let runs: Vec<&[u32]> = pieces
+            .chunk_by(|left, right| right - left == PRESENCE_CHUNKS)
+            .flat_map(|run| run.chunks(POPULATE_PIECES))
             .collect();
         let cores = std::thread::available_parallelism().map_or(1, usize::from).min(16);
         let next = std::sync::atomic::AtomicUsize::new(0);
@@ -484,9 +498,14 @@ impl Session {
             let workers: Vec<_> = (0..cores)
                 .map(|_| {
                     scope.spawn(|| {
-                        while let Some(&first) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        while let Some(run) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
                             let begun = Instant::now();
-                            self.ram.populate(first, PRESENCE_CHUNKS.min(chunks - first))?;
+                            let count = (run.len() as u32 * PRESENCE_CHUNKS).min(chunks - run[0]);
+                            if ram.populates_ahead() {
+                                ram.populate(run[0], count)?;
+                            } else {
+                                self.sink.enlarge(run[0], count);
+                            }
                             Spent::add(&self.sink.received().spent.fault_in, begun.elapsed());
                         }
                         Ok(())

@@ -18,6 +18,7 @@ use pagecopy::bitmap::PageBitmap;
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::PAGE_SIZE;
+use pagecopy::zero::is_zero;
 use transport::carrier::OpenError;
 use transport::link::{Exchange, LinkError};
 use transport::postcopy::PostcopyError;
@@ -29,7 +30,7 @@ use transport::streams::StreamsError;
 use transport::uri::Uri;
 use transport::wire::Role;
 use transport::wire::control::{
-    ErrorCode, Hello, Message, SessionStatus, Totals, Welcome, capability, state_digest,
+    ErrorCode, Hello, Message, PRESENCE_CHUNKS, SessionStatus, Totals, Welcome, capability, state_digest,
 };
 
 use super::Options;
@@ -40,6 +41,9 @@ use converge::Next;
 use reopen::Opener;
 use resume::connect;
 use watch::Watch;
+
+/// Bytes of a chunk that are looked at to see whether its memory is worth enlarging at the destination.
+const SAMPLE_BYTES: usize = 256;
 
 /// Receipts that may mismatch before the migration fails.
 const MISMATCHES_MAX: u64 = 64;
@@ -346,9 +350,16 @@ impl Attempt<'_> {
         let layout = self.backend.ram.layout();
         let seed = u64::from_le_bytes(random()?);
         let mut presence = vec![0u8; Hello::presence_len(layout)];
+        let mut dense = presence.clone();
+        let mut last = None;
         for (chunk, _) in populated.iter() {
-            let bit = chunk / transport::wire::control::PRESENCE_CHUNKS;
+            let bit = chunk / PRESENCE_CHUNKS;
             presence[bit as usize / 8] |= 1 << (bit % 8);
+            if last.replace(bit) != Some(bit)
+                && is_dense(&*self.backend.ram, populated, bit * PRESENCE_CHUNKS)
+            {
+                dense[bit as usize / 8] |= 1 << (bit % 8);
+            }
         }
         let resume = if self.options.reconnect_timeout.is_zero() { 0 } else { capability::RESUME };
         let postcopy = if self.backend.guest.is_some() { capability::POSTCOPY } else { 0 };
@@ -362,6 +373,7 @@ impl Attempt<'_> {
             reconnect_ms: self.options.reconnect_timeout.as_millis().try_into().unwrap_or(u32::MAX),
             regions: layout.regions().to_vec(),
             presence,
+            dense,
             machine: self.backend.machine.clone(),
         }));
         let welcome = watch.welcome(self.options.streams, capabilities)?;
@@ -617,6 +629,24 @@ fn ask_once(uri: &Uri, watch: &mut Watch, timeout: Duration) -> Result<Learnt, C
         }
     }
     Ok(Learnt::Unknown)
+}
+
+/// Whether there is data all over the [`PRESENCE_CHUNKS`] chunks from `first`, by samples, of which half may be zeros: so little
+/// of it is read that it costs next to nothing.
+fn is_dense(ram: &dyn GuestRam, populated: &PageBitmap, first: u32) -> bool {
+    let mut chunks = first..first.saturating_add(PRESENCE_CHUNKS);
+    if chunks.end > ram.layout().chunks() || chunks.clone().any(|chunk| populated.get(chunk) != u64::MAX) {
+        return false;
+    }
+    let zeros = chunks
+        .by_ref()
+        .filter(|&chunk| {
+            let mut sample = [0; SAMPLE_BYTES];
+            ram.chunk(chunk).copy_to(&mut sample[..]);
+            is_zero(&sample)
+        })
+        .count();
+    zeros as u32 <= PRESENCE_CHUNKS / 2
 }
 
 fn random<const N: usize>() -> std::io::Result<[u8; N]> {

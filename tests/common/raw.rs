@@ -31,6 +31,7 @@ pub(crate) fn hello(len: u64) -> Hello {
         reconnect_ms: 0,
         regions: vec![Region { name: "ram".into(), gpa: 0, len }],
         presence: vec![0xff],
+        dense: vec![],
         machine: String::new(),
     }
 }

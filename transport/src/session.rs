@@ -534,6 +534,7 @@ mod tests {
             reconnect_ms: 1,
             regions: vec![],
             presence: vec![],
+            dense: vec![],
             machine: String::new(),
         };
         destination.handle(Message::Hello(hello)).unwrap();

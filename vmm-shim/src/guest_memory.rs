@@ -89,6 +89,8 @@ pub struct GuestMemory {
     private_file: bool,
     /// Where `/proc` is mounted, and only for memory that has private pages.
     pagemap: Option<Pagemap>,
+    /// Whether dense memory may be made of large pages that its file system would not grant by itself.
+    enlarges: bool,
 }
 
 impl GuestMemory {
@@ -165,6 +167,15 @@ impl GuestMemory {
         regular.map(drop)
     }
 
+    /// Lets dense memory of tmpfs files and memfds become large pages ([`GuestRam::enlarge`]), whatever the file system's policy
+    /// on them is, where the kernel can (Linux 6.1). Whoever tracks writes to this memory by userfaultfd then sees 2 MiB where one
+    /// page was written, so this is for memory that is only filled.
+    #[must_use]
+    pub fn enlarging(mut self) -> Self {
+        self.enlarges = self.kind == Kind::Shmem && !self.private_file && collapse_works();
+        self
+    }
+
     /// The file behind a region (an index into `layout().regions()`) and the offset in bytes of the region in it, to
     /// pass to another process; `None` for anonymous memory and where there is no such region.
     pub fn fd_of(&self, region: usize) -> Option<(BorrowedFd<'_>, u64)> {
@@ -208,6 +219,7 @@ impl GuestMemory {
             created: None,
             private_file: false,
             pagemap,
+            enlarges: false,
         })
     }
 
@@ -241,7 +253,7 @@ impl GuestMemory {
             offset += region.len;
         }
         let pagemap = if private_file { Pagemap::open().ok() } else { None };
-        Ok(Self { layout, kind, regions, file: Some(file), created, private_file, pagemap })
+        Ok(Self { layout, kind, regions, file: Some(file), created, private_file, pagemap, enlarges: false })
     }
 
     /// The parts of regions that `count` chunks from `first` make up.
@@ -443,7 +455,21 @@ impl GuestRam for GuestMemory {
         }
     }
 
-    /// Only shared memory of 4 KiB pages has one: huge pages come in whole, and anonymous memory is populated ahead.
+    fn enlarges(&self) -> bool {
+        self.enlarges
+    }
+
+    fn enlarge(&self, first: u32, count: u32) -> bool {
+        let Ok(mut spans) = self.spans(first, count as usize) else { return false };
+        self.enlarges
+            && spans.all(|span| {
+                let (mapping, len) = (&self.regions[span.region], span.bytes.end - span.bytes.start);
+                mapping.collapse(span.bytes.start, len).is_ok()
+            })
+    }
+
+    /// Only shared memory of 4 KiB pages has one: huge pages come in whole, and anonymous memory is populated ahead. Memory
+    /// cannot be enlarged any more once it has a placer.
     fn placer(self: Arc<Self>) -> Option<Box<dyn Placer>> {
         if self.kind != Kind::Shmem || self.private_file {
             return None;
@@ -591,6 +617,28 @@ impl Mapping {
                 other => return other.map_err(io::Error::from),
             }
         }
+    }
+
+    /// Makes large pages of a range of shared memory, of which it keeps the content; what was never touched in it is zeros then and
+    /// no hole any more. Its ends must be multiples of 2 MiB, in memory and in the file, or it fails.
+    fn collapse(&self, offset: u64, len: u64) -> io::Result<()> {
+        let aligned =
+            (self.base.as_ptr() as u64 + offset).is_multiple_of(HUGE_SIZE) && len.is_multiple_of(HUGE_SIZE);
+        if len == 0 || !aligned {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // Mappings of files say that they want none, so that holes stay holes.
+        self.advise(offset, len, Advice::LinuxHugepage)?;
+        // The kernel passes a range over that has no page at all.
+        for at in (offset..offset + len).step_by(HUGE_SIZE as usize) {
+            self.advise(at, PAGE_SIZE as u64, Advice::LinuxPopulateWrite)?;
+        }
+        // SAFETY: `advise` has seen to it that the start of each 2 MiB lies in the mapping, and the last of these does not end behind
+        // it, because `len` bytes do not. Collapsing changes neither content nor addresses.
+        let result = unsafe {
+            libc::madvise(self.base.as_ptr().add(offset as usize).cast(), len as usize, libc::MADV_COLLAPSE)
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
     /// Asks for transparent huge pages, or refuses them. A kernel built without them knows neither, and needs neither.
@@ -779,6 +827,19 @@ fn mapping_error(region: &str, len: u64, kind: Kind, e: io::Error) -> BackendErr
         _ => String::new(),
     };
     BackendError::new(format!("map region {region:?}, {len} bytes{hint}"), e)
+}
+
+/// Whether this kernel makes large pages of shared memory on request.
+fn collapse_works() -> bool {
+    static WORKS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *WORKS.get_or_init(|| {
+        let trial = || -> Result<bool, BackendError> {
+            let layout = Layout::flat(HUGE_SIZE).map_err(|e| BackendError::invalid(e.to_string()))?;
+            let memory = GuestMemory::create(layout, &Backing::Memfd)?;
+            Ok(memory.regions[0].collapse(0, HUGE_SIZE).is_ok())
+        };
+        trial().unwrap_or(false)
+    })
 }
 
 #[cfg(test)]

@@ -303,3 +303,41 @@ fn huge_page_memory_works_or_says_what_is_missing() {
     let file = File::from(fd.try_clone_to_owned().unwrap());
     assert_eq!((file.metadata().unwrap().len(), offset), (4 << 20, 0));
 }
+
+#[test]
+fn enlarging_keeps_what_is_there_and_what_comes_meanwhile() {
+    let chunks = 32u32;
+    let layout = Layout::flat(u64::from(chunks) * CHUNK_SIZE as u64).unwrap();
+    let memory = GuestMemory::create(layout.clone(), &Backing::Memfd).unwrap();
+    assert!(!memory.enlarges() && !memory.enlarge(0, 8), "only memory that was told to");
+    let memory = memory.enlarging();
+    if !memory.enlarges() {
+        println!("skipped: this kernel makes no large pages of shared memory on request (Linux 6.1)");
+        return;
+    }
+    // One page here and there; another thread writes others all the time.
+    let page = |chunk: u32, bit: u32| (chunk, bit);
+    (0..chunks).for_each(|chunk| write_page(&memory, page(chunk, chunk % 64), 7));
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            for byte in 1..=200u8 {
+                (0..chunks).for_each(|chunk| write_page(&memory, page(chunk, 40), byte));
+            }
+        });
+        // All but the first 2 MiB. The kernel may find pages in use; a range that is no whole block is refused.
+        assert!((0..1000).any(|_| memory.enlarge(8, 24)));
+        assert!(!memory.enlarge(3, 2));
+        writer.join().unwrap();
+    });
+    for (chunk, bit) in all_pages(&layout) {
+        let expected = match bit {
+            40 => 200,
+            bit if bit == chunk % 64 => 7,
+            _ => 0,
+        };
+        assert!(read_page(&memory, (chunk, bit)).iter().all(|&byte| byte == expected), "{chunk} {bit}");
+    }
+    // What was enlarged is no hole any more, and nothing else was filled.
+    let there = populated(&memory, 0, chunks);
+    assert!(there.iter().filter(|(chunk, _)| *chunk >= 8).count() == 24 * 64);
+}

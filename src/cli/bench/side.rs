@@ -208,7 +208,7 @@ struct Taker<'a> {
 impl Incoming for Taker<'_> {
     fn open(&mut self, _hello: &Hello, layout: Layout) -> Result<Arc<dyn GuestRam>, String> {
         let backing = backing::parse(&self.order.memory)?;
-        let ram = Arc::new(GuestMemory::create(layout, &backing).map_err(|e| explain(&e))?);
+        let ram = Arc::new(GuestMemory::create(layout, &backing).map_err(|e| explain(&e))?.enlarging());
         self.ram = Some(ram.clone());
         Ok(ram)
     }

@@ -40,8 +40,11 @@ pub struct Received {
 /// Its memory must be fresh: all zeros. A page that no frame ever carried is a hole at the source, and stays one here.
 pub struct PageSink {
     ram: Arc<dyn GuestRam>,
-    /// Fills fresh pages, where the memory has that; each worker takes it along when it starts.
+    /// Fills fresh pages, once [`Self::begin_placing`] was called and where the memory has that; each worker takes it along when it
+    /// starts.
     placer: Mutex<Option<Arc<dyn Placer>>>,
+    /// By chunk: whether its memory was brought in as large pages.
+    large: Box<[AtomicBool]>,
     hasher: PageHasher,
     capabilities: u64,
     timeout: Duration,
@@ -72,7 +75,8 @@ impl PageSink {
             carried: PageBitmap::new(chunks),
             received: Received::default(),
             stop: AtomicBool::new(false),
-            placer: Mutex::new(ram.clone().placer().map(Arc::from)),
+            placer: Mutex::new(None),
+            large: (0..if ram.enlarges() { chunks } else { 0 }).map(|_| AtomicBool::new(false)).collect(),
             #[cfg(feature = "rdma")]
             registrar: crate::rdma::Registrar::new(pinned_max),
             ram,
@@ -121,6 +125,26 @@ impl PageSink {
     /// Tells the workers to stop between frames.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Brings fresh chunks in as large pages, ahead of what comes for them. What cannot be had as such comes in as its content does.
+    /// Before [`Self::begin_placing`].
+    pub fn enlarge(&self, first: u32, count: u32) {
+        if self.ram.enlarge(first, count) {
+            self.large[first as usize..][..count as usize]
+                .iter()
+                .for_each(|one| one.store(true, Ordering::Relaxed));
+        }
+    }
+
+    /// Whether a chunk's memory is there although nothing was written to it yet.
+    fn is_large(&self, chunk: u32) -> bool {
+        self.large.get(chunk as usize).is_some_and(|one| one.load(Ordering::Relaxed))
+    }
+
+    /// Memory that was brought in ahead is there. From here on fresh pages are placed, where the memory has that. No worker has begun.
+    pub fn begin_placing(&self) {
+        *self.placing() = self.ram.clone().placer().map(Arc::from);
     }
 
     /// All pages are here: memory goes to its guest as it was before, in nobody's hands but its own. Workers have ended.

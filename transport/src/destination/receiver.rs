@@ -277,7 +277,9 @@ impl<'a> Worker<'a> {
             return Ok(Some(StreamEnd { stream, frames: self.frames, fold: self.fold }));
         }
         let written = header.pages() & !header.zero;
-        let fresh = written & !self.sink.touched.get(header.chunk);
+        // What still has to be brought in.
+        let fresh =
+            if self.sink.is_large(header.chunk) { 0 } else { written & !self.sink.touched.get(header.chunk) };
         self.sink.touched.insert(header.chunk, written);
         self.populate(&header, fresh)?;
         lap.to(&spent.fault_in);

@@ -173,6 +173,7 @@ impl<'a> SourceHost<'a> {
             reconnect_ms: (attempt.reconnect / 1000) as u32,
             regions: layout.regions().to_vec(),
             presence: vec![0xff; Hello::presence_len(layout)],
+            dense: vec![],
             machine: "simulated".into(),
         });
         world.say(wire, ME, &hello);

@@ -63,6 +63,8 @@ pub struct Hello {
     pub regions: Vec<Region>,
     /// One bit for every [`PRESENCE_CHUNKS`] chunks: the source may have data there.
     pub presence: Vec<u8>,
+    /// The same bits: no page there is a hole, and most are no zeros. May be empty.
+    pub dense: Vec<u8>,
     /// The machine, for the destination to compare with its own; opaque to the protocol.
     pub machine: String,
 }
@@ -389,7 +391,7 @@ impl Message {
             return Err(WireError::BadValue { field: "message flags", value: flags.into() });
         }
         let max = match kind {
-            1 => PRESENCE_MAX + MACHINE_MAX + REGIONS_MAX * (REGION_NAME_MAX + 32),
+            1 => 2 * PRESENCE_MAX + MACHINE_MAX + REGIONS_MAX * (REGION_NAME_MAX + 32),
             10 => STATE_LEN_MAX,
             26 => 4 + MISSING_RUNS_MAX * 16,
             _ => 16 << 10,
@@ -469,6 +471,12 @@ impl Message {
     }
 }
 
+/// The bit of a map for a chunk, where the map goes so far.
+fn bit_of(map: &[u8], chunk: u32) -> Option<bool> {
+    let bit = chunk / PRESENCE_CHUNKS;
+    map.get(bit as usize / 8).map(|byte| byte & (1 << (bit % 8)) != 0)
+}
+
 impl Hello {
     fn encode(&self, w: &mut Writer) {
         w.u64(self.seed);
@@ -486,6 +494,7 @@ impl Hello {
             w.blob(region.name.as_bytes());
         }
         w.blob(&self.presence);
+        w.blob(&self.dense);
         w.blob(self.machine.as_bytes());
     }
 
@@ -514,14 +523,30 @@ impl Hello {
             regions.push(Region { gpa, len, name: r.string(REGION_NAME_MAX, "region name")? });
         }
         let presence = r.blob(PRESENCE_MAX, "presence map")?.to_vec();
+        let dense = r.blob(PRESENCE_MAX, "dense map")?.to_vec();
         let machine = r.string(MACHINE_MAX, "machine")?;
-        Ok(Self { seed, capabilities, streams, live, timeout_ms, reconnect_ms, regions, presence, machine })
+        Ok(Self {
+            seed,
+            capabilities,
+            streams,
+            live,
+            timeout_ms,
+            reconnect_ms,
+            regions,
+            presence,
+            dense,
+            machine,
+        })
     }
 
     /// Whether the source may have data in a chunk, by the presence map; chunks beyond the map count as present.
     pub fn present(&self, chunk: u32) -> bool {
-        let bit = chunk / PRESENCE_CHUNKS;
-        self.presence.get(bit as usize / 8).is_none_or(|byte| byte & (1 << (bit % 8)) != 0)
+        bit_of(&self.presence, chunk).unwrap_or(true)
+    }
+
+    /// Whether memory around a chunk is full of data, by the dense map.
+    pub fn is_dense(&self, chunk: u32) -> bool {
+        bit_of(&self.dense, chunk).unwrap_or(false)
     }
 
     /// The bytes a presence map of this layout has.
@@ -667,6 +692,7 @@ mod tests {
                 reconnect_ms: 300_000,
                 regions: vec![Region { name: "ram".into(), gpa: 0, len: 1 << 20 }],
                 presence: vec![1],
+                dense: vec![1],
                 machine: "{}".into(),
             }),
             Message::Welcome(Welcome {

@@ -139,23 +139,28 @@ fn sockets(streams: u8) -> io::Result<Vec<(TcpStream, TcpStream)>> {
     (0..streams).map(connect).collect()
 }
 
-/// The destination's memory; anonymous memory is populated with all cores.
+/// The destination's memory, populated with all cores: anonymous memory, and files where the kernel makes large pages of them.
 fn memory(length: u64, target: Target<'_>) -> io::Result<GuestMemory> {
     let layout = Layout::new(vec![Region { name: "ram".into(), gpa: 0, len: length }]);
     let backing = match target {
         Target::File(path) => Backing::File { path: path.into(), create: true },
         Target::Anonymous => Backing::Anonymous { huge: true },
     };
-    let memory =
-        GuestMemory::create(layout.map_err(io::Error::other)?, &backing).map_err(io::Error::other)?;
-    if memory.populates_ahead() {
+    let memory = GuestMemory::create(layout.map_err(io::Error::other)?, &backing);
+    let memory = memory.map_err(io::Error::other)?.enlarging();
+    if memory.populates_ahead() || memory.enlarges() {
         let chunks = memory.layout().chunks();
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
         let share = chunks.div_ceil(threads).next_multiple_of(8);
         std::thread::scope(|scope| {
             let populate = |thread: u32| {
                 let first = (thread * share).min(chunks);
-                memory.populate(first, share.min(chunks - first))
+                let count = share.min(chunks - first);
+                if memory.enlarges() && memory.enlarge(first, count) {
+                    Ok(())
+                } else {
+                    memory.populate(first, count)
+                }
             };
             let workers: Vec<_> = (0..threads).map(|n| scope.spawn(move || populate(n))).collect();
             workers.into_iter().try_for_each(|worker| match worker.join() {
