@@ -246,6 +246,9 @@ pub struct Chooser {
     delta_seen: Option<Average>,
     /// Each page is sent once.
     once: bool,
+    /// How many workers share a core: what a level costs that is not in use was measured while the others waited for the link, and
+    /// takes so many times as long once they all compress.
+    crowding: f64,
     chunks: u32,
     next_probe: usize,
 }
@@ -266,6 +269,7 @@ impl Chooser {
             delta: matches!(mode, CodecMode::Auto | CodecMode::Delta),
             delta_seen: None,
             once: false,
+            crowding: 1.0,
             chunks: 0,
             next_probe: 0,
         }
@@ -274,6 +278,11 @@ impl Chooser {
     /// For memory that nobody writes: each page is sent once, so no content is kept for deltas.
     pub fn each_once(self) -> Self {
         Self { once: true, ..self }
+    }
+
+    /// For one of `workers` that have `cores` together.
+    pub fn sharing(self, workers: u32, cores: u32) -> Self {
+        Self { crowding: (f64::from(workers) / f64::from(cores.max(1))).max(1.0), ..self }
     }
 
     /// What the user asked for.
@@ -364,6 +373,8 @@ impl Chooser {
     fn time(&self, choice: Option<usize>, link_nanos: f64) -> f64 {
         let Average { nanos, out } =
             choice.map_or(Average { nanos: 0.0, out: 1.0 }, |level| self.estimate(level));
+        // Between levels nothing changes: the core is as crowded with one as with the other.
+        let nanos = if self.current.is_none() { nanos * self.crowding } else { nanos };
         let wire = out * link_nanos;
         nanos.max(wire) + OVERLAP_LOSS * nanos.min(wire)
     }
@@ -534,6 +545,20 @@ mod tests {
         let mut gigabit = Sim::new(CodecMode::Auto, 125e6);
         gigabit.run(60, 1);
         assert!(gigabit.last.is_some());
+    }
+
+    /// Four workers on two cores, each with its part of 10 Gbit/s: compression that would pay for one of them alone does not.
+    #[test]
+    fn a_crowded_core_is_reckoned_with() {
+        let run = |sharing: (u32, u32), mbit: f64| {
+            let mut sim = Sim::new(CodecMode::Auto, mbit * 1e6 / 8.0);
+            sim.chooser = sim.chooser.sharing(sharing.0, sharing.1);
+            sim.run(2000, 1);
+            sim.last
+        };
+        assert!(run((4, 4), 2500.0).is_some());
+        assert_eq!(run((4, 2), 2500.0), None);
+        assert!(run((4, 2), 250.0).is_some());
     }
 
     #[test]

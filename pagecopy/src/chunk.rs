@@ -126,6 +126,11 @@ impl ChunkEncoder {
         Self { chooser: self.chooser.each_once(), ..self }
     }
 
+    /// For one of several workers; see [`Chooser::sharing`].
+    pub fn sharing(self, workers: u32, cores: u32) -> Self {
+        Self { chooser: self.chooser.sharing(workers, cores), ..self }
+    }
+
     /// What chooses the codec.
     pub fn chooser(&self) -> &Chooser {
         &self.chooser

@@ -10,8 +10,9 @@ mod resume;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
@@ -334,6 +335,7 @@ impl Destination {
             ram,
             guest,
             sink: Arc::new(sink),
+            enlarger: None,
             streams: DestinationStreams::new(),
             workers: BTreeMap::new(),
             postcopy: None,
@@ -400,6 +402,72 @@ enum Handover {
     TakenBack,
 }
 
+/// The pieces of 2 MiB that are wanted, as runs of chunks for as many calls: a call for many pieces costs less, and enough calls keep
+/// all cores busy. Never more than this host has to spare.
+fn runs_of_pieces(chunks: u32, wanted: impl Fn(u32) -> bool) -> Vec<Range<u32>> {
+    let piece_bytes = u64::from(PRESENCE_CHUNKS) * CHUNK_SIZE as u64;
+    let spare = usage::available_memory_bytes() / 10 * 9;
+    let most = usize::try_from(spare / piece_bytes).unwrap_or(usize::MAX);
+    let pieces: Vec<u32> =
+        (0..chunks).step_by(PRESENCE_CHUNKS as usize).filter(|&chunk| wanted(chunk)).take(most).collect();
+    pieces
+        .chunk_by(|left, right| right - left == PRESENCE_CHUNKS)
+        .flat_map(|run| run.chunks(POPULATE_PIECES))
+        .map(|run| run[0]..(run[0] + run.len() as u32 * PRESENCE_CHUNKS).min(chunks))
+        .collect()
+}
+
+/// Threads that bring memory in.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(16)
+}
+
+/// Brings dense memory in as large pages while pages come, and soon ahead of them: a link that is slow need not wait for it.
+struct Enlarger {
+    stop: Arc<AtomicBool>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Enlarger {
+    /// What is left when it is through is placed, page by page.
+    fn start(sink: &Arc<PageSink>, runs: Vec<Range<u32>>) -> Self {
+        let (stop, runs) = (Arc::new(AtomicBool::new(false)), Arc::new(runs));
+        // The first to start the next run, and how many threads are through.
+        let (next, ended) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let count = cores();
+        let work = || {
+            let (sink, stop, runs, next, ended) =
+                (sink.clone(), stop.clone(), runs.clone(), next.clone(), ended.clone());
+            move || {
+                while !stop.load(Ordering::Relaxed)
+                    && let Some(run) = runs.get(next.fetch_add(1, Ordering::Relaxed))
+                {
+                    let begun = Instant::now();
+                    sink.enlarge(run.start, run.end - run.start);
+                    Spent::add(&sink.received().spent.fault_in, begun.elapsed());
+                }
+                if ended.fetch_add(1, Ordering::AcqRel) + 1 == count {
+                    sink.begin_placing();
+                }
+            }
+        };
+        // Without a thread memory comes in as its content does.
+        let spawn = |n| std::thread::Builder::new().name(format!("enlarge-{n}")).spawn(work()).ok();
+        let threads = (0..count).filter_map(spawn).collect();
+        Self { stop, threads }
+    }
+}
+
+impl Drop for Enlarger {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            // It does not panic; and if it had, memory would come in as its content does.
+            let _ = thread.join();
+        }
+    }
+}
+
 /// One session.
 struct Session {
     machine: DestinationSession,
@@ -410,6 +478,8 @@ struct Session {
     ram: Arc<dyn GuestRam>,
     guest: Option<Arc<dyn Guest>>,
     sink: Arc<PageSink>,
+    /// Works while pages come.
+    enlarger: Option<Enlarger>,
     streams: DestinationStreams,
     /// By number, as `streams` has them.
     workers: BTreeMap<u16, Worker>,
@@ -426,7 +496,6 @@ impl Session {
     /// The phases: populate, move, finish, hand over.
     fn run(&mut self, listening: &Destination, incoming: &mut dyn Incoming) -> Result<(), IncomingError> {
         self.populate()?;
-        self.sink.begin_placing();
         let prepared = self.machine.prepared();
         self.send(prepared);
         self.setup = self.began.elapsed();
@@ -470,42 +539,28 @@ impl Session {
         self.guest.is_some() && !self.state.iter().any(|blob| blob.name == RUN_STATE && blob.bytes == [0])
     }
 
-    /// Brings in the memory that data will come for, with all cores, before it comes; never more than this host has to spare,
+    /// Faults in the memory that data will come for, with all cores, before it comes; never more than this host has to spare,
     /// for nothing was sent yet and anything may be announced.
-    fn populate(&self) -> Result<(), BackendError> {
-        let ram = &self.ram;
-        let wanted: &(dyn Fn(u32) -> bool + Sync) = if ram.populates_ahead() {
-            &|chunk| self.hello.present(chunk)
-        } else if ram.enlarges() {
-            &|chunk| self.hello.is_dense(chunk)
-        } else {
+    fn populate(&mut self) -> Result<(), BackendError> {
+        let chunks = self.ram.layout().chunks();
+        if !self.ram.populates_ahead() {
+            if self.ram.enlarges() {
+                let dense = runs_of_pieces(chunks, |chunk| self.hello.is_dense(chunk));
+                self.enlarger = Some(Enlarger::start(&self.sink, dense));
+            } else {
+                self.sink.begin_placing();
+            }
             return Ok(());
-        };
-        let chunks = ram.layout().chunks();
-        let piece_bytes = u64::from(PRESENCE_CHUNKS) * CHUNK_SIZE as u64;
-        let spare = usage::available_memory_bytes() / 10 * 9;
-        let most = usize::try_from(spare / piece_bytes).unwrap_or(usize::MAX);
-        let pieces: Vec<u32> =
-            (0..chunks).step_by(PRESENCE_CHUNKS as usize).filter(|&chunk| wanted(chunk)).take(most).collect();
-        // A call for many of them costs less, and enough calls keep all cores busy.
-        let runs: Vec<&[u32]> = pieces
-            .chunk_by(|left, right| right - left == PRESENCE_CHUNKS)
-            .flat_map(|run| run.chunks(POPULATE_PIECES))
-            .collect();
-        let cores = std::thread::available_parallelism().map_or(1, usize::from).min(16);
-        let next = std::sync::atomic::AtomicUsize::new(0);
+        }
+        let runs = runs_of_pieces(chunks, |chunk| self.hello.present(chunk));
+        let next = AtomicUsize::new(0);
         std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..cores)
+            let workers: Vec<_> = (0..cores())
                 .map(|_| {
                     scope.spawn(|| {
                         while let Some(run) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
                             let begun = Instant::now();
-                            let count = (run.len() as u32 * PRESENCE_CHUNKS).min(chunks - run[0]);
-                            if ram.populates_ahead() {
-                                ram.populate(run[0], count)?;
-                            } else {
-                                self.sink.enlarge(run[0], count);
-                            }
+                            self.ram.populate(run.start, run.end - run.start)?;
                             Spent::add(&self.sink.received().spent.fault_in, begun.elapsed());
                         }
                         Ok(())
@@ -671,6 +726,8 @@ impl Session {
                 return Ok(None);
             }
         }
+        // Nobody but the guest touches its memory from here on.
+        self.enlarger = None;
         self.sink.end_placing();
         let streams = self.streams.accounts();
         let mine = Totals { streams, pages: self.sink.carried_pages(), state: state_digest(&self.state) };

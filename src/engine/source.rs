@@ -401,6 +401,7 @@ impl Attempt<'_> {
             codec
         };
         let options = SourceOptions {
+            streams: self.options.streams,
             codec,
             cache_bytes: self.options.cache_bytes,
             timeout: self.options.timeout,

@@ -40,8 +40,7 @@ pub struct Received {
 /// Its memory must be fresh: all zeros. A page that no frame ever carried is a hole at the source, and stays one here.
 pub struct PageSink {
     ram: Arc<dyn GuestRam>,
-    /// Fills fresh pages, once [`Self::begin_placing`] was called and where the memory has that; each worker takes it along when it
-    /// starts.
+    /// Fills fresh pages, once [`Self::begin_placing`] was called and where the memory has that.
     placer: Mutex<Option<Arc<dyn Placer>>>,
     /// By chunk: whether its memory was brought in as large pages.
     large: Box<[AtomicBool]>,
@@ -142,7 +141,7 @@ impl PageSink {
         self.large.get(chunk as usize).is_some_and(|one| one.load(Ordering::Relaxed))
     }
 
-    /// Memory that was brought in ahead is there. From here on fresh pages are placed, where the memory has that. No worker has begun.
+    /// No memory is enlarged any more. From here on fresh pages are placed, where the memory has that.
     pub fn begin_placing(&self) {
         *self.placing() = self.ram.clone().placer().map(Arc::from);
     }

@@ -235,7 +235,6 @@ pub(super) struct Worker<'a> {
 
 impl<'a> Worker<'a> {
     pub(super) fn new(sink: &'a PageSink, carrier: Box<dyn FrameReceiver>, stream: u16) -> Self {
-        let placer = sink.placing().clone();
         Self {
             sink,
             input: Input {
@@ -249,8 +248,8 @@ impl<'a> Worker<'a> {
             },
             decoder: ChunkDecoder::new(),
             encoded_at: 0,
-            raw: vec![0; if placer.is_some() { CHUNK_SIZE } else { 0 }].into(),
-            placer,
+            raw: Box::default(),
+            placer: None,
             frames: 0,
             fold: 0,
         }
@@ -281,6 +280,9 @@ impl<'a> Worker<'a> {
         let fresh =
             if self.sink.is_large(header.chunk) { 0 } else { written & !self.sink.touched.get(header.chunk) };
         self.sink.touched.insert(header.chunk, written);
+        if fresh != 0 && self.placer.is_none() {
+            self.placer = self.sink.placing().clone();
+        }
         self.populate(&header, fresh)?;
         lap.to(&spent.fault_in);
         self.need_encoded(&header)?;
@@ -421,6 +423,9 @@ impl<'a> Worker<'a> {
     fn fetch_raw(&mut self, header: &FrameHeader) -> Result<(), ReceiveError> {
         let len = header.raw_len();
         let mut raw = std::mem::take(&mut self.raw);
+        if raw.is_empty() {
+            raw = vec![0; CHUNK_SIZE].into();
+        }
         let buffered = len.min(self.input.end - self.input.start);
         raw[..buffered].copy_from_slice(&self.input.buffer[self.input.start..self.input.start + buffered]);
         self.input.start += buffered;

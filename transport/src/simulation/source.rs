@@ -352,6 +352,7 @@ impl<'a> SourceHost<'a> {
             pending.insert(chunk, pages);
         });
         let options = SourceOptions {
+            streams: self.attempt.streams,
             codec: self.attempt.codec,
             cache_bytes: self.attempt.cache_bytes,
             timeout: Duration::from_micros(TIMEOUT),

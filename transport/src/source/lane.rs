@@ -281,7 +281,9 @@ pub(super) struct LaneSender<'a> {
 impl<'a> LaneSender<'a> {
     pub(super) fn new(shared: &'a Shared, carrier: Box<dyn FrameSender>) -> Self {
         let source = &*shared.source;
-        let encoder = ChunkEncoder::new(source.options.codec, clock::nanos);
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+        let encoder = ChunkEncoder::new(source.options.codec, clock::nanos)
+            .sharing(source.options.streams.into(), cores);
         Self {
             shared,
             source,

@@ -51,6 +51,8 @@ pub struct Batch {
 pub struct SourceOptions {
     /// Codec choice.
     pub codec: CodecMode,
+    /// Streams that the session has, which share this host's cores.
+    pub streams: u16,
     /// Bound of the delta cache, in bytes.
     pub cache_bytes: u64,
     /// Silence after which a stream is given up.
@@ -405,6 +407,7 @@ mod tests {
 
     fn nowhere(layout: Layout, pending: PageBitmap) -> PageSource {
         let options = SourceOptions {
+            streams: 1,
             codec: CodecMode::Raw,
             cache_bytes: 0,
             timeout: Duration::from_secs(1),
