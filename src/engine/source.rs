@@ -350,12 +350,14 @@ impl Attempt<'_> {
         let layout = self.backend.ram.layout();
         let seed = u64::from_le_bytes(random()?);
         let mut presence = vec![0u8; Hello::presence_len(layout)];
-        let mut dense = presence.clone();
+        // Only of memory alone: that of a guest stays in small pages, whose writes are told apart.
+        let mut dense = if self.backend.guest.is_none() { presence.clone() } else { Vec::new() };
         let mut last = None;
         for (chunk, _) in populated.iter() {
             let bit = chunk / PRESENCE_CHUNKS;
             presence[bit as usize / 8] |= 1 << (bit % 8);
             if last.replace(bit) != Some(bit)
+                && !dense.is_empty()
                 && is_dense(&*self.backend.ram, populated, bit * PRESENCE_CHUNKS)
             {
                 dense[bit as usize / 8] |= 1 << (bit % 8);
