@@ -161,7 +161,8 @@ pub trait MissingPages: Send + Sync {
     /// The same with `count` pages of zeros.
     fn place_zeros(&self, chunk: u32, first: u32, count: u32) -> Result<(), BackendError>;
 
-    /// Lets whoever waits for the page of a fault go on: with zeros, where it is not there.
+    /// Lets whoever waits for the page of a fault go on: with zeros, where it is not there. After [`end`](Self::end) nobody waits, and
+    /// this does nothing.
     fn settle(&self, fault: Fault) -> Result<(), BackendError>;
 
     /// Nothing is missing any more: nobody is stopped from here on, and whoever waits goes on.

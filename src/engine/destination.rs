@@ -781,10 +781,7 @@ impl Session {
         while Instant::now() < deadline {
             match self.next(listening) {
                 Ok(Some(LinkEvent::Message(Message::Running))) if !answered => {}
-                Ok(Some(LinkEvent::Message(Message::Running))) => return,
-                // After postcopy nothing is missing: whatever fails of its connections now, the source still waits for ARRIVED.
-                Err(_) if self.postcopy.is_some() => {}
-                Err(_) => return,
+                Ok(Some(LinkEvent::Message(Message::Running))) | Err(_) => return,
                 Ok(Some(LinkEvent::Dead(LinkError::Closed))) if !live => return,
                 Ok(Some(LinkEvent::Dead(_))) => self.link = None,
                 Ok(Some(LinkEvent::Message(Message::Query))) => {

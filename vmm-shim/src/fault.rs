@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -36,6 +37,8 @@ pub(crate) struct UffdMissing {
     unit: u64,
     /// Huge pages that are not complete, by region and offset.
     gathered: Mutex<HashMap<(usize, u64), Gathered>>,
+    /// Nobody is stopped any more, or will be in a moment.
+    ended: AtomicBool,
 }
 
 /// A part of a huge page.
@@ -88,7 +91,7 @@ impl UffdMissing {
                 BackendError::new(format!("register region {:?} for missing pages", r.name), e)
             })?;
         }
-        Ok(Self { memory, fd, unit, gathered: Mutex::new(HashMap::new()) })
+        Ok(Self { memory, fd, unit, gathered: Mutex::new(HashMap::new()), ended: AtomicBool::new(false) })
     }
 
     /// Region and offset in it of a page.
@@ -173,6 +176,21 @@ impl UffdMissing {
         }
         Ok(())
     }
+
+    /// Fills the page of a fault with zeros where it is not there, and wakes who waits for it.
+    fn settle_registered(&self, fault: Fault) -> Result<(), BackendError> {
+        let range = if self.unit == 0 {
+            self.place_zeros(fault.chunk, fault.page, 1)?;
+            self.range(fault.chunk, fault.page, 1)
+        } else {
+            let (region, offset) = self.locate(fault.chunk, fault.page);
+            self.copy(region, offset, &vec![0; self.unit as usize], self.unit as usize)?;
+            let start = self.range(fault.chunk, fault.page, 1).start;
+            start..start + self.unit
+        };
+        // Where it was there already, nobody was woken.
+        self.fd.wake(range).map_err(|e| BackendError::new("wake whoever waits for a page that is there", e))
+    }
 }
 
 impl MissingPages for UffdMissing {
@@ -216,20 +234,15 @@ impl MissingPages for UffdMissing {
     }
 
     fn settle(&self, fault: Fault) -> Result<(), BackendError> {
-        let range = if self.unit == 0 {
-            self.place_zeros(fault.chunk, fault.page, 1)?;
-            self.range(fault.chunk, fault.page, 1)
-        } else {
-            let (region, offset) = self.locate(fault.chunk, fault.page);
-            self.copy(region, offset, &vec![0; self.unit as usize], self.unit as usize)?;
-            let start = self.range(fault.chunk, fault.page, 1).start;
-            start..start + self.unit
-        };
-        // Where it was there already, nobody was woken.
-        self.fd.wake(range).map_err(|e| BackendError::new("wake whoever waits for a page that is there", e))
+        match self.settle_registered(fault) {
+            // The end of the registration came between the fault and this, and has let go who waited.
+            Err(_) if self.ended.load(Ordering::Acquire) => Ok(()),
+            settled => settled,
+        }
     }
 
     fn end(&self) -> Result<(), BackendError> {
+        self.ended.store(true, Ordering::Release);
         for (region, r) in self.memory.layout().regions().iter().enumerate() {
             self.fd.unregister(self.memory.host_range(region)).map_err(|e| {
                 BackendError::new(format!("end the registration of region {:?} for missing pages", r.name), e)
@@ -358,6 +371,26 @@ mod tests {
             assert_eq!(word(&memory, 2, 5), 3, "{backing:?}");
             missing.end().unwrap();
             assert_eq!(word(&memory, 2, 6), 0, "{backing:?}");
+        }
+    }
+
+    /// The last page may come while a fault of a hole is between its two halves.
+    #[test]
+    fn a_fault_that_was_read_before_the_end_is_settled_after_it() {
+        for backing in backings() {
+            let Some((memory, missing)) = missing(&backing) else { return };
+            std::thread::scope(|scope| {
+                let reading = memory.clone();
+                let reader = scope.spawn(move || word(&reading, 2, 5));
+                let mut faults = Vec::new();
+                while faults.is_empty() {
+                    missing.wait(&mut faults, Duration::from_secs(5)).unwrap();
+                }
+                missing.end().unwrap();
+                // Who waited was let go, and nothing is left to be done.
+                assert_eq!(reader.join().unwrap(), 0, "{backing:?}");
+                missing.settle(faults[0]).unwrap();
+            });
         }
     }
 
