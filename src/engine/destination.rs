@@ -539,8 +539,9 @@ impl Session {
         self.guest.is_some() && !self.state.iter().any(|blob| blob.name == RUN_STATE && blob.bytes == [0])
     }
 
-    /// Faults in the memory that data will come for, with all cores, before it comes; never more than this host has to spare,
-    /// for nothing was sent yet and anything may be announced.
+    /// Brings in the memory that data will come for, with all cores: before it comes where the memory says so, else while it comes, as
+    /// large pages where those are worth it. Never more than this host has to spare, for nothing was sent yet and anything may be
+    /// announced.
     fn populate(&mut self) -> Result<(), BackendError> {
         let chunks = self.ram.layout().chunks();
         if !self.ram.populates_ahead() {

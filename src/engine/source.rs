@@ -637,19 +637,16 @@ fn ask_once(uri: &Uri, watch: &mut Watch, timeout: Duration) -> Result<Learnt, C
 /// Whether there is data all over the [`PRESENCE_CHUNKS`] chunks from `first`, by samples, of which half may be zeros: so little
 /// of it is read that it costs next to nothing.
 fn is_dense(ram: &dyn GuestRam, populated: &PageBitmap, first: u32) -> bool {
-    let mut chunks = first..first.saturating_add(PRESENCE_CHUNKS);
+    let chunks = first..first.saturating_add(PRESENCE_CHUNKS);
     if chunks.end > ram.layout().chunks() || chunks.clone().any(|chunk| populated.get(chunk) != u64::MAX) {
         return false;
     }
-    let zeros = chunks
-        .by_ref()
-        .filter(|&chunk| {
-            let mut sample = [0; SAMPLE_BYTES];
-            ram.chunk(chunk).copy_to(&mut sample[..]);
-            is_zero(&sample)
-        })
-        .count();
-    zeros as u32 <= PRESENCE_CHUNKS / 2
+    let reads_as_zeros = |chunk: &u32| {
+        let mut sample = [0; SAMPLE_BYTES];
+        ram.chunk(*chunk).copy_to(&mut sample[..]);
+        is_zero(&sample)
+    };
+    chunks.filter(reads_as_zeros).count() as u32 <= PRESENCE_CHUNKS / 2
 }
 
 fn random<const N: usize>() -> std::io::Result<[u8; N]> {

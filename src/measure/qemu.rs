@@ -129,12 +129,7 @@ pub fn migrate(mode: Mode, job: &Job<'_>) -> Result<Took, String> {
     let mut destination = start(job.target, "destination.qmp", job.destination, true)?;
     let mut source = start(Target::File(job.image), "source.qmp", job.source, false)?;
     for qemu in [&mut source, &mut destination] {
-        qemu.connect()?;
-        if let Some(capability) = mode.capability() {
-            let on = json!([{"capability": capability, "state": true}]);
-            qemu.ask("migrate-set-capabilities", &json!({ "capabilities": on }))?;
-        }
-        qemu.ask("migrate-set-parameters", &mode.parameters())?;
+        qemu.set_up(mode.capability(), &mode.parameters())?;
     }
     let uri = format!("{}:{}:{}", mode.scheme(), job.host, job.port);
     destination.ask("migrate-incoming", &json!({ "uri": uri }))?;
@@ -161,16 +156,16 @@ pub fn migrate(mode: Mode, job: &Job<'_>) -> Result<Took, String> {
     })
 }
 
-/// How QEMU moves a guest that runs, and writes more than its link carries.
+/// What helps QEMU to move a guest that runs, and writes more than its link carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Weather {
-    /// Over one connection, with nothing to help it.
-    Plain,
-    /// With throttled vCPUs.
-    Converge,
-    /// With postcopy after this time.
+pub enum Help {
+    /// Nothing: one connection.
+    None,
+    /// Throttled vCPUs.
+    AutoConverge,
+    /// Postcopy after this time.
     Postcopy(Duration),
-    /// Over four connections, with zstd.
+    /// zstd, over four connections.
     Zstd,
 }
 
@@ -189,8 +184,8 @@ pub struct LiveJob<'a> {
     pub address: &'a str,
     /// A folder for sockets and logs.
     pub folder: &'a Path,
-    /// How.
-    pub weather: Weather,
+    /// What helps it.
+    pub help: Help,
     /// The downtime limit.
     pub downtime_limit: Duration,
     /// How long the guest runs before it is moved.
@@ -230,24 +225,16 @@ pub fn migrate_live(job: &LiveJob<'_>) -> Result<Lived, String> {
     let mut destination = start(Target::Anonymous, "destination.qmp", job.destination, true)?;
     let mut source = start(Target::File(job.ram), "source.qmp", job.source, false)?;
     let limit_ms = job.downtime_limit.as_millis() as u64;
+    let (mode, capability) = match job.help {
+        Help::None => (Mode::Tcp, None),
+        Help::AutoConverge => (Mode::Tcp, Some("auto-converge")),
+        Help::Postcopy(_) => (Mode::Tcp, Some("postcopy-ram")),
+        Help::Zstd => (Mode::MultifdZstd(4, None), Some("multifd")),
+    };
+    let mut parameters = mode.parameters();
+    parameters["downtime-limit"] = limit_ms.into();
     for qemu in [&mut source, &mut destination] {
-        qemu.connect()?;
-        let mut parameters = json!({"max-bandwidth": BANDWIDTH, "downtime-limit": limit_ms});
-        let capability = match job.weather {
-            Weather::Plain => None,
-            Weather::Converge => Some("auto-converge"),
-            Weather::Postcopy(_) => Some("postcopy-ram"),
-            Weather::Zstd => {
-                parameters["multifd-channels"] = 4.into();
-                parameters["multifd-compression"] = "zstd".into();
-                Some("multifd")
-            }
-        };
-        if let Some(capability) = capability {
-            let on = json!([{"capability": capability, "state": true}]);
-            qemu.ask("migrate-set-capabilities", &json!({ "capabilities": on }))?;
-        }
-        qemu.ask("migrate-set-parameters", &parameters)?;
+        qemu.set_up(capability, &parameters)?;
     }
     let uri = format!("tcp:{}", job.address);
     destination.ask("migrate-incoming", &json!({ "uri": uri }))?;
@@ -263,7 +250,7 @@ pub fn migrate_live(job: &LiveJob<'_>) -> Result<Lived, String> {
         {
             break state;
         }
-        if matches!(job.weather, Weather::Postcopy(after) if begin.elapsed() > after && !asked_for_postcopy) {
+        if matches!(job.help, Help::Postcopy(after) if begin.elapsed() > after && !asked_for_postcopy) {
             source.ask("migrate-start-postcopy", &json!({}))?;
             asked_for_postcopy = true;
         }
@@ -367,6 +354,16 @@ impl Qemu {
         stream.set_read_timeout(Some(ANSWER_PATIENCE)).map_err(|e| e.to_string())?;
         self.link = Some(BufReader::new(stream));
         self.ask("qmp_capabilities", &json!({})).map(drop)
+    }
+
+    /// Greets it, and sets one side of a migration up.
+    fn set_up(&mut self, capability: Option<&str>, parameters: &Value) -> Result<(), String> {
+        self.connect()?;
+        if let Some(capability) = capability {
+            let on = json!([{"capability": capability, "state": true}]);
+            self.ask("migrate-set-capabilities", &json!({ "capabilities": on }))?;
+        }
+        self.ask("migrate-set-parameters", parameters).map(drop)
     }
 
     /// One command; its return value.

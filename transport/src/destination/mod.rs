@@ -42,8 +42,8 @@ pub struct PageSink {
     ram: Arc<dyn GuestRam>,
     /// Fills fresh pages, once [`Self::begin_placing`] was called and where the memory has that.
     placer: Mutex<Option<Arc<dyn Placer>>>,
-    /// By chunk: whether its memory was brought in as large pages.
-    large: Box<[AtomicBool]>,
+    /// Pages whose memory was brought in ahead of their content.
+    there: PageBitmap,
     hasher: PageHasher,
     capabilities: u64,
     timeout: Duration,
@@ -75,7 +75,7 @@ impl PageSink {
             received: Received::default(),
             stop: AtomicBool::new(false),
             placer: Mutex::new(None),
-            large: (0..if ram.enlarges() { chunks } else { 0 }).map(|_| AtomicBool::new(false)).collect(),
+            there: PageBitmap::new(chunks),
             #[cfg(feature = "rdma")]
             registrar: crate::rdma::Registrar::new(pinned_max),
             ram,
@@ -130,15 +130,10 @@ impl PageSink {
     /// Before [`Self::begin_placing`].
     pub fn enlarge(&self, first: u32, count: u32) {
         if self.ram.enlarge(first, count) {
-            self.large[first as usize..][..count as usize]
-                .iter()
-                .for_each(|one| one.store(true, Ordering::Relaxed));
+            for chunk in first..first + count {
+                self.there.insert(chunk, self.ram.layout().valid(chunk));
+            }
         }
-    }
-
-    /// Whether a chunk's memory is there although nothing was written to it yet.
-    fn is_large(&self, chunk: u32) -> bool {
-        self.large.get(chunk as usize).is_some_and(|one| one.load(Ordering::Relaxed))
     }
 
     /// No memory is enlarged any more. From here on fresh pages are placed, where the memory has that.

@@ -277,8 +277,7 @@ impl<'a> Worker<'a> {
         }
         let written = header.pages() & !header.zero;
         // What still has to be brought in.
-        let fresh =
-            if self.sink.is_large(header.chunk) { 0 } else { written & !self.sink.touched.get(header.chunk) };
+        let fresh = written & !self.sink.touched.get(header.chunk) & !self.sink.there.get(header.chunk);
         self.sink.touched.insert(header.chunk, written);
         if fresh != 0 && self.placer.is_none() {
             self.placer = self.sink.placing().clone();

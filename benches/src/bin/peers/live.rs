@@ -1,4 +1,4 @@
-//! QEMU's migration of a guest that runs and writes faster than its link carries: the peer of `benches/converge.sh`, which says what
+//! The peer of `benches/converge.sh`: QEMU's migration of a guest that runs and writes faster than its link carries. That script says what
 //! is compared and makes the link.
 
 use std::fs;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use pageferry::measure::Place;
-use pageferry::measure::qemu::{self, LiveJob, Weather};
+use pageferry::measure::qemu::{self, Help, LiveJob};
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 use vmm_shim::guests::counter::{CounterParams, PAGE_WORDS_MAX};
 use vmm_shim::guests::{self, firmware, map};
@@ -23,7 +23,8 @@ const WARM_UP: Duration = Duration::from_secs(6);
 /// QEMU moves a running guest; prints a line as benches/converge.sh does
 #[derive(Debug, Args)]
 pub(crate) struct LiveArgs {
-    weather: Name,
+    /// The name it has there
+    case: Case,
     /// The destination's address and port
     #[arg(long)]
     address: String,
@@ -57,7 +58,7 @@ pub(crate) struct LiveArgs {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Name {
+enum Case {
     Plain,
     Converge,
     Postcopy,
@@ -65,13 +66,13 @@ enum Name {
     SlowLink,
 }
 
-impl From<Name> for Weather {
-    fn from(name: Name) -> Self {
-        match name {
-            Name::Plain => Self::Plain,
-            Name::Converge => Self::Converge,
-            Name::Postcopy => Self::Postcopy(POSTCOPY_AFTER),
-            Name::Zstd | Name::SlowLink => Self::Zstd,
+impl Case {
+    fn help(self) -> Help {
+        match self {
+            Self::Plain => Help::None,
+            Self::Converge => Help::AutoConverge,
+            Self::Postcopy => Help::Postcopy(POSTCOPY_AFTER),
+            Self::Zstd | Self::SlowLink => Help::Zstd,
         }
     }
 }
@@ -95,7 +96,7 @@ fn move_guest(args: &LiveArgs, folder: &Path) -> Result<(), String> {
         destination: &destination,
         address: &args.address,
         folder,
-        weather: args.weather.into(),
+        help: args.case.help(),
         downtime_limit: Duration::from_millis(args.downtime_limit),
         warm_up: WARM_UP,
         patience: Duration::from_secs(args.seconds),
@@ -104,7 +105,7 @@ fn move_guest(args: &LiveArgs, folder: &Path) -> Result<(), String> {
     let or = |value: Option<f64>| value.map_or_else(|| "?".into(), |value| format!("{value:.0}"));
     println!(
         "QEMU {}: {} after {} s and {} rounds; downtime {} ms, expected {} ms; the guest stood still for {} ms",
-        args.weather.to_possible_value().map_or_else(String::new, |name| name.get_name().to_owned()),
+        args.case.to_possible_value().map_or_else(String::new, |name| name.get_name().to_owned()),
         lived.status,
         lived.took.as_secs(),
         lived.rounds,
