@@ -3,14 +3,16 @@
 use std::ffi::OsStr;
 use std::time::{Duration, Instant};
 
+use pageferry::pagecopy::backend::GuestRam;
 use pageferry::pagecopy::digest::PageHasher;
 use pageferry::pagecopy::layout::Region;
 use pageferry::transport::wire::control::{ErrorCode, Hello, Message, SessionStatus, StreamEnd, Totals};
 use pageferry::transport::wire::frame::{FrameHeader, FrameKind};
 use pageferry::transport::wire::{Preamble, Role};
+use pageferry::vmm_shim::guest_memory::GuestMemory;
 
 use crate::common::raw::{Peer, SEED, hello, open_session, open_stream, preamble};
-use crate::common::{Image, Job, MIB, PAGE, Recv, send, turn};
+use crate::common::{Image, Job, MIB, PAGE, Recv, blocks, send, turn};
 
 /// `--link-timeout` of the destinations here.
 const TIMEOUT: u64 = 1;
@@ -534,6 +536,30 @@ fn a_query_takes_the_place_of_a_lost_control_connection() {
         drop((query, old));
         recv.ferry.wait_for(LIMIT).code(0);
     }
+}
+
+/// Dense memory comes in before any of its pages does, and no other; a map of another layout is refused.
+#[test]
+fn a_dense_map_brings_in_what_it_names() {
+    let _turn = turn();
+    let job = Job::new(Image::Random, 6 * MIB);
+    let recv = Recv::to_file(&job.to, 60);
+    let mut peer = Peer::connect(recv.port());
+    peer.write(&preamble(Role::Control, 0).encode());
+    peer.send(&Message::Hello(Hello { dense: vec![0; 2], ..hello(6 * MIB as u64) }));
+    peer.expect_error(ErrorCode::Layout, "dense map has 2 bytes");
+    let _control = open_session(recv.port(), Hello { dense: vec![0b010], ..hello(6 * MIB as u64) });
+    let enlarges =
+        GuestMemory::open_ram_file(&job.to, true).is_ok_and(|memory| memory.enlarging().enlarges());
+    if !enlarges {
+        println!("skipped: no large pages of shared memory on request here (Linux 6.1, a tmpfs)");
+        return;
+    }
+    let begun = Instant::now();
+    while blocks(&job.to) < 2 * MIB as u64 && begun.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(blocks(&job.to), 2 * MIB as u64);
 }
 
 /// A guest of 64 TiB is within the protocol: it is taken or refused, without a crash.

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::pagecopy::digest::PageHasher;
 use pageferry::transport::wire::control::{ErrorCode, Message, Totals, Welcome};
+use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::common::raw::{Peer, Server, read_raw_frame, receipt_bytes, welcome};
 use crate::common::{Ended, Image, Job, MIB, PAGE, send, turn};
@@ -290,4 +291,32 @@ fn accounts_that_differ() {
         control.expect_error(ErrorCode::Integrity, "differs");
     };
     facing(64, "1", script, &["account of the transfer differs from the source's (number of pages carried)"]);
+}
+
+/// What a source says of its memory before anything is sent: a destination that believes it fills no holes, and none that zeros
+/// would leave.
+#[test]
+fn the_maps_of_hello_tell_data_from_holes_and_zeros() {
+    let _turn = turn();
+    let job = Job::new(Image::Random, 8 * MIB);
+    let file = std::fs::OpenOptions::new().write(true).open(&job.from).unwrap();
+    // Of four pieces of 2 MiB: data with few zeros, with a hole, zeros that are there, and nothing.
+    let zeros = vec![0; 2 * MIB];
+    std::os::unix::fs::FileExt::write_all_at(&file, &zeros[..3 * MIB / 4], MIB as u64).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &zeros, 4 * MIB as u64).unwrap();
+    for (at, length) in [(3 * MIB, PAGE), (6 * MIB, 2 * MIB)] {
+        punch(&file, at, length);
+    }
+    let (server, uri) = Server::new();
+    let sent = send(&uri, &job.from, &["--link-timeout", TIMEOUT]);
+    let (peer, hello) = server.hello();
+    assert_eq!((hello.presence, hello.dense), (vec![0b0111], vec![0b0001]));
+    drop(peer);
+    sent.wait_for(LIMIT).code(1);
+}
+
+/// Makes a hole.
+fn punch(file: &std::fs::File, at: usize, length: usize) {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(file, flags, at as u64, length as u64).unwrap();
 }
