@@ -10,6 +10,8 @@
 //! nzrun stays as it is. The encoder makes every run as long as the bytes allow, so the encoding of a pair of pages is
 //! unique. Source: QEMU `docs/xbzrle.txt`, and the facts observed on its streams.
 
+use std::ops::Range;
+
 use crate::layout::PAGE_SIZE;
 use crate::simd::{self, Difference, Level};
 
@@ -18,6 +20,10 @@ pub type Page = [u8; PAGE_SIZE];
 
 /// A copy this long is done with two fixed moves instead of a call.
 const SHORT_COPY: usize = 32;
+/// A run this long, after fewer than 128 bytes that stay, is written in one go.
+const SHORT_RUN: usize = 16;
+/// With so many runs their borders are listed first, which costs as much as finding a few one by one.
+const MANY_RUNS: u32 = 16;
 
 /// What [`encode`] made of a pair of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,39 +91,79 @@ pub fn encode_at(level: Level, old: &Page, new: &Page, out: &mut [u8]) -> Encode
     if (difference.bytes + 2 * difference.runs) as usize > out.len() {
         return Encoded::Overflow;
     }
-    emit(&difference, new, out)
+    if difference.runs < MANY_RUNS {
+        return emit(&difference, new, out);
+    }
+    let mut borders = [0; simd::BORDERS_MAX];
+    let count = simd::borders(level, &difference, &mut borders);
+    emit_many(&borders[..count], new, out)
 }
 
+/// Writes runs that are found one by one.
 fn emit(difference: &Difference, new: &Page, out: &mut [u8]) -> Encoded {
     let (mut position, mut length) = (0, 0);
     while let Some(start) = next_changed(difference, position) {
         let end = next_same(difference, start);
-        let (stay, change) = (start - position, end - start);
-        // Two lengths of at most two bytes each.
-        let mut lengths = [0u8; 4];
-        let first = put_uleb(&mut lengths, 0, stay);
-        let head = put_uleb(&mut lengths, first, change);
-        let total = length + head + change;
-        if total > out.len() {
-            return Encoded::Overflow;
-        }
-        let short = change <= SHORT_COPY;
-        if let (true, Some(to), Some(from)) = (
-            short,
-            out[length..].first_chunk_mut::<{ 4 + SHORT_COPY }>(),
-            new[start..].first_chunk::<SHORT_COPY>(),
-        ) {
-            // Fixed sizes: what is written too much is overwritten by the next run.
-            to[..4].copy_from_slice(&lengths);
-            to[head..head + SHORT_COPY].copy_from_slice(from);
-        } else {
-            out[length..length + head].copy_from_slice(&lengths[..head]);
-            out[length + head..total].copy_from_slice(&new[start..end]);
-        }
-        length = total;
-        position = end;
+        let Some(after) = put_run(new, position, start..end, out, length) else { return Encoded::Overflow };
+        (position, length) = (end, after);
     }
     Encoded::Len(length)
+}
+
+/// Writes runs whose borders are listed.
+fn emit_many(borders: &[u16], new: &Page, out: &mut [u8]) -> Encoded {
+    let (mut position, mut length) = (0, 0);
+    for &[start, end] in borders.as_chunks::<2>().0 {
+        let (start, end) = (usize::from(start), usize::from(end));
+        let (stay, change) = (start - position, end - start);
+        // Most runs are short and near: nothing in here depends on how short.
+        let after = match (
+            out[length..].first_chunk_mut::<{ 2 + SHORT_RUN }>(),
+            new[start..].first_chunk::<SHORT_RUN>(),
+        ) {
+            (Some(to), Some(from)) if stay < 0x80 && change <= SHORT_RUN => {
+                (to[0], to[1]) = (stay as u8, change as u8);
+                // What is written too much is overwritten by the next run.
+                to[2..].copy_from_slice(from);
+                length + 2 + change
+            }
+            _ => match put_run(new, position, start..end, out, length) {
+                Some(after) => after,
+                None => return Encoded::Overflow,
+            },
+        };
+        (position, length) = (end, after);
+    }
+    Encoded::Len(length)
+}
+
+/// Writes the bytes from `position` to the run, which stay, and the run itself, at `length` of `out`; returns where it ends, or `None`
+/// where it does not fit.
+#[inline]
+fn put_run(new: &Page, position: usize, run: Range<usize>, out: &mut [u8], length: usize) -> Option<usize> {
+    let change = run.len();
+    // Two lengths of at most two bytes each.
+    let mut lengths = [0u8; 4];
+    let first = put_uleb(&mut lengths, 0, run.start - position);
+    let head = put_uleb(&mut lengths, first, change);
+    let total = length + head + change;
+    if total > out.len() {
+        return None;
+    }
+    let short = change <= SHORT_COPY;
+    if let (true, Some(to), Some(from)) = (
+        short,
+        out[length..].first_chunk_mut::<{ 4 + SHORT_COPY }>(),
+        new[run.start..].first_chunk::<SHORT_COPY>(),
+    ) {
+        // Fixed sizes: what is written too much is overwritten by the next run.
+        to[..4].copy_from_slice(&lengths);
+        to[head..head + SHORT_COPY].copy_from_slice(from);
+    } else {
+        out[length..length + head].copy_from_slice(&lengths[..head]);
+        out[length + head..total].copy_from_slice(&new[run]);
+    }
+    Some(total)
 }
 
 /// The first byte at or after `position` that differs.
@@ -185,6 +231,23 @@ pub fn decode(encoded: &[u8], page: &mut Page) -> Result<usize, DeltaError> {
     }
     let (mut offset, mut position) = (0, 0);
     while offset < encoded.len() {
+        // A single byte is taken here because, when it is guessed to be one, the next run's place is known before this one's
+        // lengths are read.
+        let single = match encoded[offset..] {
+            [stay @ 0..0x80, 1, byte, ..] => Some((usize::from(stay), byte, offset + 3)),
+            [low @ 0x80..=0xff, high @ 0..0x80, 1, byte, ..] => {
+                Some((usize::from(low & 0x7f) | usize::from(high) << 7, byte, offset + 4))
+            }
+            _ => None,
+        };
+        if let Some((stay, byte, after)) = single
+            && (stay != 0 || offset == 0)
+            && let Some(slot) = page.get_mut(position + stay)
+        {
+            *slot = byte;
+            (position, offset) = (position + stay + 1, after);
+            continue;
+        }
         let (stay, after) = get_uleb(encoded, offset)?;
         if stay == 0 && offset != 0 {
             return Err(DeltaError::EmptyRun { offset });
@@ -203,11 +266,31 @@ pub fn decode(encoded: &[u8], page: &mut Page) -> Result<usize, DeltaError> {
         }
         let bytes =
             encoded.get(after..after + change).ok_or(DeltaError::Truncated { offset: encoded.len() })?;
-        page[position..position + change].copy_from_slice(bytes);
+        copy_run(&mut page[position..position + change], bytes);
         position += change;
         offset = after + change;
     }
     Ok(position)
+}
+
+/// Copies a run: a short one by two moves that may overlap, instead of a call.
+#[inline(always)]
+fn copy_run(to: &mut [u8], from: &[u8]) {
+    #[inline(always)]
+    fn ends<const N: usize>(to: &mut [u8], from: &[u8]) {
+        if let (Some(to), Some(from)) = (to.first_chunk_mut::<N>(), from.first_chunk::<N>()) {
+            *to = *from;
+        }
+        if let (Some(to), Some(from)) = (to.last_chunk_mut::<N>(), from.last_chunk::<N>()) {
+            *to = *from;
+        }
+    }
+    match to.len() {
+        2..4 => ends::<2>(to, from),
+        4..8 => ends::<4>(to, from),
+        8..=16 => ends::<8>(to, from),
+        _ => to.copy_from_slice(from),
+    }
 }
 
 /// The encoder as a plain loop over bytes: what [`encode`] must equal, and what benches compare it to.
@@ -293,6 +376,14 @@ mod tests {
         let mut page = old;
         assert_eq!(decode(&[0xff, 0x1f, 1, 2], &mut page), Ok(PAGE_SIZE));
         assert_eq!(page, new);
+    }
+
+    #[test]
+    fn a_run_whose_first_byte_looks_like_a_length() {
+        // 2 stay, then 3 change, to 1, 7 and 8: not a length of two bytes and a single byte.
+        let mut page = [0; PAGE_SIZE];
+        assert_eq!(decode(&[2, 3, 1, 7, 8, 0x80, 1, 1, 9], &mut page), Ok(134));
+        assert_eq!((&page[..6], page[133]), (&[0, 0, 1, 7, 8, 0][..], 9));
     }
 
     #[test]
