@@ -25,6 +25,7 @@ fn header(seq: u64) -> FrameHeader {
         zstd: 0x0000_0000_ffff_0000,
         encoded_checksum: 0x1234_5678_9abc_def0,
         placed: false,
+        references: false,
     }
 }
 

@@ -42,17 +42,23 @@ const RISE_UNSEEN: f64 = 0.2;
 const FILL_LINK_NANOS: f64 = 1.25;
 /// Weight of a new observation in the averages.
 const WEIGHT: f64 = 0.125;
+/// Weight of a trial of a level beside the one in use; they are few.
+const WEIGHT_TRIED: f64 = 0.25;
 
 /// Levels that `auto` picks from, with nanoseconds a byte and output share that are assumed until measured. Source:
 /// measured at 256 KiB on library code and heap pages, one core.
-const LEVELS: [(i32, f64, f64); 6] = [
+const LEVELS: [(i32, f64, f64); 7] = [
     (-7, 1.47, 0.44),
     (-3, 1.72, 0.365),
     (-1, 1.89, 0.30),
     (1, 2.0, 0.236),
-    (3, 2.86, 0.246),
-    (6, 8.0, 0.22),
+    (2, 3.3, 0.19),
+    (3, 4.9, 0.185),
+    (6, 10.0, 0.175),
 ];
+/// The lowest level that is worth its references: below, finding and loading them costs more than it saves. The levels from here on
+/// are measured with them, on the memory of a Linux guest.
+pub const REFERENCES_LEVEL_MIN: i32 = 2;
 
 /// What the user asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -134,7 +140,9 @@ pub struct Plan {
     pub delta_bytes_max: usize,
     /// Compress what is left at this level; `None`: send it raw.
     pub zstd_level: Option<i32>,
-    /// Compress a few pages at this level only to see what it does.
+    /// Let what is compressed refer to pages of other chunks that resemble it.
+    pub references: bool,
+    /// Compress pages at this level only to see what it does.
     pub probe: Option<i32>,
 }
 
@@ -168,7 +176,7 @@ pub enum EncodeKind {
     },
 }
 
-/// An average of cost and output per input byte.
+/// Cost and output per input byte, or factors of them.
 #[derive(Clone, Copy, Debug)]
 struct Average {
     nanos: f64,
@@ -176,9 +184,21 @@ struct Average {
 }
 
 impl Average {
-    fn add(self, new: Self) -> Self {
-        let mix = |old: f64, new: f64| old + (new - old) * WEIGHT;
+    const ONE: Self = Self { nanos: 1.0, out: 1.0 };
+
+    fn add(self, new: Self, weight: f64) -> Self {
+        let mix = |old: f64, new: f64| old + (new - old) * weight;
         Self { nanos: mix(self.nanos, new.nanos), out: mix(self.out, new.out) }
+    }
+
+    fn times(self, other: Self) -> Self {
+        Self { nanos: self.nanos * other.nanos, out: self.out * other.out }
+    }
+
+    /// How many times as much this is; what no measurement says, one that is off by 1000 and more, counts as that.
+    fn over(self, other: Self) -> Self {
+        let ratio = |this: f64, other: f64| (this / other.max(1e-9)).clamp(1e-3, 1e3);
+        Self { nanos: ratio(self.nanos, other.nanos), out: ratio(self.out, other.out) }
     }
 }
 
@@ -235,10 +255,15 @@ impl Link {
 pub struct Chooser {
     mode: CodecMode,
     link: Link,
-    /// What is measured, per entry of `LEVELS`.
-    levels: [Option<Average>; LEVELS.len()],
-    /// How the measured levels compare to what was assumed of them: applied to those not measured.
-    correction: Average,
+    /// How the data compares to what `LEVELS` was measured on, lately: the same for every level.
+    data: Average,
+    /// How often it was seen.
+    data_seen: u32,
+    /// How each level compares to what is assumed of it beside the others, whatever the data. It is learnt only from levels that
+    /// compressed the same pages: from one chunk to the next data differs by more than levels do.
+    levels: [Average; LEVELS.len()],
+    /// What the trial of another level made of the chunk that is being encoded.
+    tried: Option<(usize, Average)>,
     /// Index in `LEVELS`, or `None` for raw.
     current: Option<usize>,
     delta: bool,
@@ -246,6 +271,8 @@ pub struct Chooser {
     delta_seen: Option<Average>,
     /// Each page is sent once.
     once: bool,
+    /// The destination takes references.
+    references: bool,
     /// How many workers share a core: what a level costs that is not in use was measured while the others waited for the link, and
     /// takes so many times as long once they all compress.
     crowding: f64,
@@ -263,12 +290,15 @@ impl Chooser {
         Self {
             mode,
             link: Link::new(),
-            levels: [None; LEVELS.len()],
-            correction: Average { nanos: 1.0, out: 1.0 },
+            data: Average::ONE,
+            data_seen: 0,
+            levels: [Average::ONE; LEVELS.len()],
+            tried: None,
             current,
             delta: matches!(mode, CodecMode::Auto | CodecMode::Delta),
             delta_seen: None,
             once: false,
+            references: false,
             crowding: 1.0,
             chunks: 0,
             next_probe: 0,
@@ -278,6 +308,11 @@ impl Chooser {
     /// For memory that nobody writes: each page is sent once, so no content is kept for deltas.
     pub fn each_once(self) -> Self {
         Self { once: true, ..self }
+    }
+
+    /// For a destination that takes references to other pages.
+    pub fn referring(self, references: bool) -> Self {
+        Self { references, ..self }
     }
 
     /// For one of `workers` that have `cores` together.
@@ -299,13 +334,17 @@ impl Chooser {
             CodecMode::Raw | CodecMode::Delta => None,
         };
         let picks = matches!(self.mode, CodecMode::Auto | CodecMode::Zstd { level: None });
-        let probe = (picks && self.chunks % PROBE_EVERY == 1).then(|| {
-            self.next_probe = (self.next_probe + 1) % LEVELS.len();
-            if Some(self.next_probe) == self.current {
-                self.next_probe = (self.next_probe + 1) % LEVELS.len();
-            }
-            LEVELS[self.next_probe].0
-        });
+        let refers = |level: i32| self.references && level >= REFERENCES_LEVEL_MIN;
+        let references = level.is_some_and(refers);
+        let probe = if picks && self.chunks % PROBE_EVERY == 1 {
+            // References are found among pages that were sent with them: of a level that has them, only use tells.
+            let tellable = |&i: &usize| Some(i) != self.current && (references || !refers(LEVELS[i].0));
+            let next = (1..=LEVELS.len()).map(|step| (self.next_probe + step) % LEVELS.len()).find(tellable);
+            self.next_probe = next.unwrap_or(self.next_probe);
+            next.map(|i| LEVELS[i].0)
+        } else {
+            None
+        };
         let auto = self.mode == CodecMode::Auto;
         let slow = self.link.nanos.is_none_or(|nanos| nanos >= FILL_LINK_NANOS);
         let sampled = auto && is_delta_sample(chunk);
@@ -317,6 +356,7 @@ impl Chooser {
             // Beside compression a delta must be shorter than what compression would make of the page.
             delta_bytes_max: ((PAGE_SIZE as f64 * share) as usize).clamp(PAGE_SIZE / 8, DELTA_BYTES_MAX),
             zstd_level: level,
+            references,
             probe,
         }
     }
@@ -342,17 +382,34 @@ impl Chooser {
             EncodeKind::Scan => {}
             EncodeKind::Delta { chunk } => {
                 if is_delta_sample(chunk) {
-                    self.delta_seen = Some(self.delta_seen.map_or(new, |old| old.add(new)));
+                    self.delta_seen = Some(self.delta_seen.map_or(new, |old| old.add(new, WEIGHT)));
                 }
             }
-            EncodeKind::Zstd { level } | EncodeKind::Probe { level } => {
-                let Some(i) = LEVELS.iter().position(|l| l.0 == level) else { return };
-                let (_, nanos, out) = LEVELS[i];
-                self.levels[i] = Some(self.levels[i].map_or(new, |old| old.add(new)));
-                self.correction =
-                    self.correction.add(Average { nanos: new.nanos / nanos, out: new.out / out });
+            EncodeKind::Probe { level } => {
+                let Some(i) = index_of(level) else { return };
+                match self.current {
+                    // Its chunk is about to be compressed by the level in use as well.
+                    Some(_) => self.tried = Some((i, new)),
+                    None => self.see(i, new),
+                }
+            }
+            EncodeKind::Zstd { level } => {
+                let Some(i) = index_of(level) else { return };
+                if let Some((tried, other)) = self.tried.take() {
+                    // other / new = assumed(tried) * levels[tried] / (assumed(i) * levels[i])
+                    let found = other.over(new).times(assumed(i).times(self.levels[i])).over(assumed(tried));
+                    self.levels[tried] = self.levels[tried].add(found, WEIGHT_TRIED);
+                }
+                self.see(i, new);
             }
         }
+    }
+
+    /// Notes what a level made of some data.
+    fn see(&mut self, level: usize, new: Average) {
+        self.data_seen = self.data_seen.saturating_add(1);
+        let weight = WEIGHT.max(1.0 / f64::from(self.data_seen));
+        self.data = self.data.add(new.over(assumed(level).times(self.levels[level])), weight);
     }
 
     /// The rate at which the link is believed to drain, in bytes per second; `None` before it was measured.
@@ -362,11 +419,8 @@ impl Chooser {
 
     /// What a level costs and makes, as far as known.
     fn estimate(&self, level: usize) -> Average {
-        let (_, nanos, out) = LEVELS[level];
-        self.levels[level].unwrap_or(Average {
-            nanos: nanos * self.correction.nanos,
-            out: (out * self.correction.out).min(1.0),
-        })
+        let Average { nanos, out } = assumed(level).times(self.levels[level]).times(self.data);
+        Average { nanos, out: out.min(1.0) }
     }
 
     /// Nanoseconds that a logical byte takes with a choice, over this link.
@@ -398,6 +452,17 @@ impl Chooser {
             self.delta = seen.nanos < gain * if self.delta { 1.25 } else { 0.8 };
         }
     }
+}
+
+/// What is assumed of a level.
+fn assumed(level: usize) -> Average {
+    let (_, nanos, out) = LEVELS[level];
+    Average { nanos, out }
+}
+
+/// Where a level stands in [`LEVELS`].
+fn index_of(level: i32) -> Option<usize> {
+    LEVELS.iter().position(|entry| entry.0 == level)
 }
 
 /// Whether a chunk is one of those that always have delta bases.
@@ -573,6 +638,32 @@ mod tests {
             (sim.link, sim.buffer) = (4.0, 8e6);
             sim.run(8000, 1);
             assert_eq!(sim.last, None);
+        }
+    }
+
+    #[test]
+    fn references_come_with_levels_that_are_worth_them() {
+        let mut sim = Sim::new(CodecMode::Auto, 4e9);
+        sim.chooser = sim.chooser.referring(true);
+        let mut probed = std::collections::BTreeSet::new();
+        for chunk in 0..1000 {
+            let plan = sim.chooser.plan(chunk);
+            assert!(!plan.references);
+            probed.extend(plan.probe);
+            sim.chunk();
+        }
+        assert_eq!(Vec::from_iter(probed), [-7, -3, -1, 1]);
+        // A gigabit for four streams.
+        (sim.link, sim.buffer) = (0.03, 3e6);
+        sim.run(2000, 1);
+        assert!(sim.last.is_some_and(|level| level >= REFERENCES_LEVEL_MIN), "{:?}", sim.last);
+        let plans: Vec<Plan> = (0..1000).map(|chunk| sim.chooser.plan(chunk)).collect();
+        assert!(plans.iter().all(|plan| plan.references));
+        assert!(plans.iter().any(|plan| plan.probe == Some(3)));
+        for (level, references) in [(1, false), (2, true), (19, true)] {
+            let mode = CodecMode::Zstd { level: Some(level) };
+            assert_eq!(Chooser::new(mode).referring(true).plan(0).references, references);
+            assert!(!Chooser::new(mode).plan(0).references);
         }
     }
 

@@ -17,21 +17,30 @@
 //!     u16, little-endian        length of the delta, 1..=2730
 //!     that many bytes           XBZRLE
 //! if `zstd` is not 0:
+//!     if there are references:
+//!         u8                    how many, 1..=64
+//!         for each, by ascending chunk:
+//!             u32               a chunk
+//!             u64               mask of its pages, not 0; at most 64 pages in all
 //!     the rest of the section   one zstd frame that says the size of its content, 4096 * (bits of `zstd`):
 //!                               the pages, ascending, one after the other
 //! ```
 //!
-//! The section ends where these end, and is never longer than the pages it stands for. Its length, the masks, its
-//! checksum and the raw pages belong to the frame around it.
+//! The section ends where these end, and is never longer than the pages it stands for. Its length, the masks, whether there are
+//! references, its checksum and the raw pages belong to the frame around it.
+//!
+//! The frame's dictionary is 8 bytes of zeros and then the referenced pages, in this order, as the destination holds them when it
+//! decodes the section. Without references it has none.
 
 use vm_memory::volatile_memory::VolatileSlice;
 
 use crate::bitmap::{bits, runs};
 use crate::cache::{CachedChunk, PageCache};
-use crate::choose::{Chooser, CodecMode, DELTA_BYTES_MAX, EncodeKind, Plan};
-use crate::compress::{Compress, Decompress, DecompressError, looks_compressible};
+use crate::choose::{Chooser, CodecMode, DELTA_BYTES_MAX, EncodeKind, Plan, REFERENCES_LEVEL_MIN};
+use crate::compress::{Compress, Decompress, DecompressError, RAW_CONTENT, looks_compressible};
 use crate::digest::{PageDigest, PageHasher};
 use crate::layout::{CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE};
+use crate::similar::{SimilarPages, best_of};
 use crate::table::DigestTable;
 use crate::xbzrle::{self, DeltaError, Encoded, Page};
 use crate::zero::zero_pages;
@@ -42,6 +51,10 @@ const LENGTH_BYTES: usize = 2;
 const PROBE_PAGES: usize = 4;
 /// A zstd frame is used when it takes at most this much of the pages' bytes, in percent.
 const FRAME_PERCENT_MAX: usize = 90;
+/// Most pages that a section may refer to: with those it stands for, all fits the window of the levels that are worth it.
+pub const REFERENCES_MAX: usize = CHUNK_PAGES;
+/// Bytes of a reference in the section.
+const REFERENCE_BYTES: usize = 12;
 const ZERO_PAGE: Page = [0; PAGE_SIZE];
 
 // What a section can take: each page stands for at most FRAME_PERCENT_MAX of its bytes in a frame or for one delta.
@@ -56,13 +69,15 @@ pub struct Shared {
     pub table: DigestTable,
     /// Content last sent, as delta bases.
     pub cache: PageCache,
+    /// Which pages resemble one another.
+    pub similar: SimilarPages,
 }
 
 impl Shared {
     /// For a layout of `chunks` chunks, with at most `cache_bytes` of memory for delta bases.
     pub fn new(hasher: PageHasher, chunks: u32, cache_bytes: u64) -> Self {
         let table = DigestTable::new(chunks, hasher.zero());
-        Self { hasher, table, cache: PageCache::new(cache_bytes) }
+        Self { hasher, table, cache: PageCache::new(cache_bytes), similar: SimilarPages::new() }
     }
 
     /// Forgets what the destination holds for these pages: they are sent whole the next time.
@@ -75,6 +90,32 @@ impl Shared {
         self.cache.void(chunk, pages);
     }
 }
+
+/// Pages of a chunk which are to be sent.
+#[derive(Clone, Copy, Debug)]
+pub struct Job<'a> {
+    /// The chunk.
+    pub chunk: u32,
+    /// A stable copy of it, in which page `i` lies at `i * PAGE_SIZE`; it may end after the last page of `pages`.
+    pub snapshot: &'a [u8],
+    /// The pages.
+    pub pages: u64,
+    /// They were not sent before in this migration.
+    pub first_pass: bool,
+}
+
+/// Pages of another chunk that a section refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reference {
+    /// The chunk.
+    pub chunk: u32,
+    /// The pages.
+    pub pages: u64,
+}
+
+/// Copies pages of another chunk, ascending, one after the other, and answers for it that the destination keeps what it
+/// holds for them until it has decoded the section; or returns false, and answers for nothing.
+pub type Lend<'a> = &'a mut dyn FnMut(Reference, &mut [Page]) -> bool;
 
 /// A chunk, encoded. The masks are disjoint, and together they are the pages that were asked for.
 #[derive(Clone, Copy, Debug)]
@@ -89,6 +130,8 @@ pub struct EncodedChunk<'a> {
     pub zstd: u64,
     /// Pages that the caller writes after the section, from its snapshot or from where they were looked at.
     pub raw: u64,
+    /// What the zstd frame refers to, of what was lent.
+    pub references: &'a [Reference],
     /// The encoded section.
     pub encoded: &'a [u8],
     /// Digest of every page that was asked for, by bit; others are undefined.
@@ -105,6 +148,10 @@ pub struct ChunkEncoder {
     section: Box<[u8]>,
     /// Pages that lie apart, brought together for the compressor.
     gathered: Box<[u8]>,
+    /// Pages that resemble the chunk's, by number, before the best are taken.
+    found: Vec<u64>,
+    references: Vec<Reference>,
+    dictionary: Dictionary,
     digests: [PageDigest; CHUNK_PAGES],
 }
 
@@ -117,6 +164,9 @@ impl ChunkEncoder {
             clock,
             section: vec![0; CHUNK_SIZE].into_boxed_slice(),
             gathered: vec![0; CHUNK_SIZE].into_boxed_slice(),
+            found: Vec::new(),
+            references: Vec::new(),
+            dictionary: Dictionary::new(),
             digests: [0; CHUNK_PAGES],
         }
     }
@@ -124,6 +174,11 @@ impl ChunkEncoder {
     /// For memory that nobody writes; see [`Chooser::each_once`].
     pub fn each_once(self) -> Self {
         Self { chooser: self.chooser.each_once(), ..self }
+    }
+
+    /// For a destination that takes references; see [`Chooser::referring`].
+    pub fn referring(self, references: bool) -> Self {
+        Self { chooser: self.chooser.referring(references), ..self }
     }
 
     /// For one of several workers; see [`Chooser::sharing`].
@@ -156,7 +211,7 @@ impl ChunkEncoder {
         first_pass: bool,
     ) -> EncodedChunk<'_> {
         let plan = self.plan(chunk);
-        self.encode_as(plan, shared, chunk, snapshot, pages, first_pass)
+        self.encode_as(plan, shared, Job { chunk, snapshot, pages, first_pass }, &mut |_, _| false)
     }
 
     /// How to encode the next chunk, which is this one; for [`encode_as`](Self::encode_as) or [`survey`](Self::survey).
@@ -164,16 +219,16 @@ impl ChunkEncoder {
         self.chooser.plan(chunk)
     }
 
-    /// [`encode`](Self::encode) by a plan that was made for this chunk.
+    /// [`encode`](Self::encode) by a plan that was made for this chunk. `lend` is asked for pages that resemble the chunk's, of
+    /// other chunks, where the plan has references; what it lends is used only if it is what was last sent for these pages.
     pub fn encode_as(
         &mut self,
         plan: Plan,
         shared: &Shared,
-        chunk: u32,
-        snapshot: &[u8],
-        pages: u64,
-        first_pass: bool,
+        job: Job<'_>,
+        lend: Lend<'_>,
     ) -> EncodedChunk<'_> {
+        let Job { chunk, snapshot, pages, first_pass } = job;
         let snapshot = snapshot.as_chunks::<PAGE_SIZE>().0;
         let start = (self.clock)();
         let (zero, unchanged) = self.scan(shared, chunk, snapshot, pages);
@@ -187,7 +242,8 @@ impl ChunkEncoder {
             let out = bytes(rest & !delta) + deltas_end as u64;
             self.observe(EncodeKind::Delta { chunk }, bytes(rest), out, scanned, (self.clock)());
         }
-        let (zstd, end) = self.frame(snapshot, rest & !delta, plan, deltas_end);
+        self.references.clear();
+        let (zstd, end) = self.frame(shared, chunk, snapshot, rest & !delta, plan, deltas_end, lend);
 
         shared.table.set_zeros(chunk, zero);
         shared.table.set_pages(chunk, rest, &self.digests);
@@ -197,6 +253,7 @@ impl ChunkEncoder {
             delta,
             zstd,
             raw: rest & !delta & !zstd,
+            references: &self.references,
             encoded: &self.section[..end],
             digests: &self.digests,
         }
@@ -230,7 +287,16 @@ impl ChunkEncoder {
         self.observe(EncodeKind::Scan, bytes(pages), bytes(raw), start, (self.clock)());
         shared.table.set_zeros(chunk, zero);
         shared.table.set_pages(chunk, raw, &self.digests);
-        EncodedChunk { zero, unchanged, delta: 0, zstd: 0, raw, encoded: &[], digests: &self.digests }
+        EncodedChunk {
+            zero,
+            unchanged,
+            delta: 0,
+            zstd: 0,
+            raw,
+            references: &[],
+            encoded: &[],
+            digests: &self.digests,
+        }
     }
 
     /// Hashes the pages; returns those that are zero and must be said to be, and those that are as last sent.
@@ -297,8 +363,18 @@ impl ChunkEncoder {
         (delta, end)
     }
 
-    /// Writes the zstd frame at `start` of the section if it pays; returns its pages, and where the section ends.
-    fn frame(&mut self, snapshot: &[Page], rest: u64, plan: Plan, start: usize) -> (u64, usize) {
+    /// Writes references and the zstd frame at `start` of the section if it pays; returns its pages, and where the section ends.
+    #[allow(clippy::too_many_arguments)]
+    fn frame(
+        &mut self,
+        shared: &Shared,
+        chunk: u32,
+        snapshot: &[Page],
+        rest: u64,
+        plan: Plan,
+        start: usize,
+        lend: Lend<'_>,
+    ) -> (u64, usize) {
         if plan.zstd_level.is_none() && plan.probe.is_none() {
             return (0, start);
         }
@@ -311,15 +387,74 @@ impl ChunkEncoder {
         if likely == 0 {
             return (0, start);
         }
+        let head = if plan.references { self.refer(shared, chunk, snapshot, likely, start, lend) } else { 0 };
+        // What references cost counts for every level that is tried with them.
+        let referring = (self.clock)().saturating_sub(guessed);
         if let Some(level) = plan.probe {
-            let few = bits(likely).take(PROBE_PAGES).fold(0, |pages, bit| pages | 1u64 << bit);
-            self.squeeze(snapshot, few, level, start, EncodeKind::Probe { level });
+            // In use, a level gets all the pages at once. Where none is, a trial should take little of a link that is fast.
+            let most = if plan.zstd_level.is_some() { CHUNK_PAGES } else { PROBE_PAGES };
+            let some = bits(likely).take(most).fold(0, |pages, bit| pages | 1u64 << bit);
+            self.squeeze(snapshot, some, level, start + head, EncodeKind::Probe { level }, referring);
         }
-        let Some(level) = plan.zstd_level else { return (0, start) };
-        match self.squeeze(snapshot, likely, level, start, EncodeKind::Zstd { level }) {
-            Some(length) => (likely, start + length),
-            None => (0, start),
+        let squeezed = plan.zstd_level.and_then(|level| {
+            self.squeeze(snapshot, likely, level, start + head, EncodeKind::Zstd { level }, referring)
+        });
+        match squeezed {
+            Some(length) => (likely, start + head + length),
+            None => {
+                self.references.clear();
+                (0, start)
+            }
         }
+    }
+
+    /// Finds pages that resemble these, makes them the dictionary, and writes which they are at `start` of the section; returns how
+    /// many bytes that took.
+    fn refer(
+        &mut self,
+        shared: &Shared,
+        chunk: u32,
+        snapshot: &[Page],
+        pages: u64,
+        start: usize,
+        lend: Lend<'_>,
+    ) -> usize {
+        self.found.clear();
+        for bit in bits(pages) {
+            shared.similar.note(chunk, bit, &snapshot[bit as usize], &mut self.found);
+        }
+        let (dictionary, references) = (&mut self.dictionary, &mut self.references);
+        dictionary.pages = 0;
+        best_of(&mut self.found, REFERENCES_MAX, |other, similar| {
+            // Pages of zeros need no reference, and the destination may hold them as holes.
+            let asked = similar & shared.table.known(other) & !shared.table.zeros(other);
+            let room = &mut dictionary.room()[..asked.count_ones() as usize];
+            if asked == 0 || !lend(Reference { chunk: other, pages: asked }, room) {
+                return;
+            }
+            let (mut kept, mut to) = (0u64, 0);
+            for (from, bit) in bits(asked).enumerate() {
+                // What was written since is not what the destination has.
+                if shared.table.get(other, bit) == Some(shared.hasher.page(&room[from])) {
+                    room.copy_within(from..=from, to);
+                    (kept, to) = (kept | 1 << bit, to + 1);
+                }
+            }
+            if kept != 0 {
+                dictionary.pages += to;
+                references.push(Reference { chunk: other, pages: kept });
+            }
+        });
+        if references.is_empty() {
+            return 0;
+        }
+        let list = &mut self.section[start..];
+        list[0] = references.len() as u8;
+        for (entry, reference) in list[1..].as_chunks_mut::<REFERENCE_BYTES>().0.iter_mut().zip(references) {
+            entry[..4].copy_from_slice(&reference.chunk.to_le_bytes());
+            entry[4..].copy_from_slice(&reference.pages.to_le_bytes());
+        }
+        1 + REFERENCE_BYTES * self.references.len()
     }
 
     /// Compresses pages to the section from `start`, with the time taken; `None` where it does not pay.
@@ -330,19 +465,56 @@ impl ChunkEncoder {
         level: i32,
         start: usize,
         kind: EncodeKind,
+        referring: u64,
     ) -> Option<usize> {
         let begin = (self.clock)();
         let bytes = pages.count_ones() as usize * PAGE_SIZE;
-        let most = bytes * FRAME_PERCENT_MAX / 100;
+        // The list of references is paid for by what it saves. A level that would not have them in use is tried without.
+        let (head, dictionary): (_, &[u8]) = match self.references.len() {
+            count if count != 0 && level >= REFERENCES_LEVEL_MIN => {
+                (1 + REFERENCE_BYTES * count, self.dictionary.bytes())
+            }
+            _ => (0, &[]),
+        };
+        let referring = if level >= REFERENCES_LEVEL_MIN { referring } else { 0 };
+        let most = (bytes * FRAME_PERCENT_MAX / 100).saturating_sub(head);
         let source = together(snapshot, pages, &mut self.gathered);
-        let length = self.compress.compress(level, source, &mut self.section[start..start + most]);
-        let out = length.unwrap_or(bytes);
-        self.observe(kind, bytes as u64, out as u64, begin, (self.clock)());
+        let frame = &mut self.section[start..start + most];
+        let length = self.compress.compress(level, dictionary, source, frame);
+        let out = length.map_or(bytes, |length| length + head);
+        let end = (self.clock)().saturating_add(referring);
+        self.observe(kind, bytes as u64, out as u64, begin, end);
         length
     }
 
     fn observe(&mut self, kind: EncodeKind, bytes_in: u64, bytes_out: u64, from: u64, to: u64) {
         self.chooser.observe_encode(kind, bytes_in, bytes_out, to.saturating_sub(from));
+    }
+}
+
+/// Pages that a frame refers to, as zstd wants them.
+#[derive(Debug)]
+struct Dictionary {
+    /// [`RAW_CONTENT`], then room for the pages.
+    content: Box<[u8]>,
+    pages: usize,
+}
+
+impl Dictionary {
+    fn new() -> Self {
+        let mut content = vec![0; RAW_CONTENT.len() + REFERENCES_MAX * PAGE_SIZE].into_boxed_slice();
+        content[..RAW_CONTENT.len()].copy_from_slice(&RAW_CONTENT);
+        Self { content, pages: 0 }
+    }
+
+    /// Room for more pages behind those that are there.
+    fn room(&mut self) -> &mut [Page] {
+        &mut self.content[RAW_CONTENT.len()..].as_chunks_mut().0[self.pages..]
+    }
+
+    /// All of it.
+    fn bytes(&self) -> &[u8] {
+        &self.content[..RAW_CONTENT.len() + self.pages * PAGE_SIZE]
     }
 }
 
@@ -430,6 +602,35 @@ pub enum DecodeError {
         /// How many.
         bytes: usize,
     },
+    /// A number of references, or of pages in them, that no encoder makes.
+    #[error("the encoded section refers to {count} {what}; it must be 1 to {REFERENCES_MAX}")]
+    ReferenceCount {
+        /// How many.
+        count: usize,
+        /// `chunks` or `pages`.
+        what: &'static str,
+    },
+    /// The section ends before its references do, or has them without a frame that they are for.
+    #[error("the encoded section ends inside its references, or has no zstd frame that they are for")]
+    ReferencesCut,
+    /// References that are not in order, or to no page.
+    #[error(
+        "the reference to pages {pages:#x} of chunk {chunk} names no page, or is not behind the one before it"
+    )]
+    ReferenceOrder {
+        /// The chunk.
+        chunk: u32,
+        /// The pages.
+        pages: u64,
+    },
+    /// References to what the destination does not hold.
+    #[error("pages {pages:#x} of chunk {chunk} are referred to, and not all of them were sent")]
+    ReferenceUnknown {
+        /// The chunk.
+        chunk: u32,
+        /// The pages.
+        pages: u64,
+    },
     /// The zstd frame is wrong.
     #[error("the zstd frame of pages {pages:#x} cannot be used")]
     Frame {
@@ -449,6 +650,7 @@ pub struct ChunkDecoder {
     deltas: Box<[Page]>,
     /// Pages decoded from the frame, one after the other.
     frame: Box<[Page]>,
+    dictionary: Dictionary,
 }
 
 impl Default for ChunkDecoder {
@@ -461,19 +663,37 @@ impl ChunkDecoder {
     /// A decoder.
     pub fn new() -> Self {
         let scratch = || vec![ZERO_PAGE; CHUNK_PAGES].into_boxed_slice();
-        Self { decompress: Decompress::new(), deltas: scratch(), frame: scratch() }
+        Self {
+            decompress: Decompress::new(),
+            deltas: scratch(),
+            frame: scratch(),
+            dictionary: Dictionary::new(),
+        }
     }
 
-    /// Decodes a section that announces pages `delta` and `zstd`, whole, before anything of it is to be used. `base`
-    /// fills in what the destination holds for the page of a bit; it is asked once for each bit of `delta` up to the
-    /// first that is malformed.
+    /// Decodes a section without references; see [`decode_with`](Self::decode_with).
     pub fn decode(
         &mut self,
         delta: u64,
         zstd: u64,
         encoded: &[u8],
-        mut base: impl FnMut(u32, &mut Page),
+        base: impl FnMut(u32, &mut Page),
     ) -> Result<Decoded<'_>, DecodeError> {
+        self.decode_with(Announced { delta, zstd, references: false }, encoded, base, |_, _| false)
+    }
+
+    /// Decodes a section that announces pages, whole, before anything of it is to be used. `base`
+    /// fills in what the destination holds for the page of a bit; it is asked once for each bit of `delta` up to the
+    /// first that is malformed. `refer` does the same for pages of any chunk, ascending, one after the other, and returns false
+    /// where they are not pages that were sent: what it is asked for may be outside the layout.
+    pub fn decode_with(
+        &mut self,
+        announced: Announced,
+        encoded: &[u8],
+        mut base: impl FnMut(u32, &mut Page),
+        refer: impl FnMut(Reference, &mut [Page]) -> bool,
+    ) -> Result<Decoded<'_>, DecodeError> {
+        let Announced { delta, zstd, references } = announced;
         if delta & zstd != 0 {
             return Err(DecodeError::MasksOverlap { pages: delta & zstd });
         }
@@ -488,16 +708,68 @@ impl ChunkDecoder {
             base(bit, page);
             xbzrle::decode(bytes, page).map_err(|source| DecodeError::Delta { bit, source })?;
         }
+        if references {
+            take_references(&mut rest, &mut self.dictionary, refer)?;
+        }
         if zstd != 0 {
             let pages = &mut self.frame[..zstd.count_ones() as usize];
+            let dictionary = if references { self.dictionary.bytes() } else { &[] };
             self.decompress
-                .decompress(rest, pages.as_flattened_mut())
+                .decompress(dictionary, rest, pages.as_flattened_mut())
                 .map_err(|source| DecodeError::Frame { pages: zstd, source })?;
         } else if !rest.is_empty() {
             return Err(DecodeError::Trailing { bytes: rest.len() });
         }
         Ok(Decoded { delta, zstd, deltas: &self.deltas, frame: &self.frame })
     }
+}
+
+/// What a section is said to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Announced {
+    /// Pages as deltas.
+    pub delta: u64,
+    /// Pages in the zstd frame.
+    pub zstd: u64,
+    /// The zstd frame refers to other pages.
+    pub references: bool,
+}
+
+/// Takes the list of references off the front of the rest of a section, and fills the dictionary with what they name.
+fn take_references(
+    rest: &mut &[u8],
+    dictionary: &mut Dictionary,
+    mut refer: impl FnMut(Reference, &mut [Page]) -> bool,
+) -> Result<(), DecodeError> {
+    let (&count, list) = rest.split_first().ok_or(DecodeError::ReferencesCut)?;
+    let count = usize::from(count);
+    if !(1..=REFERENCES_MAX).contains(&count) {
+        return Err(DecodeError::ReferenceCount { count, what: "chunks" });
+    }
+    let (list, after) = list.split_at_checked(count * REFERENCE_BYTES).ok_or(DecodeError::ReferencesCut)?;
+    if after.is_empty() {
+        return Err(DecodeError::ReferencesCut);
+    }
+    *rest = after;
+    dictionary.pages = 0;
+    let mut before = None;
+    for &[c0, c1, c2, c3, ref pages @ ..] in list.as_chunks::<REFERENCE_BYTES>().0 {
+        let (chunk, pages) = (u32::from_le_bytes([c0, c1, c2, c3]), u64::from_le_bytes(*pages));
+        if pages == 0 || before.is_some_and(|before| before >= chunk) {
+            return Err(DecodeError::ReferenceOrder { chunk, pages });
+        }
+        before = Some(chunk);
+        let more = pages.count_ones() as usize;
+        let count = dictionary.pages + more;
+        let Some(room) = dictionary.room().get_mut(..more) else {
+            return Err(DecodeError::ReferenceCount { count, what: "pages" });
+        };
+        if !refer(Reference { chunk, pages }, room) {
+            return Err(DecodeError::ReferenceUnknown { chunk, pages });
+        }
+        dictionary.pages = count;
+    }
+    Ok(())
 }
 
 /// Takes one delta off the front of the rest of a section that ends at `end`.
@@ -580,7 +852,8 @@ mod tests {
         let mut encoder = ChunkEncoder::new(CodecMode::Raw, clock);
         let plan = encoder.plan(1);
         assert!(plan.in_place(true) && !plan.in_place(false));
-        let encoded = encoder.encode_as(plan, &a, 1, &bytes, 0b1110, true);
+        let job = Job { chunk: 1, snapshot: &bytes, pages: 0b1110, first_pass: true };
+        let encoded = encoder.encode_as(plan, &a, job, &mut |_, _| false);
         let (masks, digests) = ((encoded.zero, encoded.raw, encoded.unchanged), *encoded.digests);
         let memory = VolatileSlice::from(&mut bytes[..]);
         let surveyed = encoder.survey(&b, 1, &memory, 0b1110);
@@ -636,6 +909,114 @@ mod tests {
         bytes[2 * PAGE_SIZE] ^= 1;
         let third = encoder.encode(&shared, 0, &bytes, 0b101, false);
         assert_eq!((third.delta, third.raw), (0, 0b101));
+    }
+
+    /// A chunk whose page 5 is half of page 2 of chunk 3, and what chunk 3 is.
+    fn alike() -> (Vec<u8>, Vec<u8>) {
+        let text: Vec<u8> =
+            (0..2 * PAGE_SIZE as u32).flat_map(|i| [b'a' + (i * i % 23) as u8, (i / 7) as u8]).collect();
+        let mut state = 9u64;
+        let mixed: Vec<u8> = text
+            .iter()
+            .map(|byte| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                byte ^ (state >> 62) as u8
+            })
+            .collect();
+        let (mut held, mut sent) = (vec![0; CHUNK_SIZE], vec![0; CHUNK_SIZE]);
+        held[2 * PAGE_SIZE..3 * PAGE_SIZE].copy_from_slice(&mixed[..PAGE_SIZE]);
+        sent[5 * PAGE_SIZE..6 * PAGE_SIZE].copy_from_slice(&mixed[PAGE_SIZE / 2..PAGE_SIZE / 2 + PAGE_SIZE]);
+        (held, sent)
+    }
+
+    #[test]
+    fn pages_refer_to_what_resembles_them_and_was_sent_as_it_is() {
+        let (mut held, sent) = alike();
+        let mode = CodecMode::Zstd { level: Some(2) };
+        let first = Job { chunk: 3, snapshot: &held, pages: 0b10_0100, first_pass: true };
+        let job = Job { chunk: 0, snapshot: &sent, pages: 0b10_0000, first_pass: true };
+        // Chunk 3 was sent.
+        let begun = || {
+            let (shared, mut encoder) = (shared(), ChunkEncoder::new(mode, clock).referring(true));
+            let plan = encoder.plan(3);
+            encoder.encode_as(plan, &shared, first, &mut |_, _| panic!("nothing is known yet"));
+            (shared, encoder, plan)
+        };
+        let lend = |held: &[u8], reference: Reference, pages: &mut [Page]| {
+            for (page, bit) in pages.iter_mut().zip(bits(reference.pages)) {
+                page.copy_from_slice(&held[bit as usize * PAGE_SIZE..][..PAGE_SIZE]);
+            }
+            true
+        };
+        let (shared, mut encoder, plan) = begun();
+        let mut refused = Vec::new();
+        let encoded = encoder.encode_as(plan, &shared, job, &mut |reference, _| {
+            refused.push(reference);
+            false
+        });
+        let alone = encoded.encoded.len();
+        assert_eq!(refused, [Reference { chunk: 3, pages: 0b100 }]);
+        assert!(encoded.references.is_empty());
+
+        let (shared, mut encoder, plan) = begun();
+        let encoded = encoder.encode_as(plan, &shared, job, &mut |r, pages| lend(&held, r, pages));
+        assert_eq!(encoded.references, [Reference { chunk: 3, pages: 0b100 }]);
+        assert_eq!(encoded.encoded[..13], [1, 3, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]);
+        assert!(encoded.encoded.len() < alone * 3 / 4, "{} of {alone}", encoded.encoded.len());
+        let mut decoder = ChunkDecoder::new();
+        let announced = Announced { delta: 0, zstd: encoded.zstd, references: true };
+        let decoded = decoder
+            .decode_with(announced, encoded.encoded, |_, _| unreachable!(), |r, pages| lend(&held, r, pages))
+            .unwrap();
+        assert!(decoded.page(5).unwrap()[..] == sent[5 * PAGE_SIZE..6 * PAGE_SIZE]);
+        let refuse = decoder.decode_with(announced, encoded.encoded, |_, _| unreachable!(), |_, _| false);
+        assert_eq!(refuse.unwrap_err(), DecodeError::ReferenceUnknown { chunk: 3, pages: 4 });
+
+        // What may have got lost is not asked for.
+        let (shared, mut encoder, plan) = begun();
+        shared.void(3, u64::MAX);
+        encoder.encode_as(plan, &shared, job, &mut |_, _| panic!("nothing is known any more"));
+
+        // The guest has written since: what is lent is not what the destination has.
+        let (shared, mut encoder, plan) = begun();
+        held[2 * PAGE_SIZE] ^= 1;
+        let encoded = encoder.encode_as(plan, &shared, job, &mut |r, pages| lend(&held, r, pages));
+        assert!(encoded.references.is_empty());
+        assert_eq!(encoded.encoded.len(), alone);
+    }
+
+    #[test]
+    fn references_that_no_encoder_makes_are_named() {
+        let mut decoder = ChunkDecoder::new();
+        let mut error = |bytes: &[u8]| {
+            let announced = Announced { delta: 0, zstd: u64::MAX, references: true };
+            decoder.decode_with(announced, bytes, |_, _| unreachable!(), |_, _| true).unwrap_err()
+        };
+        let list = |entries: &[(u32, u64)]| {
+            let mut list = vec![entries.len() as u8];
+            for (chunk, pages) in entries {
+                list.extend_from_slice(&chunk.to_le_bytes());
+                list.extend_from_slice(&pages.to_le_bytes());
+            }
+            list.push(0);
+            list
+        };
+        assert_eq!(error(&[]), DecodeError::ReferencesCut);
+        assert_eq!(error(&[0, 1]), DecodeError::ReferenceCount { count: 0, what: "chunks" });
+        assert_eq!(error(&[65, 1]), DecodeError::ReferenceCount { count: 65, what: "chunks" });
+        let one = list(&[(1, 1)]);
+        assert_eq!(error(&one[..12]), DecodeError::ReferencesCut);
+        assert_eq!(error(&one[..13]), DecodeError::ReferencesCut);
+        assert!(matches!(error(&one), DecodeError::Frame { .. }));
+        assert_eq!(error(&list(&[(1, 0)])), DecodeError::ReferenceOrder { chunk: 1, pages: 0 });
+        assert_eq!(error(&list(&[(1, 2), (1, 4)])), DecodeError::ReferenceOrder { chunk: 1, pages: 4 });
+        assert_eq!(error(&list(&[(2, 2), (1, 4)])), DecodeError::ReferenceOrder { chunk: 1, pages: 4 });
+        let many = error(&list(&[(1, u64::MAX), (2, 1)]));
+        assert_eq!(many, DecodeError::ReferenceCount { count: 65, what: "pages" });
+        // Without a frame there is nothing that they are for.
+        let announced = Announced { delta: 0, zstd: 0, references: true };
+        let result = decoder.decode_with(announced, &[], |_, _| unreachable!(), |_, _| true);
+        assert_eq!(result.unwrap_err(), DecodeError::ReferencesCut);
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! zstd of a chunk's pages, with contexts that are reused, and a cheap guess whether it is worth trying.
 
-use zstd::bulk::{Compressor, Decompressor};
-use zstd::zstd_safe;
+use zstd::zstd_safe::{self, CCtx, CParameter, DCtx};
 
 use crate::layout::PAGE_SIZE;
 
@@ -13,6 +12,9 @@ const SAMPLES: usize = 4;
 /// 101 differ on average, and fewer than 90 in one page of several hundred.
 const DISTINCT_MAX: u32 = 89;
 
+/// What every dictionary begins with, so that zstd takes it for content as it is: one that begins with zstd's magic number would be
+/// read as tables.
+pub const RAW_CONTENT: [u8; 8] = [0; 8];
 /// The lowest level that can be asked for.
 pub const LEVEL_MIN: i32 = -100;
 /// The highest level that can be asked for: more only costs, as a chunk is small.
@@ -47,7 +49,7 @@ pub enum DecompressError {
 
 /// A compressor with its context; one a worker.
 pub struct Compress {
-    context: Compressor<'static>,
+    context: CCtx<'static>,
     level: Option<i32>,
 }
 
@@ -66,26 +68,35 @@ impl Default for Compress {
 impl Compress {
     /// A compressor; its context grows with the first use.
     pub fn new() -> Self {
-        Self { context: Compressor::default(), level: None }
+        Self { context: CCtx::create(), level: None }
     }
 
     /// Compresses `source` into one frame at the start of `frame`; returns its length, or `None` where it does not fit
     /// (or where the library refuses, which it does only when it finds no memory). `level` is brought into
-    /// [`LEVEL_MIN`]`..=`[`LEVEL_MAX`]. The frame says the size of its content and carries no checksum: the section
-    /// that it travels in has one.
-    pub fn compress(&mut self, level: i32, source: &[u8], frame: &mut [u8]) -> Option<usize> {
+    /// [`LEVEL_MIN`]`..=`[`LEVEL_MAX`]. What is in `dictionary` need not be in the frame; it is empty or begins with [`RAW_CONTENT`].
+    /// The frame says the size of its content and carries no checksum: the section that it travels in has one.
+    pub fn compress(
+        &mut self,
+        level: i32,
+        dictionary: &[u8],
+        source: &[u8],
+        frame: &mut [u8],
+    ) -> Option<usize> {
         let level = level.clamp(LEVEL_MIN, LEVEL_MAX);
+        if !dictionary.is_empty() {
+            return self.context.compress_using_dict(frame, source, dictionary, level).ok();
+        }
         if self.level != Some(level) {
-            self.context.set_compression_level(level).ok()?;
+            self.context.set_parameter(CParameter::CompressionLevel(level)).ok()?;
             self.level = Some(level);
         }
-        self.context.compress_to_buffer(source, frame).ok()
+        self.context.compress2(frame, source).ok()
     }
 }
 
 /// A decompressor with its context; one a worker.
 pub struct Decompress {
-    context: Decompressor<'static>,
+    context: DCtx<'static>,
 }
 
 impl std::fmt::Debug for Decompress {
@@ -103,12 +114,17 @@ impl Default for Decompress {
 impl Decompress {
     /// A decompressor.
     pub fn new() -> Self {
-        Self { context: Decompressor::default() }
+        Self { context: DCtx::create() }
     }
 
-    /// Decompresses one frame that must fill `content` exactly. Nothing is allocated by what the frame says; after an
-    /// error `content` is undefined.
-    pub fn decompress(&mut self, frame: &[u8], content: &mut [u8]) -> Result<(), DecompressError> {
+    /// Decompresses one frame that must fill `content` exactly and was made with this dictionary. Nothing is allocated by what the
+    /// frame says; after an error `content` is undefined.
+    pub fn decompress(
+        &mut self,
+        dictionary: &[u8],
+        frame: &[u8],
+        content: &mut [u8],
+    ) -> Result<(), DecompressError> {
         let not_one = || DecompressError::NotOneFrame { bytes: frame.len() };
         if zstd_safe::find_frame_compressed_size(frame).map_err(|_| not_one())? != frame.len() {
             return Err(not_one());
@@ -118,10 +134,13 @@ impl Decompress {
         if announced != Some(expected as u64) {
             return Err(DecompressError::WrongSize { announced, expected });
         }
-        match self.context.decompress_to_buffer(frame, content) {
+        match self.context.decompress_using_dict(content, frame, dictionary) {
             Ok(length) if length == expected => Ok(()),
             Ok(length) => Err(DecompressError::WrongSize { announced: Some(length as u64), expected }),
-            Err(error) => Err(DecompressError::Damaged { bytes: frame.len(), reason: error.to_string() }),
+            Err(code) => {
+                let reason = zstd_safe::get_error_name(code).into();
+                Err(DecompressError::Damaged { bytes: frame.len(), reason })
+            }
         }
     }
 }
@@ -195,23 +214,45 @@ mod tests {
         let (mut compress, mut decompress) = (Compress::new(), Decompress::new());
         for level in [LEVEL_MIN, -7, -1, 0, 1, 3, LEVEL_MAX, i32::MAX, i32::MIN] {
             let mut frame = vec![0; source.len()];
-            let length = compress.compress(level, &source, &mut frame).unwrap();
+            let length = compress.compress(level, &[], &source, &mut frame).unwrap();
             let mut content = vec![0; source.len()];
-            decompress.decompress(&frame[..length], &mut content).unwrap();
+            decompress.decompress(&[], &frame[..length], &mut content).unwrap();
             assert!(content == source, "level {level}");
         }
-        assert_eq!(compress.compress(1, &source, &mut [0; 100]), None);
+        assert_eq!(compress.compress(1, &[], &source, &mut [0; 100]), None);
+    }
+
+    #[test]
+    fn what_is_in_the_dictionary_costs_next_to_nothing() {
+        let source: Vec<u8> = random_bytes(3).take(4 * PAGE_SIZE).collect();
+        // Magic number of zstd's own dictionaries, and what would be its tables.
+        let content = [&[0x37, 0xa4, 0x30, 0xec][..], &source].concat();
+        let dictionary = [&RAW_CONTENT[..], &content].concat();
+        let (mut compress, mut decompress) = (Compress::new(), Decompress::new());
+        for level in [LEVEL_MIN, -1, 1, 2, 3, 6, LEVEL_MAX] {
+            let mut frame = vec![0; 2 * source.len()];
+            let length = compress.compress(level, &dictionary, &source, &mut frame).unwrap();
+            assert!(level < 0 || length < 100, "level {level}: {length}");
+            let mut back = vec![0; source.len()];
+            decompress.decompress(&dictionary, &frame[..length], &mut back).unwrap();
+            assert!(back == source, "level {level}");
+            // The context has kept nothing of it, on either side.
+            let length = compress.compress(level, &[], &source, &mut frame).unwrap();
+            assert!(length > source.len());
+            decompress.decompress(&[], &frame[..length], &mut back).unwrap();
+            assert!(back == source, "level {level}");
+        }
     }
 
     #[test]
     fn refuses_what_is_not_one_frame_of_the_right_size() {
         let source = vec![7; 2 * PAGE_SIZE];
         let mut frame = vec![0; PAGE_SIZE];
-        let length = Compress::new().compress(1, &source, &mut frame).unwrap();
+        let length = Compress::new().compress(1, &[], &source, &mut frame).unwrap();
         let frame = &frame[..length];
         let mut decompress = Decompress::new();
         let mut error =
-            |frame: &[u8], size: usize| decompress.decompress(frame, &mut vec![0; size]).unwrap_err();
+            |frame: &[u8], size: usize| decompress.decompress(&[], frame, &mut vec![0; size]).unwrap_err();
         assert_eq!(error(&[], 4096), DecompressError::NotOneFrame { bytes: 0 });
         assert_eq!(
             error(&[frame, frame].concat(), 16384),

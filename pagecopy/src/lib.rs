@@ -21,6 +21,7 @@ pub mod policy;
 pub mod postcopy;
 #[allow(unsafe_code)]
 pub mod simd;
+pub mod similar;
 pub mod table;
 pub mod throttle;
 pub mod xbzrle;

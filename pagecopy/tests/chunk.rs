@@ -2,9 +2,10 @@
 
 use pagecopy::bitmap::bits;
 use pagecopy::choose::CodecMode;
-use pagecopy::chunk::{ChunkDecoder, ChunkEncoder, EncodedChunk, Shared};
+use pagecopy::chunk::{Announced, ChunkDecoder, ChunkEncoder, EncodedChunk, Job, Reference, Shared};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
+use pagecopy::xbzrle::Page;
 use proptest::prelude::*;
 
 const CHUNKS: u32 = 3;
@@ -72,22 +73,44 @@ fn apply(page: &mut [u8], write: &Write) {
     }
 }
 
+fn pages_of(memory: &[Vec<u8>], reference: Reference, pages: &mut [Page]) {
+    for (page, bit) in pages.iter_mut().zip(bits(reference.pages)) {
+        page.copy_from_slice(&memory[reference.chunk as usize][bit as usize * PAGE_SIZE..][..PAGE_SIZE]);
+    }
+}
+
 /// Applies a chunk as a destination does.
-fn deliver(chunk: &EncodedChunk<'_>, source: &[u8], destination: &mut [u8], decoder: &mut ChunkDecoder) {
+fn deliver(
+    sent: &EncodedChunk<'_>,
+    chunk: usize,
+    source: &[u8],
+    destination: &mut [Vec<u8>],
+    decoder: &mut ChunkDecoder,
+) {
     let of = |bit: u32| bit as usize * PAGE_SIZE..(bit as usize + 1) * PAGE_SIZE;
+    let announced = Announced { delta: sent.delta, zstd: sent.zstd, references: !sent.references.is_empty() };
+    let mut asked = Vec::new();
     let decoded = decoder
-        .decode(chunk.delta, chunk.zstd, chunk.encoded, |bit, page| {
-            page.copy_from_slice(&destination[of(bit)]);
-        })
+        .decode_with(
+            announced,
+            sent.encoded,
+            |bit, page| page.copy_from_slice(&destination[chunk][of(bit)]),
+            |reference, pages| {
+                asked.push(reference);
+                pages_of(destination, reference, pages);
+                true
+            },
+        )
         .expect("an encoder's output decodes");
+    assert_eq!(asked, sent.references);
     for (bit, page) in decoded.iter() {
-        destination[of(bit)].copy_from_slice(page);
+        destination[chunk][of(bit)].copy_from_slice(page);
     }
-    for bit in bits(chunk.zero) {
-        destination[of(bit)].fill(0);
+    for bit in bits(sent.zero) {
+        destination[chunk][of(bit)].fill(0);
     }
-    for bit in bits(chunk.raw) {
-        destination[of(bit)].copy_from_slice(&source[of(bit)]);
+    for bit in bits(sent.raw) {
+        destination[chunk][of(bit)].copy_from_slice(&source[of(bit)]);
     }
 }
 
@@ -110,7 +133,8 @@ proptest! {
     fn memory_arrives(mode in mode(), cache in 0u64..1 << 20, steps in prop::collection::vec(step(), 1..120)) {
         let hasher = PageHasher::new(5);
         let shared = Shared::new(hasher.clone(), CHUNKS, cache);
-        let (mut encoder, mut decoder) = (ChunkEncoder::new(mode, || 0), ChunkDecoder::new());
+        let mut encoder = ChunkEncoder::new(mode, || 0).referring(true);
+        let mut decoder = ChunkDecoder::new();
         let mut source = vec![vec![0u8; CHUNK_SIZE]; CHUNKS as usize];
         let mut destination = vec![vec![0xeeu8; CHUNK_SIZE]; CHUNKS as usize];
         let (mut dirty, mut first) = ([u64::MAX; CHUNKS as usize], [true; CHUNKS as usize]);
@@ -130,7 +154,13 @@ proptest! {
                 }
                 Step::Send { chunk } => {
                     let i = chunk as usize;
-                    let sent = encoder.encode(&shared, chunk, &source[i], dirty[i], first[i]);
+                    let plan = encoder.plan(chunk);
+                    let job = Job { chunk, snapshot: &source[i], pages: dirty[i], first_pass: first[i] };
+                    // Also pages that were written, or got lost, since they were sent: it must tell them.
+                    let sent = encoder.encode_as(plan, &shared, job, &mut |reference, pages| {
+                        pages_of(&source, reference, pages);
+                        reference.pages & 1 == 0
+                    });
                     let masks = [sent.zero, sent.unchanged, sent.delta, sent.zstd, sent.raw];
                     prop_assert_eq!(masks.iter().fold(0, |all, mask| all | mask), dirty[i]);
                     prop_assert_eq!(masks.iter().map(|m| m.count_ones()).sum::<u32>(), dirty[i].count_ones());
@@ -138,7 +168,7 @@ proptest! {
                         let page = &source[i][bit as usize * PAGE_SIZE..][..PAGE_SIZE];
                         prop_assert_eq!(sent.digests[bit as usize], hasher.page(page.try_into().unwrap()));
                     }
-                    deliver(&sent, &source[i], &mut destination[i], &mut decoder);
+                    deliver(&sent, i, &source[i], &mut destination, &mut decoder);
                     (dirty[i], first[i]) = (0, false);
                     encoder.observe_link(1 << 20, u64::from(chunk) << 24);
                 }

@@ -352,13 +352,13 @@ impl Destination {
     /// What this side can do for such a guest, besides taking a session up again.
     fn capabilities(&self, hello: &Hello, ram: &dyn GuestRam) -> u64 {
         if !hello.live {
-            return capability::CODECS;
+            return capability::ENCODINGS;
         }
         match ram.missing_unit() {
-            Ok(_) => capability::CODECS | capability::POSTCOPY,
+            Ok(_) => capability::ENCODINGS | capability::POSTCOPY,
             Err(error) => {
                 (self.notice)(&format!("no postcopy here: {}", explain(&error)));
-                capability::CODECS
+                capability::ENCODINGS
             }
         }
     }

@@ -365,7 +365,7 @@ impl Attempt<'_> {
         }
         let resume = if self.options.reconnect_timeout.is_zero() { 0 } else { capability::RESUME };
         let postcopy = if self.backend.guest.is_some() { capability::POSTCOPY } else { 0 };
-        let capabilities = capability::CODECS | postcopy | resume;
+        let capabilities = capability::ENCODINGS | postcopy | resume;
         watch.send(Message::Hello(Hello {
             seed,
             capabilities,
@@ -404,6 +404,7 @@ impl Attempt<'_> {
         };
         let options = SourceOptions {
             streams: self.options.streams,
+            references: capabilities & capability::REFERENCES != 0,
             codec,
             cache_bytes: self.options.cache_bytes,
             timeout: self.options.timeout,

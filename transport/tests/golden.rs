@@ -144,6 +144,7 @@ fn frame() -> FrameHeader {
         zstd: 0b1_1000,
         encoded_checksum: PageHasher::new(SEED).checksum(&unhex(SECTION)),
         placed: false,
+        references: false,
     }
 }
 

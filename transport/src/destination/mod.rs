@@ -9,8 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pagecopy::backend::{GuestRam, Placer};
-use pagecopy::bitmap::PageBitmap;
+use pagecopy::bitmap::{PageBitmap, bits};
+use pagecopy::chunk::Reference;
 use pagecopy::digest::PageHasher;
+use pagecopy::layout::PAGE_SIZE;
+use pagecopy::xbzrle::Page;
 
 pub use receiver::{ReceiveError, receive_stream};
 
@@ -119,6 +122,23 @@ impl PageSink {
     #[cfg(feature = "rdma")]
     pub(crate) fn touch(&self, chunk: u32) {
         self.touched.insert(chunk, self.ram.layout().valid(chunk));
+    }
+
+    /// Copies pages that a frame refers to; false when they are not all pages that were sent and hold something.
+    fn refer(&self, reference: Reference, pages: &mut [Page]) -> bool {
+        let Reference { chunk, pages: mask } = reference;
+        // Memory that no frame has filled must not be read: it may be a hole, which has to be fetched before it can be.
+        if chunk >= self.ram.layout().chunks()
+            || mask & !(self.carried.get(chunk) & self.touched.get(chunk)) != 0
+        {
+            return false;
+        }
+        let memory = self.ram.chunk(chunk);
+        for (page, bit) in pages.iter_mut().zip(bits(mask)) {
+            let piece = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
+            piece.expect("pages that frames carried lie in the layout").copy_to(&mut page[..]);
+        }
+        true
     }
 
     /// Tells the workers to stop between frames.

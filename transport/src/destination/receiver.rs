@@ -7,9 +7,10 @@ use std::time::Instant;
 
 use pagecopy::backend::{BackendError, Placer};
 use pagecopy::bitmap::{bits, runs};
-use pagecopy::chunk::{ChunkDecoder, DecodeError};
+use pagecopy::chunk::{Announced, ChunkDecoder, DecodeError};
 use pagecopy::digest::receipt;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
+use pagecopy::xbzrle::Page;
 
 use super::PageSink;
 use crate::carrier::{DestinationEnd, FrameReceiver};
@@ -353,6 +354,7 @@ impl<'a> Worker<'a> {
         for (pages, bit, field) in [
             (header.delta, capability::DELTA, "delta pages (not agreed on)"),
             (header.zstd, capability::ZSTD, "zstd pages (not agreed on)"),
+            (header.references.into(), capability::REFERENCES, "references (not agreed on)"),
         ] {
             if pages != 0 && self.sink.capabilities & bit == 0 {
                 return Err(wrong(WireError::BadValue { field, value: pages }));
@@ -393,10 +395,14 @@ impl<'a> Worker<'a> {
                 .subslice(bit as usize * PAGE_SIZE, PAGE_SIZE)
                 .expect("the header was checked by the layout")
         };
+        let base = |bit: u32, base: &mut Page| {
+            page_at(bit).copy_to(&mut base[..]);
+        };
+        let FrameHeader { delta, zstd, references, .. } = *header;
         let decoded = self
             .decoder
-            .decode(header.delta, header.zstd, encoded, |bit, base| {
-                page_at(bit).copy_to(&mut base[..]);
+            .decode_with(Announced { delta, zstd, references }, encoded, base, |reference, pages| {
+                self.sink.refer(reference, pages)
             })
             .map_err(|source| ReceiveError::Decode {
                 stream: self.input.stream,

@@ -361,7 +361,7 @@ impl<'a> DestinationHost<'a> {
                 let (hasher, timeout) = (PageHasher::new(hello.seed), Duration::from_micros(TIMEOUT));
                 self.patience = self.reconnect_max.min(u64::from(hello.reconnect_ms) * 1000);
                 let resume = if self.patience == 0 { 0 } else { capability::RESUME };
-                let capabilities = hello.capabilities & (capability::CODECS | resume);
+                let capabilities = hello.capabilities & (capability::ENCODINGS | resume);
                 if capabilities & capability::RESUME == 0 {
                     self.patience = 0;
                 }

@@ -9,6 +9,8 @@ pub(crate) enum Fault {
     NoChunkAffinity,
     /// The source gives its right up with FINISH, without waiting for READY, and the destination takes its word (against rule 5).
     GoBeforeReady,
+    /// A frame refers to pages that another stream may send anew before it is decoded (against rule 1).
+    ReferenceNotHeld,
     /// What a dead stream had under way still counts as base of deltas and as "unchanged" (against rule 3).
     BaseNotVoided,
     /// A dead stream's pages are sent again before the destination has stopped its worker (against rule 1).

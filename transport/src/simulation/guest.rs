@@ -43,6 +43,8 @@ struct State {
     /// The pages it likes to write.
     hot: Vec<(u32, u32)>,
     former: BTreeMap<(u32, u32), Vec<[u8; PAGE_SIZE]>>,
+    /// Content that compresses, and does not repeat itself.
+    text: [u8; PAGE_SIZE],
     populated: Vec<u64>,
     logging: bool,
     /// For each chunk, pages whose next write is noted.
@@ -58,12 +60,14 @@ impl Guest {
         let all: Vec<_> = (0..chunks).flat_map(|c| bits(layout.valid(c)).map(move |b| (c, b))).collect();
         let hot = (0..rng.range(1, 6)).map(|_| rng.pick(&all)).collect();
         let words = vec![0; chunks as usize];
+        let text = std::array::from_fn(|_| rng.below(16) as u8);
         let state = State {
             running: runs,
             writes_left: habits.writes,
             clock: 0,
             hot,
             former: BTreeMap::new(),
+            text,
             populated: words.clone(),
             logging: false,
             armed: words.clone(),
@@ -138,7 +142,14 @@ impl Guest {
         let mut new = old;
         match state.rng.below(10) {
             0 => new.fill(0),
-            1 => new.fill(state.rng.next() as u8),
+            1 if state.rng.percent(30) => new.fill(state.rng.next() as u8),
+            // What many of its pages have, each with something of its own.
+            1 => {
+                new = state.text;
+                new.rotate_left(state.rng.pick(&[0, 8, 1024, 2000]));
+                let own = state.rng.below(PAGE_SIZE as u64 - 200) as usize;
+                new[own..own + 200].fill(state.rng.next() as u8);
+            }
             2 => {
                 let mut noise = state.rng.fork();
                 for word in new.as_chunks_mut::<8>().0 {

@@ -111,7 +111,7 @@ impl From<&str> for Cause {
 
 impl Attempt {
     fn capabilities(&self) -> u64 {
-        capability::CODECS | if self.reconnect == 0 { 0 } else { capability::RESUME }
+        capability::ENCODINGS | if self.reconnect == 0 { 0 } else { capability::RESUME }
     }
 }
 
@@ -354,6 +354,7 @@ impl<'a> SourceHost<'a> {
         let options = SourceOptions {
             streams: self.attempt.streams,
             codec: self.attempt.codec,
+            references: true,
             cache_bytes: self.attempt.cache_bytes,
             timeout: Duration::from_micros(TIMEOUT),
             mismatches_max: 64,
@@ -841,6 +842,7 @@ impl<'a> SourceHost<'a> {
                 ("unchanged pages", &counters.unchanged),
                 ("deltas", &counters.delta),
                 ("compressed pages", &counters.compressed),
+                ("pages referred to", &counters.referred),
                 ("raw pages", &counters.raw),
                 ("torn pages", &counters.torn),
             ] {

@@ -19,6 +19,7 @@ const EXPECTED: &[(&str, u64)] = &[
     ("frames taken back", 5),
     ("deltas", 1),
     ("compressed pages", 1),
+    ("pages referred to", 10),
     ("unchanged pages", 1),
     ("pages of zeros", 1),
     ("torn pages", 200),
@@ -101,6 +102,11 @@ fn caught(fault: Fault, by: &[&str]) {
 #[test]
 fn a_chunk_on_two_streams_is_caught() {
     caught(Fault::NoChunkAffinity, &["stale", "other than they were sent"]);
+}
+
+#[test]
+fn a_reference_that_is_not_held_is_caught() {
+    caught(Fault::ReferenceNotHeld, &["stale", "other than they were sent", "did not stop"]);
 }
 
 #[test]

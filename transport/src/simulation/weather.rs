@@ -82,6 +82,8 @@ impl Plan {
             CodecMode::Delta,
             CodecMode::Raw,
             CodecMode::Zstd { level: Some(1) },
+            CodecMode::Zstd { level: Some(2) },
+            CodecMode::Zstd { level: Some(2) },
         ]);
         let attempt = Attempt {
             streams: rng.pick(&[1, 2, 2, 3, 4]),

@@ -9,9 +9,10 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use pagecopy::backend::BackendError;
 use pagecopy::bitmap::{bits, runs};
-use pagecopy::chunk::{ChunkEncoder, EncodedChunk};
+use pagecopy::chunk::{ChunkEncoder, EncodedChunk, Job, Reference};
 use pagecopy::digest::{PageDigest, receipt};
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
+use pagecopy::xbzrle::Page;
 use vm_memory::volatile_memory::VolatileSlice;
 
 use super::receipts::Receipts;
@@ -102,6 +103,8 @@ pub struct Unreceipted {
     /// Pages whose receipt may differ without damage: they were sent from memory that is written meanwhile, so that they may be
     /// newer than what was hashed; or as a delta whose base may have been such a page.
     pub(super) doubtful: u64,
+    /// Chunks with pages that it refers to.
+    pub(super) references: Box<[u32]>,
     /// What the carrier needs until the frame is settled.
     pub(super) _placement: Option<Placement>,
 }
@@ -274,6 +277,8 @@ pub(super) struct LaneSender<'a> {
     /// Headers and encoded sections that are not written yet.
     out: Vec<u8>,
     seq: u64,
+    /// Frames before this one may have pages whose content is not known for sure, as long as they are under way.
+    doubtful_before: u64,
     /// How long the bandwidth limit held the next frame back.
     held_back_nanos: u64,
 }
@@ -283,7 +288,8 @@ impl<'a> LaneSender<'a> {
         let source = &*shared.source;
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
         let encoder = ChunkEncoder::new(source.options.codec, clock::nanos)
-            .sharing(source.options.streams.into(), cores);
+            .sharing(source.options.streams.into(), cores)
+            .referring(source.options.references);
         Self {
             shared,
             source,
@@ -292,6 +298,7 @@ impl<'a> LaneSender<'a> {
             snapshot: vec![0; CHUNK_SIZE].into(),
             out: Vec::with_capacity(2 * GATHER_BYTES + CHUNK_SIZE),
             seq: 0,
+            doubtful_before: 0,
             held_back_nanos: 0,
         }
     }
@@ -395,6 +402,9 @@ impl<'a> LaneSender<'a> {
         // A page that was torn by being sent from where it lies is not in its first pass any more: it goes from a copy.
         let in_place = plan.in_place(first_pass);
         let (spent, mut lap) = (&source.counters.spent, Lap::start());
+        let mut lent = Vec::new();
+        // What this stream has under way is what the destination will have, unless it was sent from where it lies.
+        let own = plan.references && !self.doubts();
         let encoded = if in_place {
             let encoded = self.encoder.survey(&source.shared, chunk, &source.ram.chunk(chunk), pages);
             lap.to(&spent.scan);
@@ -402,8 +412,21 @@ impl<'a> LaneSender<'a> {
         } else {
             take_snapshot(&source.ram.chunk(chunk), pages, &mut self.snapshot);
             lap.to(&spent.copy);
-            let encoded =
-                self.encoder.encode_as(plan, &source.shared, chunk, &self.snapshot, pages, first_pass);
+            let job = Job { chunk, snapshot: &self.snapshot, pages, first_pass };
+            let stream = self.shared.stream;
+            let encoded = self.encoder.encode_as(plan, &source.shared, job, &mut |reference, pages| {
+                let lends = lend(source, stream, own, reference, pages);
+                lent.extend(lends.then_some(reference.chunk));
+                lends
+            });
+            // What was written since it was sent is of no use.
+            lent.retain(|&chunk| {
+                let used = encoded.references.iter().any(|reference| reference.chunk == chunk);
+                if !used {
+                    source.return_lent(chunk);
+                }
+                used
+            });
             lap.to(&spent.encode);
             encoded
         };
@@ -413,7 +436,13 @@ impl<'a> LaneSender<'a> {
             self.source.owners.release(chunk);
             return Ok(());
         }
-        let placement = place(self.shared, &mut *self.carrier, chunk, encoded.raw, sent)?;
+        let placement = match place(self.shared, &mut *self.carrier, chunk, encoded.raw, sent) {
+            Ok(placement) => placement,
+            Err(e) => {
+                lent.iter().for_each(|&chunk| source.return_lent(chunk));
+                return Err(e);
+            }
+        };
         let header = FrameHeader {
             kind: FrameKind::Pages,
             seq: self.seq,
@@ -425,6 +454,7 @@ impl<'a> LaneSender<'a> {
             zstd: encoded.zstd,
             encoded_checksum: checksum_of(&self.source.shared, encoded.encoded),
             placed: placement.is_some(),
+            references: !encoded.references.is_empty(),
         };
         self.seq += 1;
         self.out.extend_from_slice(&header.encode(&self.source.shared.hasher));
@@ -447,8 +477,12 @@ impl<'a> LaneSender<'a> {
             sent_at: source.now(),
             digests: receipts_of(sent, encoded.digests),
             doubtful,
+            references: lent.into(),
             _placement: placement,
         };
+        if doubtful != 0 {
+            self.doubtful_before = self.seq;
+        }
         let wire_bytes = frame.wire_bytes;
         self.source.carried.insert(chunk, sent);
         let begun = clock::nanos();
@@ -463,6 +497,11 @@ impl<'a> LaneSender<'a> {
         let link_nanos = clock::nanos() - begun + std::mem::take(&mut self.held_back_nanos);
         self.encoder.observe_link(wire_bytes, link_nanos);
         Ok(())
+    }
+
+    /// Whether a frame under way has pages that may arrive other than they were hashed.
+    fn doubts(&self) -> bool {
+        self.shared.flight().frames.front().is_some_and(|oldest| oldest.seq < self.doubtful_before)
     }
 
     /// Puts a frame among those under way, and waits until the window has room for it.
@@ -550,6 +589,21 @@ fn place(
     })
 }
 
+/// Holds a chunk for a frame that refers to pages of it, and copies these. A chunk that waits to be sent again is not lent: it would
+/// have to wait for as long as somebody refers to it.
+fn lend(source: &PageSource, stream: u16, own: bool, reference: Reference, pages: &mut [Page]) -> bool {
+    let Reference { chunk, pages: mask } = reference;
+    if source.pending.get(chunk) != 0 || !source.owners.lend(chunk, stream, own) {
+        return false;
+    }
+    let memory = source.ram.chunk(chunk);
+    for (page, bit) in pages.iter_mut().zip(bits(mask)) {
+        let piece = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
+        piece.expect("pages that were sent lie in their chunk's mapping").copy_to(&mut page[..]);
+    }
+    true
+}
+
 /// Copies the pages, and only these, out of guest memory.
 fn take_snapshot(memory: &VolatileSlice<'_>, pages: u64, snapshot: &mut [u8]) {
     for (first, count) in runs(pages) {
@@ -583,6 +637,10 @@ fn count_pages(counters: &Counters, encoded: &EncodedChunk<'_>) {
         if pages != 0 {
             Counters::add(counter, pages.count_ones().into());
         }
+    }
+    let referred: u32 = encoded.references.iter().map(|reference| reference.pages.count_ones()).sum();
+    if referred != 0 {
+        Counters::add(&counters.referred, referred.into());
     }
     Counters::add(&counters.logical_acked, u64::from(encoded.unchanged.count_ones()) * PAGE_SIZE as u64);
 }

@@ -51,6 +51,8 @@ pub struct Batch {
 pub struct SourceOptions {
     /// Codec choice.
     pub codec: CodecMode,
+    /// The destination takes frames that refer to pages which were sent before.
+    pub references: bool,
     /// Streams that the session has, which share this host's cores.
     pub streams: u16,
     /// Bound of the delta cache, in bytes.
@@ -89,6 +91,8 @@ pub struct Counters {
     pub delta: AtomicU64,
     /// Pages sent in zstd frames.
     pub compressed: AtomicU64,
+    /// Pages of other chunks that compressed pages referred to, each time.
+    pub referred: AtomicU64,
     /// Pages sent as they are.
     pub raw: AtomicU64,
     /// Bytes written to the streams.
@@ -312,7 +316,17 @@ impl PageSource {
     fn settle(&self, frame: &Unreceipted) {
         let bytes = u64::from(frame.pages.count_ones()) * PAGE_SIZE as u64;
         self.owners.release(frame.chunk);
+        frame.references.iter().for_each(|&chunk| self.return_lent(chunk));
         self.counters.logical_under_way.fetch_sub(bytes, Ordering::Release);
+    }
+
+    /// A frame that referred to this chunk is no longer under way, or was not sent.
+    fn return_lent(&self, chunk: u32) {
+        #[cfg(test)]
+        if fault::is(fault::Fault::ReferenceNotHeld) {
+            return;
+        }
+        self.owners.release(chunk);
     }
 
     fn now(&self) -> Duration {
@@ -408,6 +422,7 @@ mod tests {
     fn nowhere(layout: Layout, pending: PageBitmap) -> PageSource {
         let options = SourceOptions {
             streams: 1,
+            references: false,
             codec: CodecMode::Raw,
             cache_bytes: 0,
             timeout: Duration::from_secs(1),

@@ -1,4 +1,4 @@
-//! Which stream a chunk belongs to: rule 1, all versions of a page travel in order.
+//! Which stream a chunk belongs to, or who reads it: rule 1, all versions of a page travel in order.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -10,10 +10,19 @@ use crate::simulation::fault;
 /// A chunk with nothing under way belongs to nobody and may be claimed by any stream; one with frames under way only by
 /// the stream that sent them. So two versions of a page are never under way on two streams, and rounds need no
 /// barrier.
+///
+/// Frames also refer to pages of other chunks ([`pagecopy::chunk::Reference`]), which must stay what they are until the destination has
+/// decoded the frame. That counts as one more under way, of the stream that owns the chunk, or else of *readers* together: any
+/// stream may join these, and none may send pages of the chunk while they are there.
 pub(crate) struct Owners {
-    /// Stream in the high half, frames under way in the low half.
+    /// Stream, or [`READERS`], in the high half; frames under way in the low half.
     chunks: Box<[AtomicU32]>,
 }
+
+/// Stands for all streams that refer to a chunk which none of them owns.
+const READERS: u32 = 0xffff;
+/// Frames that may refer to a chunk at a time: what is left of the count is for frames of the chunk itself.
+const READERS_MAX: u32 = 0x7fff;
 
 impl Owners {
     pub(crate) fn new(chunks: u32) -> Self {
@@ -23,6 +32,7 @@ impl Owners {
 
     /// Counts one more frame of `chunk` under way on `stream`, unless another stream has some.
     pub(crate) fn claim(&self, chunk: u32, stream: u16) -> bool {
+        assert_ne!(u32::from(stream), READERS, "there are not so many streams");
         // Acquire pairs with the release in `release`: what the last owner did to the chunk's digests is seen.
         self.chunks[chunk as usize]
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
@@ -39,7 +49,26 @@ impl Owners {
             .is_ok()
     }
 
-    /// One frame of `chunk` less is under way.
+    /// Counts one more frame under way, on `stream`, that refers to pages of `chunk`, unless another stream owns it; of a chunk of its
+    /// own only where `own` allows it.
+    pub(crate) fn lend(&self, chunk: u32, stream: u16, own: bool) -> bool {
+        #[cfg(test)]
+        if fault::is(fault::Fault::ReferenceNotHeld) {
+            let word = self.chunks[chunk as usize].load(Ordering::Acquire);
+            return word & 0xffff == 0 || word >> 16 == READERS || word >> 16 == u32::from(stream) && own;
+        }
+        self.chunks[chunk as usize]
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| match (word >> 16, word & 0xffff) {
+                (_, 0) => Some(READERS << 16 | 1),
+                (owner, under_way) if under_way < READERS_MAX => {
+                    (owner == READERS || own && owner == u32::from(stream)).then_some(word + 1)
+                }
+                _ => None,
+            })
+            .is_ok()
+    }
+
+    /// One frame of `chunk` less, or one that refers to it, is under way.
     pub(crate) fn release(&self, chunk: u32) {
         let before = self.chunks[chunk as usize].fetch_sub(1, Ordering::Release);
         assert_ne!(before & 0xffff, 0, "a release follows a claim");
@@ -62,5 +91,33 @@ mod tests {
         owners.release(0);
         assert!(owners.claim(0, 1));
         assert!(!owners.claim(0, 3));
+    }
+
+    #[test]
+    fn what_is_referred_to_is_not_sent_by_another_stream() {
+        let owners = Owners::new(1);
+        // Of a chunk that nobody owns any stream may be a reader, and nobody may send it.
+        assert!(owners.lend(0, 1, false) && owners.lend(0, 2, true));
+        assert!(!owners.claim(0, 1) && !owners.claim(0, 2));
+        owners.release(0);
+        assert!(!owners.claim(0, 1));
+        owners.release(0);
+        // Of one that a stream owns only that stream, if it may; its frames and references count together.
+        assert!(owners.claim(0, 1));
+        assert!(!owners.lend(0, 2, true) && !owners.lend(0, 1, false) && owners.lend(0, 1, true));
+        owners.release(0);
+        assert!(owners.claim(0, 1) && !owners.claim(0, 2));
+        owners.release(0);
+        owners.release(0);
+        assert!(owners.claim(0, 2));
+    }
+
+    #[test]
+    fn there_is_a_limit_to_references() {
+        let owners = Owners::new(1);
+        assert!((0..READERS_MAX).all(|_| owners.lend(0, 1, true)));
+        assert!(!owners.lend(0, 1, true));
+        owners.release(0);
+        assert!(owners.lend(0, 1, true));
     }
 }

@@ -37,10 +37,14 @@ pub mod capability {
     pub const RESUME: u64 = 4;
     /// Pages that follow a guest which runs at the destination already.
     pub const POSTCOPY: u64 = 8;
-    /// What says how pages may be encoded.
+    /// zstd frames that refer to pages which were sent before.
+    pub const REFERENCES: u64 = 16;
+    /// What `auto` chooses from.
     pub const CODECS: u64 = DELTA | ZSTD;
+    /// What says how pages may be encoded.
+    pub const ENCODINGS: u64 = CODECS | REFERENCES;
     /// All that this version knows.
-    pub const ALL: u64 = CODECS | RESUME | POSTCOPY;
+    pub const ALL: u64 = ENCODINGS | RESUME | POSTCOPY;
 }
 
 /// What a session is about, from the source.

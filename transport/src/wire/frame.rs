@@ -21,6 +21,8 @@ pub const ENCODED_MAX: usize = CHUNK_SIZE + 64 * 2;
 
 /// The flag of a frame whose raw pages were placed.
 const FLAG_PLACED: u16 = 1;
+/// The flag of a frame whose encoded section has references.
+const FLAG_REFERENCES: u16 = 2;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +57,8 @@ pub struct FrameHeader {
     pub encoded_checksum: u64,
     /// The raw pages do not follow: the carrier has placed them in the destination's memory. Carriers that place only.
     pub placed: bool,
+    /// The encoded section's zstd frame refers to pages that were sent before.
+    pub references: bool,
 }
 
 impl FrameHeader {
@@ -74,6 +78,7 @@ impl FrameHeader {
             zstd: 0,
             encoded_checksum: 0,
             placed: false,
+            references: false,
         }
     }
 
@@ -92,13 +97,14 @@ impl FrameHeader {
         Self::LEN as u64 + u64::from(self.encoded_len) + u64::from(self.raw.count_ones()) * PAGE_SIZE as u64
     }
 
-    /// Offsets: 0 magic, 4 kind, 6 flags (1 placed), 8 seq, 16 chunk, 20 encoded_len, 24 raw, 32 zero, 40 delta, 48 zstd,
+    /// Offsets: 0 magic, 4 kind, 6 flags (1 placed, 2 references), 8 seq, 16 chunk, 20 encoded_len, 24 raw, 32 zero, 40 delta, 48 zstd,
     /// 56 encoded_checksum, 64 checksum of bytes 0..64.
     pub fn encode(&self, hasher: &PageHasher) -> [u8; Self::LEN] {
         let mut out = [0; Self::LEN];
         out[0..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());
         out[4..6].copy_from_slice(&(self.kind as u16).to_le_bytes());
-        out[6..8].copy_from_slice(&u16::from(self.placed).to_le_bytes());
+        let flags = u16::from(self.placed) * FLAG_PLACED | u16::from(self.references) * FLAG_REFERENCES;
+        out[6..8].copy_from_slice(&flags.to_le_bytes());
         out[8..16].copy_from_slice(&self.seq.to_le_bytes());
         out[16..20].copy_from_slice(&self.chunk.to_le_bytes());
         out[20..24].copy_from_slice(&self.encoded_len.to_le_bytes());
@@ -130,7 +136,8 @@ impl FrameHeader {
             delta: r.u64("delta")?,
             zstd: r.u64("zstd")?,
             encoded_checksum: r.u64("encoded_checksum")?,
-            placed: flags == FLAG_PLACED,
+            placed: flags & FLAG_PLACED != 0,
+            references: flags & FLAG_REFERENCES != 0,
         };
         let (expected, found) = (r.u64("checksum")?, hasher.checksum(&bytes[..64]));
         if expected != found {
@@ -139,7 +146,10 @@ impl FrameHeader {
         if !(1..=2).contains(&kind) {
             return Err(WireError::BadValue { field: "frame kind", value: kind.into() });
         }
-        if flags & !FLAG_PLACED != 0 || (header.placed && header.raw == 0) {
+        if flags & !(FLAG_PLACED | FLAG_REFERENCES) != 0
+            || (header.placed && header.raw == 0)
+            || (header.references && header.zstd == 0)
+        {
             return Err(WireError::BadValue { field: "frame flags", value: flags.into() });
         }
         header.check_shape()?;
@@ -246,6 +256,7 @@ mod tests {
             zstd: 0b1000,
             encoded_checksum: 77,
             placed: false,
+            references: false,
         }
     }
 
@@ -253,6 +264,10 @@ mod tests {
     fn header_round_trip() {
         let hasher = PageHasher::new(1);
         assert_eq!(FrameHeader::decode(&header().encode(&hasher), &hasher), Ok(header()));
+        for (placed, references) in [(true, false), (false, true), (true, true)] {
+            let flagged = FrameHeader { placed, references, ..header() };
+            assert_eq!(FrameHeader::decode(&flagged.encode(&hasher), &hasher), Ok(flagged));
+        }
         let end = FrameHeader::end(9);
         assert_eq!(FrameHeader::decode(&end.encode(&hasher), &hasher), Ok(end));
         // Another session's frame is not taken for one of ours.
@@ -292,6 +307,8 @@ mod tests {
         assert!(bad(&|h| h.encoded_len = u32::MAX));
         assert!(bad(&|h| (h.delta, h.zstd) = (0, 0)));
         assert!(bad(&|h| h.kind = FrameKind::End));
+        assert!(bad(&|h| (h.placed, h.raw) = (true, 0)));
+        assert!(bad(&|h| (h.references, h.zstd) = (true, 0)));
         assert!(bad(&|h| h.chunk = 16));
         assert!(!bad(&|h| h.chunk = 15));
         let tail = Layout::flat(3 * 4096).unwrap();
