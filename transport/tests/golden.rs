@@ -2,7 +2,7 @@
 //! must show. A change of either is a change of the protocol and needs a new version.
 
 use pagecopy::backend::StateBlob;
-use pagecopy::chunk::ChunkDecoder;
+use pagecopy::chunk::{Announced, ChunkDecoder, Reference};
 use pagecopy::digest::{PageHasher, receipt};
 use pagecopy::layout::{Layout, PAGE_SIZE, Region};
 use transport::wire::control::{
@@ -125,7 +125,11 @@ const SECTION: &str = "0800000109c70102070828b52ffd60001f0280006103800062";
 /// The frame of chunk 3 around [`SECTION`], with page 0 raw and page 1 zero.
 const FRAME_HEADER: &str = "504746310100000007000000000000000300000019000000010000000000000002000000000000000400000000000000180000000000000014e8329e4c5bce2a3b6d43d27efcddfe";
 const END_HEADER: &str = "5047463102000000080000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000028196a04b64d059a";
-/// The receipt of that frame.
+/// A section of page 4 alone, whose zstd frame refers to page 1 of chunk 9.
+const REFERRING: &str = "0109000000020000000000000028b52ffd60000f6d000000020005d89fe343fdfbff1908";
+/// The frame of chunk 3 around [`REFERRING`].
+const REFERRING_HEADER: &str = "50474631010002000800000000000000030000002400000000000000000000000000000000000000000000000000000010000000000000006afa05785d8ae6522c7aa610992907b3";
+/// The receipt of the frame around [`SECTION`].
 const RECEIPT: &str = "50475231050000000700000000000000c101e567d17a51f045e7961452e8eac4a4af2ab1fa936c50a71019b6e72db1bc2cbf9bb4d1c51f4e7ec6862318fd1281";
 /// The fold of a stream whose only receipt is [`RECEIPT`].
 const FOLD: &str = "2708e06134234f89";
@@ -146,6 +150,28 @@ fn frame() -> FrameHeader {
         placed: false,
         references: false,
     }
+}
+
+fn referring_frame() -> FrameHeader {
+    let section = unhex(REFERRING);
+    FrameHeader {
+        kind: FrameKind::Pages,
+        seq: 8,
+        chunk: 3,
+        encoded_len: section.len() as u32,
+        zstd: 0b1_0000,
+        encoded_checksum: PageHasher::new(SEED).checksum(&section),
+        references: true,
+        ..FrameHeader::end(0)
+    }
+}
+
+/// Page 1 of chunk 9, and page 4 of chunk 3: the same, from byte 8 on, and then its first 8 bytes.
+fn referred() -> [[u8; PAGE_SIZE]; 2] {
+    let held: [u8; PAGE_SIZE] = std::array::from_fn(|i| (i * i / 8) as u8);
+    let mut sent = held;
+    sent.rotate_left(8);
+    [held, sent]
 }
 
 /// A request of page 1 of chunk 3.
@@ -257,7 +283,9 @@ fn messages_are_these_bytes() {
 #[test]
 fn frame_headers_are_these_bytes() {
     let hasher = PageHasher::new(SEED);
-    for (golden, header) in [(FRAME_HEADER, frame()), (END_HEADER, FrameHeader::end(8))] {
+    for (golden, header) in
+        [(FRAME_HEADER, frame()), (REFERRING_HEADER, referring_frame()), (END_HEADER, FrameHeader::end(8))]
+    {
         assert_eq!(hex(&header.encode(&hasher)), golden, "{:?}", header.kind);
         assert_eq!(FrameHeader::decode(unhex(golden)[..].try_into().unwrap(), &hasher), Ok(header));
     }
@@ -285,6 +313,23 @@ fn the_encoded_section_decodes_to_its_pages() {
         assert!(*page == expected[bit as usize], "page {bit}");
     }
     assert_eq!(asked, [2], "only a delta has a base");
+}
+
+#[test]
+fn a_section_that_refers_to_another_page_decodes_to_its_page() {
+    let (header, section, [held, sent]) = (referring_frame(), unhex(REFERRING), referred());
+    let announced = Announced { delta: header.delta, zstd: header.zstd, references: header.references };
+    let mut decoder = ChunkDecoder::new();
+    let base = |_: u32, _: &mut [u8; PAGE_SIZE]| panic!("only a delta has a base");
+    let decoded = decoder
+        .decode_with(announced, &section, base, |reference, pages| {
+            assert_eq!(reference, Reference { chunk: 9, pages: 0b10 });
+            pages.copy_from_slice(&[held]);
+            true
+        })
+        .unwrap();
+    assert_eq!(decoded.pages(), 0b1_0000);
+    assert!(decoded.page(4) == Some(&sent));
 }
 
 #[test]
@@ -335,7 +380,18 @@ fn digests_are_those_of_stock_xxhash() {
 #[test]
 fn the_document_shows_every_vector() {
     let shown: String = DOCUMENT.chars().filter(|c| !c.is_whitespace()).collect();
-    let named = [REQUEST, SEALED, SECTION, FRAME_HEADER, END_HEADER, RECEIPT, FOLD, ZERO_PAGE_DIGEST];
+    let named = [
+        REQUEST,
+        SEALED,
+        SECTION,
+        FRAME_HEADER,
+        REFERRING,
+        REFERRING_HEADER,
+        END_HEADER,
+        RECEIPT,
+        FOLD,
+        ZERO_PAGE_DIGEST,
+    ];
     let messages = messages();
     let preambles = preambles();
     let queue_pair = queue_pair();
