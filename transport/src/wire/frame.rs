@@ -103,7 +103,8 @@ impl FrameHeader {
         let mut out = [0; Self::LEN];
         out[0..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());
         out[4..6].copy_from_slice(&(self.kind as u16).to_le_bytes());
-        let flags = u16::from(self.placed) * FLAG_PLACED | u16::from(self.references) * FLAG_REFERENCES;
+        let flag = |set: bool, flag: u16| if set { flag } else { 0 };
+        let flags = flag(self.placed, FLAG_PLACED) | flag(self.references, FLAG_REFERENCES);
         out[6..8].copy_from_slice(&flags.to_le_bytes());
         out[8..16].copy_from_slice(&self.seq.to_le_bytes());
         out[16..20].copy_from_slice(&self.chunk.to_le_bytes());
