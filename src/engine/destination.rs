@@ -335,6 +335,7 @@ impl Destination {
             ram,
             guest,
             sink: Arc::new(sink),
+            dense: None,
             enlarger: None,
             streams: DestinationStreams::new(),
             workers: BTreeMap::new(),
@@ -478,6 +479,9 @@ struct Session {
     ram: Arc<dyn GuestRam>,
     guest: Option<Arc<dyn Guest>>,
     sink: Arc<PageSink>,
+    /// What is to be brought in as large pages, once all streams are open: all cores are then busy, and opening them would take
+    /// longer than the memory.
+    dense: Option<Vec<Range<u32>>>,
     /// Works while pages come.
     enlarger: Option<Enlarger>,
     streams: DestinationStreams,
@@ -546,8 +550,7 @@ impl Session {
         let chunks = self.ram.layout().chunks();
         if !self.ram.populates_ahead() {
             if self.ram.enlarges() {
-                let dense = runs_of_pieces(chunks, |chunk| self.hello.is_dense(chunk));
-                self.enlarger = Some(Enlarger::start(&self.sink, dense));
+                self.dense = Some(runs_of_pieces(chunks, |chunk| self.hello.is_dense(chunk)));
             } else {
                 self.sink.begin_placing();
             }
@@ -674,6 +677,11 @@ impl Session {
         })?;
         self.streams.started(stream);
         self.workers.insert(number, Worker { breaker, thread });
+        if self.workers.len() == usize::from(self.hello.streams)
+            && let Some(dense) = self.dense.take()
+        {
+            self.enlarger = Some(Enlarger::start(&self.sink, dense));
+        }
         Ok(())
     }
 
