@@ -42,6 +42,8 @@ use reopen::Opener;
 use resume::connect;
 use watch::Watch;
 
+/// Bytes of a dense map that a thread looks at, at least: 256 MiB of memory.
+const DENSE_SHARE_MIN: usize = 16;
 /// Bytes of a chunk that are looked at to see whether its memory is worth enlarging at the destination.
 const SAMPLE_BYTES: usize = 256;
 
@@ -352,17 +354,11 @@ impl Attempt<'_> {
         let mut presence = vec![0u8; Hello::presence_len(layout)];
         // Only of memory alone: that of a guest stays in small pages, whose writes are told apart.
         let mut dense = if self.backend.guest.is_none() { presence.clone() } else { Vec::new() };
-        let mut last = None;
         for (chunk, _) in populated.iter() {
             let bit = chunk / PRESENCE_CHUNKS;
             presence[bit as usize / 8] |= 1 << (bit % 8);
-            if last.replace(bit) != Some(bit)
-                && !dense.is_empty()
-                && is_dense(&*self.backend.ram, populated, bit * PRESENCE_CHUNKS)
-            {
-                dense[bit as usize / 8] |= 1 << (bit % 8);
-            }
         }
+        find_dense(&*self.backend.ram, populated, &mut dense);
         let resume = if self.options.reconnect_timeout.is_zero() { 0 } else { capability::RESUME };
         let postcopy = if self.backend.guest.is_some() { capability::POSTCOPY } else { 0 };
         let capabilities = capability::ENCODINGS | postcopy | resume;
@@ -633,6 +629,25 @@ fn ask_once(uri: &Uri, watch: &mut Watch, timeout: Duration) -> Result<Learnt, C
         }
     }
     Ok(Learnt::Unknown)
+}
+
+/// Sets the bits of a dense map, with all cores: looking at memory that nobody has looked at costs a page fault each time.
+fn find_dense(ram: &dyn GuestRam, populated: &PageBitmap, dense: &mut [u8]) {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = dense.len().div_ceil(cores).max(DENSE_SHARE_MIN);
+    std::thread::scope(|scope| {
+        for (bytes, first) in dense.chunks_mut(share).zip((0..).step_by(share)) {
+            let find = move || {
+                for (byte, at) in bytes.iter_mut().zip(first..) {
+                    let is_dense =
+                        |bit: &u32| is_dense(ram, populated, (at as u32 * 8 + bit) * PRESENCE_CHUNKS);
+                    *byte = (0..8).filter(is_dense).fold(0, |byte, bit| byte | 1 << bit);
+                }
+            };
+            // Memory of which nothing is known to be dense comes in as its content does.
+            let _ = std::thread::Builder::new().name("dense".into()).spawn_scoped(scope, find);
+        }
+    });
 }
 
 /// Whether there is data all over the [`PRESENCE_CHUNKS`] chunks from `first`, by samples, of which half may be zeros: so little
