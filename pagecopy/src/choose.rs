@@ -28,8 +28,10 @@ pub const DELTA_SAMPLE: u32 = 16;
 const WINDOW_BYTES: f64 = (2 << 20) as f64;
 /// ... or after this much time, in nanoseconds.
 const WINDOW_NANOS: f64 = 100e6;
-/// The link limits when at least this share of a window was spent waiting for it.
+/// The link limits when at least this share of a window was spent waiting for it ...
 const LINK_BOUND_SHARE: f64 = 0.2;
+/// ... or this share where few bytes went: headers of zero pages, each with its system call, say nothing about a link.
+const LINK_BOUND_SHARE_FEW: f64 = 0.8;
 /// A choice is left for one that takes less than this share of its time.
 const SWITCH_BELOW: f64 = 0.9;
 /// Share of the lesser of encoding and draining that is not hidden behind the other.
@@ -229,7 +231,14 @@ impl Link {
             return false;
         }
         let sample = (elapsed / self.wire).max(1e-3);
-        if self.waited >= LINK_BOUND_SHARE * elapsed {
+        let few = self.wire < WINDOW_BYTES;
+        let share = if few { LINK_BOUND_SHARE_FEW } else { LINK_BOUND_SHARE };
+        let waited = self.waited >= share * elapsed;
+        if few && !waited {
+            (self.wire, self.waited, self.encoded) = (0.0, 0.0, 0.0);
+            return false;
+        }
+        if waited {
             if let Some(assumed) = self.nanos
                 && assumed < 0.95 * self.seen
             {
@@ -610,6 +619,25 @@ mod tests {
         let mut gigabit = Sim::new(CodecMode::Auto, 125e6);
         gigabit.run(60, 1);
         assert!(gigabit.last.is_some());
+    }
+
+    /// Chunks of zeros: a header each, and a system call for many of them.
+    #[test]
+    fn zeros_say_nothing_about_the_link() {
+        let mut chooser = Chooser::new(CodecMode::Auto).each_once();
+        for chunk in 0..20_000 {
+            assert!(chooser.plan(chunk).zstd_level.is_none());
+            chooser.observe_encode(EncodeKind::Scan, CHUNK_SIZE as u64, 0, 12_000);
+            chooser.observe_link(72, 4_000);
+        }
+        assert_eq!(chooser.link_bytes_per_s(), None);
+        // A link that is slow is waited for, however few the bytes.
+        for chunk in 0..2000 {
+            chooser.plan(chunk);
+            chooser.observe_encode(EncodeKind::Scan, CHUNK_SIZE as u64, CHUNK_SIZE as u64, 12_000);
+            chooser.observe_link(1000, 100_000);
+        }
+        assert!(chooser.plan(0).zstd_level.is_some());
     }
 
     /// Four workers on two cores, each with its part of 10 Gbit/s: compression that would pay for one of them alone does not.
