@@ -116,6 +116,25 @@ fn every_codec() {
     }
 }
 
+/// Memory whose second half is the first, 2000 bytes on: no page is another's, and all of it is known.
+#[test]
+fn what_was_sent_before_is_referred_to() {
+    let mut job = Job::new(Image::Text, 32 * MIB);
+    let half = job.content.len() / 2;
+    let (first, second) = job.content.split_at_mut(half);
+    second.copy_from_slice(first);
+    second.rotate_left(2000);
+    std::fs::write(&job.from, &job.content).unwrap();
+    let wire = |codec: &str| {
+        let (sent, received) = transfer(&job, "tcp:127.0.0.1:0", &["--codec", codec]);
+        assert_report(&job, &sent, 4);
+        assert_eq!(sent.report().wire_bytes, received.report().wire_bytes);
+        sent.report().wire_bytes
+    };
+    let (without, with) = (wire("zstd:1"), wire("zstd:2"));
+    assert!(with < without * 3 / 4, "{with} {without}");
+}
+
 #[test]
 fn the_json_object_has_every_field() {
     let job = Job::new(Image::Mixed, 4 * MIB);

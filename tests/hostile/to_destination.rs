@@ -365,13 +365,32 @@ fn encoded_frame(delta: u64, zstd: u64, section: &[u8], hasher: &PageHasher) -> 
     [&header.encode(hasher)[..], section].concat()
 }
 
+/// A frame of page 0 of chunk 0 that refers to pages, and zstd for 4096 bytes of `a`.
+fn referring_frame(references: &[(u32, u64)], hasher: &PageHasher) -> Vec<u8> {
+    let mut section = vec![references.len() as u8];
+    for (chunk, pages) in references {
+        section.extend_from_slice(&chunk.to_le_bytes());
+        section.extend_from_slice(&pages.to_le_bytes());
+    }
+    section.extend_from_slice(b"\x28\xb5\x2f\xfd\x60\x00\x0f\x03\x80\x00a");
+    let header = FrameHeader {
+        encoded_len: section.len() as u32,
+        zstd: 1,
+        encoded_checksum: hasher.checksum(&section),
+        references: true,
+        ..raw_frame(0, 0, 0)
+    };
+    [&header.encode(hasher)[..], &section].concat()
+}
+
 #[test]
 fn bad_frames_end_their_stream_with_the_reason() {
     let _turn = turn();
     let job = Job::new(Image::Random, MIB);
     let recv = Recv::to_file(&job.to, TIMEOUT);
     // Four whole chunks and one of three pages.
-    let mut control = open_session(recv.port(), hello((MIB + 3 * PAGE) as u64));
+    let offer = Hello { capabilities: 3 | 16, ..hello((MIB + 3 * PAGE) as u64) };
+    let mut control = open_session(recv.port(), offer);
     let hasher = PageHasher::new(SEED);
     let encode = |header: FrameHeader| header.encode(&hasher).to_vec();
     let flipped = |at: usize| {
@@ -399,6 +418,8 @@ fn bad_frames_end_their_stream_with_the_reason() {
         (other_session, "checksum of frame header"),
         (resealed(4, 9), "frame kind"),
         (resealed(6, 1), "frame flags"),
+        (resealed(6, 2), "frame flags"),
+        (resealed(6, 4), "frame flags"),
         (encode(raw_frame(1, 0, 1)), "seq"),
         (encode(raw_frame(0, 5, 1)), "chunk"),
         (encode(raw_frame(0, u32::MAX, 1)), "chunk"),
@@ -418,6 +439,14 @@ fn bad_frames_end_their_stream_with_the_reason() {
             encoded_frame(0, 1, b"\x28\xb5\x2f\xfd\x60\x00\x1f\x02\x80\x00a\x03\x80\x00b", &hasher),
             "announces Some(8192) bytes",
         ),
+        // Nothing was sent yet: not this page, and not itself; and there is no such chunk, or page of it.
+        (referring_frame(&[(1, 1)], &hasher), "not all of them were sent"),
+        (referring_frame(&[(0, 1)], &hasher), "not all of them were sent"),
+        (referring_frame(&[(5, 1)], &hasher), "not all of them were sent"),
+        (referring_frame(&[(u32::MAX, 1)], &hasher), "not all of them were sent"),
+        (referring_frame(&[(4, 0b1000)], &hasher), "not all of them were sent"),
+        (referring_frame(&[], &hasher), "refers to 0 chunks"),
+        (referring_frame(&[(1, 0)], &hasher), "names no page"),
         // The rest of the frame never comes.
         (encode(raw_frame(0, 0, 1)), "in the middle of a frame for 1 s"),
     ] {
@@ -450,6 +479,23 @@ fn bad_frames_end_their_stream_with_the_reason() {
     assert!(memory[PAGE..].iter().all(|&byte| byte == 0), "no bad frame reached memory");
 }
 
+/// zstd alone does not allow references.
+#[test]
+fn references_that_were_not_agreed_on_are_refused() {
+    let _turn = turn();
+    let job = Job::new(Image::Random, MIB);
+    let recv = Recv::to_file(&job.to, TIMEOUT);
+    let mut control = open_session(recv.port(), hello(MIB as u64));
+    let mut stream = open_stream(recv.port(), 0);
+    stream.write(&referring_frame(&[(1, 1)], &PageHasher::new(SEED)));
+    match control.receive() {
+        Some(Message::StreamStopped { reason, .. }) => {
+            assert!(reason.contains("references (not agreed on)"), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn encodings_that_were_not_agreed_on_are_refused() {
     let _turn = turn();
@@ -458,9 +504,10 @@ fn encodings_that_were_not_agreed_on_are_refused() {
     let offer = Hello { capabilities: !3, ..hello(MIB as u64) };
     let mut control = open_session(recv.port(), offer);
     let hasher = PageHasher::new(SEED);
-    for (delta, zstd) in [(1, 0), (0, 1)] {
+    let encoded = |delta, zstd| encoded_frame(delta, zstd, &[3, 0, 0, 1, 9], &hasher);
+    for bytes in [encoded(1, 0), encoded(0, 1)] {
         let mut stream = open_stream(recv.port(), 0);
-        stream.write(&encoded_frame(delta, zstd, &[3, 0, 0, 1, 9], &hasher));
+        stream.write(&bytes);
         match control.receive() {
             Some(Message::StreamStopped { reason, .. }) => {
                 assert!(reason.contains("not agreed on"), "{reason}");
@@ -538,7 +585,7 @@ fn a_query_takes_the_place_of_a_lost_control_connection() {
     }
 }
 
-/// Dense memory comes in before any of its pages does, and no other; a map of another layout is refused.
+/// Dense memory comes in once streams are open, before any of its pages does, and no other; a map of another layout is refused.
 #[test]
 fn a_dense_map_brings_in_what_it_names() {
     let _turn = turn();
@@ -549,6 +596,8 @@ fn a_dense_map_brings_in_what_it_names() {
     peer.send(&Message::Hello(Hello { dense: vec![0; 2], ..hello(6 * MIB as u64) }));
     peer.expect_error(ErrorCode::Layout, "dense map has 2 bytes");
     let _control = open_session(recv.port(), Hello { dense: vec![0b010], ..hello(6 * MIB as u64) });
+    assert_eq!(blocks(&job.to), 0);
+    let _stream = open_stream(recv.port(), 0);
     let enlarges =
         GuestMemory::open_ram_file(&job.to, true).is_ok_and(|memory| memory.enlarging().enlarges());
     if !enlarges {
