@@ -126,9 +126,8 @@ fn what_was_sent_before_is_referred_to() {
     second.rotate_left(2000);
     std::fs::write(&job.from, &job.content).unwrap();
     let wire = |codec: &str| {
-        let (sent, received) = transfer(&job, "tcp:127.0.0.1:0", &["--codec", codec]);
+        let (sent, _) = transfer(&job, "tcp:127.0.0.1:0", &["--codec", codec]);
         assert_report(&job, &sent, 4);
-        assert_eq!(sent.report().wire_bytes, received.report().wire_bytes);
         sent.report().wire_bytes
     };
     let (without, with) = (wire("zstd:1"), wire("zstd:2"));

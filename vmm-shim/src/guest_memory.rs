@@ -657,9 +657,7 @@ impl Mapping {
             range.subslice(page, PAGE_SIZE).expect("whole pages").copy_from(&zeros);
         }
     }
-}
 
-impl Mapping {
     /// Lets go of all pages of a large mapping, with all cores: unmapping takes 14 ms for each GiB of small pages, one after the other.
     fn release_pages(&self) {
         const PIECE: usize = 512 << 20;
