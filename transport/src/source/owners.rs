@@ -15,14 +15,16 @@ use crate::simulation::fault;
 /// decoded the frame. That counts as one more under way, of the stream that owns the chunk, or else of *readers* together: any
 /// stream may join these, and none may send pages of the chunk while they are there.
 pub(crate) struct Owners {
-    /// Stream, or [`READERS`], in the high half; frames under way in the low half.
+    /// Stream in the high half, unless [`READERS`] are there; frames under way, [`COUNT`].
     chunks: Box<[AtomicU32]>,
 }
 
-/// Stands for all streams that refer to a chunk which none of them owns.
-const READERS: u32 = 0xffff;
+/// What is under way refers to the chunk, and is of any streams.
+const READERS: u32 = 1 << 15;
+/// Frames under way.
+const COUNT: u32 = READERS - 1;
 /// Frames that may refer to a chunk at a time: what is left of the count is for frames of the chunk itself.
-const READERS_MAX: u32 = 0x7fff;
+const LENT_MAX: u32 = COUNT / 2;
 
 impl Owners {
     pub(crate) fn new(chunks: u32) -> Self {
@@ -32,18 +34,17 @@ impl Owners {
 
     /// Counts one more frame of `chunk` under way on `stream`, unless another stream has some.
     pub(crate) fn claim(&self, chunk: u32, stream: u16) -> bool {
-        assert_ne!(u32::from(stream), READERS, "there are not so many streams");
         // Acquire pairs with the release in `release`: what the last owner did to the chunk's digests is seen.
         self.chunks[chunk as usize]
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
-                let under_way = word & 0xffff;
-                let anothers = under_way != 0 && word >> 16 != u32::from(stream);
+                let under_way = word & COUNT;
+                let anothers = under_way != 0 && (word & READERS != 0 || word >> 16 != u32::from(stream));
                 #[cfg(test)]
                 let anothers = anothers && !fault::is(fault::Fault::NoChunkAffinity);
                 if anothers {
                     return None;
                 }
-                assert!(under_way < 0xffff, "the window bounds frames far below this");
+                assert!(under_way < COUNT, "the window bounds frames far below this");
                 Some(u32::from(stream) << 16 | (under_way + 1))
             })
             .is_ok()
@@ -52,26 +53,26 @@ impl Owners {
     /// Counts one more frame under way, on `stream`, that refers to pages of `chunk`, unless another stream owns it; of a chunk of its
     /// own only where `own` allows it.
     pub(crate) fn lend(&self, chunk: u32, stream: u16, own: bool) -> bool {
+        let lent = |word: u32| match word & COUNT {
+            0 => Some(READERS | 1),
+            LENT_MAX.. => None,
+            _ => {
+                let joins = word & READERS != 0 || own && word >> 16 == u32::from(stream);
+                joins.then_some(word + 1)
+            }
+        };
+        let word = &self.chunks[chunk as usize];
         #[cfg(test)]
         if fault::is(fault::Fault::ReferenceNotHeld) {
-            let word = self.chunks[chunk as usize].load(Ordering::Acquire);
-            return word & 0xffff == 0 || word >> 16 == READERS || word >> 16 == u32::from(stream) && own;
+            return lent(word.load(Ordering::Acquire)).is_some();
         }
-        self.chunks[chunk as usize]
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| match (word >> 16, word & 0xffff) {
-                (_, 0) => Some(READERS << 16 | 1),
-                (owner, under_way) if under_way < READERS_MAX => {
-                    (owner == READERS || own && owner == u32::from(stream)).then_some(word + 1)
-                }
-                _ => None,
-            })
-            .is_ok()
+        word.fetch_update(Ordering::AcqRel, Ordering::Acquire, lent).is_ok()
     }
 
     /// One frame of `chunk` less, or one that refers to it, is under way.
     pub(crate) fn release(&self, chunk: u32) {
         let before = self.chunks[chunk as usize].fetch_sub(1, Ordering::Release);
-        assert_ne!(before & 0xffff, 0, "a release follows a claim");
+        assert_ne!(before & COUNT, 0, "a release follows a claim");
     }
 }
 
@@ -115,9 +116,14 @@ mod tests {
     #[test]
     fn there_is_a_limit_to_references() {
         let owners = Owners::new(1);
-        assert!((0..READERS_MAX).all(|_| owners.lend(0, 1, true)));
+        assert!((0..LENT_MAX).all(|_| owners.lend(0, 1, true)));
         assert!(!owners.lend(0, 1, true));
         owners.release(0);
         assert!(owners.lend(0, 1, true));
+        // The highest id there is.
+        let owners = Owners::new(1);
+        assert!(owners.claim(0, u16::MAX) && !owners.claim(0, 1) && !owners.lend(0, 1, true));
+        owners.release(0);
+        assert!(owners.lend(0, 1, true) && !owners.claim(0, u16::MAX));
     }
 }
