@@ -550,7 +550,9 @@ impl Session {
         let chunks = self.ram.layout().chunks();
         if !self.ram.populates_ahead() {
             if self.ram.enlarges() {
-                self.dense = Some(runs_of_pieces(chunks, |chunk| self.hello.is_dense(chunk)));
+                let dense = runs_of_pieces(chunks, |chunk| self.hello.is_dense(chunk));
+                dense.iter().for_each(|run| self.sink.announce(run.clone()));
+                self.dense = Some(dense);
             } else {
                 self.sink.begin_placing();
             }

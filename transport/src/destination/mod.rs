@@ -4,8 +4,9 @@ mod receiver;
 #[cfg(test)]
 pub(crate) mod stepped;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use pagecopy::backend::{GuestRam, Placer};
@@ -47,6 +48,10 @@ pub struct PageSink {
     placer: Mutex<Option<Arc<dyn Placer>>>,
     /// Pages whose memory was brought in ahead of their content.
     there: PageBitmap,
+    /// Pages whose memory is about to be brought in.
+    coming: PageBitmap,
+    /// Told when some of them are there.
+    came: (Mutex<()>, Condvar),
     hasher: PageHasher,
     capabilities: u64,
     timeout: Duration,
@@ -79,6 +84,8 @@ impl PageSink {
             stop: AtomicBool::new(false),
             placer: Mutex::new(None),
             there: PageBitmap::new(chunks),
+            coming: PageBitmap::new(chunks),
+            came: (Mutex::new(()), Condvar::new()),
             #[cfg(feature = "rdma")]
             registrar: crate::rdma::Registrar::new(pinned_max),
             ram,
@@ -144,6 +151,7 @@ impl PageSink {
     /// Tells the workers to stop between frames.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
+        self.came.1.notify_all();
     }
 
     /// Brings fresh chunks in as large pages, ahead of what comes for them. What cannot be had as such comes in as its content does.
@@ -154,10 +162,46 @@ impl PageSink {
                 self.there.insert(chunk, self.ram.layout().valid(chunk));
             }
         }
+        self.end_waiting(first..first + count);
+    }
+
+    /// These chunks are about to be [enlarged](Self::enlarge): whoever has something for them waits.
+    pub fn announce(&self, chunks: Range<u32>) {
+        for chunk in chunks {
+            self.coming.insert(chunk, self.ram.layout().valid(chunk));
+        }
+    }
+
+    /// Nobody needs to wait for these chunks any more.
+    fn end_waiting(&self, chunks: Range<u32>) {
+        for chunk in chunks {
+            self.coming.take(chunk);
+        }
+        // Who looked before waits by now.
+        drop(self.came.0.lock().unwrap_or_else(PoisonError::into_inner));
+        self.came.1.notify_all();
+    }
+
+    /// Waits until a chunk is there that was announced: small pages in its place cost three times as much, and would be thrown away.
+    fn await_announced(&self, chunk: u32) {
+        /// For a whole run of chunks, however slow the host. Nobody brings in what takes longer.
+        const LIMIT: Duration = Duration::from_secs(1);
+        if self.coming.get(chunk) == 0 {
+            return;
+        }
+        let guard = self.came.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let waits = |_: &mut ()| self.coming.get(chunk) != 0 && !self.stopped();
+        let waited = self.came.1.wait_timeout_while(guard, LIMIT, waits);
+        let (guard, result) = waited.unwrap_or_else(PoisonError::into_inner);
+        drop(guard);
+        if result.timed_out() {
+            self.end_waiting(0..self.ram.layout().chunks());
+        }
     }
 
     /// No memory is enlarged any more. From here on fresh pages are placed, where the memory has that.
     pub fn begin_placing(&self) {
+        self.end_waiting(0..self.ram.layout().chunks());
         *self.placing() = self.ram.clone().placer().map(Arc::from);
     }
 

@@ -277,6 +277,10 @@ impl<'a> Worker<'a> {
             return Ok(Some(StreamEnd { stream, frames: self.frames, fold: self.fold }));
         }
         let written = header.pages() & !header.zero;
+        if written != 0 {
+            self.sink.await_announced(header.chunk);
+            lap.to(&spent.fault_in);
+        }
         // What still has to be brought in.
         let fresh = written & !self.sink.touched.get(header.chunk) & !self.sink.there.get(header.chunk);
         self.sink.touched.insert(header.chunk, written);
