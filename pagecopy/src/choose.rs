@@ -418,7 +418,12 @@ impl Chooser {
     fn see(&mut self, level: usize, new: Average) {
         self.data_seen = self.data_seen.saturating_add(1);
         let weight = WEIGHT.max(1.0 / f64::from(self.data_seen));
-        self.data = self.data.add(new.over(assumed(level).times(self.levels[level])), weight);
+        let mut found = new.over(assumed(level).times(self.levels[level]));
+        if self.data_seen == 1 {
+            // The compressor's own memory came in with it: what that took is no one else's time.
+            found.nanos = self.data.nanos;
+        }
+        self.data = self.data.add(found, weight);
     }
 
     /// The rate at which the link is believed to drain, in bytes per second; `None` before it was measured.

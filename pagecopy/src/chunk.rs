@@ -51,8 +51,8 @@ pub use decoder::{Announced, ChunkDecoder, DecodeError, Decoded};
 
 /// Bytes of a delta's length in the section.
 const LENGTH_BYTES: usize = 2;
-/// Most pages that a trial of another level compresses.
-const PROBE_PAGES: usize = 4;
+/// Most pages that a trial compresses where no level is in use: enough that a cold cache does not make it look slow.
+const PROBE_PAGES: usize = 16;
 /// A zstd frame is used when it takes at most this much of the pages' bytes, in percent.
 const FRAME_PERCENT_MAX: usize = 90;
 /// Most pages that a section may refer to: with those it stands for, all fits the window of the levels that are worth it.
