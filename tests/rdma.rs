@@ -337,7 +337,7 @@ fn connections_leave_nothing_behind() {
     };
     let timeout = Duration::from_secs(20);
     let options = SourceOptions {
-        streams: 1,
+        workers: 1,
         references: false,
         codec: CodecMode::Raw,
         cache_bytes: 0,

@@ -418,6 +418,22 @@ fn runs_of_pieces(chunks: u32, wanted: impl Fn(u32) -> bool) -> Vec<Range<u32>> 
         .collect()
 }
 
+/// The same runs, of which the first are cut into pieces that double in size: what waits for the first waits a fraction of a
+/// millisecond, and the others are large by the time that calls are slow.
+fn ramped_up(runs: Vec<Range<u32>>) -> Vec<Range<u32>> {
+    let mut most = PRESENCE_CHUNKS;
+    let mut pieces = Vec::with_capacity(runs.len() + 8);
+    for run in runs {
+        let mut at = run.start;
+        while at < run.end {
+            let end = at.saturating_add(most).min(run.end);
+            pieces.push(at..end);
+            (at, most) = (end, most.saturating_mul(2));
+        }
+    }
+    pieces
+}
+
 /// Threads that bring memory in.
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).min(16)
@@ -550,7 +566,7 @@ impl Session {
         let chunks = self.ram.layout().chunks();
         if !self.ram.populates_ahead() {
             if self.ram.enlarges() {
-                let dense = runs_of_pieces(chunks, |chunk| self.hello.is_dense(chunk));
+                let dense = ramped_up(runs_of_pieces(chunks, |chunk| self.hello.is_dense(chunk)));
                 dense.iter().for_each(|run| self.sink.announce(run.clone()));
                 self.dense = Some(dense);
             } else {

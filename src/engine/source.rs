@@ -399,7 +399,7 @@ impl Attempt<'_> {
             codec
         };
         let options = SourceOptions {
-            streams: self.options.streams,
+            workers: self.options.streams * if self.uri.is_local() { 2 } else { 1 },
             references: capabilities & capability::REFERENCES != 0,
             codec,
             cache_bytes: self.options.cache_bytes,

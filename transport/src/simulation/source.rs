@@ -352,7 +352,7 @@ impl<'a> SourceHost<'a> {
             pending.insert(chunk, pages);
         });
         let options = SourceOptions {
-            streams: self.attempt.streams,
+            workers: self.attempt.streams,
             codec: self.attempt.codec,
             references: true,
             cache_bytes: self.attempt.cache_bytes,

@@ -288,7 +288,7 @@ impl<'a> LaneSender<'a> {
         let source = &*shared.source;
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
         let encoder = ChunkEncoder::new(source.options.codec, clock::nanos)
-            .sharing(source.options.streams.into(), cores)
+            .sharing(source.options.workers.into(), cores)
             .referring(source.options.references);
         Self {
             shared,

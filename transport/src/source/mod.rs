@@ -53,8 +53,8 @@ pub struct SourceOptions {
     pub codec: CodecMode,
     /// The destination takes frames that refer to pages which were sent before.
     pub references: bool,
-    /// Streams that the session has, which share this host's cores.
-    pub streams: u16,
+    /// Threads that share this host's cores while pages move: one a stream, and as many again where the destination is here, too.
+    pub workers: u16,
     /// Bound of the delta cache, in bytes.
     pub cache_bytes: u64,
     /// Silence after which a stream is given up.
@@ -421,7 +421,7 @@ mod tests {
 
     fn nowhere(layout: Layout, pending: PageBitmap) -> PageSource {
         let options = SourceOptions {
-            streams: 1,
+            workers: 1,
             references: false,
             codec: CodecMode::Raw,
             cache_bytes: 0,
