@@ -142,7 +142,7 @@ mod tests {
         for local in ["unix:/x", "tcp::1", "tcp:0:1", "tcp:localhost:1", "tcp:127.0.0.2:1", "tcp:[::1]:1"] {
             assert!(local.parse::<Uri>().unwrap().is_local(), "{local}");
         }
-        for other in ["tcp:10.0.0.1:1", "tcp:node7:1", "tcp:[fe80::1]:1", "rdma:10.0.0.1:1"] {
+        for other in ["tcp:10.0.0.1:1", "tcp:node7:1", "tcp:[fe80::1]:1"] {
             assert!(!other.parse::<Uri>().unwrap().is_local(), "{other}");
         }
     }
