@@ -117,6 +117,19 @@ pub struct Reference {
     pub pages: u64,
 }
 
+impl Reference {
+    /// Copies the pages out of the chunk's memory, ascending, one after the other.
+    ///
+    /// # Panics
+    /// When a page lies beyond the end of `memory`.
+    pub fn copy(self, memory: &VolatileSlice<'_>, pages: &mut [Page]) {
+        for (page, bit) in pages.iter_mut().zip(bits(self.pages)) {
+            let piece = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
+            piece.expect("the page lies in the chunk's memory").copy_to(&mut page[..]);
+        }
+    }
+}
+
 /// Copies pages of another chunk, ascending, one after the other, and answers for it that the destination keeps what it
 /// holds for them until it has decoded the section; or returns false, and answers for nothing.
 pub type Lend<'a> = &'a mut dyn FnMut(Reference, &mut [Page]) -> bool;

@@ -10,10 +10,9 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use pagecopy::backend::{GuestRam, Placer};
-use pagecopy::bitmap::{PageBitmap, bits};
+use pagecopy::bitmap::PageBitmap;
 use pagecopy::chunk::Reference;
 use pagecopy::digest::PageHasher;
-use pagecopy::layout::PAGE_SIZE;
 use pagecopy::xbzrle::Page;
 
 pub use receiver::{ReceiveError, receive_stream};
@@ -140,11 +139,7 @@ impl PageSink {
         {
             return false;
         }
-        let memory = self.ram.chunk(chunk);
-        for (page, bit) in pages.iter_mut().zip(bits(mask)) {
-            let piece = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
-            piece.expect("pages that frames carried lie in the layout").copy_to(&mut page[..]);
-        }
+        reference.copy(&self.ram.chunk(chunk), pages);
         true
     }
 

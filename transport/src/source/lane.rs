@@ -592,15 +592,11 @@ fn place(
 /// Holds a chunk for a frame that refers to pages of it, and copies these. A chunk that waits to be sent again is not lent: it would
 /// have to wait for as long as somebody refers to it.
 fn lend(source: &PageSource, stream: u16, own: bool, reference: Reference, pages: &mut [Page]) -> bool {
-    let Reference { chunk, pages: mask } = reference;
+    let chunk = reference.chunk;
     if source.pending.get(chunk) != 0 || !source.owners.lend(chunk, stream, own) {
         return false;
     }
-    let memory = source.ram.chunk(chunk);
-    for (page, bit) in pages.iter_mut().zip(bits(mask)) {
-        let piece = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
-        piece.expect("pages that were sent lie in their chunk's mapping").copy_to(&mut page[..]);
-    }
+    reference.copy(&source.ram.chunk(chunk), pages);
     true
 }
 
