@@ -213,3 +213,63 @@ impl PageSink {
         self.stop.load(Ordering::Relaxed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use pagecopy::backend::BackendError;
+    use pagecopy::layout::{CHUNK_SIZE, Layout};
+    use vm_memory::volatile_memory::VolatileSlice;
+
+    use super::*;
+
+    /// Memory that nobody looks at.
+    struct Nowhere(Layout);
+
+    impl GuestRam for Nowhere {
+        fn layout(&self) -> &Layout {
+            &self.0
+        }
+        fn region(&self, _region: usize) -> VolatileSlice<'_> {
+            unreachable!("waiting needs no memory")
+        }
+        fn populated(&self, _first: u32, _pages: &mut [u64]) -> Result<(), BackendError> {
+            Ok(())
+        }
+        fn discard(&self, _chunk: u32, _pages: u64) -> Result<(), BackendError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_is_announced_is_waited_for_and_not_for_ever() {
+        let ram = Arc::new(Nowhere(Layout::flat(16 * CHUNK_SIZE as u64).unwrap()));
+        let sink = PageSink::new(ram, PageHasher::new(1), 0, Duration::from_secs(1), u64::MAX);
+        let waited = |chunk| {
+            let begun = Instant::now();
+            sink.await_announced(chunk);
+            begun.elapsed()
+        };
+        let soon = Duration::from_millis(500);
+        assert!(waited(0) < soon, "nothing was announced");
+        sink.announce(0..8);
+        let later = Duration::from_millis(50);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(later);
+                sink.enlarge(0, 4);
+            });
+            let waited = waited(3);
+            assert!(waited >= later && waited < soon, "{waited:?}");
+        });
+        // Nobody brings in the others: the first to wait finds out, for all.
+        assert!(waited(5) >= soon && waited(6) < soon && waited(7) < soon);
+        sink.announce(8..16);
+        sink.begin_placing();
+        assert!(waited(9) < soon);
+        sink.announce(8..16);
+        sink.stop();
+        assert!(waited(9) < soon);
+    }
+}
