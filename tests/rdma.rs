@@ -337,7 +337,8 @@ fn connections_leave_nothing_behind() {
     };
     let timeout = Duration::from_secs(20);
     let options = SourceOptions {
-        workers: 1,
+        streams: 1,
+        beside: false,
         references: false,
         codec: CodecMode::Raw,
         cache_bytes: 0,

@@ -26,12 +26,16 @@ const PROBE_EVERY: u32 = 64;
 pub const DELTA_SAMPLE: u32 = 16;
 /// The link is judged after this many wire bytes ...
 const WINDOW_BYTES: f64 = (2 << 20) as f64;
-/// ... or after this much time, in nanoseconds.
+/// ... but not before this much time, in nanoseconds, ...
+const WINDOW_NANOS_MIN: f64 = 10e6;
+/// ... or, however few they were, after this much.
 const WINDOW_NANOS: f64 = 100e6;
 /// The link limits when at least this share of a window was spent waiting for it ...
 const LINK_BOUND_SHARE: f64 = 0.2;
 /// ... or this share where few bytes went: headers of zero pages, each with its system call, say nothing about a link.
 const LINK_BOUND_SHARE_FEW: f64 = 0.8;
+/// A stream that gets more than this many times its fair part of the link has it because others do not want theirs.
+const ALONE: f64 = 2.0;
 /// A choice is left for one that takes less than this share of its time.
 const SWITCH_BELOW: f64 = 0.9;
 /// Share of the lesser of encoding and draining that is not hidden behind the other.
@@ -217,25 +221,45 @@ struct Link {
     wire: f64,
     waited: f64,
     encoded: f64,
+    /// What all workers had sent when it began.
+    all_before: u64,
 }
 
 impl Link {
     fn new() -> Self {
-        Self { nanos: None, seen: f64::MAX, rise: RISE.0, wire: 0.0, waited: 0.0, encoded: 0.0 }
+        Self {
+            nanos: None,
+            seen: f64::MAX,
+            rise: RISE.0,
+            wire: 0.0,
+            waited: 0.0,
+            encoded: 0.0,
+            all_before: 0,
+        }
     }
 
-    /// Ends the window when it is long enough; returns whether it did.
-    fn close_window(&mut self) -> bool {
+    /// Begins a window, at which all workers together have sent `all` bytes.
+    fn begin_window(&mut self, all: u64) {
+        (self.wire, self.waited, self.encoded, self.all_before) = (0.0, 0.0, 0.0, all);
+    }
+
+    /// Ends the window when it is long enough; returns whether it did. `all`: bytes that all `workers` have sent so far.
+    fn close_window(&mut self, all: u64, workers: f64) -> bool {
         let elapsed = self.encoded + self.waited;
-        if self.wire < WINDOW_BYTES && elapsed < WINDOW_NANOS || self.wire == 0.0 {
+        let short = elapsed < WINDOW_NANOS && (self.wire < WINDOW_BYTES || elapsed < WINDOW_NANOS_MIN);
+        if short || self.wire == 0.0 {
             return false;
         }
-        let sample = (elapsed / self.wire).max(1e-3);
+        // Streams take turns at a link that they share, for longer than a window: this one's part is what is fair, unless the others
+        // have nothing to send.
+        let fair = all.saturating_sub(self.all_before) as f64 / workers;
+        let part = if self.wire > ALONE * fair { self.wire } else { fair };
+        let sample = (elapsed / part).max(1e-3);
         let few = self.wire < WINDOW_BYTES;
         let share = if few { LINK_BOUND_SHARE_FEW } else { LINK_BOUND_SHARE };
         let waited = self.waited >= share * elapsed;
         if few && !waited {
-            (self.wire, self.waited, self.encoded) = (0.0, 0.0, 0.0);
+            self.begin_window(all);
             return false;
         }
         if waited {
@@ -254,7 +278,7 @@ impl Link {
             let rise = if self.seen == f64::MAX { RISE_UNSEEN } else { self.rise };
             self.nanos = Some(self.nanos.map_or(sample, |old| (old * (1.0 - rise)).min(sample)));
         }
-        (self.wire, self.waited, self.encoded) = (0.0, 0.0, 0.0);
+        self.begin_window(all);
         true
     }
 }
@@ -285,6 +309,8 @@ pub struct Chooser {
     /// How many workers share a core: what a level costs that is not in use was measured while the others waited for the link, and
     /// takes so many times as long once they all compress.
     crowding: f64,
+    /// How many workers share the link.
+    workers: f64,
     chunks: u32,
     next_probe: usize,
 }
@@ -309,6 +335,7 @@ impl Chooser {
             once: false,
             references: false,
             crowding: 1.0,
+            workers: 1.0,
             chunks: 0,
             next_probe: 0,
         }
@@ -324,9 +351,9 @@ impl Chooser {
         Self { references, ..self }
     }
 
-    /// For one of `workers` that have `cores` together.
-    pub fn sharing(self, workers: u32, cores: u32) -> Self {
-        Self { crowding: (f64::from(workers) / f64::from(cores.max(1))).max(1.0), ..self }
+    /// For one of `workers` that share the link, on cores each of which has to do for `crowding` threads.
+    pub fn sharing(self, workers: u16, crowding: f64) -> Self {
+        Self { crowding: crowding.max(1.0), workers: f64::from(workers.max(1)), ..self }
     }
 
     /// What the user asked for.
@@ -370,11 +397,12 @@ impl Chooser {
         }
     }
 
-    /// Notes that sending `wire_bytes` kept the worker waiting for `nanos`, in the write or for the window.
-    pub fn observe_link(&mut self, wire_bytes: u64, nanos: u64) {
+    /// Notes that sending `wire_bytes` kept the worker waiting for `nanos`, in the write or for the window, and that all workers
+    /// that share the link have sent `all_bytes` so far.
+    pub fn observe_link(&mut self, wire_bytes: u64, nanos: u64, all_bytes: u64) {
         self.link.wire += wire_bytes as f64;
         self.link.waited += nanos as f64;
-        if self.link.close_window() {
+        if self.link.close_window(all_bytes, self.workers) {
             self.choose();
         }
     }
@@ -499,6 +527,7 @@ mod tests {
         queued: f64,
         nanos: f64,
         chunks: u32,
+        sent: u64,
         switches: u32,
         last: Option<i32>,
         /// How the data shrinks, against the assumed.
@@ -515,6 +544,7 @@ mod tests {
                 queued: 0.0,
                 nanos: 0.0,
                 chunks: 0,
+                sent: 0,
                 switches: 0,
                 last: None,
                 out_factor: 1.0,
@@ -564,7 +594,8 @@ mod tests {
             if over > 0.0 {
                 self.pass(over / self.link);
             }
-            self.chooser.observe_link(wire as u64, (self.nanos - before) as u64);
+            self.sent += wire as u64;
+            self.chooser.observe_link(wire as u64, (self.nanos - before) as u64, self.sent);
         }
 
         /// Logical bytes per second over the last of these chunks.
@@ -633,14 +664,14 @@ mod tests {
         for chunk in 0..20_000 {
             assert!(chooser.plan(chunk).zstd_level.is_none());
             chooser.observe_encode(EncodeKind::Scan, CHUNK_SIZE as u64, 0, 12_000);
-            chooser.observe_link(72, 4_000);
+            chooser.observe_link(72, 4_000, 0);
         }
         assert_eq!(chooser.link_bytes_per_s(), None);
         // A link that is slow is waited for, however few the bytes.
         for chunk in 0..2000 {
             chooser.plan(chunk);
             chooser.observe_encode(EncodeKind::Scan, CHUNK_SIZE as u64, CHUNK_SIZE as u64, 12_000);
-            chooser.observe_link(1000, 100_000);
+            chooser.observe_link(1000, 100_000, 0);
         }
         assert!(chooser.plan(0).zstd_level.is_some());
     }
@@ -648,15 +679,36 @@ mod tests {
     /// Four workers on two cores, each with its part of 10 Gbit/s: compression that would pay for one of them alone does not.
     #[test]
     fn a_crowded_core_is_reckoned_with() {
-        let run = |sharing: (u32, u32), mbit: f64| {
+        let run = |sharing: (u16, f64), mbit: f64| {
             let mut sim = Sim::new(CodecMode::Auto, mbit * 1e6 / 8.0);
-            sim.chooser = sim.chooser.sharing(sharing.0, sharing.1);
+            sim.chooser = sim.chooser.sharing(sharing.0, f64::from(sharing.0) / sharing.1);
             sim.run(2000, 1);
             sim.last
         };
-        assert!(run((4, 4), 2500.0).is_some());
-        assert_eq!(run((4, 2), 2500.0), None);
-        assert!(run((4, 2), 250.0).is_some());
+        assert!(run((4, 4.0), 2500.0).is_some());
+        assert_eq!(run((4, 2.0), 2500.0), None);
+        assert!(run((4, 2.0), 250.0).is_some());
+    }
+
+    /// Two streams on 10 Gbit/s, of which now one and now the other gets most: what the one that waits sees is no slower link.
+    #[test]
+    fn streams_that_take_turns_see_one_link() {
+        let compressed = |tells_all: bool| {
+            let mut chooser = Chooser::new(CodecMode::Auto).sharing(2, 1.0);
+            let mut all = 0.0;
+            let mut compressed = 0;
+            for chunk in 0..4000u32 {
+                compressed += u32::from(chooser.plan(chunk).zstd_level.is_some());
+                let share = if chunk / 100 % 4 == 0 { 0.25 } else { 1.25 };
+                let bytes = CHUNK_SIZE as f64;
+                let nanos = bytes * 1.6 / share;
+                all += nanos * 1.25;
+                chooser.observe_link(bytes as u64, nanos as u64, if tells_all { all as u64 } else { 0 });
+            }
+            compressed
+        };
+        assert_eq!(compressed(true), 0);
+        assert_ne!(compressed(false), 0);
     }
 
     #[test]
@@ -710,7 +762,7 @@ mod tests {
                 if chooser.plan(chunk).delta {
                     chooser.observe_encode(kind, bytes, bytes * out / 100, bytes * delta_nanos / 100);
                 }
-                chooser.observe_link(bytes, bytes * link_nanos / 100);
+                chooser.observe_link(bytes, bytes * link_nanos / 100, 0);
             }
             (0..200).filter(|&chunk| chooser.plan(chunk).delta).count()
         };
@@ -733,7 +785,7 @@ mod tests {
             for chunk in 0..300 {
                 let plan = chooser.plan(chunk);
                 assert_eq!((plan.delta, plan.zstd_level, plan.probe), (delta, level, None));
-                chooser.observe_link(1 << 20, 1 << 30);
+                chooser.observe_link(1 << 20, 1 << 30, 0);
             }
         }
         let mut sim = Sim::new(CodecMode::Zstd { level: None }, 4e9);
@@ -759,7 +811,7 @@ mod tests {
         for (a, b) in [(0, 0), (0, u64::MAX), (u64::MAX, 0), (u64::MAX, u64::MAX), (1, 1)] {
             chooser.observe_encode(EncodeKind::Zstd { level: 1 }, a, b, b);
             chooser.observe_encode(EncodeKind::Delta { chunk: 0 }, a, b, a);
-            chooser.observe_link(a, b);
+            chooser.observe_link(a, b, a);
             let plan = chooser.plan(0);
             assert!((PAGE_SIZE / 8..=DELTA_BYTES_MAX).contains(&plan.delta_bytes_max));
             assert!(chooser.link.nanos.is_none_or(f64::is_finite));

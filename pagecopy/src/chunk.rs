@@ -199,8 +199,8 @@ impl ChunkEncoder {
     }
 
     /// For one of several workers; see [`Chooser::sharing`].
-    pub fn sharing(self, workers: u32, cores: u32) -> Self {
-        Self { chooser: self.chooser.sharing(workers, cores), ..self }
+    pub fn sharing(self, workers: u16, crowding: f64) -> Self {
+        Self { chooser: self.chooser.sharing(workers, crowding), ..self }
     }
 
     /// What chooses the codec.
@@ -208,9 +208,10 @@ impl ChunkEncoder {
         &self.chooser
     }
 
-    /// Notes that writing `wire_bytes` kept the worker waiting for `nanos`; see [`Chooser::observe_link`].
-    pub fn observe_link(&mut self, wire_bytes: u64, nanos: u64) {
-        self.chooser.observe_link(wire_bytes, nanos);
+    /// Notes that writing `wire_bytes` kept the worker waiting for `nanos`, and that all workers have sent `all_bytes`; see
+    /// [`Chooser::observe_link`].
+    pub fn observe_link(&mut self, wire_bytes: u64, nanos: u64, all_bytes: u64) {
+        self.chooser.observe_link(wire_bytes, nanos, all_bytes);
     }
 
     /// Encodes `pages` of a chunk from a stable copy of it, in which page `i` lies at `i * PAGE_SIZE` (it may end after

@@ -399,7 +399,8 @@ impl Attempt<'_> {
             codec
         };
         let options = SourceOptions {
-            workers: self.options.streams * if self.uri.is_local() { 2 } else { 1 },
+            streams: self.options.streams,
+            beside: self.uri.is_local(),
             references: capabilities & capability::REFERENCES != 0,
             codec,
             cache_bytes: self.options.cache_bytes,

@@ -352,7 +352,8 @@ impl<'a> SourceHost<'a> {
             pending.insert(chunk, pages);
         });
         let options = SourceOptions {
-            workers: self.attempt.streams,
+            streams: self.attempt.streams,
+            beside: false,
             codec: self.attempt.codec,
             references: true,
             cache_bytes: self.attempt.cache_bytes,

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -286,9 +287,11 @@ pub(super) struct LaneSender<'a> {
 impl<'a> LaneSender<'a> {
     pub(super) fn new(shared: &'a Shared, carrier: Box<dyn FrameSender>) -> Self {
         let source = &*shared.source;
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let streams = source.options.streams;
+        let threads = f64::from(streams) * if source.options.beside { 2.0 } else { 1.0 };
         let encoder = ChunkEncoder::new(source.options.codec, clock::nanos)
-            .sharing(source.options.workers.into(), cores)
+            .sharing(streams, threads / cores as f64)
             .referring(source.options.references);
         Self {
             shared,
@@ -495,7 +498,8 @@ impl<'a> LaneSender<'a> {
         lap.to(&spent.send);
         // A limit is a slow link: what it holds back may be spent on encoding.
         let link_nanos = clock::nanos() - begun + std::mem::take(&mut self.held_back_nanos);
-        self.encoder.observe_link(wire_bytes, link_nanos);
+        let all_bytes = source.counters.wire_sent.load(Ordering::Relaxed);
+        self.encoder.observe_link(wire_bytes, link_nanos, all_bytes);
         Ok(())
     }
 

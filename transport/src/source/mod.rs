@@ -53,8 +53,10 @@ pub struct SourceOptions {
     pub codec: CodecMode,
     /// The destination takes frames that refer to pages which were sent before.
     pub references: bool,
-    /// Threads that share this host's cores while pages move: one a stream, and as many again where the destination is here, too.
-    pub workers: u16,
+    /// Streams: each has a worker, and they share the link.
+    pub streams: u16,
+    /// The destination is on this host, too, and takes as much of its cores.
+    pub beside: bool,
     /// Bound of the delta cache, in bytes.
     pub cache_bytes: u64,
     /// Silence after which a stream is given up.
@@ -421,7 +423,8 @@ mod tests {
 
     fn nowhere(layout: Layout, pending: PageBitmap) -> PageSource {
         let options = SourceOptions {
-            workers: 1,
+            streams: 1,
+            beside: false,
             references: false,
             codec: CodecMode::Raw,
             cache_bytes: 0,
