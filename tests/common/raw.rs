@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry::pagecopy::digest::{PageHasher, receipt};
 use pageferry::pagecopy::layout::Region;
@@ -36,6 +36,9 @@ pub(crate) fn hello(len: u64) -> Hello {
     }
 }
 
+/// Far more than any wait of the tests: a failure, not a hang.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
+
 /// A connection.
 pub(crate) struct Peer {
     pub(crate) socket: TcpStream,
@@ -47,8 +50,7 @@ impl Peer {
     }
 
     pub(crate) fn over(socket: TcpStream) -> Self {
-        // Far more than any wait of the tests: a failure, not a hang.
-        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        socket.set_read_timeout(Some(SILENCE_MAX)).unwrap();
         socket.set_nodelay(true).unwrap();
         Self { socket }
     }
@@ -64,7 +66,9 @@ impl Peer {
 
     /// The next message other than PING and PONG; PINGs are answered. `None` at the end.
     pub(crate) fn receive(&mut self) -> Option<Message> {
+        let began = Instant::now();
         loop {
+            assert!(began.elapsed() < SILENCE_MAX, "the peer lives, and has said nothing for {SILENCE_MAX:?}");
             let mut bytes = vec![0; HEADER_LEN];
             self.socket.read_exact(&mut bytes).ok()?;
             let (_, len) = Message::decode_header(bytes.first_chunk().unwrap()).unwrap();
