@@ -68,7 +68,10 @@ impl Peer {
     pub(crate) fn receive(&mut self) -> Option<Message> {
         let began = Instant::now();
         loop {
-            assert!(began.elapsed() < SILENCE_MAX, "the peer lives, and has said nothing for {SILENCE_MAX:?}");
+            assert!(
+                began.elapsed() < SILENCE_MAX,
+                "the peer lives, and has said nothing for {SILENCE_MAX:?}"
+            );
             let mut bytes = vec![0; HEADER_LEN];
             self.socket.read_exact(&mut bytes).ok()?;
             let (_, len) = Message::decode_header(bytes.first_chunk().unwrap()).unwrap();
