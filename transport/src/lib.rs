@@ -9,6 +9,8 @@ pub mod carrier;
 mod clock;
 pub mod destination;
 pub mod link;
+#[cfg(test)]
+mod nowhere;
 pub mod postcopy;
 #[cfg(feature = "rdma")]
 pub mod rdma;

@@ -218,29 +218,10 @@ impl PageSink {
 mod tests {
     use std::time::Instant;
 
-    use pagecopy::backend::BackendError;
     use pagecopy::layout::{CHUNK_SIZE, Layout};
-    use vm_memory::volatile_memory::VolatileSlice;
 
     use super::*;
-
-    /// Memory that nobody looks at.
-    struct Nowhere(Layout);
-
-    impl GuestRam for Nowhere {
-        fn layout(&self) -> &Layout {
-            &self.0
-        }
-        fn region(&self, _region: usize) -> VolatileSlice<'_> {
-            unreachable!("waiting needs no memory")
-        }
-        fn populated(&self, _first: u32, _pages: &mut [u64]) -> Result<(), BackendError> {
-            Ok(())
-        }
-        fn discard(&self, _chunk: u32, _pages: u64) -> Result<(), BackendError> {
-            Ok(())
-        }
-    }
+    use crate::nowhere::Nowhere;
 
     #[test]
     fn what_is_announced_is_waited_for_and_not_for_ever() {

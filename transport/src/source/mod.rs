@@ -399,27 +399,9 @@ pub enum ReceiptError {
 mod tests {
     use pagecopy::backend::StaticLog;
     use pagecopy::layout::{CHUNK_SIZE, Layout};
-    use vm_memory::volatile_memory::VolatileSlice;
 
     use super::*;
-
-    /// Memory that nobody looks at.
-    struct Nowhere(Layout);
-
-    impl GuestRam for Nowhere {
-        fn layout(&self) -> &Layout {
-            &self.0
-        }
-        fn region(&self, _region: usize) -> VolatileSlice<'_> {
-            unreachable!("accounts need no memory")
-        }
-        fn populated(&self, _first: u32, _pages: &mut [u64]) -> Result<(), BackendError> {
-            Ok(())
-        }
-        fn discard(&self, _chunk: u32, _pages: u64) -> Result<(), BackendError> {
-            Ok(())
-        }
-    }
+    use crate::nowhere::Nowhere;
 
     fn nowhere(layout: Layout, pending: PageBitmap) -> PageSource {
         let options = SourceOptions {
