@@ -711,6 +711,18 @@ mod tests {
         assert_ne!(compressed(false), 0);
     }
 
+    /// 2 MiB pass in a millisecond or two, in which whoever receives may just not have run.
+    #[test]
+    fn no_link_is_judged_by_a_moment() {
+        let mut chooser = Chooser::new(CodecMode::Auto);
+        for ms in 1..10 {
+            chooser.observe_link(2 << 20, 1_000_000, ms * (2 << 20));
+            assert_eq!(chooser.link_bytes_per_s(), None);
+        }
+        chooser.observe_link(2 << 20, 1_000_000, 10 * (2 << 20));
+        assert!(chooser.link_bytes_per_s().is_some_and(|rate| (2.0e9..2.2e9).contains(&rate)));
+    }
+
     #[test]
     fn follows_a_link_that_changes() {
         let mut sim = Sim::new(CodecMode::Auto, 4e9);
