@@ -210,8 +210,14 @@ impl ChunkEncoder {
 
     /// Notes that writing `wire_bytes` kept the worker waiting for `nanos`, and that all workers have sent `all_bytes`; see
     /// [`Chooser::observe_link`].
-    pub fn observe_link(&mut self, wire_bytes: u64, nanos: u64, all_bytes: u64) {
-        self.chooser.observe_link(wire_bytes, nanos, all_bytes);
+    pub fn observe_link(
+        &mut self,
+        wire_bytes: u64,
+        nanos: u64,
+        all_bytes: u64,
+        busy: impl FnOnce() -> Option<u64>,
+    ) {
+        self.chooser.observe_link(wire_bytes, nanos, all_bytes, busy);
     }
 
     /// Encodes `pages` of a chunk from a stable copy of it, in which page `i` lies at `i * PAGE_SIZE` (it may end after

@@ -1,7 +1,11 @@
 //! The monotonic clock of the data plane. Under test a thread may bring its own, so that what it does can be repeated exactly.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
 
 /// Nanoseconds since the first reading.
 pub(crate) fn nanos() -> u64 {
@@ -11,6 +15,27 @@ pub(crate) fn nanos() -> u64 {
     }
     static START: OnceLock<Instant> = OnceLock::new();
     START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+}
+
+/// Nanoseconds that this thread has worked or waited for a core, in all; `None` where the system does not tell.
+pub(crate) fn busy_nanos() -> Option<u64> {
+    #[cfg(test)]
+    if virtual_time::is_set() {
+        return None;
+    }
+    thread_local!(static STAT: Option<File> = File::open("/proc/thread-self/schedstat").ok());
+    STAT.with(|stat| {
+        let mut text = [0; 64];
+        let length = stat.as_ref()?.read_at(&mut text, 0).ok()?;
+        // Time on a core, time in which it was ready and none was free, turns. Source: proc_pid_schedstat(5), the kernel's
+        // Documentation/scheduler/sched-stats.rst.
+        let ready: u64 =
+            std::str::from_utf8(&text[..length]).ok()?.split_whitespace().nth(1)?.parse().ok()?;
+        // The first of the three is not kept up to date while the thread runs; this is.
+        let worked = clock_gettime(ClockId::ThreadCPUTime);
+        let worked = Duration::new(worked.tv_sec.try_into().ok()?, worked.tv_nsec.try_into().ok()?);
+        Some(u64::try_from(worked.as_nanos()).ok()?.saturating_add(ready))
+    })
 }
 
 /// Time since the first reading.
@@ -32,6 +57,10 @@ pub(crate) mod virtual_time {
         NANOS.set(nanos);
     }
 
+    pub(super) fn is_set() -> bool {
+        NANOS.get().is_some()
+    }
+
     pub(super) fn nanos() -> Option<u64> {
         let nanos = NANOS.get()?;
         NANOS.set(Some(nanos + READING_NANOS));
@@ -42,6 +71,21 @@ pub(crate) mod virtual_time {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_sleeps_is_not_busy() {
+        let Some(start) = busy_nanos() else {
+            eprintln!("skipped: this kernel keeps no account of its scheduler");
+            return;
+        };
+        std::thread::sleep(Duration::from_millis(50));
+        let slept = busy_nanos().unwrap() - start;
+        assert!(slept < 25_000_000, "{slept} ns of sleep");
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_millis(50) {}
+        let worked = busy_nanos().unwrap() - start - slept;
+        assert!((45_000_000..10_000_000_000).contains(&worked), "{worked} ns of work");
+    }
 
     #[test]
     fn a_thread_may_have_its_own_time() {
