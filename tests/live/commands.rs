@@ -312,6 +312,64 @@ fn bad_requests_get_errors_and_harm_nothing() {
     prove(&spec, &[&vm]);
 }
 
+/// The distinct pages of a trace, as docs/operations.md says how to read it; and its intervals.
+fn read_trace(bytes: &[u8]) -> (usize, usize) {
+    let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    assert_eq!((&bytes[..8], u32_at(8)), (&b"PFTRACE1"[..], 4096));
+    let mut words = vec![0u64; u32_at(12)];
+    let mut at = 32;
+    for _ in 0..u32_at(24) {
+        let entries = u32_at(at + 4);
+        at += 8;
+        for _ in 0..entries {
+            words[u32_at(at)] |= u64::from_le_bytes(bytes[at + 4..at + 12].try_into().unwrap());
+            at += 12;
+        }
+    }
+    assert_eq!(at, bytes.len());
+    (words.iter().map(|word| word.count_ones() as usize).sum(), u32_at(24))
+}
+
+#[test]
+fn what_a_guest_writes_is_recorded_and_written_again_by_the_bench() {
+    let world = World::new();
+    let spec = Spec::counter();
+    let vm = world.source("a", &spec);
+    prove(&spec, &[&vm]);
+    let (file, missing) = (world.path("guest.trace"), world.path("nowhere/guest.trace"));
+    let record = ["--seconds", "2", "--interval", "100"];
+    let ended = vm.ctl(&[&["record-trace", file.to_str().unwrap(), "--json"][..], &record].concat());
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let (pages, intervals) = read_trace(&std::fs::read(&file).unwrap());
+    assert_eq!(ended.json()["intervals"], intervals, "{ended:?}");
+    assert!((2..=21).contains(&intervals), "{intervals} intervals");
+    // The working set, again and again, and little else.
+    let working_set = (spec.working_set / 4096) as usize;
+    assert!((working_set..working_set + 200).contains(&pages), "{pages} pages");
+    assert!(ended.json()["pages"].as_u64().is_some_and(|all| all > pages as u64), "{ended:?}");
+
+    // There is one dirty log, and a recording can be ended before its time.
+    vm.ask(&json!({"execute": "record-trace", "file": file, "seconds": 600, "interval_ms": 50})).unwrap();
+    refused(&vm.ctl(&["migrate", "tcp:127.0.0.1:1"]), &["a trace is being recorded"]);
+    assert_eq!(vm.ctl(&["cancel"]).code, Some(0));
+    wait_for("the recording ends", PATIENCE, || (vm.status()["trace"]["state"] == "done").then_some(()));
+    refused(&vm.ctl(&["record-trace", missing.to_str().unwrap()]), &["cannot write the trace"]);
+    prove(&spec, &[&vm]);
+
+    let bench = |ram: &str| {
+        let trace = ["--trace", file.to_str().unwrap()];
+        pageferry(&[&["bench", "--ram", ram, "--digest", "--json"][..], &trace].concat(), PATIENCE)
+    };
+    let ended = bench("64M");
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let run = &ended.json()["rows"][0]["median"];
+    assert!(run["writing"]["pages"].as_f64().is_some_and(|pages| pages > 0.0), "{run}");
+    refused(
+        &bench("2M"),
+        &["the trace is of a guest of 64 MiB and writes beyond the 2 MiB here", "--ram 67108864"],
+    );
+}
+
 #[test]
 fn a_control_socket_belongs_to_one_vm() {
     let world = World::new();
