@@ -17,6 +17,9 @@ use super::{Server, not_here};
 const SECONDS_MAX: u64 = 86_400;
 const INTERVAL_MS: std::ops::RangeInclusive<u64> = 10..=60_000;
 
+/// How often a recording looks whether it should end.
+const TICK: Duration = Duration::from_millis(100);
+
 /// The last recording.
 #[derive(Default)]
 pub(super) struct Recording {
@@ -133,7 +136,7 @@ impl Job<'_> {
         let began = Instant::now();
         let (mut last, mut intervals, mut pages) = (began, 0, 0);
         while began.elapsed() < self.length && !self.stop.load(Ordering::Relaxed) {
-            std::thread::sleep(self.interval);
+            self.wait(last + self.interval);
             let dirty = PageBitmap::new(self.layout.chunks());
             self.sync(&dirty).map_err(|e| explain(&e))?;
             let now = Instant::now();
@@ -141,6 +144,16 @@ impl Job<'_> {
             (last, intervals, pages) = (now, intervals + 1, pages + dirty.count());
         }
         Ok((intervals, pages))
+    }
+
+    /// Waits until then, or until it is to end.
+    fn wait(&self, end: Instant) {
+        while let Some(left) = end.checked_duration_since(Instant::now())
+            && !left.is_zero()
+            && !self.stop.load(Ordering::Relaxed)
+        {
+            std::thread::sleep(left.min(TICK));
+        }
     }
 
     /// Takes what was written, and makes the log ready for the next interval.
