@@ -266,10 +266,15 @@ impl<'a> Course<'a> {
             (true, _) => "a higher --throttle-max, ",
         };
         let postcopy = if self.progress.can_postcopy() { "`ctl postcopy`, " } else { "" };
+        // While nothing is delivered there is no telling.
+        let expected = Some(policy.expected_downtime_us()).filter(|&us| us != u64::MAX);
+        let (left, limit) = expected.map_or_else(Default::default, |us| {
+            let enough_ms = us.div_ceil(1000) + policy.limits().downtime_ms / 10;
+            (format!(" and takes {:.0} ms", us as f64 / 1e3), format!("--downtime-limit {enough_ms} (ms), "))
+        });
         format!(
-            "the guest dirties {dirtied:.0} MB/s of memory and {delivered:.0} MB/s are delivered; what may help: \
-             {limited}{throttle}{postcopy}--downtime-limit {} (ms), a quieter guest, or `ctl switchover` to accept the downtime",
-            policy.expected_downtime_us().div_ceil(1000).saturating_add(policy.limits().downtime_ms / 10)
+            "the guest dirties {dirtied:.0} MB/s of memory and {delivered:.0} MB/s are delivered: what is left does not shrink{left}; \
+             what may help: {limited}{throttle}{postcopy}{limit}a quieter guest, or `ctl switchover` to accept the downtime"
         )
     }
 }
