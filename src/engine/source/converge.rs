@@ -269,7 +269,7 @@ impl<'a> Course<'a> {
         // While nothing is delivered there is no telling.
         let expected = Some(policy.expected_downtime_us()).filter(|&us| us != u64::MAX);
         let (left, limit) = expected.map_or_else(Default::default, |us| {
-            let enough_ms = us.div_ceil(1000) + policy.limits().downtime_ms / 10;
+            let enough_ms = us.div_ceil(1000).saturating_add(policy.limits().downtime_ms / 10);
             (format!(" and takes {:.0} ms", us as f64 / 1e3), format!("--downtime-limit {enough_ms} (ms), "))
         });
         format!(
