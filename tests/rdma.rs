@@ -239,6 +239,34 @@ fn images_arrive_whole_and_sparse() {
     }
 }
 
+/// Memory whose second half is the first, 2000 bytes on: no page is another's, and all of it is known. Frames that refer to other
+/// chunks share a queue pair with pages that are placed.
+#[test]
+fn what_was_sent_before_is_referred_to() {
+    let address = device_or_skip!();
+    let _turn = turn();
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let from = folder.path().join("digits");
+    image(&from, 4, |_| Content::Random);
+    let mut content: Vec<u8> =
+        fs::read(&from).unwrap().into_iter().flat_map(|byte| [b'a' + byte % 16, b'a' + byte / 16]).collect();
+    let first = content.len();
+    content.extend_from_within(2000..);
+    content.resize(2 * first, b'a');
+    // What no level makes shorter, and so is placed.
+    let mut random = vec![0; 2 * MIB as usize];
+    fs::File::open("/dev/urandom").unwrap().read_exact(&mut random).unwrap();
+    content.extend(random);
+    fs::write(&from, &content).unwrap();
+    let wire = |codec: &str| {
+        let report = moves(address, &from, &["--streams", "2", "--codec", codec], &[]);
+        assert!(report["pages"]["raw"].as_u64().is_some_and(|raw| raw >= 512), "{report}");
+        report["wire_bytes"].as_u64().unwrap()
+    };
+    let (without, with) = (wire("zstd:1"), wire("zstd:2"));
+    assert!(with < without * 3 / 4, "{with} {without}");
+}
+
 #[test]
 fn little_pinned_memory_is_enough() {
     let address = device_or_skip!();

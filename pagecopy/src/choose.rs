@@ -198,13 +198,6 @@ impl Average {
     }
 }
 
-/// Looking for what there is to send.
-#[derive(Clone, Copy, Debug, Default)]
-struct Scanned {
-    bytes: f64,
-    nanos: f64,
-}
-
 /// A level in use.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Compression {
@@ -232,10 +225,6 @@ pub struct Chooser {
     current: Option<Compression>,
     /// Chunks that are owed compression, where only a part of them gets it.
     owed: f64,
-    /// Nanoseconds for which the worker is busy with a logical byte whatever the choice: to find, hash and copy it, and to write it.
-    base: Option<f64>,
-    /// Logical bytes of this window, and what looking at them took.
-    scanned: Scanned,
     delta: bool,
     /// Of the sampled chunks.
     delta_seen: Option<Average>,
@@ -268,8 +257,6 @@ impl Chooser {
             tried: None,
             current,
             owed: 0.0,
-            base: None,
-            scanned: Scanned::default(),
             delta: matches!(mode, CodecMode::Auto | CodecMode::Delta),
             delta_seen: None,
             once: false,
@@ -347,16 +334,12 @@ impl Chooser {
         wire_bytes: u64,
         nanos: u64,
         all_bytes: u64,
-        busy: impl FnOnce() -> Option<u64>,
+        busy: impl Fn() -> Option<u64>,
     ) {
-        self.link.observe(wire_bytes, nanos);
-        let Some(wrote) = self.link.close_window(all_bytes, self.workers, busy) else { return };
-        let Scanned { bytes, nanos } = std::mem::take(&mut self.scanned);
-        if bytes != 0.0 {
-            let new = (nanos + wrote) / bytes;
-            self.base = Some(self.base.map_or(new, |old| old + (new - old) * WEIGHT));
+        self.link.sent(wire_bytes, nanos);
+        if self.link.close_window(all_bytes, self.workers, busy) {
+            self.choose();
         }
-        self.choose();
     }
 
     /// Notes what a part of encoding took and made.
@@ -368,10 +351,7 @@ impl Chooser {
         let per_byte = |x: u64| x as f64 / bytes_in as f64;
         let new = Average { nanos: per_byte(nanos), out: per_byte(bytes_out) };
         match kind {
-            EncodeKind::Scan => {
-                self.scanned.bytes += bytes_in as f64;
-                self.scanned.nanos += nanos as f64;
-            }
+            EncodeKind::Scan => self.link.scanned(bytes_in, nanos),
             EncodeKind::Delta { chunk } => {
                 if is_delta_sample(chunk) {
                     self.delta_seen = Some(self.delta_seen.map_or(new, |old| old.add(new, WEIGHT)));
@@ -447,7 +427,7 @@ impl Chooser {
     /// Nanoseconds that a logical byte takes with a choice, over this link.
     fn time(&self, choice: Option<Compression>, link_nanos: f64) -> f64 {
         let Average { nanos, out } = self.cost(choice);
-        let nanos = nanos + self.base.unwrap_or(0.0);
+        let nanos = nanos + self.link.base_nanos();
         let wire = out * link_nanos;
         nanos.max(wire) + OVERLAP_LOSS * nanos.min(wire)
     }
@@ -460,7 +440,7 @@ impl Chooser {
             let Average { nanos, out } = self.cost_of(level);
             // base + part * nanos = link * (1 - part * (1 - out))
             let saved = link_nanos * (1.0 - out);
-            part = (link_nanos - self.base.unwrap_or(0.0)) / (nanos + saved).max(1e-9);
+            part = (link_nanos - self.link.base_nanos()) / (nanos + saved).max(1e-9);
         }
         (part >= least).then_some(Compression { level, part: part.min(1.0) })
     }

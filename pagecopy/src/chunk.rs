@@ -215,7 +215,7 @@ impl ChunkEncoder {
         wire_bytes: u64,
         nanos: u64,
         all_bytes: u64,
-        busy: impl FnOnce() -> Option<u64>,
+        busy: impl Fn() -> Option<u64>,
     ) {
         self.chooser.observe_link(wire_bytes, nanos, all_bytes, busy);
     }

@@ -1,4 +1,6 @@
-//! How fast the link of a stream drains, from what sending took.
+//! How fast the link of a stream drains, from what sending took; and how fast its worker could fill it.
+
+use super::WEIGHT;
 
 /// The link is judged after this many wire bytes ...
 const WINDOW_BYTES: f64 = (2 << 20) as f64;
@@ -7,7 +9,7 @@ const WINDOW_NANOS_MIN: f64 = 10e6;
 /// ... or, however few they were, after this much.
 const WINDOW_NANOS: f64 = 100e6;
 /// The link limits when at least this share of a window was spent waiting for it ...
-const LINK_BOUND_SHARE: f64 = 0.2;
+const LINK_BOUND_SHARE: f64 = 0.1;
 /// ... or this share where few bytes went: headers of zero pages, each with its system call, say nothing about a link.
 const LINK_BOUND_SHARE_FEW: f64 = 0.8;
 /// A stream that gets more than this many times its fair part of the link has it because others do not want theirs.
@@ -30,10 +32,14 @@ pub(super) struct Link {
     rise: f64,
     /// How many windows in a row did not show it.
     unseen: u32,
-    /// Sums of the current window.
+    /// Nanoseconds for which the worker is busy with a logical byte, however it is encoded: to find, hash, copy and write it.
+    base: Option<f64>,
+    /// Of the current window: bytes sent and what that took, nanoseconds of encoding, bytes looked at and what that part of it took.
     wire: f64,
     sent: f64,
     encoded: f64,
+    logical: f64,
+    scanned: f64,
     /// What all workers had sent when it began.
     all_before: u64,
     /// For how long the worker had been busy when it began.
@@ -47,9 +53,12 @@ impl Link {
             seen: f64::MAX,
             rise: RISE.0,
             unseen: 0,
+            base: None,
             wire: 0.0,
             sent: 0.0,
             encoded: 0.0,
+            logical: 0.0,
+            scanned: 0.0,
             all_before: 0,
             busy_before: None,
         }
@@ -60,10 +69,21 @@ impl Link {
         self.nanos
     }
 
+    /// Nanoseconds for which the worker is busy with a logical byte, however it is encoded, as far as known.
+    pub(super) fn base_nanos(&self) -> f64 {
+        self.base.unwrap_or(0.0)
+    }
+
     /// Sending so many bytes took so long, waits included.
-    pub(super) fn observe(&mut self, wire_bytes: u64, nanos: u64) {
+    pub(super) fn sent(&mut self, wire_bytes: u64, nanos: u64) {
         self.wire += wire_bytes as f64;
         self.sent += nanos as f64;
+    }
+
+    /// So much of the time that went into encoding was for looking at so many bytes.
+    pub(super) fn scanned(&mut self, bytes: u64, nanos: u64) {
+        self.logical += bytes as f64;
+        self.scanned += nanos as f64;
     }
 
     /// So much time went into encoding.
@@ -72,22 +92,19 @@ impl Link {
     }
 
     fn begin_window(&mut self, all: u64, busy: Option<u64>) {
-        (self.wire, self.sent, self.encoded) = (0.0, 0.0, 0.0);
+        (self.wire, self.sent, self.encoded, self.logical, self.scanned) = (0.0, 0.0, 0.0, 0.0, 0.0);
         (self.all_before, self.busy_before) = (all, busy);
     }
 
-    /// Ends the window if it is long enough to tell something; returns for how many nanoseconds of it the worker was busy sending. `all`:
-    /// bytes that all `workers` have sent so far. `busy`: for how long this one was busy, if that is known.
-    pub(super) fn close_window(
-        &mut self,
-        all: u64,
-        workers: f64,
-        busy: impl FnOnce() -> Option<u64>,
-    ) -> Option<f64> {
+    /// Ends the window if it is long enough to tell something; returns whether it did. `all`: bytes that all `workers` have sent so far.
+    /// `busy`: for how long this one was busy, if that is known.
+    pub(super) fn close_window(&mut self, all: u64, workers: f64, busy: impl Fn() -> Option<u64>) -> bool {
+        // The first window begins with the first frame.
+        self.busy_before = self.busy_before.or_else(&busy);
         let elapsed = self.encoded + self.sent;
         let short = elapsed < WINDOW_NANOS && (self.wire < WINDOW_BYTES || elapsed < WINDOW_NANOS_MIN);
         if short || self.wire == 0.0 {
-            return None;
+            return false;
         }
         // A write copies as well as waits, and copying does not tell anything about the link: nor does waiting for a core.
         let busy = busy();
@@ -103,10 +120,13 @@ impl Link {
         let few = self.wire < WINDOW_BYTES;
         let share = if few { LINK_BOUND_SHARE_FEW } else { LINK_BOUND_SHARE };
         let limits = elapsed - worked >= share * elapsed;
-        let wrote = (worked - self.encoded).max(0.0);
+        if self.logical != 0.0 {
+            let new = (worked - self.encoded + self.scanned).max(0.0) / self.logical;
+            self.base = Some(self.base.map_or(new, |old| old + (new - old) * WEIGHT));
+        }
         self.begin_window(all, busy);
         if few && !limits {
-            return None;
+            return false;
         }
         if limits {
             self.unseen = 0;
@@ -128,6 +148,6 @@ impl Link {
             self.unseen = self.unseen.saturating_add(1);
             self.nanos = Some(self.nanos.map_or(sample, |old| (old * (1.0 - rise)).min(sample)));
         }
-        Some(wrote)
+        true
     }
 }
