@@ -247,16 +247,14 @@ fn what_was_sent_before_is_referred_to() {
     let _turn = turn();
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
     let from = folder.path().join("digits");
-    image(&from, 4, |_| Content::Random);
-    let mut content: Vec<u8> =
-        fs::read(&from).unwrap().into_iter().flat_map(|byte| [b'a' + byte % 16, b'a' + byte / 16]).collect();
-    let first = content.len();
-    content.extend_from_within(2000..);
-    content.resize(2 * first, b'a');
-    // What no level makes shorter, and so is placed.
-    let mut random = vec![0; 2 * MIB as usize];
+    let mut random = vec![0; 6 * MIB as usize];
     fs::File::open("/dev/urandom").unwrap().read_exact(&mut random).unwrap();
-    content.extend(random);
+    // What no level makes shorter, and so is placed, comes last.
+    let (digits, placed) = random.split_at(4 * MIB as usize);
+    let mut content: Vec<u8> = digits.iter().flat_map(|byte| [b'a' + byte % 16, b'a' + byte / 16]).collect();
+    content.extend_from_within(..);
+    content[8 * MIB as usize..].rotate_left(2000);
+    content.extend(placed);
     fs::write(&from, &content).unwrap();
     let wire = |codec: &str| {
         let report = moves(address, &from, &["--streams", "2", "--codec", codec], &[]);

@@ -203,21 +203,9 @@ impl ChunkEncoder {
         Self { chooser: self.chooser.sharing(workers, crowding), ..self }
     }
 
-    /// What chooses the codec.
-    pub fn chooser(&self) -> &Chooser {
-        &self.chooser
-    }
-
-    /// Notes that writing `wire_bytes` kept the worker waiting for `nanos`, and that all workers have sent `all_bytes`; see
-    /// [`Chooser::observe_link`].
-    pub fn observe_link(
-        &mut self,
-        wire_bytes: u64,
-        nanos: u64,
-        all_bytes: u64,
-        busy: impl Fn() -> Option<u64>,
-    ) {
-        self.chooser.observe_link(wire_bytes, nanos, all_bytes, busy);
+    /// What chooses the codec, to be told what sending takes.
+    pub fn chooser(&mut self) -> &mut Chooser {
+        &mut self.chooser
     }
 
     /// Encodes `pages` of a chunk from a stable copy of it, in which page `i` lies at `i * PAGE_SIZE` (it may end after

@@ -170,7 +170,7 @@ proptest! {
                     }
                     deliver(&sent, i, &source[i], &mut destination, &mut decoder);
                     (dirty[i], first[i]) = (0, false);
-                    encoder.observe_link(1 << 20, u64::from(chunk) << 24, 0, || None);
+                    encoder.chooser().observe_link(1 << 20, u64::from(chunk) << 24, 0, || None);
                 }
             }
         }

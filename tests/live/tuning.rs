@@ -75,7 +75,13 @@ fn a_guest_that_cannot_be_caught_is_told_of_and_forced() {
     let report = wait_report(&source, "it stalls", |r| r["stalled"].is_string());
     assert_eq!((&report["status"], &report["bandwidth_limit"]), (&json!("active"), &json!(100_000_000)));
     let text = source.ctl(&["status"]).out;
-    for word in ["stalled:", "MB/s are delivered", "a higher --bandwidth", "--downtime-limit"] {
+    for word in [
+        "stalled:",
+        "MB/s are delivered",
+        "does not shrink and takes ",
+        "a higher --bandwidth",
+        "--downtime-limit",
+    ] {
         assert!(text.contains(word), "{word:?} is missing: {text}");
     }
     ok(&source.ctl(&["switchover"]));

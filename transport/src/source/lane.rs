@@ -499,7 +499,7 @@ impl<'a> LaneSender<'a> {
         // A limit is a slow link: what it holds back may be spent on encoding.
         let link_nanos = clock::nanos() - begun + std::mem::take(&mut self.held_back_nanos);
         let all_bytes = source.counters.wire_sent.load(Ordering::Relaxed);
-        self.encoder.observe_link(wire_bytes, link_nanos, all_bytes, clock::busy_nanos);
+        self.encoder.chooser().observe_link(wire_bytes, link_nanos, all_bytes, clock::busy_nanos);
         Ok(())
     }
 
