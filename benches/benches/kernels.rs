@@ -10,7 +10,7 @@ use pagecopy::compress::{Compress, Decompress, looks_compressible};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::simd::Level;
-use pagecopy::xbzrle::{Encoded, Page, decode, encode_at, encode_reference};
+use pagecopy::xbzrle::{Encoded, Page, decode, decode_at, encode_at, encode_reference};
 use pagecopy::zero::{is_zero_at, zero_pages_at};
 use xxhash_rust::xxh3::xxh3_128_with_secret;
 
@@ -111,20 +111,20 @@ fn xbzrle(c: &mut Criterion) {
             .collect();
         let mut pages: Vec<Page> = pairs.iter().map(|(old, _)| *old).collect();
         // Deltas hold new bytes, not differences: applied again they take the same effort.
-        group.bench_function(format!("decode/{name}/scalar"), |b| {
-            b.iter(|| {
-                for (delta, page) in deltas.iter().zip(&mut pages) {
-                    black_box(decode_scalar(delta, page));
-                }
+        let mut decoder = |how: &str, decode: &dyn Fn(&[u8], &mut Page) -> Option<usize>| {
+            group.bench_function(format!("decode/{name}/{how}"), |b| {
+                b.iter(|| {
+                    for (delta, page) in deltas.iter().zip(&mut pages) {
+                        black_box(decode(delta, page));
+                    }
+                });
             });
-        });
-        group.bench_function(format!("decode/{name}/ours"), |b| {
-            b.iter(|| {
-                for (delta, page) in deltas.iter().zip(&mut pages) {
-                    let _ = black_box(decode(delta, page));
-                }
-            });
-        });
+        };
+        decoder("scalar", &decode_scalar);
+        decoder("ours", &|delta, page| decode(delta, page).ok());
+        for level in Level::all() {
+            decoder(level.name(), &|delta, page| decode_at(level, delta, page).ok());
+        }
     }
     group.finish();
 }

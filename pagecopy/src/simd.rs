@@ -1,4 +1,5 @@
-//! The vector kernels, chosen once by what the CPU offers; besides that of `digest`, the only module of this crate with unsafe code.
+//! The vector kernels, chosen once by what the CPU offers; besides those of `digest` and `xbzrle`, the only module of this crate
+//! with unsafe code.
 //!
 //! The unsafe part is small: calling functions that are compiled for CPU features which were found at run time, and
 //! vector loads from arrays of known size. Each kernel has a portable form in safe Rust which gives the same answer

@@ -10,10 +10,14 @@
 //! nzrun stays as it is. The encoder makes every run as long as the bytes allow, so the encoding of a pair of pages is
 //! unique. Source: QEMU `docs/xbzrle.txt`, and the facts observed on its streams.
 
+mod decode;
+#[allow(unsafe_code)]
+mod simd;
+
 use std::ops::Range;
 
 use crate::layout::PAGE_SIZE;
-use crate::simd::{self, Difference, Level};
+use crate::simd::{BORDERS_MAX, Difference, Level, borders, compare};
 
 /// A page's content.
 pub type Page = [u8; PAGE_SIZE];
@@ -83,7 +87,7 @@ pub fn encode(old: &Page, new: &Page, out: &mut [u8]) -> Encoded {
 /// [`encode`] with the CPU features named by `level`; the output is the same at every level.
 pub fn encode_at(level: Level, old: &Page, new: &Page, out: &mut [u8]) -> Encoded {
     let mut difference = Difference::none();
-    simd::compare(level, old, new, &mut difference);
+    compare(level, old, new, &mut difference);
     if difference.touched == 0 {
         return Encoded::Unchanged;
     }
@@ -94,9 +98,9 @@ pub fn encode_at(level: Level, old: &Page, new: &Page, out: &mut [u8]) -> Encode
     if difference.runs < MANY_RUNS {
         return emit(&difference, new, out);
     }
-    let mut borders = [0; simd::BORDERS_MAX];
-    let count = simd::borders(level, &difference, &mut borders);
-    emit_many(&borders[..count], new, out)
+    let mut list = [0; BORDERS_MAX];
+    let count = borders(level, &difference, &mut list);
+    emit_many(&list[..count], new, out)
 }
 
 /// Writes runs that are found one by one.
@@ -208,89 +212,21 @@ fn put_uleb(out: &mut [u8; 4], at: usize, value: usize) -> usize {
     }
 }
 
-/// Reads a length at `at`; returns it and where it ends.
-#[inline]
-fn get_uleb(encoded: &[u8], at: usize) -> Result<(usize, usize), DeltaError> {
-    let low = *encoded.get(at).ok_or(DeltaError::Truncated { offset: at })?;
-    if low & 0x80 == 0 {
-        return Ok((low.into(), at + 1));
-    }
-    let high = *encoded.get(at + 1).ok_or(DeltaError::Truncated { offset: at + 1 })?;
-    if high & 0x80 != 0 {
-        return Err(DeltaError::LongLength { offset: at });
-    }
-    Ok((usize::from(low & 0x7f) | usize::from(high) << 7, at + 2))
-}
-
 /// Applies an encoding to `page`, which holds the old version; returns the position after the last byte written.
 ///
 /// After an error the page holds some mixture of both versions: decode into scratch.
+#[inline]
 pub fn decode(encoded: &[u8], page: &mut Page) -> Result<usize, DeltaError> {
-    if encoded.is_empty() {
-        return Err(DeltaError::Empty);
+    match decode::one_byte(encoded, page) {
+        Some(end) => Ok(end),
+        None => decode_at(Level::best(), encoded, page),
     }
-    let (mut offset, mut position) = (0, 0);
-    while offset < encoded.len() {
-        // A single byte is taken here because, when it is guessed to be one, the next run's place is known before this one's
-        // lengths are read.
-        let single = match encoded[offset..] {
-            [stay @ 0..0x80, 1, byte, ..] => Some((usize::from(stay), byte, offset + 3)),
-            [low @ 0x80..=0xff, high @ 0..0x80, 1, byte, ..] => {
-                Some((usize::from(low & 0x7f) | usize::from(high) << 7, byte, offset + 4))
-            }
-            _ => None,
-        };
-        if let Some((stay, byte, after)) = single
-            && (stay != 0 || offset == 0)
-            && let Some(slot) = page.get_mut(position + stay)
-        {
-            *slot = byte;
-            (position, offset) = (position + stay + 1, after);
-            continue;
-        }
-        let (stay, after) = get_uleb(encoded, offset)?;
-        if stay == 0 && offset != 0 {
-            return Err(DeltaError::EmptyRun { offset });
-        }
-        if stay > PAGE_SIZE - position {
-            return Err(DeltaError::PastEnd { offset, position, length: stay });
-        }
-        position += stay;
-        offset = after;
-        let (change, after) = get_uleb(encoded, offset)?;
-        if change == 0 {
-            return Err(DeltaError::EmptyRun { offset });
-        }
-        if change > PAGE_SIZE - position {
-            return Err(DeltaError::PastEnd { offset, position, length: change });
-        }
-        let bytes =
-            encoded.get(after..after + change).ok_or(DeltaError::Truncated { offset: encoded.len() })?;
-        copy_run(&mut page[position..position + change], bytes);
-        position += change;
-        offset = after + change;
-    }
-    Ok(position)
 }
 
-/// Copies a run: a short one by two moves that may overlap, instead of a call.
-#[inline(always)]
-fn copy_run(to: &mut [u8], from: &[u8]) {
-    #[inline(always)]
-    fn ends<const N: usize>(to: &mut [u8], from: &[u8]) {
-        if let (Some(to), Some(from)) = (to.first_chunk_mut::<N>(), from.first_chunk::<N>()) {
-            *to = *from;
-        }
-        if let (Some(to), Some(from)) = (to.last_chunk_mut::<N>(), from.last_chunk::<N>()) {
-            *to = *from;
-        }
-    }
-    match to.len() {
-        2..4 => ends::<2>(to, from),
-        4..8 => ends::<4>(to, from),
-        8..=16 => ends::<8>(to, from),
-        _ => to.copy_from_slice(from),
-    }
+/// [`decode`] with the CPU features named by `level`; the page and the result are the same at every level, but for the page after
+/// an error.
+pub fn decode_at(level: Level, encoded: &[u8], page: &mut Page) -> Result<usize, DeltaError> {
+    simd::decode(level, encoded, page)
 }
 
 /// The encoder as a plain loop over bytes: what [`encode`] must equal, and what benches compare it to.
@@ -325,6 +261,7 @@ pub fn encode_reference(old: &Page, new: &Page, out: &mut [u8]) -> Encoded {
 
 #[cfg(test)]
 mod tests {
+    use super::decode::get_uleb;
     use super::*;
 
     fn encode_vec(old: &Page, new: &Page) -> Option<Vec<u8>> {

@@ -2,7 +2,7 @@
 
 use pagecopy::layout::PAGE_SIZE;
 use pagecopy::simd::Level;
-use pagecopy::xbzrle::{Encoded, Page, decode, encode, encode_at, encode_reference};
+use pagecopy::xbzrle::{DeltaError, Encoded, Page, decode, decode_at, encode, encode_at, encode_reference};
 use proptest::prelude::*;
 
 /// xorshift64*: fast, and the same on every run.
@@ -32,6 +32,18 @@ fn change(random: &mut Random, page: &mut Page) {
     }
 }
 
+/// Decodes at every level, which must agree.
+fn decode_everywhere(encoded: &[u8], page: &mut Page) -> Result<usize, DeltaError> {
+    let old = *page;
+    let result = decode(encoded, page);
+    for level in Level::all() {
+        let mut other = old;
+        assert_eq!(decode_at(level, encoded, &mut other), result, "{} on {encoded:?}", level.name());
+        assert!(result.is_err() || other == *page, "{} makes another page of {encoded:?}", level.name());
+    }
+    result
+}
+
 /// One pair at every level against the reference; and back.
 fn check(old: &Page, new: &Page, max: usize) {
     let (mut want, mut got) = ([0u8; 2 * PAGE_SIZE], [0u8; 2 * PAGE_SIZE]);
@@ -48,7 +60,7 @@ fn check(old: &Page, new: &Page, max: usize) {
         Encoded::Overflow => {}
         Encoded::Len(length) => {
             let mut page = *old;
-            let end = decode(&want[..length], &mut page).expect("an encoding decodes");
+            let end = decode_everywhere(&want[..length], &mut page).expect("an encoding decodes");
             assert!(page == *new, "the delta does not make the new page");
             assert!(old[end..] == new[end..]);
         }
@@ -116,13 +128,30 @@ fn every_single_byte_and_every_single_run() {
     }
 }
 
+/// One byte in ten, at every distance from the page's end, and with one run in between that is longer or further away.
+#[test]
+fn rows_of_single_bytes() {
+    for step in 2..140 {
+        let (old, mut new) = ([0x55u8; PAGE_SIZE], [0x55u8; PAGE_SIZE]);
+        new.iter_mut().skip(step % 7).step_by(step).for_each(|byte| *byte ^= 1);
+        check(&old, &new, 2 * PAGE_SIZE);
+        for at in (0..PAGE_SIZE).step_by(61) {
+            let mut odd = new;
+            odd[at] ^= 2;
+            check(&old, &odd, 2 * PAGE_SIZE);
+            odd[at..PAGE_SIZE.min(at + 130)].copy_from_slice(&old[at..PAGE_SIZE.min(at + 130)]);
+            check(&old, &odd, 2 * PAGE_SIZE);
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(20_000))]
 
     #[test]
     fn any_bytes_are_an_error_or_a_page(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
         let mut page = [0u8; PAGE_SIZE];
-        if let Ok(end) = decode(&bytes, &mut page) {
+        if let Ok(end) = decode_everywhere(&bytes, &mut page) {
             prop_assert!(end <= PAGE_SIZE && page[end..].iter().all(|&byte| byte == 0));
         }
     }
@@ -131,7 +160,31 @@ proptest! {
     #[test]
     fn likely_bytes_are_an_error_or_a_page(bytes in prop::collection::vec(0u8..6, 0..300)) {
         let mut page = [9u8; PAGE_SIZE];
-        if let Ok(end) = decode(&bytes, &mut page) {
+        if let Ok(end) = decode_everywhere(&bytes, &mut page) {
+            prop_assert!(end <= PAGE_SIZE && page[end..].iter().all(|&byte| byte == 9));
+        }
+    }
+
+    /// Runs that are nearly all of a single byte, as many as there are in a row, and what does not belong among them.
+    #[test]
+    fn rows_of_single_bytes_are_an_error_or_a_page(
+        runs in prop::collection::vec((0u32..60, 1u8..0x80, any::<u8>(), any::<[u8; 3]>()), 0..200),
+        cut in 0usize..4,
+    ) {
+        let mut bytes = vec![0, 1, 7];
+        for (kind, stay, byte, odd) in runs {
+            match kind {
+                0 => bytes.extend(odd),
+                1 => bytes.extend([stay, 2, byte, odd[0]]),
+                2 => bytes.extend([stay | 0x80, odd[0] % 4, 1, byte]),
+                3 if odd[0] < 64 => bytes.extend([stay | 0x80, odd[1], 2, byte, odd[2]]),
+                4 if odd[0] < 64 => bytes.extend([0, 1, byte]),
+                _ => bytes.extend([stay % 24 + 1, 1, byte]),
+            }
+        }
+        bytes.truncate(bytes.len() - cut);
+        let mut page = [9u8; PAGE_SIZE];
+        if let Ok(end) = decode_everywhere(&bytes, &mut page) {
             prop_assert!(end <= PAGE_SIZE && page[end..].iter().all(|&byte| byte == 9));
         }
     }
