@@ -12,6 +12,9 @@ use socket2::{SockRef, Socket};
 
 use crate::uri::Uri;
 
+/// Bytes that wait on loopback before they are sent. What waits is written long before it is read, and has left the cache by then.
+const LOOPBACK_UNSENT: u32 = 128 << 10;
+
 /// A socket operation that failed, with the address and what can be done.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}")]
@@ -78,16 +81,17 @@ impl Connection {
         }
     }
 
-    /// Sets what a session's connections want: no delay, death within `timeout` of silence from the peer's kernel, and cubic
-    /// on loopback, where bbr's pacing halves the rate.
+    /// Sets what a session's connections want: no delay, and death within `timeout` of silence from the peer's kernel; on loopback
+    /// also cubic, as bbr's pacing halves the rate, and little that waits to be sent.
     pub fn tune(&self, timeout: Duration) -> io::Result<()> {
         if let Self::Tcp(stream) = self {
             stream.set_nodelay(true)?;
             let socket = SockRef::from(stream);
             socket.set_tcp_user_timeout(Some(timeout))?;
             if stream.peer_addr()?.ip().is_loopback() {
-                // A hint: a kernel without cubic keeps its default.
+                // Hints: a kernel without cubic keeps its default.
                 let _ = socket.set_tcp_congestion(b"cubic");
+                let _ = socket.set_tcp_notsent_lowat(LOOPBACK_UNSENT);
             }
         }
         Ok(())
@@ -329,6 +333,14 @@ mod tests {
         let free = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap().uri();
         let error = Connection::connect(&free, Duration::from_secs(1)).unwrap_err();
         assert!(error.to_string().contains("start `pageferry recv`"), "{error}");
+    }
+
+    #[test]
+    fn little_waits_to_be_sent_on_loopback() {
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        let connection = Connection::connect(&listener.uri(), Duration::from_secs(1)).unwrap();
+        connection.tune(Duration::from_secs(10)).unwrap();
+        assert_eq!(connection.socket().tcp_notsent_lowat().unwrap(), LOOPBACK_UNSENT);
     }
 
     #[test]
