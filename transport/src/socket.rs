@@ -81,17 +81,15 @@ impl Connection {
         }
     }
 
-    /// Sets what a session's connections want: no delay, and death within `timeout` of silence from the peer's kernel; on loopback
-    /// also cubic, as bbr's pacing halves the rate, and little that waits to be sent.
+    /// Sets what a session's connections want: no delay, and death within `timeout` of silence from the peer's kernel; and on loopback
+    /// what is fastest there.
     pub fn tune(&self, timeout: Duration) -> io::Result<()> {
         if let Self::Tcp(stream) = self {
             stream.set_nodelay(true)?;
             let socket = SockRef::from(stream);
             socket.set_tcp_user_timeout(Some(timeout))?;
             if stream.peer_addr()?.ip().is_loopback() {
-                // Hints: a kernel without cubic keeps its default.
-                let _ = socket.set_tcp_congestion(b"cubic");
-                let _ = socket.set_tcp_notsent_lowat(LOOPBACK_UNSENT);
+                tune_for_loopback(&socket);
             }
         }
         Ok(())
@@ -289,6 +287,13 @@ fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     socket.bind(&address.into())?;
     socket.listen(256)?;
     Ok(socket.into())
+}
+
+/// Asks for what moves most over loopback: cubic, as bbr's pacing halves the rate, and little that waits to be sent. A kernel
+/// without one of them keeps its default.
+pub fn tune_for_loopback(socket: &SockRef<'_>) {
+    let _ = socket.set_tcp_congestion(b"cubic");
+    let _ = socket.set_tcp_notsent_lowat(LOOPBACK_UNSENT);
 }
 
 /// The addresses of a host; an empty name or `0` is every address (listening) or the loopback (connecting).

@@ -16,6 +16,7 @@ use pagecopy::layout::{Layout, Region};
 use pageferry::measure::process::{self, Running};
 use pageferry::measure::{Job, Target, Took};
 use rustix::pipe::SpliceFlags;
+use transport::socket::tune_for_loopback;
 use vm_memory::{ReadVolatile, VolatileSlice, WriteVolatile};
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 
@@ -131,8 +132,7 @@ fn sockets(streams: u8) -> io::Result<Vec<(TcpStream, TcpStream)>> {
         let to = TcpStream::connect(address)?;
         let from = listener.accept()?.0;
         for end in [&to, &from] {
-            // bbr, often the default, halves what loopback carries. A kernel without cubic keeps its own.
-            let _ = socket2::SockRef::from(end).set_tcp_congestion(b"cubic");
+            tune_for_loopback(&socket2::SockRef::from(end));
         }
         Ok((to, from))
     };
