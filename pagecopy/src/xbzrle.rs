@@ -223,7 +223,7 @@ pub fn decode(encoded: &[u8], page: &mut Page) -> Result<usize, DeltaError> {
     }
 }
 
-/// [`decode`] with the CPU features named by `level`; the page and the result are the same at every level, but for the page after
+/// [`decode()`] with the CPU features named by `level`; the page and the result are the same at every level, but for the page after
 /// an error.
 pub fn decode_at(level: Level, encoded: &[u8], page: &mut Page) -> Result<usize, DeltaError> {
     simd::decode(level, encoded, page)
