@@ -128,7 +128,7 @@ fn every_single_byte_and_every_single_run() {
     }
 }
 
-/// One byte in ten, at every distance from the page's end, and with one run in between that is longer or further away.
+/// Single bytes, each distance apart for which a length takes one byte or just two, also with one more among them or some missing.
 #[test]
 fn rows_of_single_bytes() {
     for step in 2..140 {

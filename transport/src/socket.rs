@@ -12,7 +12,7 @@ use socket2::{SockRef, Socket};
 
 use crate::uri::Uri;
 
-/// Bytes that wait on loopback before they are sent. What waits is written long before it is read, and has left the cache by then.
+/// Bytes that may wait on loopback before they are sent: both sides take less time with few. Measured; docs/design.md has the series.
 const LOOPBACK_UNSENT: u32 = 128 << 10;
 
 /// A socket operation that failed, with the address and what can be done.

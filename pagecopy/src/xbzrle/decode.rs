@@ -7,8 +7,10 @@ use crate::layout::PAGE_SIZE;
 
 /// A run this long can be copied in one step by the level that has one.
 pub(super) const SHORT: usize = 64;
-/// Bytes of eight single bytes with their lengths, and as many more as are loaded with them.
-pub(super) const EIGHT: usize = 24 + 4;
+/// Bytes of eight runs of a single byte after fewer than 128 that stay.
+const EIGHT_RUNS: usize = 8 * 3;
+/// The same, with as many more as are loaded with them.
+pub(super) const EIGHT: usize = EIGHT_RUNS + 4;
 /// So many single bytes in a row, and the next eight are likely to be such. Fewer, and guessing wrong costs more than it gains where
 /// one run in ten is longer.
 const ROW: usize = 16;
@@ -86,7 +88,7 @@ pub(super) fn body(
             while row >= ROW {
                 let runs = encoded[place.offset..].first_chunk();
                 match runs.and_then(|runs| eight(runs, page, place.position)) {
-                    Some(position) => place = Place::after(place.offset + 24, position),
+                    Some(position) => place = Place::after(place.offset + EIGHT_RUNS, position),
                     None => row = 0,
                 }
             }

@@ -9,8 +9,7 @@ use pageferry_benches::{Workload, decode_scalar};
 
 use crate::run::median;
 
-/// Pages of a pass: both versions stay in L2, and what decoding writes to in the first level of the TLB, whose misses would be most of
-/// what a single changed byte takes.
+/// Pages of a pass: both versions stay in L2, and decoding writes to fewer pages than the first level of a TLB holds (64 or more).
 const PAIRS: usize = 48;
 /// How long one measurement takes.
 const WHILE: Duration = Duration::from_millis(20);
