@@ -165,7 +165,8 @@ pub trait MissingPages: Send + Sync {
     /// this does nothing.
     fn settle(&self, fault: Fault) -> Result<(), BackendError>;
 
-    /// Nothing is missing any more: nobody is stopped from here on, and whoever waits goes on.
+    /// Nothing is missing any more, or what is never comes: nobody is stopped from here on, and whoever waits goes on, with zeros where a
+    /// page is not there.
     fn end(&self) -> Result<(), BackendError>;
 }
 
@@ -218,10 +219,22 @@ pub struct StateBlob {
     pub bytes: Vec<u8>,
 }
 
+/// How long [`Guest::pause`] waits for a vCPU. One in the kernel that touches memory which is still to come cannot be stopped before
+/// it has.
+pub const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Control over a running guest.
 pub trait Guest: Send + Sync {
-    /// Stops all vCPUs; returns when none runs and all their writes are in memory and in the dirty log.
+    /// Stops all vCPUs; returns when none runs and all their writes are in memory and in the dirty log. Where one does not stop within
+    /// [`PAUSE_PATIENCE`] this fails, and the guest is as before.
     fn pause(&self) -> Result<(), BackendError>;
+    /// Stops all vCPUs for ever, also those that wait for pages which never come. Once each has been told to stop, `release` is called,
+    /// which lets go on whoever waits for a page ([`MissingPages::end`]); nothing that the guest does from then on leaves it. A guest
+    /// whose memory is whole whenever it runs need not do more than pause.
+    fn stop_for_good(&self, release: &dyn Fn() -> Result<(), BackendError>) -> Result<(), BackendError> {
+        let _ = release;
+        self.pause()
+    }
     /// Lets the vCPUs run.
     fn resume(&self) -> Result<(), BackendError>;
     /// Takes `percent` (0..=99) of their time from the vCPUs; 0 ends throttling.

@@ -195,6 +195,28 @@ fn a_source_that_dies_takes_the_guest_with_it_and_it_is_stopped() {
     assert_eq!(way.destination.serial().len(), printed, "it ran with pages that it does not have");
 }
 
+/// A vCPU that waits for its page tables can only be stopped by letting it go on, where KVM reads them by itself.
+#[test]
+fn a_guest_of_which_no_page_came_is_stopped() {
+    let world = World::new();
+    let spec = Spec { cpus: 2, mem_mib: 64, working_set: 16 << 20, ..Spec::counter() };
+    let spec = spec.with(&["--memory", "memfd", "--postcopy-timeout", "1"]);
+    let source = world.source("a", &spec);
+    let (destination, uri) = world.destination("b", &spec);
+    let proxy = Proxy::new(&uri, |seen| match seen {
+        Seen::Data { role: Role::Postcopy, by: By::Source, .. } => Verdict::Lose,
+        _ => Verdict::Pass,
+    });
+    source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0}));
+    destination.wait_state("running");
+    source.kill();
+    destination.wait_state("crashed");
+    let status = destination.status();
+    assert_eq!(status["migration"]["status"], "postcopy-lost", "{status}");
+    assert_eq!(destination.serial(), b"", "it ran without a page");
+    assert_eq!(destination.ctl(&["resume", "--force"]).code, Some(1));
+}
+
 #[test]
 fn a_destination_that_dies_leaves_the_source_paused() {
     let fast = Arc::new(AtomicBool::new(false));

@@ -19,7 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
+use pagecopy::backend::{BackendError, Guest, GuestRam, PAUSE_PATIENCE, StateBlob};
 use pagecopy::layout::PAGE_SIZE;
 use vm_memory::volatile_memory::VolatileSlice;
 
@@ -81,7 +81,7 @@ impl WriterOptions {
 }
 
 /// Where a writer's lines go: called with one whole line at a time, by the threads in turn. It must not call the
-/// writer, and while it blocks, a pause waits.
+/// writer, and while it blocks, a pause waits, as long as it does ([`PAUSE_PATIENCE`]).
 pub type Sink = Box<dyn FnMut(&[u8]) + Send>;
 
 /// The guest. See the [module](self) for what its threads do. Made paused; [`resume`](Guest::resume) starts it.
@@ -100,6 +100,8 @@ struct Shared {
     /// Set while a thread should look at `control`: spares it the lock at every step.
     attention: AtomicBool,
     sink: Mutex<Sink>,
+    /// Nothing that the threads find or print counts any more.
+    mute: AtomicBool,
     mismatches: AtomicU64,
     steps: AtomicU64,
 }
@@ -117,6 +119,8 @@ struct Control {
     dead: usize,
     /// Whether the guest ever ran.
     ran: bool,
+    /// Memory that it ran on is lost: it never runs again.
+    lost: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,6 +163,7 @@ impl MemoryWriter {
             parked: 0,
             dead: 0,
             ran: false,
+            lost: false,
         };
         let shared = Shared {
             ram,
@@ -166,6 +171,7 @@ impl MemoryWriter {
             changed: Condvar::new(),
             attention: AtomicBool::new(true),
             sink: Mutex::new(sink),
+            mute: AtomicBool::new(false),
             mismatches: AtomicU64::new(0),
             steps: AtomicU64::new(0),
         };
@@ -187,6 +193,25 @@ impl MemoryWriter {
         self.shared.steps.load(Ordering::Relaxed)
     }
 
+    /// Waits until all threads stand still; the error tells how many do not.
+    fn wait_parked<'a>(
+        &self,
+        control: MutexGuard<'a, Control>,
+    ) -> (MutexGuard<'a, Control>, Result<(), BackendError>) {
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner).len();
+        let runs = |control: &mut Control| control.parked + control.dead < threads;
+        let waited = self.shared.changed.wait_timeout_while(control, PAUSE_PATIENCE, runs);
+        let mut control = waited.unwrap_or_else(PoisonError::into_inner).0;
+        if !runs(&mut control) {
+            return (control, Ok(()));
+        }
+        let what = format!(
+            "pausing: {} of {threads} writer threads do not stop; they wait for pages that have not come, or for their console",
+            threads - control.parked - control.dead
+        );
+        (control, Err(BackendError::new(what, std::io::ErrorKind::TimedOut.into())))
+    }
+
     fn spawn(&self, threads: u8) -> Result<(), BackendError> {
         let mut handles = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         // Where an earlier attempt failed half way, only the missing ones are made.
@@ -205,12 +230,23 @@ impl MemoryWriter {
 impl Guest for MemoryWriter {
     fn pause(&self) -> Result<(), BackendError> {
         let mut control = self.shared.control();
+        let before = control.order;
         self.shared.order(&mut control, Order::Park);
-        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner).len();
-        while control.parked + control.dead < threads {
-            control = self.shared.changed.wait(control).unwrap_or_else(PoisonError::into_inner);
+        let (mut control, parked) = self.wait_parked(control);
+        if parked.is_err() {
+            self.shared.order(&mut control, before);
         }
+        parked?;
         control.alive()
+    }
+
+    fn stop_for_good(&self, release: &dyn Fn() -> Result<(), BackendError>) -> Result<(), BackendError> {
+        let mut control = self.shared.control();
+        control.lost = true;
+        self.shared.mute.store(true, Ordering::SeqCst);
+        self.shared.order(&mut control, Order::Park);
+        release()?;
+        self.wait_parked(control).1
     }
 
     fn resume(&self) -> Result<(), BackendError> {
@@ -288,6 +324,9 @@ impl Drop for MemoryWriter {
 
 impl Control {
     fn alive(&self) -> Result<(), BackendError> {
+        if self.lost {
+            return Err(BackendError::invalid("the guest was stopped for good"));
+        }
         if self.dead == 0 {
             return Ok(());
         }
@@ -314,6 +353,9 @@ impl Shared {
 
     fn print(&self, line: &str) {
         let mut sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.mute.load(Ordering::SeqCst) {
+            return;
+        }
         sink(line.as_bytes());
     }
 
@@ -394,7 +436,9 @@ impl Shared {
             let mut found = [0u64; WORDS];
             page.copy_to(&mut found);
             let expected = content(step - pages, behind);
-            if let Some((got, want)) = found.iter().zip(&expected).find(|(got, want)| got != want) {
+            if let Some((got, want)) = found.iter().zip(&expected).find(|(got, want)| got != want)
+                && !self.mute.load(Ordering::SeqCst)
+            {
                 self.mismatches.fetch_add(1, Ordering::Relaxed);
                 self.print(&format!("E c{cpu:x} p{index:x} want {want:x} got {got:x}\n"));
             }

@@ -285,3 +285,37 @@ fn a_thread_that_dies_is_an_error_and_not_a_hang() {
     assert!(guest.save_state().is_err());
     assert!(guest.resume().is_err());
 }
+
+/// Threads that wait for pages which never come are let go, and what they find then is not the guest's word.
+#[test]
+fn a_writer_whose_pages_never_come_is_stopped_for_good() {
+    let source_memory = memory();
+    let (source, lines) = writer(&source_memory, OPTIONS);
+    source.resume().unwrap();
+    Follower::new(&OPTIONS).until(&lines, 3);
+    source.pause().unwrap();
+
+    let memory = memory();
+    if let Err(error) = memory.missing_unit() {
+        println!("skipped: {error}");
+        return;
+    }
+    let all = PageBitmap::new(layout().chunks());
+    for chunk in 0..layout().chunks() {
+        all.insert(chunk, layout().valid(chunk));
+    }
+    let missing = memory.clone().miss(&all).unwrap();
+    let (destination, lines) = writer(&memory, OPTIONS);
+    destination.load_state(&source.save_state().unwrap()).unwrap();
+    destination.resume().unwrap();
+    let mut faults = Vec::new();
+    while faults.len() < usize::from(OPTIONS.threads) {
+        missing.wait(&mut faults, HANG).unwrap();
+    }
+    let error = destination.pause().unwrap_err();
+    assert!(error.what.contains("3 of 3 writer threads"), "{error}");
+    destination.stop_for_good(&|| missing.end()).unwrap();
+    assert_eq!(lines.try_iter().collect::<Vec<_>>(), Vec::<String>::new());
+    assert_eq!(destination.mismatches(), 0);
+    assert!(destination.resume().unwrap_err().what.contains("stopped for good"));
+}

@@ -220,11 +220,14 @@ impl Session {
         }
     }
 
-    /// A guest that misses pages which never come must not run: not a single instruction on zeros instead.
+    /// A guest that misses pages which never come must not run on zeros instead: it is told to stop before whoever waits for a page
+    /// goes on with one.
     pub(super) fn stop_guest_for_good(&self, progress: &Progress) {
+        let sink = self.postcopy.as_ref().and_then(|post| post.sink.as_ref());
+        let release = || sink.map_or(Ok(()), |sink| sink.end());
         if let Some(guest) = &self.guest {
-            // A guest that cannot be paused has crashed.
-            let _ = guest.pause();
+            // Each vCPU was told to stop, which it does as soon as it can.
+            let _ = guest.stop_for_good(&release);
         }
         progress.update(|r| r.status = Status::PostcopyLost);
     }

@@ -17,7 +17,7 @@ mod vcpu;
 
 use std::fmt;
 use std::io::{self, Write};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ use kvm_bindings::{
     kvm_enable_cap, kvm_pit_config,
 };
 use kvm_ioctls::{Kvm, VmFd};
-use pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, StateBlob};
+use pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, PAUSE_PATIENCE, StateBlob};
 use pagecopy::layout::{Layout, LayoutError, Region};
 use vm_memory::Bytes;
 
@@ -285,6 +285,7 @@ impl Vm {
             serial: Mutex::new(Serial::new(serial)),
             ring,
             crashed: OnceLock::new(),
+            lost: AtomicBool::new(false),
             signal: Mutex::new(0),
             signalled: Condvar::new(),
             slots,
@@ -390,12 +391,29 @@ impl Vm {
         true
     }
 
-    fn crash_error(&self, what: &str) -> Option<BackendError> {
-        let why = self.machine.crashed.get()?;
-        Some(BackendError::new(
-            format!("cannot {what}"),
-            io::Error::other(format!("the guest has crashed: {why}")),
-        ))
+    /// Why nothing can be done with the guest any more.
+    fn gone(&self, what: &str) -> Option<BackendError> {
+        let why = match self.machine.crashed.get() {
+            Some(why) => format!("the guest has crashed: {why}"),
+            None if self.machine.lost.load(Ordering::SeqCst) => "the guest was stopped for good".into(),
+            None => return None,
+        };
+        Some(BackendError::new(format!("cannot {what}"), io::Error::other(why)))
+    }
+
+    /// Waits until all vCPUs are parked; the error names one that is not.
+    fn wait_parked(&self) -> Result<(), BackendError> {
+        let until = Some(Instant::now() + PAUSE_PATIENCE);
+        match self.machine.vcpus.iter().find(|vcpu| !vcpu.wait_parked(until)) {
+            None => Ok(()),
+            Some(vcpu) => {
+                let what = format!(
+                    "pausing: vCPU {} does not stop; it waits for a page that has not come, or for this host's memory",
+                    vcpu.index
+                );
+                Err(BackendError::new(what, io::ErrorKind::TimedOut.into()))
+            }
+        }
     }
 }
 
@@ -411,9 +429,11 @@ impl Guest for Vm {
         for vcpu in &self.machine.vcpus {
             vcpu.want(Want::Pause);
         }
-        for vcpu in &self.machine.vcpus {
-            vcpu.wait_parked();
-        }
+        self.wait_parked().inspect_err(|_| {
+            for vcpu in self.machine.vcpus.iter().filter(|_| status.running) {
+                vcpu.want(Want::Run);
+            }
+        })?;
         lock(&self.machine.serial).flush();
         if status.running {
             for vcpu in &self.machine.vcpus {
@@ -425,9 +445,20 @@ impl Guest for Vm {
         Ok(())
     }
 
+    fn stop_for_good(&self, release: &dyn Fn() -> Result<(), BackendError>) -> Result<(), BackendError> {
+        let mut status = lock(&self.status);
+        self.machine.lost.store(true, Ordering::SeqCst);
+        for vcpu in &self.machine.vcpus {
+            vcpu.want(Want::Pause);
+        }
+        status.running = false;
+        release()?;
+        self.wait_parked()
+    }
+
     fn resume(&self) -> Result<(), BackendError> {
         let mut status = lock(&self.status);
-        if let Some(error) = self.crash_error("resume") {
+        if let Some(error) = self.gone("resume") {
             return Err(error);
         }
         if lock(&self.threads).len() != self.machine.vcpus.len() {
@@ -485,7 +516,7 @@ impl Guest for Vm {
 
     fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
         let status = lock(&self.status);
-        if let Some(error) = self.crash_error("save the guest's state") {
+        if let Some(error) = self.gone("save the guest's state") {
             return Err(error);
         }
         if status.running {
@@ -499,7 +530,7 @@ impl Guest for Vm {
 
     fn load_state(&self, blobs: &[StateBlob]) -> Result<(), BackendError> {
         let status = lock(&self.status);
-        if let Some(error) = self.crash_error("load state") {
+        if let Some(error) = self.gone("load state") {
             return Err(error);
         }
         if status.used {
@@ -525,7 +556,7 @@ impl Drop for Vm {
         let threads = std::mem::take(&mut *lock(&self.threads));
         if !threads.is_empty() {
             for vcpu in self.machine.vcpus.iter().take(threads.len()) {
-                vcpu.wait_parked();
+                vcpu.wait_parked(None);
             }
         }
         for thread in threads {

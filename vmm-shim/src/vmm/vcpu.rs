@@ -53,6 +53,8 @@ pub(crate) struct Machine {
     pub(crate) ring: Option<Arc<KvmRingLog>>,
     /// Why the guest stopped for good.
     pub(crate) crashed: OnceLock<String>,
+    /// Memory that it ran on is lost: it never runs again, and what it does until it stops goes nowhere.
+    pub(crate) lost: AtomicBool,
     /// The last number written to [`SIGNAL_PORT`].
     pub(crate) signal: Mutex<u32>,
     pub(crate) signalled: Condvar,
@@ -95,16 +97,23 @@ impl Vcpu {
         self.changed.notify_all();
     }
 
-    /// Waits until the thread is parked, interrupting it again where a signal was lost.
-    pub(crate) fn wait_parked(&self) {
+    /// Waits until the thread is parked, interrupting it again where a signal was lost. `false` when it is not by `until`.
+    ///
+    /// Where KVM reads the guest's memory by itself, as page tables and instructions that it emulates, no signal gets it out of a wait
+    /// for a page that a userfaultfd holds back.
+    pub(crate) fn wait_parked(&self, until: Option<Instant>) -> bool {
         let mut control = lock(&self.control);
         while !control.parked {
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return false;
+            }
             let wait = self.changed.wait_timeout(control, Duration::from_millis(2));
             control = wait.unwrap_or_else(PoisonError::into_inner).0;
             if !control.parked {
                 self.kicker.kick();
             }
         }
+        true
     }
 
     /// Sleeps for throttling; a change of what is wanted ends it.
@@ -228,6 +237,9 @@ impl Machine {
     }
 
     fn port_out(&self, port: u16, data: &[u8]) {
+        if self.lost.load(Ordering::SeqCst) {
+            return;
+        }
         if let Some(register) = port.checked_sub(serial::PORT).filter(|&r| r < 8) {
             let mut serial = lock(&self.serial);
             // A string of bytes to one port; wider accesses spread over neighbouring ports, which no guest

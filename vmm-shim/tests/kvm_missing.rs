@@ -1,0 +1,168 @@
+//! A guest that runs on real KVM and misses pages: it can be stopped whatever it waits for.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use common::*;
+use pagecopy::backend::{Guest, GuestRam, MissingPages, StateBlob};
+use pagecopy::bitmap::PageBitmap;
+use pagecopy::layout::PAGE_SIZE;
+use vm_memory::Bytes;
+use vmm_shim::guest_memory::{Backing, GuestMemory};
+use vmm_shim::guests::counter::{Checker, CounterParams, Side};
+use vmm_shim::vmm::{GuestImage, Tracker, Vm, VmConfig, VmState};
+
+const CPUS: u8 = 2;
+const BYTES: u64 = 32 << 20;
+const PARAMS: CounterParams = CounterParams { working_set: 4 << 20, pages_per_s: 0, page_words: 8 };
+
+/// A counter that has run and stands still, and its state.
+struct Left {
+    ram: Arc<AnonRam>,
+    console: Console,
+    state: Vec<StateBlob>,
+}
+
+impl Left {
+    fn new() -> Self {
+        let ram = AnonRam::flat(BYTES);
+        let (vm, console) = vm(CPUS, GuestImage::Counter(PARAMS), Tracker::None, &ram);
+        vm.resume().unwrap();
+        wait_for(&vm, "passes", || console.passes(CPUS) >= 2);
+        vm.pause().unwrap();
+        let state = vm.save_state().unwrap();
+        Self { ram, console, state }
+    }
+}
+
+/// The same guest in another VM, where all pages are missing.
+struct Came {
+    vm: Vm,
+    console: Console,
+    missing: Box<dyn MissingPages>,
+    /// Faults that are still answered.
+    answers: AtomicU64,
+    /// Faults that wait.
+    waiting: AtomicU64,
+    over: AtomicU64,
+}
+
+impl Came {
+    fn new(answers: u64) -> Option<Self> {
+        let layout = pagecopy::layout::Layout::flat(BYTES).unwrap();
+        let memory = Arc::new(GuestMemory::create(layout, &Backing::Memfd).unwrap());
+        if let Err(error) = memory.missing_unit() {
+            println!("skipped: {error}");
+            return None;
+        }
+        let chunks = memory.layout().chunks();
+        let all = PageBitmap::new(chunks);
+        for chunk in 0..chunks {
+            all.insert(chunk, memory.layout().valid(chunk));
+        }
+        let missing = memory.clone().miss(&all).unwrap();
+        let config = VmConfig { cpus: CPUS, guest: GuestImage::Incoming, tracker: Tracker::None };
+        let console = Console::default();
+        let vm = Vm::new(config, memory, Box::new(console.clone())).unwrap();
+        vm.start().unwrap();
+        Some(Self {
+            vm,
+            console,
+            missing,
+            answers: answers.into(),
+            waiting: AtomicU64::new(0),
+            over: AtomicU64::new(0),
+        })
+    }
+
+    /// Brings pages that are touched, as long as there are answers.
+    fn serve(&self, from: &AnonRam) {
+        let (mut faults, mut page) = (Vec::new(), [0; PAGE_SIZE]);
+        while self.over.load(Ordering::SeqCst) == 0 {
+            self.missing.wait(&mut faults, Duration::from_millis(10)).unwrap();
+            // What is not answered waits until there are answers again.
+            faults.retain(|fault| {
+                let less = |answers: u64| answers.checked_sub(1);
+                if self.answers.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_err() {
+                    return true;
+                }
+                from.chunk(fault.chunk).read_slice(&mut page, fault.page as usize * PAGE_SIZE).unwrap();
+                self.missing.place(fault.chunk, fault.page, &page).unwrap();
+                self.missing.settle(*fault).unwrap();
+                false
+            });
+            self.waiting.store(faults.len() as u64, Ordering::SeqCst);
+        }
+    }
+
+    /// Does something with the guest while its pages come, and again when it no longer runs.
+    fn run(&self, left: &Left, act: impl FnOnce()) {
+        std::thread::scope(|scope| {
+            scope.spawn(|| self.serve(&left.ram));
+            // Also when it fails.
+            let _over = Over(&self.over);
+            self.vm.load_state(&left.state).unwrap();
+            self.vm.resume().unwrap();
+            act();
+        });
+    }
+}
+
+struct Over<'a>(&'a AtomicU64);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(1, Ordering::SeqCst);
+    }
+}
+
+/// Page tables, code, stack, parameters, data: each is what it waits for in one of the cases.
+#[test]
+fn it_is_stopped_for_good_whatever_it_waits_for() {
+    if !kvm() {
+        return;
+    }
+    let left = Left::new();
+    for answers in 0..24 {
+        let Some(came) = Came::new(answers) else { return };
+        came.run(&left, || {
+            wait_for(&came.vm, "a fault", || came.waiting.load(Ordering::SeqCst) > 0);
+            let printed = came.console.len();
+            came.vm.stop_for_good(&|| came.missing.end()).unwrap();
+            assert_eq!(came.vm.state(), VmState::Paused);
+            assert_eq!(came.console.len(), printed, "after {answers}: it printed what it did on zeros");
+        });
+        let error = came.vm.resume().unwrap_err().to_string();
+        assert!(error.contains("cannot resume"), "{error}");
+        assert!(came.vm.save_state().is_err());
+    }
+}
+
+#[test]
+fn where_it_cannot_be_paused_it_runs_on() {
+    if !kvm() {
+        return;
+    }
+    let left = Left::new();
+    let Some(came) = Came::new(0) else { return };
+    came.run(&left, || {
+        wait_for(&came.vm, "a fault", || came.waiting.load(Ordering::SeqCst) > 0);
+        match came.vm.pause() {
+            Err(error) => {
+                assert!(error.what.contains("vCPU 0") && error.what.contains("page"), "{error}");
+                assert_eq!(came.vm.state(), VmState::Running);
+            }
+            // KVM got by without reading memory itself.
+            Ok(()) => came.vm.resume().unwrap(),
+        }
+        came.answers.store(u64::MAX, Ordering::SeqCst);
+        wait_for(&came.vm, "passes", || came.console.passes(CPUS) >= 2);
+        came.vm.pause().unwrap();
+    });
+    let mut checker = Checker::new(CPUS, PARAMS.pages(CPUS));
+    checker.feed(Side::Source, &left.console.bytes()).unwrap();
+    checker.feed(Side::Destination, &came.console.bytes()).unwrap();
+}
