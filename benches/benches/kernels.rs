@@ -168,10 +168,10 @@ fn zstd(c: &mut Criterion) {
         });
         for level in [-7, -1, 1, 3] {
             group.bench_function(format!("compress/{name}/{level}"), |b| {
-                b.iter(|| compress.compress(level, &[], black_box(&bytes), &mut frame));
+                b.iter(|| compress.compress(level, black_box(&bytes), &mut frame));
             });
         }
-        if let Some(length) = compress.compress(1, &[], &bytes, &mut frame) {
+        if let Some(length) = compress.compress(1, &bytes, &mut frame) {
             group.bench_function(format!("decompress/{name}/1"), |b| {
                 b.iter(|| decompress.decompress(&[], black_box(&frame[..length]), &mut content));
             });

@@ -38,23 +38,28 @@ const OVERLAP_LOSS: f64 = 0.25;
 const FILL_LINK_NANOS: f64 = 1.25;
 /// Weight of a new observation in the averages.
 const WEIGHT: f64 = 0.125;
+/// The same for what a level makes of a chunk: over about as much as is under way on a stream, which evens out what differs from one
+/// chunk to the next.
+const WEIGHT_DATA: f64 = 1.0 / 32.0;
 /// Weight of a trial of a level beside the one in use; they are few.
 const WEIGHT_TRIED: f64 = 0.25;
 
 /// Levels that `auto` picks from, with nanoseconds a byte and output share that are assumed until measured. Source:
-/// measured at 256 KiB on library code and heap pages, one core.
+/// the memory of a Linux guest by chunks, one core, from -2 on with references to pages that were sent before.
 const LEVELS: [(i32, f64, f64); 7] = [
-    (-7, 1.47, 0.44),
-    (-3, 1.72, 0.365),
-    (-1, 1.89, 0.30),
-    (1, 2.0, 0.236),
-    (2, 3.3, 0.19),
-    (3, 4.9, 0.185),
-    (6, 10.0, 0.175),
+    (-7, 1.14, 0.48),
+    (-3, 1.38, 0.40),
+    (-2, 1.77, 0.313),
+    (-1, 1.97, 0.30),
+    (1, 2.17, 0.268),
+    (3, 2.85, 0.26),
+    (6, 9.4, 0.251),
 ];
-/// The lowest level that is worth its references: below, finding and loading them costs more than it saves. The levels from here on
-/// are measured with them, on the memory of a Linux guest.
-pub const REFERENCES_LEVEL_MIN: i32 = 2;
+/// The lowest of them that is worth its references: below, finding them costs more than it saves.
+const REFERENCES_LEVEL_MIN: i32 = -2;
+/// The lowest level that has references where the user pins it: one who pins a fast level wants that, and where nothing resembles
+/// anything looking for it takes a tenth of its time.
+const REFERENCES_LEVEL_MIN_PINNED: i32 = 2;
 
 /// What the user asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -172,6 +177,49 @@ pub enum EncodeKind {
     },
 }
 
+/// What a part of encoding took, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Took {
+    /// By the clock.
+    pub nanos: u64,
+    /// Of which its thread ran, as far as that is known.
+    pub worked_nanos: u64,
+}
+
+impl Took {
+    /// From one reading of a clock to another, and taken for work as a whole.
+    pub fn ran(start: u64, end: u64) -> Self {
+        let nanos = end.saturating_sub(start);
+        Self { nanos, worked_nanos: nanos }
+    }
+
+    /// Both together.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            nanos: self.nanos.saturating_add(other.nanos),
+            worked_nanos: self.worked_nanos.saturating_add(other.worked_nanos),
+        }
+    }
+}
+
+/// Wire bytes whose receipt came, in all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Delivered {
+    /// Of this worker.
+    pub own: u64,
+    /// Of all workers that share the link.
+    pub all: u64,
+}
+
+/// How long a thread was busy, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Busy {
+    /// It ran.
+    pub worked_nanos: u64,
+    /// It could have run, and there was no core for it.
+    pub ready_nanos: u64,
+}
+
 /// Cost and output per input byte, or factors of them.
 #[derive(Clone, Copy, Debug)]
 struct Average {
@@ -232,8 +280,7 @@ pub struct Chooser {
     once: bool,
     /// The destination takes references.
     references: bool,
-    /// How many workers share a core: what a level costs that is not in use was measured while the others waited for the link, and
-    /// takes so many times as long once they all compress.
+    /// How many workers share a core.
     crowding: f64,
     /// How many workers share the link.
     workers: f64,
@@ -288,6 +335,15 @@ impl Chooser {
         self.mode
     }
 
+    /// Whether what is compressed at a level refers to other pages.
+    pub fn refers(&self, level: i32) -> bool {
+        let least = match self.mode {
+            CodecMode::Zstd { level: Some(_) } => REFERENCES_LEVEL_MIN_PINNED,
+            _ => REFERENCES_LEVEL_MIN,
+        };
+        self.references && level >= least
+    }
+
     /// How to encode the next chunk, which is this one.
     pub fn plan(&mut self, chunk: u32) -> Plan {
         self.chunks = self.chunks.wrapping_add(1);
@@ -299,11 +355,10 @@ impl Chooser {
             CodecMode::Raw | CodecMode::Delta => None,
         };
         let in_use = self.current.map(|current| current.level);
-        let refers = |level: i32| self.references && level >= REFERENCES_LEVEL_MIN;
-        let references = level.is_some_and(refers);
+        let references = level.is_some_and(|level| self.refers(level));
         let probe = if probes {
             // References are found among pages that were sent with them: of a level that has them, only use tells.
-            let tellable = |&i: &usize| Some(i) != in_use && (references || !refers(LEVELS[i].0));
+            let tellable = |&i: &usize| Some(i) != in_use && (references || !self.refers(LEVELS[i].0));
             let next = (1..=LEVELS.len()).map(|step| (self.next_probe + step) % LEVELS.len()).find(tellable);
             self.next_probe = next.unwrap_or(self.next_probe);
             next.map(|i| LEVELS[i].0)
@@ -326,32 +381,32 @@ impl Chooser {
         }
     }
 
-    /// Notes that sending `wire_bytes` took `nanos`, in the write and waiting for the window, and that all workers that share the link have
-    /// sent `all_bytes` so far. `busy` says for how many nanoseconds this worker has worked or waited for a core, in all; where it is
-    /// not known, all of `nanos` is taken for waiting. It is asked now and then.
+    /// Notes that `wire_bytes` were sent, and that `nanos` have passed since this was last noted, with encoding and with waiting for the
+    /// link, but without waiting for work; and what has arrived so far. `busy` says what this worker has done so far, in all; where it is
+    /// not known, all but encoding is taken for waiting. It is asked now and then.
     pub fn observe_link(
         &mut self,
         wire_bytes: u64,
         nanos: u64,
-        all_bytes: u64,
-        busy: impl Fn() -> Option<u64>,
+        delivered: Delivered,
+        busy: impl Fn() -> Option<Busy>,
     ) {
         self.link.sent(wire_bytes, nanos);
-        if self.link.close_window(all_bytes, self.workers, busy) {
+        if self.link.close_window(delivered, self.workers, busy) {
             self.choose();
         }
     }
 
     /// Notes what a part of encoding took and made.
-    pub fn observe_encode(&mut self, kind: EncodeKind, bytes_in: u64, bytes_out: u64, nanos: u64) {
-        self.link.encoded(nanos);
+    pub fn observe_encode(&mut self, kind: EncodeKind, bytes_in: u64, bytes_out: u64, took: Took) {
+        self.link.encoded(took);
         if bytes_in == 0 {
             return;
         }
         let per_byte = |x: u64| x as f64 / bytes_in as f64;
-        let new = Average { nanos: per_byte(nanos), out: per_byte(bytes_out) };
+        let new = Average { nanos: per_byte(took.worked_nanos), out: per_byte(bytes_out) };
         match kind {
-            EncodeKind::Scan => self.link.scanned(bytes_in, nanos),
+            EncodeKind::Scan => self.link.scanned(bytes_in, took.worked_nanos),
             EncodeKind::Delta { chunk } => {
                 if is_delta_sample(chunk) {
                     self.delta_seen = Some(self.delta_seen.map_or(new, |old| old.add(new, WEIGHT)));
@@ -380,7 +435,7 @@ impl Chooser {
     /// Notes what a level made of some data.
     fn see(&mut self, level: usize, new: Average) {
         self.data_seen = self.data_seen.saturating_add(1);
-        let weight = WEIGHT.max(1.0 / f64::from(self.data_seen));
+        let weight = WEIGHT_DATA.max(1.0 / f64::from(self.data_seen));
         let mut found = new.over(assumed(level).times(self.levels[level]));
         if self.data_seen == 1 {
             // The compressor's own memory came in with it: what that took is no one else's time.
@@ -413,8 +468,17 @@ impl Chooser {
     /// What a byte costs and makes with a level.
     fn cost_of(&self, level: usize) -> Average {
         let Average { nanos, out } = self.estimate(level);
-        // Between levels nothing changes: the core is as crowded with one as with the other.
-        Average { nanos: if self.current.is_none() { nanos * self.crowding } else { nanos }, out }
+        Average { nanos: nanos * self.crowding(), out }
+    }
+
+    /// How many times as long as a worker runs its work takes: as was seen, but at least what it will be once all compress.
+    fn crowding(&self) -> f64 {
+        self.crowding.max(self.link.crowding())
+    }
+
+    /// For how long a worker is busy with a byte, however it is encoded.
+    fn base_nanos(&self) -> f64 {
+        self.link.base_nanos() * self.crowding()
     }
 
     /// What a byte costs and makes with a choice, beside what is done in any case.
@@ -427,7 +491,7 @@ impl Chooser {
     /// Nanoseconds that a logical byte takes with a choice, over this link.
     fn time(&self, choice: Option<Compression>, link_nanos: f64) -> f64 {
         let Average { nanos, out } = self.cost(choice);
-        let nanos = nanos + self.link.base_nanos();
+        let nanos = nanos + self.base_nanos();
         let wire = out * link_nanos;
         nanos.max(wire) + OVERLAP_LOSS * nanos.min(wire)
     }
@@ -440,7 +504,7 @@ impl Chooser {
             let Average { nanos, out } = self.cost_of(level);
             // base + part * nanos = link * (1 - part * (1 - out))
             let saved = link_nanos * (1.0 - out);
-            part = (link_nanos - self.link.base_nanos()) / (nanos + saved).max(1e-9);
+            part = (link_nanos - self.base_nanos()) / (nanos + saved).max(1e-9);
         }
         (part >= least).then_some(Compression { level, part: part.min(1.0) })
     }

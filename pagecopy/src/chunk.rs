@@ -38,7 +38,7 @@ use vm_memory::volatile_memory::VolatileSlice;
 
 use crate::bitmap::{bits, runs};
 use crate::cache::{CachedChunk, PageCache};
-use crate::choose::{Chooser, CodecMode, DELTA_BYTES_MAX, EncodeKind, Plan, REFERENCES_LEVEL_MIN};
+use crate::choose::{Chooser, CodecMode, DELTA_BYTES_MAX, EncodeKind, Plan, Took};
 use crate::compress::{Compress, RAW_CONTENT, looks_compressible};
 use crate::digest::{PageDigest, PageHasher};
 use crate::layout::{CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE};
@@ -155,13 +155,40 @@ pub struct EncodedChunk<'a> {
     pub digests: &'a [PageDigest; CHUNK_PAGES],
 }
 
+/// Clocks in nanoseconds from any start, never going back, by which the chooser measures.
+#[derive(Clone, Copy, Debug)]
+pub struct Clocks {
+    /// The time.
+    pub now: fn() -> u64,
+    /// For how long the calling thread has run.
+    pub worked: fn() -> u64,
+}
+
+/// A reading of both.
+#[derive(Clone, Copy, Debug)]
+struct Reading {
+    now: u64,
+    worked: u64,
+}
+
+impl Clocks {
+    fn read(self) -> Reading {
+        Reading { now: (self.now)(), worked: (self.worked)() }
+    }
+}
+
+impl Reading {
+    fn until(self, end: Self) -> Took {
+        Took { nanos: end.now.saturating_sub(self.now), worked_nanos: end.worked.saturating_sub(self.worked) }
+    }
+}
+
 /// Encodes chunks; one a stream worker, with its contexts, its scratch and its [`Chooser`].
 #[derive(Debug)]
 pub struct ChunkEncoder {
     chooser: Chooser,
     compress: Compress,
-    /// A monotonic clock in nanoseconds, which only the chooser's measurements use.
-    clock: fn() -> u64,
+    clocks: Clocks,
     section: Box<[u8]>,
     /// Pages that lie apart, brought together for the compressor.
     gathered: Box<[u8]>,
@@ -173,12 +200,12 @@ pub struct ChunkEncoder {
 }
 
 impl ChunkEncoder {
-    /// An encoder. `clock` gives nanoseconds from any start, never going back; it decides only between codecs.
-    pub fn new(mode: CodecMode, clock: fn() -> u64) -> Self {
+    /// An encoder. `clocks` decide only between codecs.
+    pub fn new(mode: CodecMode, clocks: Clocks) -> Self {
         Self {
             chooser: Chooser::new(mode),
             compress: Compress::new(),
-            clock,
+            clocks,
             section: vec![0; CHUNK_SIZE].into_boxed_slice(),
             gathered: vec![0; CHUNK_SIZE].into_boxed_slice(),
             found: Vec::new(),
@@ -242,17 +269,18 @@ impl ChunkEncoder {
     ) -> EncodedChunk<'_> {
         let Job { chunk, snapshot, pages, first_pass } = job;
         let snapshot = snapshot.as_chunks::<PAGE_SIZE>().0;
-        let start = (self.clock)();
+        let start = (self.clocks.now)();
         let (zero, unchanged) = self.scan(shared, chunk, snapshot, pages);
         let rest = pages & !zero & !unchanged;
         let bytes = |pages: u64| u64::from(pages.count_ones()) * PAGE_SIZE as u64;
-        let scanned = (self.clock)();
-        self.observe(EncodeKind::Scan, bytes(pages), bytes(rest), start, scanned);
+        let scanned = (self.clocks.now)();
+        self.observe(EncodeKind::Scan, bytes(pages), bytes(rest), Took::ran(start, scanned));
 
         let (delta, deltas_end) = self.deltas(shared, chunk, snapshot, zero, rest, plan, first_pass);
         if !first_pass && plan.delta {
             let out = bytes(rest & !delta) + deltas_end as u64;
-            self.observe(EncodeKind::Delta { chunk }, bytes(rest), out, scanned, (self.clock)());
+            let took = Took::ran(scanned, (self.clocks.now)());
+            self.observe(EncodeKind::Delta { chunk }, bytes(rest), out, took);
         }
         self.references.clear();
         let (zstd, end) = self.frame(shared, chunk, snapshot, rest & !delta, plan, deltas_end, lend);
@@ -285,7 +313,7 @@ impl ChunkEncoder {
         memory: &VolatileSlice<'_>,
         pages: u64,
     ) -> EncodedChunk<'_> {
-        let start = (self.clock)();
+        let start = (self.clocks.now)();
         let mut zero = 0;
         for bit in bits(pages) {
             let page = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
@@ -296,7 +324,8 @@ impl ChunkEncoder {
         let (zero, unchanged) = self.known(shared, chunk, pages, zero);
         let raw = pages & !zero & !unchanged;
         let bytes = |pages: u64| u64::from(pages.count_ones()) * PAGE_SIZE as u64;
-        self.observe(EncodeKind::Scan, bytes(pages), bytes(raw), start, (self.clock)());
+        let took = Took::ran(start, (self.clocks.now)());
+        self.observe(EncodeKind::Scan, bytes(pages), bytes(raw), took);
         shared.table.set_zeros(chunk, zero);
         shared.table.set_pages(chunk, raw, &self.digests);
         EncodedChunk {
@@ -390,18 +419,18 @@ impl ChunkEncoder {
         if plan.zstd_level.is_none() && plan.probe.is_none() {
             return (0, start);
         }
-        let begin = (self.clock)();
+        let begin = self.clocks.read();
         let likely = bits(rest)
             .filter(|&bit| looks_compressible(&snapshot[bit as usize]))
             .fold(0, |pages, bit| pages | 1u64 << bit);
-        let guessed = (self.clock)();
-        self.observe(EncodeKind::Scan, 0, 0, begin, guessed);
+        let guessed = self.clocks.read();
+        self.observe(EncodeKind::Scan, 0, 0, begin.until(guessed));
         if likely == 0 {
             return (0, start);
         }
         let head = if plan.references { self.refer(shared, chunk, snapshot, likely, start, lend) } else { 0 };
         // What references cost counts for every level that is tried with them.
-        let referring = (self.clock)().saturating_sub(guessed);
+        let referring = guessed.until(self.clocks.read());
         if let Some(level) = plan.probe {
             // In use, a level gets all the pages at once. Where none is, a trial should take little of a link that is fast.
             let most = if plan.zstd_level.is_some() { CHUNK_PAGES } else { PROBE_PAGES };
@@ -477,56 +506,70 @@ impl ChunkEncoder {
         level: i32,
         start: usize,
         kind: EncodeKind,
-        referring: u64,
+        referring: Took,
     ) -> Option<usize> {
-        let begin = (self.clock)();
+        let begin = self.clocks.read();
         let bytes = pages.count_ones() as usize * PAGE_SIZE;
         // The list of references is paid for by what it saves. A level that would not have them in use is tried without.
-        let (head, dictionary): (_, &[u8]) = match self.references.len() {
-            count if count != 0 && level >= REFERENCES_LEVEL_MIN => {
-                (1 + REFERENCE_BYTES * count, self.dictionary.bytes())
-            }
-            _ => (0, &[]),
+        let refers = self.chooser.refers(level);
+        let head = match self.references.len() {
+            count if count != 0 && refers => 1 + REFERENCE_BYTES * count,
+            _ => 0,
         };
-        let referring = if level >= REFERENCES_LEVEL_MIN { referring } else { 0 };
+        let referring = if refers { referring } else { Took::default() };
         let most = (bytes * FRAME_PERCENT_MAX / 100).saturating_sub(head);
         let source = together(snapshot, pages, &mut self.gathered);
         let frame = &mut self.section[start..start + most];
-        let length = self.compress.compress(level, dictionary, source, frame);
+        let length = if head == 0 {
+            self.compress.compress(level, source, frame)
+        } else {
+            let (content, dictionary) = self.dictionary.before(source);
+            self.compress.compress_behind(level, content, dictionary, frame)
+        };
         let out = length.map_or(bytes, |length| length + head);
-        let end = (self.clock)().saturating_add(referring);
-        self.observe(kind, bytes as u64, out as u64, begin, end);
+        self.observe(kind, bytes as u64, out as u64, begin.until(self.clocks.read()).and(referring));
         length
     }
 
-    fn observe(&mut self, kind: EncodeKind, bytes_in: u64, bytes_out: u64, from: u64, to: u64) {
-        self.chooser.observe_encode(kind, bytes_in, bytes_out, to.saturating_sub(from));
+    fn observe(&mut self, kind: EncodeKind, bytes_in: u64, bytes_out: u64, took: Took) {
+        self.chooser.observe_encode(kind, bytes_in, bytes_out, took);
     }
 }
 
-/// Pages that a frame refers to, as zstd wants them.
+/// Pages that a frame refers to, as zstd wants them, and behind them the frame's own.
 #[derive(Debug)]
 struct Dictionary {
-    /// [`RAW_CONTENT`], then room for the pages.
+    /// [`RAW_CONTENT`], then room for the pages of both.
     content: Box<[u8]>,
     pages: usize,
 }
 
 impl Dictionary {
     fn new() -> Self {
-        let mut content = vec![0; RAW_CONTENT.len() + REFERENCES_MAX * PAGE_SIZE].into_boxed_slice();
+        let room = (REFERENCES_MAX + CHUNK_PAGES) * PAGE_SIZE;
+        let mut content = vec![0; RAW_CONTENT.len() + room].into_boxed_slice();
         content[..RAW_CONTENT.len()].copy_from_slice(&RAW_CONTENT);
         Self { content, pages: 0 }
     }
 
     /// Room for more pages behind those that are there.
     fn room(&mut self) -> &mut [Page] {
-        &mut self.content[RAW_CONTENT.len()..].as_chunks_mut().0[self.pages..]
+        let pages = self.content[RAW_CONTENT.len()..].as_chunks_mut().0;
+        &mut pages[self.pages..REFERENCES_MAX]
     }
 
-    /// All of it.
-    fn bytes(&self) -> &[u8] {
-        &self.content[..RAW_CONTENT.len() + self.pages * PAGE_SIZE]
+    /// All that is referred to, and room for the frame's pages behind it.
+    fn split(&mut self) -> (&[u8], &mut [Page]) {
+        let (dictionary, rest) = self.content.split_at_mut(RAW_CONTENT.len() + self.pages * PAGE_SIZE);
+        (dictionary, rest.as_chunks_mut().0)
+    }
+
+    /// The same with these pages behind it, as one, and where they begin.
+    fn before(&mut self, pages: &[u8]) -> (&[u8], usize) {
+        let (dictionary, rest) = self.split();
+        let at = dictionary.len();
+        rest.as_flattened_mut()[..pages.len()].copy_from_slice(pages);
+        (&self.content[..at + pages.len()], at)
     }
 }
 
@@ -571,8 +614,8 @@ mod tests {
     use super::*;
     use crate::xbzrle::DeltaError;
 
-    fn clock() -> u64 {
-        0
+    fn clocks() -> Clocks {
+        Clocks { now: || 0, worked: || 0 }
     }
 
     fn shared() -> Shared {
@@ -597,7 +640,7 @@ mod tests {
     fn a_survey_finds_what_encoding_finds() {
         let (a, b) = (shared(), shared());
         let mut bytes = snapshot();
-        let mut encoder = ChunkEncoder::new(CodecMode::Raw, clock);
+        let mut encoder = ChunkEncoder::new(CodecMode::Raw, clocks());
         let plan = encoder.plan(1);
         assert!(plan.in_place(true) && !plan.in_place(false));
         let job = Job { chunk: 1, snapshot: &bytes, pages: 0b1110, first_pass: true };
@@ -616,7 +659,7 @@ mod tests {
     #[test]
     fn every_page_goes_its_way() {
         let shared = shared();
-        let mut encoder = ChunkEncoder::new(CodecMode::Zstd { level: Some(1) }, clock);
+        let mut encoder = ChunkEncoder::new(CodecMode::Zstd { level: Some(1) }, clocks());
         let mut bytes = snapshot();
         let first = encoder.encode(&shared, 1, &bytes, 0b1111, true);
         assert_eq!((first.zero, first.unchanged, first.delta), (1, 0, 0));
@@ -643,7 +686,7 @@ mod tests {
     #[test]
     fn a_delta_is_literal_and_needs_a_base_that_was_sent() {
         let shared = shared();
-        let mut encoder = ChunkEncoder::new(CodecMode::Delta, clock);
+        let mut encoder = ChunkEncoder::new(CodecMode::Delta, clocks());
         let mut bytes = snapshot();
         encoder.encode(&shared, 0, &bytes, 0b101, true);
         bytes[2] = 7;
@@ -685,7 +728,7 @@ mod tests {
         let job = Job { chunk: 0, snapshot: &sent, pages: 0b10_0000, first_pass: true };
         // Chunk 3 was sent.
         let begun = || {
-            let (shared, mut encoder) = (shared(), ChunkEncoder::new(mode, clock).referring(true));
+            let (shared, mut encoder) = (shared(), ChunkEncoder::new(mode, clocks()).referring(true));
             let plan = encoder.plan(3);
             encoder.encode_as(plan, &shared, first, &mut |_, _| panic!("nothing is known yet"));
             (shared, encoder, plan)

@@ -1,7 +1,11 @@
 //! zstd of a chunk's pages, with contexts that are reused, and a cheap guess whether it is worth trying.
 
+#[allow(unsafe_code)]
+mod sys;
+
 use zstd::zstd_safe::{self, CCtx, CParameter, DCtx};
 
+use self::sys::Behind;
 use crate::layout::PAGE_SIZE;
 
 /// Bytes looked at in each of [`SAMPLES`] places of a page.
@@ -47,10 +51,11 @@ pub enum DecompressError {
     },
 }
 
-/// A compressor with its context; one a worker.
+/// A compressor with its contexts; one a worker.
 pub struct Compress {
     context: CCtx<'static>,
     level: Option<i32>,
+    behind: Behind,
 }
 
 impl std::fmt::Debug for Compress {
@@ -66,31 +71,37 @@ impl Default for Compress {
 }
 
 impl Compress {
-    /// A compressor; its context grows with the first use.
+    /// A compressor; its contexts grow with their first use.
     pub fn new() -> Self {
-        Self { context: CCtx::create(), level: None }
+        Self { context: CCtx::create(), level: None, behind: Behind::new() }
     }
 
     /// Compresses `source` into one frame at the start of `frame`; returns its length, or `None` where it does not fit
     /// (or where the library refuses, which it does only when it finds no memory). `level` is brought into
-    /// [`LEVEL_MIN`]`..=`[`LEVEL_MAX`]. What is in `dictionary` need not be in the frame; it is empty or begins with [`RAW_CONTENT`].
+    /// [`LEVEL_MIN`]`..=`[`LEVEL_MAX`].
     /// The frame says the size of its content and carries no checksum: the section that it travels in has one.
-    pub fn compress(
-        &mut self,
-        level: i32,
-        dictionary: &[u8],
-        source: &[u8],
-        frame: &mut [u8],
-    ) -> Option<usize> {
+    pub fn compress(&mut self, level: i32, source: &[u8], frame: &mut [u8]) -> Option<usize> {
         let level = level.clamp(LEVEL_MIN, LEVEL_MAX);
-        if !dictionary.is_empty() {
-            return self.context.compress_using_dict(frame, source, dictionary, level).ok();
-        }
         if self.level != Some(level) {
             self.context.set_parameter(CParameter::CompressionLevel(level)).ok()?;
             self.level = Some(level);
         }
         self.context.compress2(frame, source).ok()
+    }
+
+    /// The same of what follows the first `dictionary` bytes of `content`. What is in these need not be in the frame; they begin with
+    /// [`RAW_CONTENT`]. Lying one behind the other, both are searched as one, which is a quarter faster.
+    ///
+    /// # Panics
+    /// When `content` is shorter than its dictionary.
+    pub fn compress_behind(
+        &mut self,
+        level: i32,
+        content: &[u8],
+        dictionary: usize,
+        frame: &mut [u8],
+    ) -> Option<usize> {
+        self.behind.compress(level.clamp(LEVEL_MIN, LEVEL_MAX), content, dictionary, frame)
     }
 }
 
@@ -214,12 +225,12 @@ mod tests {
         let (mut compress, mut decompress) = (Compress::new(), Decompress::new());
         for level in [LEVEL_MIN, -7, -1, 0, 1, 3, LEVEL_MAX, i32::MAX, i32::MIN] {
             let mut frame = vec![0; source.len()];
-            let length = compress.compress(level, &[], &source, &mut frame).unwrap();
+            let length = compress.compress(level, &source, &mut frame).unwrap();
             let mut content = vec![0; source.len()];
             decompress.decompress(&[], &frame[..length], &mut content).unwrap();
             assert!(content == source, "level {level}");
         }
-        assert_eq!(compress.compress(1, &[], &source, &mut [0; 100]), None);
+        assert_eq!(compress.compress(1, &source, &mut [0; 100]), None);
     }
 
     #[test]
@@ -229,18 +240,27 @@ mod tests {
         let content = [&[0x37, 0xa4, 0x30, 0xec][..], &source].concat();
         let dictionary = [&RAW_CONTENT[..], &content].concat();
         let (mut compress, mut decompress) = (Compress::new(), Decompress::new());
+        let behind = [&dictionary[..], &source].concat();
         for level in [LEVEL_MIN, -1, 1, 2, 3, 6, LEVEL_MAX] {
             let mut frame = vec![0; 2 * source.len()];
-            let length = compress.compress(level, &dictionary, &source, &mut frame).unwrap();
+            let at = dictionary.len();
+            // What does not fit leaves nothing behind.
+            let random =
+                [&RAW_CONTENT[..], &random_bytes(4).take(2 * PAGE_SIZE).collect::<Vec<_>>()].concat();
+            assert_eq!(compress.compress_behind(level, &random, RAW_CONTENT.len(), &mut [0; 99]), None);
+            let length = compress.compress_behind(level, &behind, at, &mut frame).unwrap();
             assert!(level < 0 || length < 100, "level {level}: {length}");
             let mut back = vec![0; source.len()];
             decompress.decompress(&dictionary, &frame[..length], &mut back).unwrap();
             assert!(back == source, "level {level}");
             // The context has kept nothing of it, on either side.
-            let length = compress.compress(level, &[], &source, &mut frame).unwrap();
+            let length = compress.compress(level, &source, &mut frame).unwrap();
             assert!(length > source.len());
             decompress.decompress(&[], &frame[..length], &mut back).unwrap();
             assert!(back == source, "level {level}");
+            let other = [&RAW_CONTENT[..], &source].concat();
+            let length = compress.compress_behind(level, &other, RAW_CONTENT.len(), &mut frame).unwrap();
+            assert!(length > source.len());
         }
     }
 
@@ -248,7 +268,7 @@ mod tests {
     fn refuses_what_is_not_one_frame_of_the_right_size() {
         let source = vec![7; 2 * PAGE_SIZE];
         let mut frame = vec![0; PAGE_SIZE];
-        let length = Compress::new().compress(1, &[], &source, &mut frame).unwrap();
+        let length = Compress::new().compress(1, &source, &mut frame).unwrap();
         let frame = &frame[..length];
         let mut decompress = Decompress::new();
         let mut error =

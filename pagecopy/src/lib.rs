@@ -5,8 +5,8 @@
 //! times and events come in as arguments, and whatever looks at page content works on a private copy of it.
 //! The one exception to "no guest memory" is [`backend`], which only *declares* the traits a VMM implements.
 
-// Only `simd`, `digest::simd` and `xbzrle::simd` may hold unsafe code: they call functions compiled for CPU features that were found
-// at run time.
+// Only `simd`, `digest::simd` and `xbzrle::simd` may hold unsafe code, which call functions compiled for CPU features that were found
+// at run time; and `compress::sys`, for a lifetime that the compressor's interface cannot express.
 #![deny(unsafe_code)]
 
 pub mod backend;

@@ -1,8 +1,8 @@
 //! Chunks through encoder and decoder: a source whose pages change, streams that die, sections that are damaged.
 
 use pagecopy::bitmap::bits;
-use pagecopy::choose::CodecMode;
-use pagecopy::chunk::{Announced, ChunkDecoder, ChunkEncoder, EncodedChunk, Job, Reference, Shared};
+use pagecopy::choose::{CodecMode, Delivered};
+use pagecopy::chunk::{Announced, ChunkDecoder, ChunkEncoder, Clocks, EncodedChunk, Job, Reference, Shared};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::xbzrle::Page;
@@ -133,7 +133,7 @@ proptest! {
     fn memory_arrives(mode in mode(), cache in 0u64..1 << 20, steps in prop::collection::vec(step(), 1..120)) {
         let hasher = PageHasher::new(5);
         let shared = Shared::new(hasher.clone(), CHUNKS, cache);
-        let mut encoder = ChunkEncoder::new(mode, || 0).referring(true);
+        let mut encoder = ChunkEncoder::new(mode, Clocks { now: || 0, worked: || 0 }).referring(true);
         let mut decoder = ChunkDecoder::new();
         let mut source = vec![vec![0u8; CHUNK_SIZE]; CHUNKS as usize];
         let mut destination = vec![vec![0xeeu8; CHUNK_SIZE]; CHUNKS as usize];
@@ -170,7 +170,8 @@ proptest! {
                     }
                     deliver(&sent, i, &source[i], &mut destination, &mut decoder);
                     (dirty[i], first[i]) = (0, false);
-                    encoder.chooser().observe_link(1 << 20, u64::from(chunk) << 24, 0, || None);
+                    let delivered = Delivered { own: u64::from(chunk) << 20, all: 0 };
+                    encoder.chooser().observe_link(1 << 20, u64::from(chunk) << 24, delivered, || None);
                 }
             }
         }
@@ -181,7 +182,7 @@ proptest! {
     #[test]
     fn damage_is_harmless(flips in prop::collection::vec((any::<u16>(), 1u8..), 0..4), cut: u16, masks: (u64, u64)) {
         let shared = Shared::new(PageHasher::new(1), 1, 4 << 20);
-        let mut encoder = ChunkEncoder::new(CodecMode::Auto, || 0);
+        let mut encoder = ChunkEncoder::new(CodecMode::Auto, Clocks { now: || 0, worked: || 0 });
         let mut source = vec![0u8; 8 * PAGE_SIZE];
         source.chunks_mut(PAGE_SIZE).zip(0..).for_each(|(page, seed)| apply(page, &Write::Text(seed)));
         encoder.encode(&shared, 0, &source, 0xff, true);
@@ -207,7 +208,7 @@ proptest! {
 #[test]
 fn the_second_send_is_small() {
     let shared = Shared::new(PageHasher::new(1), 1, 4 << 20);
-    let mut encoder = ChunkEncoder::new(CodecMode::Auto, || 0);
+    let mut encoder = ChunkEncoder::new(CodecMode::Auto, Clocks { now: || 0, worked: || 0 });
     let mut source = vec![0u8; CHUNK_SIZE];
     source.chunks_mut(PAGE_SIZE).zip(1..).for_each(|(page, seed)| apply(page, &Write::Random(seed)));
     assert_eq!(encoder.encode(&shared, 0, &source, u64::MAX, true).raw, u64::MAX);

@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use pagecopy::choose::Busy;
 use rustix::time::{ClockId, clock_gettime};
 
 /// Nanoseconds since the first reading.
@@ -17,8 +18,8 @@ pub(crate) fn nanos() -> u64 {
     START.get_or_init(Instant::now).elapsed().as_nanos() as u64
 }
 
-/// Nanoseconds that this thread has worked or waited for a core, in all; `None` where the system does not tell.
-pub(crate) fn busy_nanos() -> Option<u64> {
+/// How long this thread has run or waited for a core, in all; `None` where the system does not tell.
+pub(crate) fn busy() -> Option<Busy> {
     #[cfg(test)]
     if virtual_time::is_set() {
         return None;
@@ -29,13 +30,25 @@ pub(crate) fn busy_nanos() -> Option<u64> {
         let length = stat.as_ref()?.read_at(&mut text, 0).ok()?;
         // Time on a core, time in which it was ready and none was free, turns. Source: proc_pid_schedstat(5), the kernel's
         // Documentation/scheduler/sched-stats.rst.
-        let ready: u64 =
-            std::str::from_utf8(&text[..length]).ok()?.split_whitespace().nth(1)?.parse().ok()?;
+        let ready = std::str::from_utf8(&text[..length]).ok()?.split_whitespace().nth(1)?.parse().ok()?;
         // The first of the three is not kept up to date while the thread runs; this is.
-        let worked = clock_gettime(ClockId::ThreadCPUTime);
-        let worked = Duration::new(worked.tv_sec.try_into().ok()?, worked.tv_nsec.try_into().ok()?);
-        Some(u64::try_from(worked.as_nanos()).ok()?.saturating_add(ready))
+        Some(Busy { worked_nanos: thread_nanos(), ready_nanos: ready })
     })
+}
+
+/// Nanoseconds that this thread has run.
+pub(crate) fn worked_nanos() -> u64 {
+    #[cfg(test)]
+    if let Some(nanos) = virtual_time::nanos() {
+        return nanos;
+    }
+    thread_nanos()
+}
+
+fn thread_nanos() -> u64 {
+    let worked = clock_gettime(ClockId::ThreadCPUTime);
+    // Neither is negative.
+    (worked.tv_sec as u64).saturating_mul(1_000_000_000).saturating_add(worked.tv_nsec as u64)
 }
 
 /// Time since the first reading.
@@ -74,16 +87,17 @@ mod tests {
 
     #[test]
     fn a_thread_that_sleeps_is_not_busy() {
-        let Some(start) = busy_nanos() else {
+        let all = || busy().map(|busy| busy.worked_nanos + busy.ready_nanos);
+        let Some(start) = all() else {
             eprintln!("skipped: this kernel keeps no account of its scheduler");
             return;
         };
         std::thread::sleep(Duration::from_millis(50));
-        let slept = busy_nanos().unwrap() - start;
+        let slept = all().unwrap() - start;
         assert!(slept < 25_000_000, "{slept} ns of sleep");
         let begin = Instant::now();
         while begin.elapsed() < Duration::from_millis(50) {}
-        let worked = busy_nanos().unwrap() - start - slept;
+        let worked = all().unwrap() - start - slept;
         assert!((45_000_000..10_000_000_000).contains(&worked), "{worked} ns of work");
     }
 

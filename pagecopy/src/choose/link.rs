@@ -1,17 +1,22 @@
 //! How fast the link of a stream drains, from what sending took; and how fast its worker could fill it.
 
-use super::WEIGHT;
+use super::{Busy, Delivered, Took, WEIGHT};
 
 /// The link is judged after this many wire bytes ...
 const WINDOW_BYTES: f64 = (2 << 20) as f64;
 /// ... but not before this much time, in nanoseconds, ...
 const WINDOW_NANOS_MIN: f64 = 10e6;
+/// (for the first time after fewer bytes in more time, as whatever goes before is not compressed) ...
+const FIRST_BYTES: f64 = (512 << 10) as f64;
+const FIRST_NANOS_MIN: f64 = 20e6;
 /// ... or, however few they were, after this much.
 const WINDOW_NANOS: f64 = 100e6;
 /// The link limits when at least this share of a window was spent waiting for it ...
 const LINK_BOUND_SHARE: f64 = 0.1;
 /// ... or this share where few bytes went: headers of zero pages, each with its system call, say nothing about a link.
 const LINK_BOUND_SHARE_FEW: f64 = 0.8;
+/// Weight of a window in the average of how crowded cores are.
+const WEIGHT_CROWDING: f64 = 0.25;
 /// A stream that gets more than this many times its fair part of the link has it because others do not want theirs.
 const ALONE: f64 = 2.0;
 /// How much faster the link is taken to be after each window that did not show its rate: at first, and at least.
@@ -32,18 +37,20 @@ pub(super) struct Link {
     rise: f64,
     /// How many windows in a row did not show it.
     unseen: u32,
-    /// Nanoseconds for which the worker is busy with a logical byte, however it is encoded: to find, hash, copy and write it.
+    /// Nanoseconds that the worker runs for a logical byte, however it is encoded: to find, hash, copy and write it.
     base: Option<f64>,
-    /// Of the current window: bytes sent and what that took, nanoseconds of encoding, bytes looked at and what that part of it took.
+    /// How many times as long its work takes because there is not always a core for it, once known.
+    crowding: Option<f64>,
+    /// Of the current window: bytes sent, time, what of that encoding took, bytes looked at and for how long it ran for that part.
     wire: f64,
-    sent: f64,
-    encoded: f64,
+    elapsed: f64,
+    encoded: Took,
     logical: f64,
     scanned: f64,
-    /// What all workers had sent when it began.
-    all_before: u64,
-    /// For how long the worker had been busy when it began.
-    busy_before: Option<u64>,
+    /// What had arrived when it began.
+    delivered_before: Option<Delivered>,
+    /// How long the worker had been busy when it began.
+    busy_before: Option<Busy>,
 }
 
 impl Link {
@@ -54,12 +61,13 @@ impl Link {
             rise: RISE.0,
             unseen: 0,
             base: None,
+            crowding: None,
             wire: 0.0,
-            sent: 0.0,
-            encoded: 0.0,
+            elapsed: 0.0,
+            encoded: Took::default(),
             logical: 0.0,
             scanned: 0.0,
-            all_before: 0,
+            delivered_before: None,
             busy_before: None,
         }
     }
@@ -69,62 +77,93 @@ impl Link {
         self.nanos
     }
 
-    /// Nanoseconds for which the worker is busy with a logical byte, however it is encoded, as far as known.
+    /// Nanoseconds that the worker runs for a logical byte, however it is encoded, as far as known.
     pub(super) fn base_nanos(&self) -> f64 {
         self.base.unwrap_or(0.0)
     }
 
-    /// Sending so many bytes took so long, waits included.
-    pub(super) fn sent(&mut self, wire_bytes: u64, nanos: u64) {
-        self.wire += wire_bytes as f64;
-        self.sent += nanos as f64;
+    /// How many times as long the worker's work takes because there is not always a core for it.
+    pub(super) fn crowding(&self) -> f64 {
+        self.crowding.unwrap_or(1.0)
     }
 
-    /// So much of the time that went into encoding was for looking at so many bytes.
-    pub(super) fn scanned(&mut self, bytes: u64, nanos: u64) {
+    /// So many bytes were sent, and so much time has passed.
+    pub(super) fn sent(&mut self, wire_bytes: u64, nanos: u64) {
+        self.wire += wire_bytes as f64;
+        self.elapsed += nanos as f64;
+    }
+
+    /// So much of the work that went into encoding was for looking at so many bytes.
+    pub(super) fn scanned(&mut self, bytes: u64, worked_nanos: u64) {
         self.logical += bytes as f64;
-        self.scanned += nanos as f64;
+        self.scanned += worked_nanos as f64;
     }
 
     /// So much time went into encoding.
-    pub(super) fn encoded(&mut self, nanos: u64) {
-        self.encoded += nanos as f64;
+    pub(super) fn encoded(&mut self, took: Took) {
+        self.encoded = self.encoded.and(took);
     }
 
-    fn begin_window(&mut self, all: u64, busy: Option<u64>) {
-        (self.wire, self.sent, self.encoded, self.logical, self.scanned) = (0.0, 0.0, 0.0, 0.0, 0.0);
-        (self.all_before, self.busy_before) = (all, busy);
+    fn begin_window(&mut self, delivered: Delivered, busy: Option<Busy>) {
+        (self.wire, self.elapsed, self.logical, self.scanned) = (0.0, 0.0, 0.0, 0.0);
+        self.encoded = Took::default();
+        (self.delivered_before, self.busy_before) = (Some(delivered), busy);
     }
 
-    /// Ends the window if it is long enough to tell something; returns whether it did. `all`: bytes that all `workers` have sent so far.
-    /// `busy`: for how long this one was busy, if that is known.
-    pub(super) fn close_window(&mut self, all: u64, workers: f64, busy: impl Fn() -> Option<u64>) -> bool {
+    /// Ends the window if it is long enough to tell something; returns whether it did. `delivered`: what has arrived so far, of all
+    /// `workers`. `busy`: how long this one was busy so far, if that is known.
+    pub(super) fn close_window(
+        &mut self,
+        delivered: Delivered,
+        workers: f64,
+        busy: impl Fn() -> Option<Busy>,
+    ) -> bool {
         // The first window begins with the first frame.
         self.busy_before = self.busy_before.or_else(&busy);
-        let elapsed = self.encoded + self.sent;
-        let short = elapsed < WINDOW_NANOS && (self.wire < WINDOW_BYTES || elapsed < WINDOW_NANOS_MIN);
+        // Others may have sent for long by then.
+        let before = *self.delivered_before.get_or_insert(delivered);
+        let elapsed = self.elapsed;
+        let (few, long) = (self.wire < WINDOW_BYTES, elapsed >= WINDOW_NANOS);
+        let first = self.nanos.is_none() && self.wire >= FIRST_BYTES && elapsed >= FIRST_NANOS_MIN;
+        let short = !long && !first && (few || elapsed < WINDOW_NANOS_MIN);
         if short || self.wire == 0.0 {
             return false;
         }
-        // A write copies as well as waits, and copying does not tell anything about the link: nor does waiting for a core.
+        // A write copies as well as waits, and copying does not tell anything about the link; nor does waiting for a core.
         let busy = busy();
-        let worked = match (self.busy_before, busy) {
-            (Some(before), Some(now)) => (now.saturating_sub(before) as f64).min(elapsed),
-            _ => self.encoded,
+        let encoded = self.encoded;
+        let (worked, ready) = match (self.busy_before, busy) {
+            (Some(before), Some(now)) => (
+                now.worked_nanos.saturating_sub(before.worked_nanos) as f64,
+                now.ready_nanos.saturating_sub(before.ready_nanos) as f64,
+            ),
+            _ => (encoded.worked_nanos as f64, encoded.nanos.saturating_sub(encoded.worked_nanos) as f64),
         };
+        let waited = elapsed - worked - ready;
         // Streams take turns at a link that they share, for longer than a window: this one's part is what is fair, unless the others
         // have nothing to send.
-        let fair = all.saturating_sub(self.all_before) as f64 / workers;
-        let part = if self.wire > ALONE * fair { self.wire } else { fair };
+        let own = delivered.own.saturating_sub(before.own) as f64;
+        let fair = delivered.all.saturating_sub(before.all) as f64 / workers;
+        let part = if own > ALONE * fair { own } else { fair };
+        if part == 0.0 {
+            // All is still on its way: this is a long one.
+            return false;
+        }
         let sample = (elapsed / part).max(1e-3);
-        let few = self.wire < WINDOW_BYTES;
         let share = if few { LINK_BOUND_SHARE_FEW } else { LINK_BOUND_SHARE };
-        let limits = elapsed - worked >= share * elapsed;
+        let limits = waited >= share * elapsed;
+        if few && !long && !limits {
+            return false;
+        }
+        if worked > 0.0 {
+            let new = (worked + ready) / worked;
+            self.crowding = Some(self.crowding.map_or(new, |old| old + (new - old) * WEIGHT_CROWDING));
+        }
         if self.logical != 0.0 {
-            let new = (worked - self.encoded + self.scanned).max(0.0) / self.logical;
+            let new = (worked - encoded.worked_nanos as f64 + self.scanned).max(0.0) / self.logical;
             self.base = Some(self.base.map_or(new, |old| old + (new - old) * WEIGHT));
         }
-        self.begin_window(all, busy);
+        self.begin_window(delivered, busy);
         if few && !limits {
             return false;
         }

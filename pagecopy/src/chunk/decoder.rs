@@ -101,8 +101,7 @@ pub struct ChunkDecoder {
     decompress: Decompress,
     /// Pages decoded from deltas, each at its place in the chunk.
     deltas: Box<[Page]>,
-    /// Pages decoded from the frame, one after the other.
-    frame: Box<[Page]>,
+    /// And behind it the pages decoded from the frame, one after the other: from there zstd copies out of both alike.
     dictionary: Dictionary,
 }
 
@@ -115,11 +114,9 @@ impl Default for ChunkDecoder {
 impl ChunkDecoder {
     /// A decoder.
     pub fn new() -> Self {
-        let scratch = || vec![ZERO_PAGE; CHUNK_PAGES].into_boxed_slice();
         Self {
             decompress: Decompress::new(),
-            deltas: scratch(),
-            frame: scratch(),
+            deltas: vec![ZERO_PAGE; CHUNK_PAGES].into_boxed_slice(),
             dictionary: Dictionary::new(),
         }
     }
@@ -161,19 +158,20 @@ impl ChunkDecoder {
             base(bit, page);
             xbzrle::decode(bytes, page).map_err(|source| DecodeError::Delta { bit, source })?;
         }
+        self.dictionary.pages = 0;
         if references {
             take_references(&mut rest, &mut self.dictionary, refer)?;
         }
+        let (dictionary, frame) = self.dictionary.split();
         if zstd != 0 {
-            let pages = &mut self.frame[..zstd.count_ones() as usize];
-            let dictionary = if references { self.dictionary.bytes() } else { &[] };
+            let dictionary = if references { dictionary } else { &[] };
             self.decompress
-                .decompress(dictionary, rest, pages.as_flattened_mut())
+                .decompress(dictionary, rest, frame[..zstd.count_ones() as usize].as_flattened_mut())
                 .map_err(|source| DecodeError::Frame { pages: zstd, source })?;
         } else if !rest.is_empty() {
             return Err(DecodeError::Trailing { bytes: rest.len() });
         }
-        Ok(Decoded { delta, zstd, deltas: &self.deltas, frame: &self.frame })
+        Ok(Decoded { delta, zstd, deltas: &self.deltas, frame })
     }
 }
 
@@ -204,7 +202,6 @@ fn take_references(
         return Err(DecodeError::ReferencesCut);
     }
     *rest = after;
-    dictionary.pages = 0;
     let mut before = None;
     for &[c0, c1, c2, c3, ref pages @ ..] in list.as_chunks::<REFERENCE_BYTES>().0 {
         let (chunk, pages) = (u32::from_le_bytes([c0, c1, c2, c3]), u64::from_le_bytes(*pages));

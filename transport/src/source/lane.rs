@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -10,7 +10,8 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use pagecopy::backend::BackendError;
 use pagecopy::bitmap::{bits, runs};
-use pagecopy::chunk::{ChunkEncoder, EncodedChunk, Job, Reference};
+use pagecopy::choose::{CodecMode, Delivered};
+use pagecopy::chunk::{ChunkEncoder, Clocks, EncodedChunk, Job, Reference};
 use pagecopy::digest::{PageDigest, receipt};
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::xbzrle::Page;
@@ -149,6 +150,8 @@ pub(super) struct Shared {
     breaker: Arc<dyn Breaker>,
     flight: Mutex<Flight>,
     pub(super) room: Condvar,
+    /// Bytes of frames whose receipt came.
+    pub(super) delivered: AtomicU64,
 }
 
 /// A running stream. Dropping it does not stop it; its end is reported on the channel given to [`Lane::spawn`].
@@ -169,7 +172,8 @@ impl Lane {
         ends: Sender<LaneEnd>,
     ) -> io::Result<Self> {
         let SourceEnd { frames, receipts, breaker } = carrier;
-        let window = Window::new(frames.window_min());
+        let chooses = matches!(source.options.codec, CodecMode::Auto | CodecMode::Zstd { level: None });
+        let window = Window::new(frames.window_min(), source.options.beside || !chooses);
         let shared = Arc::new(Shared::new(source, stream, breaker, window));
         let sending = shared.clone();
         let sender = std::thread::Builder::new().name(format!("send-{stream}")).spawn(move || {
@@ -223,7 +227,8 @@ impl Shared {
             total: 0,
             error: None,
         };
-        Self { source, stream, breaker, flight: Mutex::new(flight), room: Condvar::new() }
+        let (flight, room, delivered) = (Mutex::new(flight), Condvar::new(), AtomicU64::new(0));
+        Self { source, stream, breaker, flight, room, delivered }
     }
 
     pub(super) fn flight(&self) -> MutexGuard<'_, Flight> {
@@ -280,9 +285,13 @@ pub(super) struct LaneSender<'a> {
     seq: u64,
     /// Frames before this one may have pages whose content is not known for sure, as long as they are under way.
     doubtful_before: u64,
-    /// How long the bandwidth limit held the next frame back.
-    held_back_nanos: u64,
+    /// When the chooser was last told what sending takes; and for how long there has been nothing to do since, and what was sent in all.
+    told_at: Option<u64>,
+    idle_nanos: u64,
+    sent_bytes: u64,
 }
+
+const CLOCKS: Clocks = Clocks { now: clock::nanos, worked: clock::worked_nanos };
 
 impl<'a> LaneSender<'a> {
     pub(super) fn new(shared: &'a Shared, carrier: Box<dyn FrameSender>) -> Self {
@@ -290,7 +299,7 @@ impl<'a> LaneSender<'a> {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let streams = source.options.streams;
         let threads = f64::from(streams) * if source.options.beside { 2.0 } else { 1.0 };
-        let encoder = ChunkEncoder::new(source.options.codec, clock::nanos)
+        let encoder = ChunkEncoder::new(source.options.codec, CLOCKS)
             .sharing(streams, threads / cores as f64)
             .referring(source.options.references);
         Self {
@@ -302,7 +311,9 @@ impl<'a> LaneSender<'a> {
             out: Vec::with_capacity(2 * GATHER_BYTES + CHUNK_SIZE),
             seq: 0,
             doubtful_before: 0,
-            held_back_nanos: 0,
+            told_at: None,
+            idle_nanos: 0,
+            sent_bytes: 0,
         }
     }
 
@@ -316,7 +327,10 @@ impl<'a> LaneSender<'a> {
                 Err(TryRecvError::Disconnected) => break,
                 Err(TryRecvError::Empty) => self.flush()?,
             }
-            match work.recv_timeout(TICK) {
+            let begun = clock::nanos();
+            let received = work.recv_timeout(TICK);
+            self.idle_nanos += clock::nanos() - begun;
+            match received {
                 Ok(batch) => self.work_off(batch)?,
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => self.check()?,
@@ -389,11 +403,10 @@ impl<'a> LaneSender<'a> {
         if source.pace.is_open() {
             return Ok(());
         }
-        let begun = clock::nanos();
         // What is gathered is paid for.
         self.flush()?;
+        // A limit is a slow link: what it holds back may be spent on encoding.
         source.pace.wait(|| source.stopped() || shared.flight().error.is_some());
-        self.held_back_nanos += clock::nanos() - begun;
         self.check()
     }
 
@@ -488,7 +501,6 @@ impl<'a> LaneSender<'a> {
         }
         let wire_bytes = frame.wire_bytes;
         self.source.carried.insert(chunk, sent);
-        let begun = clock::nanos();
         source.pace.spend(wire_bytes);
         self.launch(frame)?;
         // A carrier that places gathers by itself, so that it knows what it has to send before it waits for room to place.
@@ -496,10 +508,21 @@ impl<'a> LaneSender<'a> {
             self.write(header.raw & !placed, in_place.then_some(chunk))?;
         }
         lap.to(&spent.send);
-        // A limit is a slow link: what it holds back may be spent on encoding.
-        let link_nanos = clock::nanos() - begun + std::mem::take(&mut self.held_back_nanos);
-        let all_bytes = source.counters.wire_sent.load(Ordering::Relaxed);
-        self.encoder.chooser().observe_link(wire_bytes, link_nanos, all_bytes, clock::busy_nanos);
+        let now = clock::nanos();
+        let idle = std::mem::take(&mut self.idle_nanos);
+        let passed = self.told_at.map_or(0, |before| now.saturating_sub(before).saturating_sub(idle));
+        self.told_at = Some(now);
+        self.sent_bytes += wire_bytes;
+        let delivered = if source.options.beside {
+            // A destination on this host that waits for a core is no slow link.
+            Delivered { own: self.sent_bytes, all: source.counters.wire_sent.load(Ordering::Relaxed) }
+        } else {
+            Delivered {
+                own: self.shared.delivered.load(Ordering::Relaxed),
+                all: source.counters.wire_acked.load(Ordering::Relaxed),
+            }
+        };
+        self.encoder.chooser().observe_link(wire_bytes, passed, delivered, clock::busy);
         Ok(())
     }
 
@@ -520,8 +543,10 @@ impl<'a> LaneSender<'a> {
         flight.frames.push_back(frame);
         flight.bytes += bytes;
         let frames_max = self.carrier.frames_max();
+        let source = self.source;
         let full = |flight: &Flight| {
-            (flight.bytes > flight.window.limit() && flight.bytes > bytes) || flight.frames.len() > frames_max
+            let most = flight.window.limit(source.now());
+            (flight.bytes > most && flight.bytes > bytes) || flight.frames.len() > frames_max
         };
         if !full(&flight) {
             return Ok(());
@@ -535,7 +560,8 @@ impl<'a> LaneSender<'a> {
             if flight.error.is_some() || self.source.stopped() {
                 return Err(LaneError::Stopped { stream: self.shared.stream });
             }
-            flight = self.shared.room.wait_timeout(flight, TICK).unwrap_or_else(|e| e.into_inner()).0;
+            let wait = flight.window.opens_in(source.now()).unwrap_or(TICK).min(TICK);
+            flight = self.shared.room.wait_timeout(flight, wait).unwrap_or_else(|e| e.into_inner()).0;
         }
         Ok(())
     }

@@ -122,6 +122,7 @@ impl<'a> Receipts<'a> {
         let travelled = now.saturating_sub(sent.sent_at);
         flight.window.on_receipt(now, sent.wire_bytes, travelled, idle);
         drop(flight);
+        Counters::add(&self.shared.delivered, sent.wire_bytes);
         source.counters.travelled(travelled);
         let pages = sent.pages.count_ones() as usize;
         let mut wrong = if count == pages { 0 } else { sent.pages };

@@ -28,9 +28,9 @@ impl<'a> SteppedLane<'a> {
         stream: u16,
     ) -> SteppedLane<'a> {
         let SourceEnd { frames, receipts, breaker } = carrier;
-        let shared = slot
-            .0
-            .get_or_init(|| Shared::new(source.clone(), stream, breaker, Window::new(frames.window_min())));
+        let shared = slot.0.get_or_init(|| {
+            Shared::new(source.clone(), stream, breaker, Window::new(frames.window_min(), true))
+        });
         assert!(Arc::ptr_eq(&shared.source, source) && shared.stream == stream, "a slot serves one lane");
         SteppedLane {
             shared,
@@ -43,7 +43,7 @@ impl<'a> SteppedLane<'a> {
     /// Whether a whole batch may be sent without a wait for receipts.
     pub(crate) fn has_room(&self, bytes: u64) -> bool {
         let flight = self.shared.flight();
-        flight.bytes + bytes <= flight.window.limit()
+        flight.bytes + bytes <= flight.window.limit(self.shared.source.now())
     }
 
     /// The sending thread's turn: works a batch off and, with `flush`, sends what was gathered. False when the stream is dead.

@@ -125,7 +125,7 @@ fn describe(path: &Path) -> io::Result<String> {
         zeros += empty as u64;
         if empty * 4096 < block.len() {
             plain += block.len();
-            shrunk += compress.compress(1, &[], &block, &mut out).unwrap_or(block.len());
+            shrunk += compress.compress(1, &block, &mut out).unwrap_or(block.len());
         }
     }
     let mib = |bytes: u64| bytes >> 20;
