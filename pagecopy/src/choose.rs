@@ -202,7 +202,7 @@ impl Took {
     }
 }
 
-/// Wire bytes whose receipt came, in all.
+/// Wire bytes that have arrived so far, as far as their sender can tell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Delivered {
     /// Of this worker.

@@ -100,8 +100,8 @@ struct Shared {
     /// Set while a thread should look at `control`: spares it the lock at every step.
     attention: AtomicBool,
     sink: Mutex<Sink>,
-    /// Nothing that the threads find or print counts any more.
-    mute: AtomicBool,
+    /// Memory that it ran on is lost: it never runs again, and nothing that the threads find or print counts.
+    lost: AtomicBool,
     mismatches: AtomicU64,
     steps: AtomicU64,
 }
@@ -119,8 +119,6 @@ struct Control {
     dead: usize,
     /// Whether the guest ever ran.
     ran: bool,
-    /// Memory that it ran on is lost: it never runs again.
-    lost: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,7 +161,6 @@ impl MemoryWriter {
             parked: 0,
             dead: 0,
             ran: false,
-            lost: false,
         };
         let shared = Shared {
             ram,
@@ -171,7 +168,7 @@ impl MemoryWriter {
             changed: Condvar::new(),
             attention: AtomicBool::new(true),
             sink: Mutex::new(sink),
-            mute: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
             mismatches: AtomicU64::new(0),
             steps: AtomicU64::new(0),
         };
@@ -237,13 +234,12 @@ impl Guest for MemoryWriter {
             self.shared.order(&mut control, before);
         }
         parked?;
-        control.alive()
+        self.shared.alive(&control)
     }
 
     fn stop_for_good(&self, release: &dyn Fn() -> Result<(), BackendError>) -> Result<(), BackendError> {
         let mut control = self.shared.control();
-        control.lost = true;
-        self.shared.mute.store(true, Ordering::SeqCst);
+        self.shared.lost.store(true, Ordering::SeqCst);
         self.shared.order(&mut control, Order::Park);
         release()?;
         self.wait_parked(control).1
@@ -252,7 +248,7 @@ impl Guest for MemoryWriter {
     fn resume(&self) -> Result<(), BackendError> {
         let threads = {
             let mut control = self.shared.control();
-            control.alive()?;
+            self.shared.alive(&control)?;
             control.ran = true;
             control.options.threads
         };
@@ -276,7 +272,7 @@ impl Guest for MemoryWriter {
     fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
         let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner).len();
         let control = self.shared.control();
-        control.alive()?;
+        self.shared.alive(&control)?;
         if control.order != Order::Park || control.parked < threads {
             return Err(BackendError::invalid("save the state of a memory writer that runs: pause it first"));
         }
@@ -322,25 +318,24 @@ impl Drop for MemoryWriter {
     }
 }
 
-impl Control {
-    fn alive(&self) -> Result<(), BackendError> {
-        if self.lost {
-            return Err(BackendError::invalid("the guest was stopped for good"));
-        }
-        if self.dead == 0 {
-            return Ok(());
-        }
-        Err(BackendError::invalid(format!(
-            "{} of {} writer threads ended by a panic; the guest is lost",
-            self.dead, self.options.threads
-        )))
-    }
-}
-
 impl Shared {
     fn control(&self) -> MutexGuard<'_, Control> {
         // A thread that panics is counted in `dead`; what it leaves in `control` is whole.
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why it cannot go on, if it cannot.
+    fn alive(&self, control: &Control) -> Result<(), BackendError> {
+        if self.lost.load(Ordering::SeqCst) {
+            return Err(BackendError::invalid("the guest was stopped for good"));
+        }
+        if control.dead == 0 {
+            return Ok(());
+        }
+        Err(BackendError::invalid(format!(
+            "{} of {} writer threads ended by a panic; the guest is lost",
+            control.dead, control.options.threads
+        )))
     }
 
     /// Gives an order, and makes all threads look at it.
@@ -353,7 +348,7 @@ impl Shared {
 
     fn print(&self, line: &str) {
         let mut sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.mute.load(Ordering::SeqCst) {
+        if self.lost.load(Ordering::SeqCst) {
             return;
         }
         sink(line.as_bytes());
@@ -437,7 +432,7 @@ impl Shared {
             page.copy_to(&mut found);
             let expected = content(step - pages, behind);
             if let Some((got, want)) = found.iter().zip(&expected).find(|(got, want)| got != want)
-                && !self.mute.load(Ordering::SeqCst)
+                && !self.lost.load(Ordering::SeqCst)
             {
                 self.mismatches.fetch_add(1, Ordering::Relaxed);
                 self.print(&format!("E c{cpu:x} p{index:x} want {want:x} got {got:x}\n"));

@@ -1,4 +1,4 @@
-//! How fast the link of a stream drains, from what sending took; and how fast its worker could fill it.
+//! How fast the link of a stream drains, from what arrives; and how fast its worker could fill it.
 
 use super::{Busy, Delivered, Took, WEIGHT};
 
@@ -6,11 +6,11 @@ use super::{Busy, Delivered, Took, WEIGHT};
 const WINDOW_BYTES: f64 = (2 << 20) as f64;
 /// ... but not before this much time, in nanoseconds, ...
 const WINDOW_NANOS_MIN: f64 = 10e6;
-/// (for the first time after fewer bytes in more time, as whatever goes before is not compressed) ...
-const FIRST_BYTES: f64 = (512 << 10) as f64;
-const FIRST_NANOS_MIN: f64 = 20e6;
 /// ... or, however few they were, after this much.
 const WINDOW_NANOS: f64 = 100e6;
+/// For the first time a link that is waited for is judged after this many bytes, and this much time: what goes before is not compressed.
+const FIRST_BYTES: f64 = (512 << 10) as f64;
+const FIRST_NANOS_MIN: f64 = 20e6;
 /// The link limits when at least this share of a window was spent waiting for it ...
 const LINK_BOUND_SHARE: f64 = 0.1;
 /// ... or this share where few bytes went: headers of zero pages, each with its system call, say nothing about a link.

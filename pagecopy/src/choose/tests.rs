@@ -444,6 +444,22 @@ fn waiting_for_a_core_makes_a_level_dearer() {
     assert_eq!(run(3.0), None);
 }
 
+/// What a level costs is what its thread ran, however long others had the core meanwhile.
+#[test]
+fn a_chunk_that_was_made_to_wait_is_no_dearer() {
+    let estimate = |waited: u64| {
+        let mut chooser = Chooser::new(CodecMode::Auto);
+        for _ in 0..100 {
+            let bytes = CHUNK_SIZE as u64;
+            let took = Took { nanos: 3 * bytes + waited, worked_nanos: 3 * bytes };
+            chooser.observe_encode(EncodeKind::Zstd { level: 1 }, bytes, bytes / 3, took);
+        }
+        chooser.estimate(index_of(1).unwrap()).nanos
+    };
+    assert!((2.9..3.1).contains(&estimate(0)), "{}", estimate(0));
+    assert_eq!(estimate(0), estimate(10_000_000));
+}
+
 /// A stream that is connected while the others have sent for long.
 #[test]
 fn what_others_sent_before_is_not_counted() {
@@ -451,7 +467,11 @@ fn what_others_sent_before_is_not_counted() {
     for chunk in 0..20 {
         let own = chunk << 20;
         let delivered = Delivered { own, all: (1 << 40) + 2 * own };
-        chooser.observe_link(1 << 20, 10_000_000, delivered, || None);
+        // The first call is where it begins.
+        chooser.observe_link(1 << 20, if chunk == 0 { 0 } else { 10_000_000 }, delivered, || None);
+        if chooser.link_bytes_per_s().is_some() {
+            break;
+        }
     }
     // 1 MiB in 10 ms.
     assert!(chooser.link_bytes_per_s().is_some_and(|rate| (1.0e8..1.1e8).contains(&rate)));

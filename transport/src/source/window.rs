@@ -6,7 +6,7 @@ use std::time::Duration;
 const BUFFERED: Duration = Duration::from_millis(50);
 /// Never less than this: two whole chunks, so that one can be built while the other travels.
 pub(crate) const BYTES_MIN: u64 = 768 << 10;
-/// Until the rate is known, or for this time ...
+/// Until the rate is known, but for no longer than this ...
 const FIRST: Duration = Duration::from_millis(30);
 /// ... only so much is under way, so that little was sent as it is when the link turns out to be worth compression, ...
 const FIRST_BYTES: u64 = 1 << 20;
@@ -28,6 +28,7 @@ pub(crate) struct Window {
     limit: u64,
     /// When the first bytes were sent.
     begun: Option<Duration>,
+    /// It need not begin with little.
     open: bool,
     round_trip: Duration,
 }
