@@ -295,29 +295,31 @@ pub(crate) fn comparison(name: &str, size: u64, guest: &Path) -> Option<Comparis
     })
 }
 
-impl Comparison {
-    /// What it lacks to be run here.
-    pub(crate) fn lacks(&self) -> Option<String> {
-        match &self.image {
+/// What comparisons that take turns lack to be run here.
+pub(crate) fn lack(comparisons: &[Comparison]) -> Option<String> {
+    let (mut images, mut copy) = (0, 0);
+    for comparison in comparisons {
+        match &comparison.image {
             Image::File(path) if !path.is_file() => {
-                Some(format!("there is no {}: make it with `peers make-guest-ram`", path.display()))
+                return Some(format!("there is no {}: make it with `peers make-guest-ram`", path.display()));
             }
-            Image::File(_) => None,
+            Image::File(_) => {}
             Image::Made(kind, length) => {
-                // The image, its copy, and what warms memory up.
-                let data = if *kind == Kind::Mixed { length / 10 * 7 } else { *length };
-                let needed = if *kind == Kind::Sparse { length / 4 } else { data * 2 };
-                let there = available_bytes();
-                (needed > there).then(|| {
-                    format!(
-                        "it takes {:.1} GiB of memory, and {:.1} are available",
-                        needed as f64 / GIB as f64,
-                        there as f64 / GIB as f64
-                    )
-                })
+                let data = match kind {
+                    Kind::Mixed => length / 10 * 7,
+                    Kind::Sparse => length / 8,
+                    _ => *length,
+                };
+                images += data;
+                // And what warms it up.
+                copy = data.max(copy);
             }
         }
     }
+    let (needed, there) = (images + copy, available_bytes());
+    let gib = |bytes: u64| bytes as f64 / GIB as f64;
+    let text = || format!("it takes {:.1} GiB of memory, and {:.1} are available", gib(needed), gib(there));
+    (needed > there).then(text)
 }
 
 fn contenders<'a>(all: &[&'a Outcome]) -> impl Iterator<Item = (Contender, &'a Runs)> {

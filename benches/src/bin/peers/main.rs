@@ -220,16 +220,17 @@ fn compare(args: &RunArgs) -> Result<bool, String> {
         contenders: args.contenders.clone(),
         watch_memory: args.watch_memory,
     };
-    if let Some(lack) = comparison.lacks() {
+    let comparisons = [comparison];
+    if let Some(lack) = acceptance::lack(&comparisons) {
         return Err(lack);
     }
-    let outcome = args.how.runner()?.compare(&comparison)?;
+    let outcomes = args.how.runner()?.compare(&comparisons)?;
     if args.how.json {
-        println!("{}", json!({ "machine": machine(), "comparisons": [&outcome] }));
+        println!("{}", json!({ "machine": machine(), "comparisons": outcomes }));
     } else {
-        print!("{}", table::outcome(&outcome));
+        outcomes.iter().for_each(|outcome| print!("{}", table::outcome(outcome)));
     }
-    Ok(outcome.contenders.iter().all(|runs| runs.failed.is_none()))
+    Ok(outcomes.iter().all(Outcome::is_complete))
 }
 
 /// The figures that pageferry is held to. False if something could not be measured.
@@ -256,31 +257,34 @@ fn readme(args: &ReadmeArgs) -> Result<bool, String> {
     Ok(complete)
 }
 
-/// Runs what the rows are read off, each once, and adds it to what there is. False if something could not be measured.
+/// Runs what the rows are read off, each once, and adds it to what there is; what one row is read off takes turns. False if
+/// something could not be measured.
 fn measure(args: &ReadmeArgs, rows: &[&Row], outcomes: &mut Vec<Outcome>) -> Result<bool, String> {
     let mut runner = args.how.runner()?;
     let mut complete = true;
-    let mut wanted: Vec<&str> = Vec::new();
-    for name in rows.iter().flat_map(|row| row.comparisons()) {
-        if !wanted.contains(name) {
-            wanted.push(name);
-        }
-    }
-    for name in wanted {
-        let comparison = acceptance::comparison(name, args.size, &args.guest_ram)
-            .ok_or_else(|| format!("the comparison {name:?} is unknown"))?;
-        if let Some(lack) = comparison.lacks() {
-            eprintln!("{name}: left out: {lack}");
+    let mut measured: Vec<&str> = Vec::new();
+    for row in rows {
+        let mut wanted = row.comparisons().to_vec();
+        wanted.retain(|name| !measured.contains(name));
+        measured.extend(&wanted);
+        let named = |name: &&str| {
+            acceptance::comparison(name, args.size, &args.guest_ram)
+                .ok_or_else(|| format!("the comparison {name:?} is unknown"))
+        };
+        let comparisons = wanted.iter().map(named).collect::<Result<Vec<_>, _>>()?;
+        if let Some(lack) = acceptance::lack(&comparisons) {
+            eprintln!("{}: left out: {lack}", wanted.join(", "));
             complete = false;
             continue;
         }
-        let outcome = runner.compare(&comparison)?;
-        complete &= outcome.contenders.iter().all(|runs| runs.failed.is_none());
-        if !args.how.json {
-            println!("{}", table::outcome(&outcome));
+        for outcome in runner.compare(&comparisons)? {
+            complete &= outcome.is_complete();
+            if !args.how.json {
+                println!("{}", table::outcome(&outcome));
+            }
+            outcomes.retain(|old| old.name != outcome.name);
+            outcomes.push(outcome);
         }
-        outcomes.retain(|old| old.name != outcome.name);
-        outcomes.push(outcome);
         args.keep.as_deref().map_or(Ok(()), |path| keep(path, outcomes))?;
     }
     Ok(complete)

@@ -94,6 +94,13 @@ pub(crate) struct Outcome {
     pub(crate) contenders: Vec<Runs>,
 }
 
+impl Outcome {
+    /// Whether no contender failed.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.contenders.iter().all(|runs| runs.failed.is_none())
+    }
+}
+
 /// How all of them run.
 #[derive(Debug)]
 pub(crate) struct Runner {
@@ -112,64 +119,42 @@ impl Runner {
         Ok(Self { pageferry, folder, runs, warm: Reservoir::default(), port: FIRST_PORT })
     }
 
-    /// Every contender, in turns. The first round warms up and checks the copies; it does not count.
-    pub(crate) fn compare(&mut self, what: &Comparison) -> Result<Outcome, String> {
-        let (image, kind) = match &what.image {
-            Image::File(file) => {
-                let path = self.folder.join("image");
-                images::copy(file, &path).map_err(|e| format!("{}: {e}", file.display()))?;
-                (path, file.file_name().unwrap_or_default().to_string_lossy().into_owned())
-            }
-            Image::Made(kind, length) => {
-                let path = self.folder.join("image");
-                eprintln!("{}: making the image", what.name);
-                images::make(&path, *kind, *length, SEED).map_err(|e| format!("{}: {e}", path.display()))?;
-                (path, kind.to_string())
-            }
-        };
-        let complain = |e: std::io::Error| format!("{}: {e}", image.display());
-        let length = image.metadata().map_err(complain)?.len();
-        let holes = Holes::of(&image).map_err(complain)?;
-        let link = what.link.map(Link::new).transpose()?;
-        let mut contenders: Vec<_> = what
-            .contenders
-            .iter()
-            .map(|one| Runs { contender: one.to_string(), ..Runs::default() })
-            .collect();
-        // QEMU fills the holes of the image; otherwise memory is needed for its data alone.
-        let qemu = what.contenders.iter().any(|one| matches!(one, Contender::Qemu(_)));
-        let warm_bytes = if qemu { length } else { holes.data_bytes() };
+    /// Every contender of every comparison, in turns: what the comparisons are held against each other for is then of the same
+    /// minutes. The first round warms up and checks the copies; it does not count.
+    pub(crate) fn compare(&mut self, comparisons: &[Comparison]) -> Result<Vec<Outcome>, String> {
+        let prepare = |(at, what)| Prepared::new(what, self.folder.join(format!("image-{at}")));
+        let mut all = (0..).zip(comparisons).map(prepare).collect::<Result<Vec<_>, _>>()?;
         for round in 0..=self.runs {
-            for (contender, runs) in what.contenders.iter().zip(&mut contenders) {
-                if runs.failed.is_some() {
-                    continue;
-                }
-                self.warm.fill(warm_bytes + WARM_MORE);
-                let took = self.run(contender, what, &image, link.as_ref(), round == 0);
-                if signals::cancelled() {
-                    return Err("cancelled".into());
-                }
-                // A source that read holes through its mapping has filled them, and its successor would find none.
-                holes.restore(&image).map_err(complain)?;
-                self.warm.fill(warm_bytes + WARM_MORE);
-                say(&what.name, &runs.contender, round, took.as_ref());
-                match took {
-                    Ok(took) if round > 0 => runs.runs.push(took),
-                    Ok(_) => {}
-                    Err(reason) => runs.failed = Some(reason),
-                }
+            for prepared in &mut all {
+                self.turn(prepared, round)?;
             }
         }
-        fs::remove_file(&image).map_err(complain)?;
-        Ok(Outcome {
-            name: what.name.clone(),
-            image: kind,
-            image_bytes: length,
-            data_bytes: holes.data_bytes(),
-            memory: if what.anonymous { "anonymous" } else { "tmpfs file" }.into(),
-            link: what.link.map_or("loopback".into(), |rate| rate.to_string()),
-            contenders,
-        })
+        all.into_iter().map(Prepared::outcome).collect()
+    }
+
+    /// Every contender once.
+    fn turn(&mut self, prepared: &mut Prepared<'_>, round: u32) -> Result<(), String> {
+        let what = prepared.what;
+        for (contender, runs) in what.contenders.iter().zip(&mut prepared.contenders) {
+            if runs.failed.is_some() {
+                continue;
+            }
+            self.warm.fill(prepared.warm_bytes);
+            let took = self.run(contender, what, &prepared.image, prepared.link.as_ref(), round == 0);
+            if signals::cancelled() {
+                return Err("cancelled".into());
+            }
+            // A source that read holes through its mapping has filled them, and its successor would find none.
+            prepared.holes.restore(&prepared.image).map_err(|e| complain(&prepared.image, &e))?;
+            self.warm.fill(prepared.warm_bytes);
+            say(&what.name, &runs.contender, round, took.as_ref());
+            match took {
+                Ok(took) if round > 0 => runs.runs.push(took),
+                Ok(_) => {}
+                Err(reason) => runs.failed = Some(reason),
+            }
+        }
+        Ok(())
     }
 
     /// One run; with `check` the copy must be equal.
@@ -207,6 +192,65 @@ impl Runner {
     }
 }
 
+/// A comparison whose image is there.
+struct Prepared<'a> {
+    what: &'a Comparison,
+    image: PathBuf,
+    kind: String,
+    length: u64,
+    holes: Holes,
+    link: Option<Link>,
+    /// Memory that a run is to find warm.
+    warm_bytes: u64,
+    contenders: Vec<Runs>,
+}
+
+impl<'a> Prepared<'a> {
+    fn new(what: &'a Comparison, image: PathBuf) -> Result<Self, String> {
+        let kind = match &what.image {
+            Image::File(file) => {
+                images::copy(file, &image).map_err(|e| complain(file, &e))?;
+                file.file_name().unwrap_or_default().to_string_lossy().into_owned()
+            }
+            Image::Made(kind, length) => {
+                eprintln!("{}: making the image", what.name);
+                images::make(&image, *kind, *length, SEED).map_err(|e| complain(&image, &e))?;
+                kind.to_string()
+            }
+        };
+        let length = image.metadata().map_err(|e| complain(&image, &e))?.len();
+        let holes = Holes::of(&image).map_err(|e| complain(&image, &e))?;
+        // QEMU fills the holes of the image; otherwise memory is needed for its data alone.
+        let qemu = what.contenders.iter().any(|one| matches!(one, Contender::Qemu(_)));
+        let warm_bytes = WARM_MORE + if qemu { length } else { holes.data_bytes() };
+        let contenders = what
+            .contenders
+            .iter()
+            .map(|one| Runs { contender: one.to_string(), ..Runs::default() })
+            .collect();
+        let link = what.link.map(Link::new).transpose()?;
+        Ok(Self { what, image, kind, length, holes, link, warm_bytes, contenders })
+    }
+
+    /// What came out. The image goes.
+    fn outcome(self) -> Result<Outcome, String> {
+        fs::remove_file(&self.image).map_err(|e| complain(&self.image, &e))?;
+        Ok(Outcome {
+            name: self.what.name.clone(),
+            image: self.kind,
+            image_bytes: self.length,
+            data_bytes: self.holes.data_bytes(),
+            memory: if self.what.anonymous { "anonymous" } else { "tmpfs file" }.into(),
+            link: self.what.link.map_or("loopback".into(), |rate| rate.to_string()),
+            contenders: self.contenders,
+        })
+    }
+}
+
+fn complain(path: &Path, error: &std::io::Error) -> String {
+    format!("{}: {error}", path.display())
+}
+
 impl Drop for Runner {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.folder);
@@ -240,18 +284,22 @@ mod tests {
     fn a_failure_is_kept_and_ends_a_contender() {
         let within = tempfile::tempdir().unwrap();
         let mut runner = Runner::new("/nowhere/pageferry".into(), within.path(), 2).unwrap();
-        let comparison = Comparison {
-            name: "test".into(),
-            image: Image::Made(Kind::Mixed, 10 << 20),
+        let of_mib = |mib: u64| Comparison {
+            name: format!("test-{mib}"),
+            image: Image::Made(Kind::Mixed, mib << 20),
             anonymous: false,
             link: None,
             contenders: vec!["pageferry:2:auto".parse().unwrap()],
             watch_memory: false,
         };
-        let outcome = runner.compare(&comparison).unwrap();
-        assert!(outcome.contenders[0].failed.as_ref().unwrap().contains("/nowhere/pageferry"));
-        assert!(outcome.contenders[0].runs.is_empty());
-        assert_eq!((outcome.image_bytes, outcome.data_bytes), (10 << 20, 7 << 20));
+        let outcomes = runner.compare(&[of_mib(10), of_mib(20)]).unwrap();
+        for (outcome, mib) in outcomes.iter().zip([10, 20]) {
+            assert_eq!(outcome.name, format!("test-{mib}"));
+            assert!(outcome.contenders[0].failed.as_ref().unwrap().contains("/nowhere/pageferry"));
+            assert!(outcome.contenders[0].runs.is_empty());
+            assert_eq!((outcome.image_bytes, outcome.data_bytes), (mib << 20, (mib / 10 * 7) << 20));
+        }
+        assert_eq!(outcomes.len(), 2);
         drop(runner);
         assert_eq!(fs::read_dir(within.path()).unwrap().count(), 0);
     }

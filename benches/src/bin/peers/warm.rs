@@ -14,11 +14,11 @@ use std::time::Duration;
 use memmap2::{Advice, MmapMut, MmapOptions};
 
 /// What the reservoir gives at a time, in bytes.
-const PIECE: u64 = 64 << 20;
+const PIECE: u64 = 16 << 20;
 /// Freed memory that waits for whoever takes it. The less, the less of it the host takes first.
-const AHEAD: u64 = 384 << 20;
-/// How often it is looked how much is left of that. A machine that zeroes 10 GB/s takes a quarter of it meanwhile.
-const TICK: Duration = Duration::from_millis(8);
+const AHEAD: u64 = 64 << 20;
+/// How often it is looked how much is left of that. A machine that zeroes 10 GB/s takes a third of it meanwhile.
+const TICK: Duration = Duration::from_millis(2);
 
 /// Warm memory.
 #[derive(Debug, Default)]
