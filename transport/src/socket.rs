@@ -64,7 +64,7 @@ impl Connection {
                 for address in
                     resolve(host, *port, false).map_err(|e| fail(": the name does not resolve", e))?
                 {
-                    match TcpStream::connect_timeout(&address, timeout) {
+                    match connect_tcp(address, timeout) {
                         Ok(stream) => return Ok(Self::Tcp(stream)),
                         Err(e) => last = e,
                     }
@@ -278,11 +278,24 @@ impl Drop for Listener {
     }
 }
 
+fn connect_tcp(address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+    let socket = Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
+    if address.ip().is_loopback() {
+        tune_for_loopback(&SockRef::from(&socket));
+    }
+    socket.connect_timeout(&address.into(), timeout)?;
+    Ok(socket.into())
+}
+
 fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() && address.ip().is_unspecified() {
         socket.set_only_v6(false)?;
+    }
+    if address.ip().is_loopback() {
+        // What is accepted takes after it.
+        tune_for_loopback(&SockRef::from(&socket));
     }
     socket.bind(&address.into())?;
     socket.listen(256)?;
@@ -290,8 +303,9 @@ fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// Asks for what moves most over loopback: cubic, as bbr's pacing halves the rate, and little that waits to be sent. A kernel
-/// without one of them keeps its default.
-pub fn tune_for_loopback(socket: &SockRef<'_>) {
+/// without one of them keeps its default. Best before the socket is connected: one that has once begun with bbr goes on to pace
+/// itself by timers, whatever comes after it.
+fn tune_for_loopback(socket: &SockRef<'_>) {
     let _ = socket.set_tcp_congestion(b"cubic");
     let _ = socket.set_tcp_notsent_lowat(LOOPBACK_UNSENT);
 }
@@ -346,6 +360,18 @@ mod tests {
         let connection = Connection::connect(&listener.uri(), Duration::from_secs(1)).unwrap();
         connection.tune(Duration::from_secs(10)).unwrap();
         assert_eq!(connection.socket().tcp_notsent_lowat().unwrap(), LOOPBACK_UNSENT);
+    }
+
+    #[test]
+    fn loopback_is_tuned_before_it_connects() {
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        let connection = Connection::connect(&listener.uri(), Duration::from_secs(1)).unwrap();
+        for end in [connection, listener.accept().unwrap()] {
+            let before = (end.socket().tcp_congestion().unwrap(), end.socket().tcp_notsent_lowat().unwrap());
+            end.tune(Duration::from_secs(10)).unwrap();
+            let after = (end.socket().tcp_congestion().unwrap(), end.socket().tcp_notsent_lowat().unwrap());
+            assert_eq!(before, after);
+        }
     }
 
     #[test]

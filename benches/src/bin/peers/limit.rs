@@ -4,7 +4,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
@@ -16,7 +16,8 @@ use pagecopy::layout::{Layout, Region};
 use pageferry::measure::process::{self, Running};
 use pageferry::measure::{Job, Target, Took};
 use rustix::pipe::SpliceFlags;
-use transport::socket::tune_for_loopback;
+use transport::socket::{Connection, Listener};
+use transport::uri::Uri;
 use vm_memory::{ReadVolatile, VolatileSlice, WriteVolatile};
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 
@@ -102,10 +103,10 @@ fn transfer(sender: Sender, streams: u8, image: &Path, target: Target<'_>) -> io
             let bytes = share.min(length - start);
             let (source, memory) = (&source, &memory);
             workers.push(scope.spawn(move || match sender {
-                Sender::Write => write(source, to, start, bytes),
+                Sender::Write => write(source, &to, start, bytes),
                 Sender::Splice => splice(image, &to, start, bytes),
             }));
-            workers.push(scope.spawn(move || receive(memory, from, start, bytes)));
+            workers.push(scope.spawn(move || receive(memory, &from, start, bytes)));
         }
         workers.into_iter().try_for_each(|worker| {
             worker.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
@@ -125,16 +126,12 @@ fn transfer(sender: Sender, streams: u8, image: &Path, target: Target<'_>) -> io
 }
 
 /// Connections, the sending end of each first.
-fn sockets(streams: u8) -> io::Result<Vec<(TcpStream, TcpStream)>> {
-    let listener = TcpListener::bind(("127.0.0.1", 0))?;
-    let address = listener.local_addr()?;
+fn sockets(streams: u8) -> io::Result<Vec<(Connection, Connection)>> {
+    let loopback = Uri::Tcp { host: "127.0.0.1".into(), port: 0 };
+    let listener = Listener::bind(&loopback).map_err(io::Error::other)?;
     let connect = |_| {
-        let to = TcpStream::connect(address)?;
-        let from = listener.accept()?.0;
-        for end in [&to, &from] {
-            tune_for_loopback(&socket2::SockRef::from(end));
-        }
-        Ok((to, from))
+        let to = Connection::connect(&listener.uri(), PATIENCE).map_err(io::Error::other)?;
+        Ok((to, listener.accept()?))
     };
     (0..streams).map(connect).collect()
 }
@@ -176,15 +173,15 @@ fn part(memory: &GuestMemory, at: u64, bytes: u64) -> io::Result<VolatileSlice<'
     memory.region(0).subslice(at as usize, bytes as usize).map_err(io::Error::other)
 }
 
-fn write(source: &GuestMemory, mut to: TcpStream, start: u64, bytes: u64) -> io::Result<()> {
+fn write(source: &GuestMemory, to: &Connection, start: u64, bytes: u64) -> io::Result<()> {
     for at in (start..start + bytes).step_by(STEP as usize) {
         let piece = part(source, at, STEP.min(start + bytes - at))?;
-        to.write_all_volatile(&piece).map_err(io::Error::other)?;
+        to.as_fd().write_all_volatile(&piece).map_err(io::Error::other)?;
     }
     Ok(())
 }
 
-fn splice(image: &Path, to: &TcpStream, start: u64, bytes: u64) -> io::Result<()> {
+fn splice(image: &Path, to: &Connection, start: u64, bytes: u64) -> io::Result<()> {
     let file = File::open(image)?;
     let (reader, writer) = rustix::pipe::pipe()?;
     // A smaller pipe takes more system calls and is no error.
@@ -204,11 +201,11 @@ fn splice(image: &Path, to: &TcpStream, start: u64, bytes: u64) -> io::Result<()
     Ok(())
 }
 
-fn receive(memory: &GuestMemory, mut from: TcpStream, start: u64, bytes: u64) -> io::Result<()> {
+fn receive(memory: &GuestMemory, from: &Connection, start: u64, bytes: u64) -> io::Result<()> {
     let mut at = start;
     while at < start + bytes {
         let mut piece = part(memory, at, STEP.min(start + bytes - at))?;
-        match from.read_volatile(&mut piece).map_err(io::Error::other)? {
+        match from.as_fd().read_volatile(&mut piece).map_err(io::Error::other)? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             length => at += length as u64,
         }
