@@ -278,6 +278,7 @@ impl Drop for Listener {
     }
 }
 
+/// As [`TcpStream::connect_timeout`], but for what must be set before.
 fn connect_tcp(address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
     let socket = Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
     if address.ip().is_loopback() {

@@ -297,29 +297,29 @@ pub(crate) fn comparison(name: &str, size: u64, guest: &Path) -> Option<Comparis
 
 /// What comparisons that take turns lack to be run here.
 pub(crate) fn lack(comparisons: &[Comparison]) -> Option<String> {
-    let (mut images, mut copy) = (0, 0);
     for comparison in comparisons {
-        match &comparison.image {
-            Image::File(path) if !path.is_file() => {
-                return Some(format!("there is no {}: make it with `peers make-guest-ram`", path.display()));
-            }
-            Image::File(_) => {}
-            Image::Made(kind, length) => {
-                let data = match kind {
-                    Kind::Mixed => length / 10 * 7,
-                    Kind::Sparse => length / 8,
-                    _ => *length,
-                };
-                images += data;
-                // And what warms it up.
-                copy = data.max(copy);
-            }
+        if let Image::File(path) = &comparison.image
+            && !path.is_file()
+        {
+            return Some(format!("there is no {}: make it with `peers make-guest-ram`", path.display()));
         }
     }
-    let (needed, there) = (images + copy, available_bytes());
+    let (needed, there) = (needed_bytes(comparisons), available_bytes());
     let gib = |bytes: u64| bytes as f64 / GIB as f64;
     let text = || format!("it takes {:.1} GiB of memory, and {:.1} are available", gib(needed), gib(there));
     (needed > there).then(text)
+}
+
+/// Memory for all images that are made, and for one copy, which is what warms it up before.
+fn needed_bytes(comparisons: &[Comparison]) -> u64 {
+    let data = |comparison: &Comparison| match comparison.image {
+        Image::File(_) => 0,
+        Image::Made(Kind::Mixed, length) => length / 10 * 7,
+        Image::Made(Kind::Sparse, length) => length / 8,
+        Image::Made(_, length) => length,
+    };
+    let (images, copy) = (comparisons.iter().map(data).sum::<u64>(), comparisons.iter().map(data).max());
+    images + copy.unwrap_or(0)
 }
 
 fn contenders<'a>(all: &[&'a Outcome]) -> impl Iterator<Item = (Contender, &'a Runs)> {
@@ -443,6 +443,22 @@ mod tests {
         let verdict = judged("scale-mixed", &[mixed(1, 100.0), mixed(4, 420.0), mixed(8, 880.0)]);
         assert!((verdict.measured.unwrap() - 1.1).abs() < 1e-9);
         assert_eq!(verdict.met, Some(false));
+    }
+
+    #[test]
+    fn images_that_take_turns_are_there_together() {
+        let named = |names: &[&str]| -> Vec<_> {
+            names.iter().filter_map(|name| comparison(name, 4 * GIB, Path::new("/guest"))).collect()
+        };
+        assert_eq!(needed_bytes(&named(&["zero"])), 8 * GIB);
+        assert_eq!(
+            needed_bytes(&named(&["sparse-1g", "sparse-16g", "sparse-4g"])),
+            (1 + 2 * 16 + 4) * GIB / 8
+        );
+        assert_eq!(needed_bytes(&named(&["mixed"])), 2 * (4 * GIB / 10 * 7));
+        assert_eq!(needed_bytes(&[]), 0);
+        assert!(lack(&named(&["guest-1g"])).unwrap().contains("/guest"));
+        assert!(lack(&named(&["random-99999999g"])).unwrap().contains("of memory"));
     }
 
     #[test]
