@@ -95,7 +95,9 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     }
     let progress = Progress::default();
     let cancelled = progress.clone();
-    stop::on_signals(move || cancelled.cancel());
+    stop::on_signals(move || {
+        cancelled.cancel();
+    });
     let destination =
         Destination::bind(&args.uri, &options, &progress, |notice| eprintln!("pageferry: {notice}"))
             .map_err(|e| CliError::cannot_start(&e))?;

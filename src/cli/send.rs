@@ -53,7 +53,9 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
     let bandwidth = args.bandwidth.filter(|&rate| rate != 0);
     let progress = Progress::new(Tuning { bandwidth, ..Tuning::default() });
     let cancelled = progress.clone();
-    stop::on_signals(move || cancelled.cancel());
+    stop::on_signals(move || {
+        cancelled.cancel();
+    });
     let bar = output::Bar::start(&progress, args.json);
     let result = migrate(&backend, &args.uri, &args.transfer.options(), &progress);
     bar.finish();

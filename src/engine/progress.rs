@@ -30,6 +30,19 @@ pub struct Round {
     pub pages: Pages,
 }
 
+/// How far a migration out has come, as far as that decides what may be asked of it. The report's status says how it fares on the way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Phase {
+    /// GO was not said: the guest is the source's, and the migration may be cancelled.
+    #[default]
+    Precopy,
+    /// GO was said, with everything delivered. The source may still ask what came of it, and may be told to ask no more.
+    HandedOver,
+    /// GO was said, and pages follow. Whatever the status is, the destination may run the guest, and needs this side until it has
+    /// every page: nothing ends this phase from outside.
+    Postcopy,
+}
+
 /// Shared by the thread that migrates and those that watch or command it.
 #[derive(Clone, Debug, Default)]
 pub struct Progress {
@@ -44,6 +57,8 @@ struct Shared {
     tuned: AtomicU64,
     rounds: Mutex<Vec<Round>>,
     cancel: AtomicBool,
+    /// Cancelling looks at it, and GO at whether it was cancelled.
+    phase: Mutex<Phase>,
     switch_over: AtomicBool,
     postcopy: AtomicBool,
     go_on: AtomicBool,
@@ -86,14 +101,35 @@ impl Progress {
         }
     }
 
-    /// Asks the migration to stop; it does so unless GO was said.
-    pub fn cancel(&self) {
-        self.shared.cancel.store(true, Ordering::Relaxed);
+    /// Asks the migration to stop. It does so unless GO was said; then this ends the asking that may follow it. Returns whether the
+    /// request counts: in [`Phase::Postcopy`] it does not.
+    pub fn cancel(&self) -> bool {
+        let phase = self.lock_phase();
+        let counts = *phase != Phase::Postcopy;
+        if counts {
+            self.shared.cancel.store(true, Ordering::Relaxed);
+        }
+        counts
     }
 
     /// Whether [`Self::cancel`] was called.
     pub fn is_cancelled(&self) -> bool {
         self.shared.cancel.load(Ordering::Relaxed)
+    }
+
+    /// How far it has come.
+    pub fn phase(&self) -> Phase {
+        *self.lock_phase()
+    }
+
+    /// GO is about to be said, unless the migration was cancelled; says whether it may be. Who cancels later knows that he is too late.
+    pub(crate) fn say_go(&self, next: Phase) -> bool {
+        let mut phase = self.lock_phase();
+        let may = !self.is_cancelled();
+        if may {
+            *phase = next;
+        }
+        may
     }
 
     /// Asks to switch over as soon as the first pass is done, whatever the downtime.
@@ -172,6 +208,10 @@ impl Progress {
         self.shared.report.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    fn lock_phase(&self) -> MutexGuard<'_, Phase> {
+        self.shared.phase.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
     fn lock_tuning(&self) -> MutexGuard<'_, Tuning> {
         self.shared.tuning.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -210,5 +250,26 @@ impl Outage {
             r.status = Status::Active;
             r.error = None;
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_cancels_is_heard_or_told_that_it_is_too_late() {
+        for next in [Phase::HandedOver, Phase::Postcopy] {
+            let early = Progress::default();
+            assert!(early.cancel() && early.is_cancelled());
+            assert!(!early.say_go(next), "GO is not said of a migration that was cancelled");
+            assert_eq!(early.phase(), Phase::Precopy);
+            let late = Progress::default();
+            assert!(late.say_go(next));
+            assert_eq!(late.phase(), next);
+            // Asking may end; serving pages may not.
+            assert_eq!(late.cancel(), next == Phase::HandedOver);
+            assert_eq!(late.is_cancelled(), next == Phase::HandedOver);
+        }
     }
 }

@@ -34,7 +34,7 @@ use transport::wire::control::{
 };
 
 use super::Options;
-use super::progress::Progress;
+use super::progress::{Phase, Progress};
 use super::report::{Report, Status};
 use super::usage;
 use converge::Next;
@@ -502,30 +502,29 @@ impl Attempt<'_> {
         watch.finish(totals, live)
     }
 
-    /// The handover itself, once everything that comes before the guest is there.
-    fn give(&mut self, totals: Totals) -> Result<(), Cause> {
-        let live = self.backend.guest.is_some();
-        let (watch, _) = self.parts();
-        watch.finish(totals, live)?;
-        self.hand_over()
-    }
-
     /// GO, RUNNING.
     fn hand_over(&mut self) -> Result<(), Cause> {
-        let (options, progress) = (self.options, self.progress);
+        let options = self.options;
+        match self.say_go(Phase::HandedOver)? {
+            None => Ok(()),
+            Some(cause) => self.ask(options, cause),
+        }
+    }
+
+    /// GO, RUNNING. Fails only where GO was not said; returns why RUNNING was not heard, if it was not.
+    fn say_go(&mut self, next: Phase) -> Result<Option<Cause>, Cause> {
+        let progress = self.progress;
         let (watch, _) = self.parts();
-        if progress.is_cancelled() {
+        if !progress.say_go(next) {
             return Err(Cause::Cancelled);
         }
         // The point of no return: whatever happens from here on, only the destination's word ends this.
         watch.go();
-        match watch.running() {
-            Ok(()) => {
-                watch.send(Message::Running);
-                Ok(())
-            }
-            Err(cause) => self.ask(options, cause),
+        let heard = watch.running();
+        if heard.is_ok() {
+            watch.send(Message::Running);
         }
+        Ok(heard.err())
     }
 
     /// Asks the destination what became of the session, until it is known: without end for a guest, that two may not run; for one

@@ -142,6 +142,44 @@ fn go_and_running_lost_are_learnt_by_asking_while_pages_come() {
     }
 }
 
+/// Whoever ends a source that asks what came of GO would end the pages of a guest that runs already.
+#[test]
+fn a_source_that_asks_goes_on_serving_pages_whoever_wants_to_end_it() {
+    for word in ["GO", "RUNNING"] {
+        let world = World::new();
+        let spec = Spec { cpus: 2, mem_mib: 128, working_set: 64 << 20, ..Spec::counter() };
+        let spec = spec.with(&["--memory", "memfd"]);
+        let source = world.source("a", &spec);
+        let (destination, uri) = world.destination("b", &spec);
+        let deaf = Arc::new(AtomicBool::new(true));
+        let hears = deaf.clone();
+        let proxy = Proxy::new(&uri, move |seen| match seen {
+            Seen::Message { role: Role::Control, message, .. } if message.name() == word => Verdict::Cut,
+            Seen::Open { role: Role::Query, .. } if hears.load(Ordering::Relaxed) => Verdict::Cut,
+            _ => Verdict::Pass,
+        });
+        source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0}));
+        wait_for("it asks", PATIENCE, || (migration(&source)["status"] == "unknown").then_some(()));
+        for request in [&["cancel"][..], &["resume", "--force"], &["quit"], &["migrate", "tcp:127.0.0.1:9"]] {
+            let ended = source.ctl(request);
+            assert_eq!(ended.code, Some(1), "{word}: {request:?}: {ended:?}");
+        }
+        source.signal(libc::SIGTERM);
+        if word == "RUNNING" {
+            // Nobody has told the source, and all pages that the guest touches come.
+            prove(&spec, &[&source, &destination]);
+        }
+        assert_eq!(migration(&source)["status"], "unknown", "{word}");
+        deaf.store(false, Ordering::Relaxed);
+        prove(&spec, &[&source, &destination]);
+        let post = wait_for("all pages have come", PATIENCE, || {
+            let report = migration(&destination);
+            (report["status"] == "completed").then(|| report["postcopy"].clone())
+        });
+        assert!(post["pages"].as_u64() > Some(0) && post["pages_left"] == 0, "{word}: {post}");
+    }
+}
+
 /// The seal of a frame tells before its pages are placed, for a page that was placed cannot be taken back from a running guest.
 #[test]
 fn what_arrives_damaged_is_not_placed() {

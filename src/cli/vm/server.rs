@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use pageferry::engine::plan::plan;
-use pageferry::engine::progress::Progress;
+use pageferry::engine::progress::{Phase, Progress};
 use pageferry::engine::report::Status;
 use pageferry::engine::source::{Fate, migrate};
 use pageferry::engine::{Options, explain};
@@ -28,6 +28,10 @@ use recording::Recording;
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a request waits for a migration to end that is about to; less than a client waits for the answer.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Why nothing ends a migration in postcopy.
+const POSTCOPY_NEEDS_THIS: &str = "the guest may run at the destination and needs the pages that are still here: wait, or kill this \
+                                   process if the destination is gone";
 
 /// One VM and who commands it.
 #[derive(Clone)]
@@ -66,9 +70,10 @@ impl State {
         self.migration() == Some(Status::Unknown)
     }
 
-    /// The guest runs at the destination, and pages follow.
+    /// The guest may run at the destination, and pages follow, whatever the status says.
     fn in_postcopy(&self) -> bool {
-        matches!(self.migration(), Some(Status::PostcopyActive | Status::PostcopyPaused))
+        let progress = self.progress.as_ref().filter(|_| self.migrating);
+        progress.is_some_and(|progress| progress.phase() == Phase::Postcopy)
     }
 
     /// The guest came in without all its pages: whoever reads its memory may wait for one, and for ever when it is lost.
@@ -200,11 +205,7 @@ impl Server {
             }),
             Request::Postcopy => self.postcopy().map(|()| Value::Null),
             Request::Recover { uri } => self.recover(&uri).map(|()| Value::Null),
-            Request::Quit if self.state().in_postcopy() => Err(
-                "the guest runs at the destination and needs the pages that are still here: wait, or kill this process \
-                 if the destination is gone"
-                    .into(),
-            ),
+            Request::Quit if self.state().in_postcopy() => Err(POSTCOPY_NEEDS_THIS.into()),
             // Done once the answer is written.
             Request::Quit => Ok(Value::Null),
         }
@@ -258,7 +259,7 @@ impl Server {
     /// Lets the guest run.
     pub(super) fn resume(&self, force: bool) -> Result<(), String> {
         let mut state = self.state();
-        if force && state.asks() {
+        if force && state.asks() && !state.in_postcopy() {
             // The user knows what the source asks for. Only when it asks no more can it not say GO again.
             if let Some(progress) = &state.progress {
                 progress.cancel();
@@ -275,6 +276,7 @@ impl Server {
             return Err(lost.clone());
         }
         match state.run {
+            _ if state.in_postcopy() => return Err(POSTCOPY_NEEDS_THIS.into()),
             _ if state.asks() => return Err(not_here(RunState::Unknown)),
             _ if state.migrating => return Err("a migration is under way: cancel it first".into()),
             RunState::Paused => {}
@@ -317,17 +319,14 @@ impl Server {
 
     fn cancel(&self) -> Result<(), String> {
         let state = self.state();
-        if state.in_postcopy() {
-            return Err(
-                "the guest runs at the destination already: a migration in postcopy cannot be cancelled"
-                    .into(),
-            );
-        }
         match &state.progress {
-            Some(progress) if state.migrating || state.run == RunState::Incoming => {
-                progress.cancel();
-                Ok(())
-            }
+            Some(progress) if state.migrating || state.run == RunState::Incoming => match progress.cancel() {
+                true => Ok(()),
+                false => Err(
+                    "the guest may run at the destination already: a migration in postcopy cannot be cancelled"
+                        .into(),
+                ),
+            },
             _ if state.recording.runs() => {
                 state.recording.stop();
                 Ok(())

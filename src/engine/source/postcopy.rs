@@ -14,7 +14,7 @@ use pagecopy::backend::{Guest, GuestRam, StateBlob};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::digest::PageHasher;
 use transport::postcopy::{Lane, LaneEnd, PageServer, PostcopyError};
-use transport::session::SourceEvent;
+use transport::session::{SessionError, SourceEvent};
 use transport::socket::Connection;
 use transport::source::Feeder;
 use transport::uri::Uri;
@@ -25,7 +25,7 @@ use transport::wire::control::{
 
 use super::watch::Watch;
 use super::{Attempt, Cause, RUN_STATE};
-use crate::engine::progress::Progress;
+use crate::engine::progress::{Phase, Progress};
 use crate::engine::report::{Postcopy, Status};
 use crate::engine::{explain, populated};
 
@@ -122,8 +122,11 @@ impl Attempt<'_> {
         if let Some((stream, connection)) = connections.next() {
             service.start(stream, connection)?;
         }
-        self.give(totals)?;
-        self.downtime = self.paused_at.map(|at| at.elapsed());
+        running.watch.finish(totals, true)?;
+        let unheard = self.say_go(Phase::Postcopy)?;
+        if unheard.is_none() {
+            self.downtime = self.paused_at.map(|at| at.elapsed());
+        }
         let running = self.running.as_mut().expect("as above");
         if let Some(service) = &mut running.postcopy {
             for (stream, connection) in connections {
@@ -131,7 +134,7 @@ impl Attempt<'_> {
                 let _ = service.start(stream, connection);
             }
         }
-        self.serve()
+        self.serve(unheard)
     }
 
     /// Pauses the guest; says what is missing at the destination, and the guest's state.
@@ -162,14 +165,20 @@ impl Attempt<'_> {
         Ok((totals, Arc::new(server)))
     }
 
-    /// Serves pages until the destination misses none. After GO: it does not give up by itself.
-    fn serve(&mut self) -> Result<(), Cause> {
+    /// Serves pages until the destination misses none. After GO: it does not give up by itself, and nobody ends it. Where RUNNING was not
+    /// heard, it asks what came of GO meanwhile, for the guest may need its pages already.
+    fn serve(&mut self, unheard: Option<Cause>) -> Result<(), Cause> {
         let (progress, began) = (self.progress, Instant::now());
         let mut uri = self.uri.clone();
         let running = self.running.as_mut().expect("set before any phase that needs it");
         let service = running.postcopy.as_mut().expect("set before GO");
         let watch = &mut running.watch;
-        let (mut linked, mut said, mut unlinked) = (true, false, began);
+        let (mut linked, mut said, mut unlinked) = (unheard.is_none(), false, began);
+        // Whether the destination is known to run the guest.
+        let mut known = linked;
+        if let Some(cause) = unheard {
+            progress.update(|r| (r.status, r.error) = (Status::Unknown, Some(explain(&cause))));
+        }
         let mut trying = Trying { pause: PAUSE_MIN, next: Instant::now() };
         loop {
             match watch.event_after_go() {
@@ -180,16 +189,24 @@ impl Attempt<'_> {
                     progress.update(|r| r.error = None);
                     return Ok(());
                 }
+                Ok(SourceEvent::Running) => {
+                    // It came late.
+                    (linked, known) = (true, true);
+                    self.downtime = self.paused_at.map(|at| at.elapsed());
+                    watch.send(Message::Running);
+                    progress.update(|r| r.error = None);
+                }
                 Ok(_) => {}
-                Err(cause @ Cause::Link(_)) if linked => {
+                // The destination has failed with the guest. One that never ran it is asked for another word.
+                Err(cause @ Cause::Session(SessionError::Peer { .. })) if known => return Err(cause),
+                Err(cause) if linked => {
                     // A new link knows nothing of what was said on this one.
                     (linked, said, unlinked) = (false, false, Instant::now());
                     // Nor can the others be trusted: one that is dead and idle would never tell.
                     service.lanes.clear();
                     progress.update(|r| r.error = Some(explain(&cause)));
                 }
-                Err(Cause::Link(_)) => std::thread::sleep(Duration::from_millis(10)),
-                Err(cause) => return Err(cause),
+                Err(_) => std::thread::sleep(Duration::from_millis(10)),
             }
             if let Some(error) = service.bury() {
                 progress.update(|r| r.error = Some(explain(&error)));
@@ -198,11 +215,18 @@ impl Attempt<'_> {
                 (uri, trying.next) = (other, Instant::now());
             }
             if (!linked || !service.is_whole()) && Instant::now() >= trying.next {
-                let result = reconnect(watch, service, &uri, &mut linked);
-                trying.on_result(progress, result);
+                match reconnect(watch, service, &uri, &mut linked) {
+                    // It never ran it, and never will: no page is needed there.
+                    Err(Cause::Abandoned) => return Err(Cause::Abandoned),
+                    result => trying.on_result(progress, result),
+                }
+                if linked && !known {
+                    known = true;
+                    self.downtime = self.paused_at.map(|at| at.elapsed());
+                }
             }
             let delivered = service.server.left() == 0;
-            if delivered && !linked && unlinked.elapsed() > self.options.timeout {
+            if delivered && known && !linked && unlinked.elapsed() > self.options.timeout {
                 // Every page was placed and receipted: the guest needs nothing more, whether its host says so or not.
                 report(progress, service, began, None);
                 progress.update(|r| r.error = None);
@@ -212,8 +236,11 @@ impl Attempt<'_> {
                 said = true;
                 watch.send(Message::Sent { pages: service.server.total() });
             }
-            let moves = linked && !service.lanes.is_empty();
-            let status = if moves { Status::PostcopyActive } else { Status::PostcopyPaused };
+            let status = match linked && !service.lanes.is_empty() {
+                _ if !known => Status::Unknown,
+                true => Status::PostcopyActive,
+                false => Status::PostcopyPaused,
+            };
             progress.update(|r| r.status = status);
             report(progress, service, began, None);
         }

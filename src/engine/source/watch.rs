@@ -332,7 +332,8 @@ impl Watch {
         }
     }
 
-    /// Takes a query connection for the control link that was lost; the destination says on it that it runs the guest.
+    /// Takes a query connection for the control link that was lost; the destination says on it that it runs the guest. Says GO again
+    /// where that did not arrive.
     pub(super) fn relink(&mut self, uri: &Uri) -> Result<(), Cause> {
         let connection = connect(uri, Role::Query, self.id, self.timeout)?;
         let (deliver, inbox) = unbounded();
@@ -340,21 +341,27 @@ impl Watch {
         self.inbox = inbox;
         let deadline = Instant::now() + self.timeout;
         loop {
-            match self.inbox.recv_deadline(deadline) {
-                Ok(LinkEvent::Message(Message::Status(status))) => match self.session.learn(status) {
-                    Learnt::Running => {
-                        self.link_lost = false;
-                        return Ok(());
-                    }
-                    _ => return Err(self.overdue("that it runs the guest")),
-                },
+            let status = match self.inbox.recv_deadline(deadline) {
+                Ok(LinkEvent::Message(Message::Status(status))) => status,
+                Ok(LinkEvent::Message(Message::Running)) => SessionStatus::Running,
                 Ok(LinkEvent::Message(Message::Error { code, text })) => {
                     let peer = "destination";
                     return Err(SessionError::Peer { peer, code, text }.into());
                 }
-                Ok(LinkEvent::Message(_)) => {}
+                Ok(LinkEvent::Message(_)) => continue,
                 Ok(LinkEvent::Dead(error)) => return Err(error.into()),
                 Err(_) => return Err(self.overdue("STATUS")),
+            };
+            match self.session.learn(status) {
+                Learnt::Running => {
+                    self.link_lost = false;
+                    // Lets the destination know that it is known; if this is lost, it only waits longer.
+                    self.send(Message::Running);
+                    return Ok(());
+                }
+                Learnt::SayGoAgain => self.send(Message::Go),
+                Learnt::Abandoned => return Err(Cause::Abandoned),
+                Learnt::Unknown => return Err(self.overdue("that it runs the guest")),
             }
         }
     }
