@@ -68,6 +68,11 @@ impl PageBitmap {
         self.words.iter().map(|w| u64::from(w.load(Ordering::Relaxed).count_ones())).sum()
     }
 
+    /// Number of pages in this set that are not in `other`, a set over as many chunks.
+    pub fn count_outside(&self, other: &Self) -> u64 {
+        self.iter().map(|(chunk, pages)| u64::from((pages & !other.get(chunk)).count_ones())).sum()
+    }
+
     /// Whether no page is in the set.
     pub fn is_empty(&self) -> bool {
         self.next_chunk(0).is_none()

@@ -757,7 +757,7 @@ impl Session {
         self.enlarger = None;
         self.sink.end_placing();
         let streams = self.streams.accounts();
-        let mine = Totals { streams, pages: self.sink.carried_pages(), state: state_digest(&self.state) };
+        let mine = Totals { streams, pages: self.carried_pages(), state: state_digest(&self.state) };
         let mut theirs = theirs.clone();
         // What the source may not have heard yet when it said FINISH.
         theirs.streams.retain(|end| !self.streams.is_lost(end.stream));

@@ -72,6 +72,15 @@ impl Session {
         self.postcopy.as_ref().map_or(Ok(()), |post| MissingSink::add_runs(&post.missing, runs, &*self.ram))
     }
 
+    /// Distinct pages that frames carried, for the account: a page that is missing counts for neither side, whether its frames arrived or
+    /// were lost with their stream.
+    pub(super) fn carried_pages(&self) -> u64 {
+        match &self.postcopy {
+            Some(post) => self.sink.carried_pages_without(&post.missing),
+            None => self.sink.carried_pages(),
+        }
+    }
+
     /// Something happened on the connections of postcopy.
     pub(super) fn on_postcopy(&mut self, event: PostcopyEvent) -> Result<(), IncomingError> {
         match event {

@@ -154,13 +154,14 @@ impl Attempt<'_> {
         let (watch, source) = self.parts();
         source.dirty_sync()?;
         let (missing, holes) = missing_pages(&*ram, source.missing(), unit_chunks)?;
+        let pages = source.carried_pages_without(&missing);
         let server = PageServer::new(ram, hasher, missing, holes, unit_chunks, timeout);
         for runs in server.runs().chunks(MISSING_RUNS_MAX) {
             watch.send(Message::Missing(runs.to_vec()));
         }
         let mut state = guest.save_state()?;
         state.push(StateBlob { name: RUN_STATE.into(), version: 1, bytes: vec![ran] });
-        let totals = Totals { streams, pages: source.carried_pages(), state: state_digest(&state) };
+        let totals = Totals { streams, pages, state: state_digest(&state) };
         watch.send(Message::State(state));
         Ok((totals, Arc::new(server)))
     }

@@ -104,6 +104,11 @@ impl PageSink {
         self.carried.count()
     }
 
+    /// The same without pages that are still to come.
+    pub fn carried_pages_without(&self, missing: &PageBitmap) -> u64 {
+        self.carried.count_outside(missing)
+    }
+
     /// Silence after which the rest of a frame is given up.
     pub fn timeout(&self) -> Duration {
         self.timeout

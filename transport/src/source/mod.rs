@@ -216,14 +216,17 @@ impl PageSource {
         self.carried.count()
     }
 
+    /// The same without pages that are said to be missing, whose frames may or may not have arrived: the destination's account in
+    /// postcopy.
+    pub fn carried_pages_without(&self, missing: &PageBitmap) -> u64 {
+        self.carried.count_outside(missing)
+    }
+
     /// Pages that were no holes at the start and that no frame has carried. Once everything is delivered there are none: a page
     /// is pending or in a frame, until its receipt comes. Asked before the handover, because a page that got lost between the
     /// two would be missing from both sides' accounts alike.
     pub fn never_carried(&self) -> u64 {
-        self.initial
-            .iter()
-            .map(|(chunk, pages)| u64::from((pages & !self.carried.get(chunk)).count_ones()))
-            .sum()
+        self.initial.count_outside(&self.carried)
     }
 
     /// Pages that the destination does not have: those that wait, and those that were no holes at the start and that no frame has
