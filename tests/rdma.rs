@@ -392,7 +392,8 @@ fn connections_leave_nothing_behind() {
                     }
                     None
                 });
-                let opened = SourceEnd::open(&source, &uri, [7; 16], 1, 0, timeout).expect("connected");
+                let opened =
+                    SourceEnd::open(&source, &uri, [7; 16], 1, 0, timeout, &|| false).expect("connected");
                 (opened, accepting.join().unwrap().expect("accepted"))
             });
             drop(attached);

@@ -604,7 +604,7 @@ pub(super) const STATE_TIME_GUESS: Duration = Duration::from_millis(5);
 /// One question on a connection of its own; says GO again where it did not arrive.
 fn ask_once(uri: &Uri, watch: &mut Watch, timeout: Duration) -> Result<Learnt, Cause> {
     let connection = connect(uri, Role::Query, watch.session_id(), timeout)?;
-    let exchange = Exchange::new(&connection, timeout)?;
+    let exchange = Exchange::new(&connection, timeout, &|| false)?;
     exchange.send(&Message::Query)?;
     let deadline = Instant::now() + timeout;
     // Pings alone are no answer: the destination's network lives longer than its session may.

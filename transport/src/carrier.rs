@@ -102,6 +102,18 @@ pub enum OpenError {
     Rdma(#[from] crate::rdma::RdmaError),
 }
 
+impl OpenError {
+    /// Whether whoever waited asked to wait no longer.
+    pub fn is_cancelled(&self) -> bool {
+        match self {
+            Self::Socket(error) => error.is_cancelled(),
+            Self::Link(error) => matches!(error, LinkError::Cancelled),
+            #[cfg(feature = "rdma")]
+            Self::Rdma(error) => matches!(error, crate::rdma::RdmaError::Cancelled),
+        }
+    }
+}
+
 /// What a stream is at the source: an end to give to [`crate::source::Lane::spawn`].
 pub struct SourceEnd {
     pub(crate) frames: Box<dyn FrameSender>,
@@ -122,7 +134,8 @@ pub fn warm_up(uri: &Uri) {
 }
 
 impl SourceEnd {
-    /// Opens stream `stream` of a session with the destination at `uri`, which speaks `version`.
+    /// Opens stream `stream` of a session with the destination at `uri`, which speaks `version`, each step of it within `timeout`. Ends
+    /// soon once `cancelled`, which is asked several times a second, says yes.
     pub fn open(
         source: &Arc<PageSource>,
         uri: &Uri,
@@ -130,6 +143,7 @@ impl SourceEnd {
         version: u16,
         stream: u16,
         timeout: Duration,
+        cancelled: &dyn Fn() -> bool,
     ) -> Result<Self, OpenError> {
         let preamble =
             Preamble { version_min: version, version_max: version, role: Role::Stream, stream, session };
@@ -137,13 +151,15 @@ impl SourceEnd {
             Uri::Tcp { .. } | Uri::Unix(_) => {
                 // Only RDMA registers the source's memory.
                 let _ = source;
-                let connection = Connection::connect(uri, timeout)?;
+                let connection = Connection::connect(uri, timeout, cancelled)?;
                 connection.tune(timeout).map_err(LinkError::Io)?;
-                attach_stream(&connection, &preamble, timeout)?;
+                attach_stream(&connection, &preamble, timeout, cancelled)?;
                 Ok(Self::socket(connection, timeout).map_err(LinkError::Io)?)
             }
             #[cfg(feature = "rdma")]
-            Uri::Rdma { host, port } => Ok(crate::rdma::connect(source, (host, *port), preamble, timeout)?),
+            Uri::Rdma { host, port } => {
+                Ok(crate::rdma::connect(source, (host, *port), preamble, timeout, cancelled)?)
+            }
             #[cfg(not(feature = "rdma"))]
             Uri::Rdma { .. } => unreachable!("such a URI is not read without the feature"),
         }

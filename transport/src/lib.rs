@@ -8,6 +8,7 @@
 pub mod carrier;
 mod clock;
 pub mod destination;
+mod dial;
 pub mod link;
 #[cfg(test)]
 mod nowhere;

@@ -11,6 +11,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
+use crate::dial::{Limit, STEP, is_cancelled};
 use crate::socket::{Connection, Listener};
 use crate::wire::Preamble;
 use crate::wire::WireError;
@@ -41,6 +42,9 @@ pub enum LinkError {
     /// The peer says no.
     #[error("the peer refused: {0}")]
     Refused(String),
+    /// Whoever waited for it asked to wait no longer.
+    #[error("cancelled")]
+    Cancelled,
     /// The peer does not keep to the protocol.
     #[error("the peer broke the control protocol: {0}")]
     Wire(#[from] WireError),
@@ -279,17 +283,24 @@ async fn read_exact(
 }
 
 /// A control connection used by blocking calls, for short exchanges: attaching a stream, asking after a session.
-#[derive(Debug)]
+///
+/// Waiting for a whole message takes at most the timeout, however its bytes come. `cancelled` is asked several times a second
+/// meanwhile; once it says yes the wait ends with [`LinkError::Cancelled`].
 pub struct Exchange<'a> {
     connection: &'a Connection,
     timeout: Duration,
+    cancelled: &'a dyn Fn() -> bool,
 }
 
 impl<'a> Exchange<'a> {
     /// An exchange over a connection whose preamble was sent.
-    pub fn new(connection: &'a Connection, timeout: Duration) -> Result<Self, LinkError> {
-        connection.set_timeouts(Some(timeout), Some(timeout)).map_err(LinkError::Io)?;
-        Ok(Self { connection, timeout })
+    pub fn new(
+        connection: &'a Connection,
+        timeout: Duration,
+        cancelled: &'a dyn Fn() -> bool,
+    ) -> Result<Self, LinkError> {
+        connection.set_timeouts(Some(STEP.min(timeout)), Some(timeout)).map_err(LinkError::Io)?;
+        Ok(Self { connection, timeout, cancelled })
     }
 
     /// Sends the preamble.
@@ -297,8 +308,9 @@ impl<'a> Exchange<'a> {
         connection: &'a Connection,
         preamble: &Preamble,
         timeout: Duration,
+        cancelled: &'a dyn Fn() -> bool,
     ) -> Result<Self, LinkError> {
-        let exchange = Self::new(connection, timeout)?;
+        let exchange = Self::new(connection, timeout, cancelled)?;
         exchange.write(&preamble.encode())?;
         Ok(exchange)
     }
@@ -310,11 +322,12 @@ impl<'a> Exchange<'a> {
 
     /// Waits for a message; an ERROR becomes an error.
     pub fn receive(&self) -> Result<Message, LinkError> {
+        let limit = Limit::new(self.timeout, self.cancelled);
         let mut bytes = vec![0; HEADER_LEN];
-        self.read(&mut bytes)?;
+        self.read(&mut bytes, limit)?;
         let (_, len) = Message::decode_header(bytes.first_chunk().expect("a header's length"))?;
         bytes.resize(HEADER_LEN + len + CHECKSUM_LEN, 0);
-        self.read(&mut bytes[HEADER_LEN..])?;
+        self.read(&mut bytes[HEADER_LEN..], limit)?;
         match Message::decode(&bytes)? {
             Message::Error { text, .. } => Err(LinkError::Refused(text)),
             message => Ok(message),
@@ -325,14 +338,25 @@ impl<'a> Exchange<'a> {
         io::Write::write_all(&mut &*self.connection, bytes).map_err(|e| self.error(e))
     }
 
-    fn read(&self, bytes: &mut [u8]) -> Result<(), LinkError> {
-        io::Read::read_exact(&mut &*self.connection, bytes).map_err(|e| self.error(e))
+    fn read(&self, mut bytes: &mut [u8], limit: Limit<'_>) -> Result<(), LinkError> {
+        while !bytes.is_empty() {
+            limit.step().map_err(|e| self.error(e))?;
+            match io::Read::read(&mut &*self.connection, bytes) {
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(read) => bytes = &mut bytes[read..],
+                // Nothing came for one step.
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e) => return Err(self.error(e)),
+            }
+        }
+        Ok(())
     }
 
     fn error(&self, error: io::Error) -> LinkError {
         match error.kind() {
             io::ErrorKind::UnexpectedEof => LinkError::Closed,
-            io::ErrorKind::WouldBlock => LinkError::Timeout(self.timeout.as_secs()),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => LinkError::Timeout(self.timeout.as_secs()),
+            _ if is_cancelled(&error) => LinkError::Cancelled,
             _ => LinkError::Io(error),
         }
     }
@@ -343,8 +367,9 @@ pub(crate) fn attach_stream(
     connection: &Connection,
     preamble: &Preamble,
     timeout: Duration,
+    cancelled: &dyn Fn() -> bool,
 ) -> Result<(), LinkError> {
-    match Exchange::open(connection, preamble, timeout)?.receive()? {
+    match Exchange::open(connection, preamble, timeout, cancelled)?.receive()? {
         Message::Attached { stream } if stream == preamble.stream => Ok(()),
         other => {
             let field = "answer to a stream's preamble";

@@ -25,9 +25,15 @@ pub struct SocketError {
 }
 
 impl SocketError {
-    fn new(what: String, source: io::Error) -> Self {
+    pub(crate) fn new(what: String, source: io::Error) -> Self {
         Self { what, source }
     }
+
+    /// Whether whoever waited asked to wait no longer.
+    pub fn is_cancelled(&self) -> bool {
+        crate::dial::is_cancelled(&self.source)
+    }
+
     /// The system's error.
     pub fn io(&self) -> &io::Error {
         &self.source
@@ -44,43 +50,6 @@ pub enum Connection {
 }
 
 impl Connection {
-    /// Connects to a destination within `timeout`, trying every address the name has. Of RDMA that is its control connection.
-    pub fn connect(uri: &Uri, timeout: Duration) -> Result<Self, SocketError> {
-        let fail = |hint: &str, source: io::Error| {
-            SocketError::new(format!("cannot connect to {uri}{hint}"), source)
-        };
-        match uri {
-            Uri::Unix(path) => UnixStream::connect(path).map(Self::Unix).map_err(|e| {
-                let hint = match e.kind() {
-                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                        ": no destination listens there; start `pageferry recv` or `vm --incoming` first"
-                    }
-                    _ => "",
-                };
-                fail(hint, e)
-            }),
-            Uri::Tcp { host, port } | Uri::Rdma { host, port } => {
-                let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-                for address in
-                    resolve(host, *port, false).map_err(|e| fail(": the name does not resolve", e))?
-                {
-                    match connect_tcp(address, timeout) {
-                        Ok(stream) => return Ok(Self::Tcp(stream)),
-                        Err(e) => last = e,
-                    }
-                }
-                let hint = match last.kind() {
-                    io::ErrorKind::ConnectionRefused => {
-                        ": no destination listens there; start `pageferry recv` or `vm --incoming` first"
-                    }
-                    io::ErrorKind::TimedOut => ": no answer; is a firewall in the way?",
-                    _ => "",
-                };
-                Err(fail(hint, last))
-            }
-        }
-    }
-
     /// Sets what a session's connections want: no delay, and death within `timeout` of silence from the peer's kernel; and on loopback
     /// what is fastest there.
     pub fn tune(&self, timeout: Duration) -> io::Result<()> {
@@ -197,7 +166,7 @@ impl Listener {
         match uri {
             Uri::Unix(path) => {
                 let stale = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket())
-                    && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
+                    && crate::dial::is_refused(path);
                 if stale {
                     std::fs::remove_file(path).map_err(|e| fail(": cannot replace the old socket", e))?;
                 }
@@ -278,16 +247,6 @@ impl Drop for Listener {
     }
 }
 
-/// As [`TcpStream::connect_timeout`], but for what must be set before.
-fn connect_tcp(address: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
-    let socket = Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
-    if address.ip().is_loopback() {
-        tune_for_loopback(&SockRef::from(&socket));
-    }
-    socket.connect_timeout(&address.into(), timeout)?;
-    Ok(socket.into())
-}
-
 fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
@@ -306,7 +265,7 @@ fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
 /// Asks for what moves most over loopback: cubic, as bbr's pacing halves the rate, and little that waits to be sent. A kernel
 /// without one of them keeps its default. Best before the socket is connected: one that has once begun with bbr goes on to pace
 /// itself by timers, whatever comes after it.
-fn tune_for_loopback(socket: &SockRef<'_>) {
+pub(crate) fn tune_for_loopback(socket: &SockRef<'_>) {
     let _ = socket.set_tcp_congestion(b"cubic");
     let _ = socket.set_tcp_notsent_lowat(LOOPBACK_UNSENT);
 }
@@ -351,14 +310,14 @@ mod tests {
     #[test]
     fn nobody_there_says_what_to_do() {
         let free = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap().uri();
-        let error = Connection::connect(&free, Duration::from_secs(1)).unwrap_err();
+        let error = Connection::connect(&free, Duration::from_secs(1), &|| false).unwrap_err();
         assert!(error.to_string().contains("start `pageferry recv`"), "{error}");
     }
 
     #[test]
     fn little_waits_to_be_sent_on_loopback() {
         let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
-        let connection = Connection::connect(&listener.uri(), Duration::from_secs(1)).unwrap();
+        let connection = Connection::connect(&listener.uri(), Duration::from_secs(1), &|| false).unwrap();
         connection.tune(Duration::from_secs(10)).unwrap();
         assert_eq!(connection.socket().tcp_notsent_lowat().unwrap(), LOOPBACK_UNSENT);
     }
@@ -366,7 +325,7 @@ mod tests {
     #[test]
     fn loopback_is_tuned_before_it_connects() {
         let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
-        let connection = Connection::connect(&listener.uri(), Duration::from_secs(1)).unwrap();
+        let connection = Connection::connect(&listener.uri(), Duration::from_secs(1), &|| false).unwrap();
         for end in [connection, listener.accept().unwrap()] {
             let before = (end.socket().tcp_congestion().unwrap(), end.socket().tcp_notsent_lowat().unwrap());
             end.tune(Duration::from_secs(10)).unwrap();
@@ -379,7 +338,7 @@ mod tests {
     fn ipv6_loopback_works_where_there_is_one() {
         match Listener::bind(&"tcp:[::1]:0".parse().unwrap()) {
             Ok(listener) => {
-                Connection::connect(&listener.uri(), Duration::from_secs(1)).unwrap();
+                Connection::connect(&listener.uri(), Duration::from_secs(1), &|| false).unwrap();
             }
             Err(error) => eprintln!("skipped: no IPv6 loopback here ({error})"),
         }

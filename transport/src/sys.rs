@@ -3,6 +3,7 @@
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 use vm_memory::volatile_memory::VolatileSlice;
 
@@ -41,6 +42,22 @@ pub(crate) fn run_soon() {
     };
     // SAFETY: the kernel reads the struct, whose size it is told; 0 is the calling thread. A refusal only costs time.
     let _ = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) };
+}
+
+/// Waits until a socket takes bytes, or has failed; says whether it does.
+pub(crate) fn wait_writable(socket: BorrowedFd<'_>, timeout: Duration) -> io::Result<bool> {
+    let mut polled = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    // Rounded up, or a wait for less than a millisecond would be none.
+    let millis = timeout.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
+    // SAFETY: the one entry lives through the call.
+    let ready = unsafe { libc::poll(&raw mut polled, 1, millis) };
+    match ready {
+        0.. => Ok(ready != 0),
+        _ => match io::Error::last_os_error() {
+            e if e.kind() == io::ErrorKind::Interrupted => Ok(false),
+            e => Err(e),
+        },
+    }
 }
 
 /// Pieces of memory and how far a transfer over them has come.

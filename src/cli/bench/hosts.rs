@@ -171,7 +171,7 @@ impl There {
     /// Asks the host that listens at `uri` for a destination.
     pub(super) fn start(uri: &Uri, order: &DestinationOrder) -> Result<Self, String> {
         let timeout = Duration::from_secs(order.timeout_s);
-        let connection = Connection::connect(&control(uri), timeout).map_err(|e| explain(&e))?;
+        let connection = Connection::connect(&control(uri), timeout, &|| false).map_err(|e| explain(&e))?;
         let broken = |e: io::Error| format!("the connection to the listening host broke: {e}");
         connection.set_timeouts(None, Some(timeout)).map_err(broken)?;
         let connection = Arc::new(connection);

@@ -182,7 +182,7 @@ fn sockets(uri: &Uri, connections: usize) -> io::Result<f64> {
     let listener = Listener::bind(uri).map_err(io::Error::other)?;
     let mut pairs = Vec::new();
     for _ in 0..connections {
-        let out = Connection::connect(&listener.uri(), TIMEOUT).map_err(io::Error::other)?;
+        let out = Connection::connect(&listener.uri(), TIMEOUT, &|| false).map_err(io::Error::other)?;
         let into = listener.accept()?;
         for end in [&out, &into] {
             end.tune(TIMEOUT)?;

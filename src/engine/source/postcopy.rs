@@ -74,7 +74,8 @@ impl Service {
     fn reopen(&mut self, uri: &Uri) -> Result<(), Cause> {
         for stream in 0..self.wanted {
             if !self.lanes.contains_key(&stream) {
-                let connection = Lane::dial(uri, self.session, self.version, stream, self.timeout)?;
+                let connection =
+                    Lane::dial(uri, self.session, self.version, stream, self.timeout, &|| false)?;
                 self.start(stream, connection)?;
             }
         }
@@ -293,7 +294,7 @@ fn dial_all(
     let cores =
         std::thread::available_parallelism().map_or(1, |cores| cores.get().try_into().unwrap_or(PUSHING_MAX));
     let streams = 0..=welcome.streams.min(PUSHING_MAX).min(cores);
-    streams.map(|stream| Ok(Lane::dial(uri, session, welcome.version, stream, timeout)?)).collect()
+    streams.map(|stream| Ok(Lane::dial(uri, session, welcome.version, stream, timeout, &|| false)?)).collect()
 }
 
 /// Adds to missing pages what comes in with them, and says which of all are holes here.

@@ -28,7 +28,7 @@ pub(super) struct Opener {
 impl Opener {
     /// Opens the stream with this id.
     pub(super) fn open(&self, id: u16) -> Result<SourceEnd, OpenError> {
-        SourceEnd::open(&self.source, &self.uri, self.session, self.version, id, self.timeout)
+        SourceEnd::open(&self.source, &self.uri, self.session, self.version, id, self.timeout, &|| false)
     }
 }
 

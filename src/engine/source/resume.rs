@@ -188,7 +188,7 @@ fn tell(
     error: &Message,
 ) -> Result<(), Cause> {
     let connection = connect(uri, Role::Resume, session, timeout)?;
-    let exchange = Exchange::new(&connection, timeout)?;
+    let exchange = Exchange::new(&connection, timeout, &|| false)?;
     exchange.send(resume)?;
     let deadline = Instant::now() + timeout;
     while !matches!(exchange.receive()?, Message::Resumed { .. }) {
@@ -206,7 +206,7 @@ pub(super) fn connect(
     session: SessionId,
     timeout: Duration,
 ) -> Result<Connection, Cause> {
-    let connection = Connection::connect(uri, timeout)?;
+    let connection = Connection::connect(uri, timeout, &|| false)?;
     connection.tune(timeout)?;
     connection.set_timeouts(None, Some(timeout))?;
     let preamble = Preamble { version_min: VERSION_MIN, version_max: VERSION_MAX, role, stream: 0, session };

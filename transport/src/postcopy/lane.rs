@@ -49,20 +49,22 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// Opens connection `stream` of a session with the destination at `uri`, which speaks `version`; 0 is the one for requests.
+    /// Opens connection `stream` of a session with the destination at `uri`, which speaks `version`; 0 is the one for requests. Ends
+    /// soon once `cancelled` says yes.
     pub fn dial(
         uri: &Uri,
         session: SessionId,
         version: u16,
         stream: u16,
         timeout: Duration,
+        cancelled: &dyn Fn() -> bool,
     ) -> Result<Connection, PostcopyError> {
         let io = |source| PostcopyError::Io { stream, source };
         let preamble =
             Preamble { version_min: version, version_max: version, role: Role::Postcopy, stream, session };
-        let connection = Connection::connect(uri, timeout)?;
+        let connection = Connection::connect(uri, timeout, cancelled)?;
         connection.tune(timeout).map_err(io)?;
-        attach_stream(&connection, &preamble, timeout)?;
+        attach_stream(&connection, &preamble, timeout, cancelled)?;
         connection.set_timeouts(Some(TICK), Some(timeout)).map_err(io)?;
         Ok(connection)
     }

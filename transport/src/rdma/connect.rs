@@ -3,11 +3,11 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::TICK;
 use super::sys::{Domain, Event, EventChannel, EventKind, Id, QueuePair, wait_readable};
-use crate::socket::resolve as resolve_name;
+use crate::dial::{Limit, find, is_cancelled};
 use crate::wire::control::ErrorCode;
 use crate::wire::queue::{Accept, Refusal, Request};
 use crate::wire::{Preamble, WireError};
@@ -45,6 +45,9 @@ pub enum RdmaError {
     /// It answers in another language.
     #[error("the answer to the RDMA connection is no answer of pageferry's")]
     Wire(#[from] WireError),
+    /// Whoever waited for it asked to wait no longer.
+    #[error("cancelled")]
+    Cancelled,
     /// A call failed.
     #[error("cannot {what}")]
     System {
@@ -61,33 +64,50 @@ pub(super) fn failed(what: &'static str) -> impl FnOnce(io::Error) -> RdmaError 
 }
 
 /// A connection that has its device, not yet asked for, to the first address of a name that is reached over one.
-pub(super) fn reach(host: &str, port: u16, timeout: Duration) -> Result<(Arc<Id>, SocketAddr), RdmaError> {
-    let addresses = resolve_name(host, port, false).map_err(failed("resolve the destination's name"))?;
+pub(super) fn reach(
+    host: &str,
+    port: u16,
+    timeout: Duration,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<(Arc<Id>, SocketAddr), RdmaError> {
+    let addresses = find(host, port, Limit::new(timeout, cancelled))
+        .map_err(|e| stopped(e, failed("resolve the destination's name")))?;
     let mut last = RdmaError::System { what: "find the destination", source: io::ErrorKind::NotFound.into() };
     for address in addresses {
-        match resolve(address, timeout) {
+        match resolve(address, timeout, cancelled) {
             Ok(id) => return Ok((id, address)),
+            Err(RdmaError::Cancelled) => return Err(RdmaError::Cancelled),
             Err(error) => last = error,
         }
     }
     Err(last)
 }
 
-fn resolve(address: SocketAddr, timeout: Duration) -> Result<Arc<Id>, RdmaError> {
+fn resolve(
+    address: SocketAddr,
+    timeout: Duration,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Arc<Id>, RdmaError> {
     let channel = EventChannel::new().map_err(RdmaError::NoDevice)?;
     let id = Id::new(&channel).map_err(RdmaError::NoDevice)?;
     let no_route = |_| RdmaError::NoRoute { address };
+    let step = |what| wait(&channel, Limit::new(timeout, cancelled)).map_err(|e| stopped(e, failed(what)));
     id.resolve_address(address, timeout).map_err(no_route)?;
-    let event = wait(&channel, timeout).map_err(failed("look up an RDMA address"))?;
+    let event = step("look up an RDMA address")?;
     if !matches!(event, Some(Event { kind: EventKind::AddressResolved, .. })) {
         return Err(RdmaError::NoRoute { address });
     }
     id.resolve_route(timeout).map_err(no_route)?;
-    let event = wait(&channel, timeout).map_err(failed("look up an RDMA route"))?;
+    let event = step("look up an RDMA route")?;
     if !matches!(event, Some(Event { kind: EventKind::RouteResolved, .. })) {
         return Err(RdmaError::NoRoute { address });
     }
     Ok(Arc::new(id))
+}
+
+/// An error of a wait, which may have been cancelled.
+fn stopped(error: io::Error, otherwise: impl FnOnce(io::Error) -> RdmaError) -> RdmaError {
+    if is_cancelled(&error) { RdmaError::Cancelled } else { otherwise(error) }
 }
 
 /// Asks for the connection, whose queue pair is ready to receive, and waits for the answer.
@@ -96,10 +116,12 @@ pub(super) fn ask(
     address: SocketAddr,
     preamble: Preamble,
     timeout: Duration,
+    cancelled: &dyn Fn() -> bool,
 ) -> Result<Accept, RdmaError> {
     let id = pair.id();
     id.connect(&Request { preamble }.encode()).map_err(failed("connect a queue pair"))?;
-    let event = wait(id.channel(), timeout).map_err(failed("connect a queue pair"))?;
+    let event = wait(id.channel(), Limit::new(timeout, cancelled))
+        .map_err(|e| stopped(e, failed("connect a queue pair")))?;
     let no_answer = |why: String| RdmaError::NoAnswer { address, why };
     match event {
         Some(Event { kind: EventKind::Established, private, .. }) => Ok(Accept::decode(&private)?),
@@ -116,17 +138,16 @@ pub(super) fn ask(
 }
 
 /// The next event of a connection, within a time.
-fn wait(channel: &Arc<EventChannel>, timeout: Duration) -> io::Result<Option<Event>> {
-    let deadline = Instant::now() + timeout;
+fn wait(channel: &Arc<EventChannel>, limit: Limit<'_>) -> io::Result<Option<Event>> {
     loop {
         if let Some(event) = channel.next()? {
             return Ok(Some(event));
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Ok(None);
+        match limit.step() {
+            Ok(step) => wait_readable([channel.fd()], step).map(drop)?,
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => return Ok(None),
+            Err(e) => return Err(e),
         }
-        wait_readable([channel.fd()], left)?;
     }
 }
 

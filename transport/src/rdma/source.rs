@@ -77,9 +77,10 @@ pub(crate) fn connect(
     (host, port): (&str, u16),
     preamble: Preamble,
     timeout: Duration,
+    cancelled: &dyn Fn() -> bool,
 ) -> Result<SourceEnd, RdmaError> {
     let registry = source.registry().clone();
-    let (id, address) = reach(host, port, timeout)?;
+    let (id, address) = reach(host, port, timeout, cancelled)?;
     let domain = registry.domain(&id).map_err(failed("use the RDMA device"))?;
     let depth = Depth { sends: SENDS, receives: RECEIVES };
     let make = failed("make a queue pair");
@@ -92,7 +93,7 @@ pub(crate) fn connect(
             Ok(free)
         })
         .map_err(|e| failed("register buffers")(buffers_failed(e, bytes)))?;
-    let accept = ask(&pair, address, preamble, timeout)?;
+    let accept = ask(&pair, address, preamble, timeout, cancelled)?;
     if accept.stream != preamble.stream {
         return Err(WireError::BadValue { field: "stream", value: accept.stream.into() }.into());
     }
