@@ -9,10 +9,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pagecopy::backend::BackendError;
-use pagecopy::bitmap::PageBitmap;
 use pagecopy::digest::PageHasher;
 use transport::link::LinkEvent;
-use transport::postcopy::{MissingSink, PostcopyError};
+use transport::postcopy::{MissingRuns, MissingSink, PostcopyError};
 use transport::session::DestinationEvent;
 use transport::socket::Connection;
 use transport::wire::WireError;
@@ -37,7 +36,7 @@ pub(super) enum PostcopyEvent {
 /// What there is of postcopy once the source has announced it.
 pub(super) struct Postcopy {
     /// What is still to come, until the memory misses it.
-    missing: PageBitmap,
+    missing: MissingRuns,
     /// Connections that are open before there is anything to do for them.
     early: Vec<(u16, Arc<Connection>)>,
     sink: Option<Arc<MissingSink>>,
@@ -54,7 +53,7 @@ impl Session {
     pub(super) fn announce_postcopy(&mut self) -> Result<(), IncomingError> {
         let unit_chunks = self.ram.missing_unit()?;
         self.postcopy = Some(Postcopy {
-            missing: PageBitmap::new(self.ram.layout().chunks()),
+            missing: MissingRuns::new(self.ram.layout()),
             early: Vec::new(),
             sink: None,
             connections: Vec::new(),
@@ -69,7 +68,7 @@ impl Session {
     /// These pages are still to come.
     pub(super) fn add_missing(&mut self, runs: &[ChunkRun]) -> Result<(), WireError> {
         // The session machine takes runs only after the announcement.
-        self.postcopy.as_ref().map_or(Ok(()), |post| MissingSink::add_runs(&post.missing, runs, &*self.ram))
+        self.postcopy.as_mut().map_or(Ok(()), |post| post.missing.add(runs, self.ram.layout()))
     }
 
     /// Distinct pages that frames carried, for the account: a page that is missing counts for neither side, whether its frames arrived or
@@ -138,7 +137,8 @@ impl Session {
     /// Everything that comes before the guest is here: from now on whoever touches a page that does not waits for it.
     pub(super) fn miss_pages(&mut self) -> Result<(), IncomingError> {
         let Some(post) = &mut self.postcopy else { return Ok(()) };
-        let missing = std::mem::replace(&mut post.missing, PageBitmap::new(0));
+        let nothing = MissingRuns::new(self.ram.layout());
+        let missing = std::mem::replace(&mut post.missing, nothing).into_pages();
         let (hasher, timeout) = (PageHasher::new(self.hello.seed), self.sink.timeout());
         let sink = Arc::new(MissingSink::new(self.ram.clone(), hasher, missing, timeout)?);
         post.sink = Some(sink.clone());

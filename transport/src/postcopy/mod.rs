@@ -10,6 +10,7 @@
 //! destination the [`MissingSink`] places what fits its seal, and lets those go on who wait for it.
 
 mod lane;
+mod missing;
 mod pace;
 mod receiver;
 mod server;
@@ -22,6 +23,7 @@ use std::io;
 use pagecopy::backend::BackendError;
 
 pub use lane::{Lane, LaneEnd};
+pub use missing::MissingRuns;
 pub use server::{PageServer, ServerCounters};
 pub use sink::{MissingSink, SinkStatistics};
 

@@ -10,6 +10,7 @@ use pagecopy::digest::PageHasher;
 use pagecopy::layout::Layout;
 use pagecopy::postcopy::Order;
 
+use super::missing::runs_of;
 use crate::wire::control::ChunkRun;
 use crate::wire::postcopy::PageRequest;
 
@@ -104,7 +105,7 @@ impl PageServer {
         }
     }
 
-    /// What was missing at the start.
+    /// What was missing at the start, as [`MissingRuns`](super::MissingRuns) takes it.
     pub fn runs(&self) -> &[ChunkRun] {
         &self.runs
     }
@@ -227,33 +228,11 @@ impl Drop for Answering<'_> {
     }
 }
 
-/// A set of pages as runs.
-fn runs_of(pages: &PageBitmap) -> Vec<ChunkRun> {
-    let mut runs: Vec<ChunkRun> = Vec::new();
-    for (chunk, pages) in pages.iter() {
-        match runs.last_mut() {
-            Some(run) if run.pages == pages && run.first + run.count == chunk => run.count += 1,
-            _ => runs.push(ChunkRun { first: chunk, count: 1, pages }),
-        }
-    }
-    runs
-}
-
 #[cfg(test)]
 mod tests {
     use pagecopy::layout::{CHUNK_SIZE, Region};
 
     use super::*;
-
-    #[test]
-    fn runs_are_as_few_as_can_be() {
-        let pages = PageBitmap::new(6);
-        for (chunk, word) in [(0, 1), (1, 1), (2, 3), (4, 3), (5, 3)] {
-            pages.insert(chunk, word);
-        }
-        let run = |first, count, pages| ChunkRun { first, count, pages };
-        assert_eq!(runs_of(&pages), [run(0, 2, 1), run(2, 1, 3), run(4, 2, 3)]);
-    }
 
     #[test]
     fn units_are_counted_from_their_regions_start() {

@@ -17,8 +17,7 @@ use super::lane::FAULTS;
 use super::receiver;
 use crate::socket::Connection;
 use crate::sys;
-use crate::wire::WireError;
-use crate::wire::control::{Arrived, ChunkRun};
+use crate::wire::control::Arrived;
 use crate::wire::frame::FrameHeader;
 use crate::wire::postcopy::PageRequest;
 
@@ -80,28 +79,6 @@ struct Waits {
 }
 
 impl MissingSink {
-    /// A set of pages from the runs that a source announces, each checked against the layout.
-    pub fn add_runs(missing: &PageBitmap, runs: &[ChunkRun], ram: &dyn GuestRam) -> Result<(), WireError> {
-        let layout = ram.layout();
-        for run in runs {
-            let end = run.first.checked_add(run.count).filter(|&end| end <= layout.chunks());
-            let Some(end) = end else {
-                return Err(WireError::BadValue { field: "run of missing pages", value: run.first.into() });
-            };
-            for chunk in run.first..end {
-                let beyond = run.pages & !layout.valid(chunk);
-                if beyond != 0 {
-                    return Err(WireError::BadValue {
-                        field: "missing pages (beyond the region)",
-                        value: beyond,
-                    });
-                }
-                missing.insert(chunk, run.pages);
-            }
-        }
-        Ok(())
-    }
-
     /// Takes `missing` pages away from the memory, so that whoever touches one waits.
     pub fn new(
         ram: Arc<dyn GuestRam>,

@@ -18,7 +18,7 @@ use super::guest_memory::Memory;
 use super::network::{Connection, Side};
 use super::rng::Rng;
 use super::weather;
-use crate::postcopy::{MissingSink, PageServer};
+use crate::postcopy::{MissingRuns, MissingSink, PageServer};
 use crate::wire::frame::{
     FrameHeader, FrameKind, RECEIPT_HEADER_LEN, RECEIPT_MAGIC, check_receipt, decode_receipt_header,
 };
@@ -217,10 +217,13 @@ impl Run {
         let hasher = PageHasher::new(rng.next());
         let timeout = Duration::from_secs(1);
         let [at_source, at_destination] = missing;
-        let announced = PageBitmap::new(chunks);
+        let mut announced = MissingRuns::new(&layout);
         let holes = PageBitmap::new(chunks);
         let server = PageServer::new(source.clone(), hasher.clone(), at_source, holes, 0, timeout);
-        MissingSink::add_runs(&announced, server.runs(), &*destination).expect("runs of a real layout");
+        for runs in server.runs().chunks(2) {
+            announced.add(runs, &layout).expect("runs of a real layout");
+        }
+        let announced = announced.into_pages();
         assert_eq!(announced.count(), at_destination.count());
         let open = rng.range(2, 4) as usize;
         let sink = MissingSink::new(destination.clone(), hasher.clone(), announced, timeout);
