@@ -75,7 +75,7 @@ impl Session {
     /// were lost with their stream.
     pub(super) fn carried_pages(&self) -> u64 {
         match &self.postcopy {
-            Some(post) => self.sink.carried_pages_without(&post.missing),
+            Some(post) => self.sink.carried_pages_without(post.missing.pages()),
             None => self.sink.carried_pages(),
         }
     }

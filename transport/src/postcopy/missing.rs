@@ -43,6 +43,11 @@ impl MissingRuns {
         Ok(())
     }
 
+    /// The pages so far.
+    pub fn pages(&self) -> &PageBitmap {
+        &self.pages
+    }
+
     /// The pages.
     pub fn into_pages(self) -> PageBitmap {
         self.pages
