@@ -130,7 +130,7 @@ fn sockets(streams: u8) -> io::Result<Vec<(Connection, Connection)>> {
     let loopback = Uri::Tcp { host: "127.0.0.1".into(), port: 0 };
     let listener = Listener::bind(&loopback).map_err(io::Error::other)?;
     let connect = |_| {
-        let to = Connection::connect(&listener.uri(), PATIENCE).map_err(io::Error::other)?;
+        let to = Connection::connect(&listener.uri(), PATIENCE, &|| false).map_err(io::Error::other)?;
         Ok((to, listener.accept()?))
     };
     (0..streams).map(connect).collect()
