@@ -3,6 +3,8 @@
 //!
 //! Without `/dev/kvm` each test says so and goes with `--no-kvm`, where that makes sense.
 
+#[path = "live/cancel.rs"]
+mod cancel;
 #[path = "live/commands.rs"]
 mod commands;
 #[path = "common/mod.rs"]

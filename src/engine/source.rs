@@ -4,6 +4,7 @@
 //! dirty log stops, and a guest that was paused runs on. A failed attempt costs only what it sent: the next one starts anew.
 
 mod converge;
+mod leave;
 mod postcopy;
 mod reopen;
 mod resume;
@@ -11,8 +12,10 @@ mod watch;
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::RecvTimeoutError;
 use pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, StateBlob};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::choose::CodecMode;
@@ -20,17 +23,16 @@ use pagecopy::digest::PageHasher;
 use pagecopy::layout::PAGE_SIZE;
 use pagecopy::zero::is_zero;
 use transport::carrier::OpenError;
-use transport::link::{Exchange, LinkError};
+use transport::link::LinkError;
 use transport::postcopy::PostcopyError;
-use transport::session::{Learnt, SessionError};
+use transport::session::SessionError;
 use transport::socket::SocketError;
 use transport::source::{FatalError, Feeder, PageSource, SourceOptions};
 use transport::spent::Spent;
 use transport::streams::StreamsError;
 use transport::uri::Uri;
-use transport::wire::Role;
 use transport::wire::control::{
-    ErrorCode, Hello, Message, PRESENCE_CHUNKS, SessionStatus, Totals, Welcome, capability, state_digest,
+    ErrorCode, Hello, Message, PRESENCE_CHUNKS, Totals, Welcome, capability, state_digest,
 };
 
 use super::Options;
@@ -38,9 +40,9 @@ use super::progress::{Phase, Progress};
 use super::report::{Report, Status};
 use super::usage;
 use converge::Next;
+use leave::Leave;
 use reopen::Opener;
-use resume::connect;
-use watch::Watch;
+use watch::{TICK, Watch};
 
 /// Bytes of a dense map that a thread looks at, at least: 256 MiB of memory.
 const DENSE_SHARE_MIN: usize = 16;
@@ -213,6 +215,7 @@ pub fn migrate(
         options,
         progress,
         began,
+        leave: Leave::new(progress),
         paused_at: None,
         downtime: None,
         round_trip: None,
@@ -227,7 +230,12 @@ pub fn migrate(
             let _ = backend.log.stop();
             None
         }
-        Err(cause) => Some(attempt.unwind(cause)),
+        Err(cause) => {
+            // Whatever broke while somebody waited for it to end.
+            let cause =
+                if attempt.owns_guest() { attempt.leave.check().err().unwrap_or(cause) } else { cause };
+            Some(attempt.unwind(cause))
+        }
     };
     let total = began.elapsed();
     // The workers are gone and the last word is out: the numbers are final.
@@ -265,6 +273,7 @@ struct Attempt<'a> {
     options: &'a Options,
     progress: &'a Progress,
     began: Instant,
+    leave: Leave,
     paused_at: Option<Instant>,
     /// Of a guest that runs at the destination before the migration's end.
     downtime: Option<Duration>,
@@ -293,7 +302,7 @@ struct Running {
 impl Attempt<'_> {
     fn run(&mut self) -> Result<(), Cause> {
         transport::carrier::warm_up(self.uri);
-        let mut watch = Watch::connect(self.uri, self.options, self.progress)?;
+        let mut watch = Watch::connect(self.uri, self.options, self.progress, &self.leave)?;
         self.backend.log.start()?;
         // After the log was started, so that no page falls between the two.
         let scanning = Instant::now();
@@ -340,6 +349,11 @@ impl Attempt<'_> {
         };
         self.finish(feeder, state)?;
         Ok(Stage::Ready)
+    }
+
+    /// Whether GO was not said.
+    fn owns_guest(&self) -> bool {
+        self.running.as_ref().is_none_or(|running| running.watch.owns_guest())
     }
 
     fn parts(&mut self) -> (&mut Watch, &Arc<PageSource>) {
@@ -415,22 +429,23 @@ impl Attempt<'_> {
 
     /// Opens all streams at the same time: what takes long is the way there and back.
     fn open_streams(&mut self, version: u16, streams: u16, feeder: &Feeder) -> Result<(), Cause> {
-        let (uri, timeout) = (self.uri.clone(), self.options.timeout);
+        let (uri, timeout, leave) = (self.uri.clone(), self.options.timeout, self.leave.clone());
         let (watch, source) = self.parts();
         let (session, source) = (watch.session_id(), source.clone());
-        let opener = Arc::new(Opener { source, uri, session, version, timeout });
+        let opener = Arc::new(Opener { source, uri, session, version, timeout, leave });
         watch.keep_open(opener.clone(), streams);
         let (opened, ends) = crossbeam_channel::unbounded();
         let mut round_trip = Duration::MAX;
+        // Once one has failed, nobody waits for the others.
+        let vain = AtomicBool::new(false);
         let result: Result<(), Cause> = std::thread::scope(|scope| {
             for first in 0..streams.min(OPENING_MAX) {
-                let (opened, opener) = (opened.clone(), &opener);
+                let (opened, opener, vain) = (opened.clone(), &opener, &vain);
                 scope.spawn(move || {
                     for stream in (first..streams).step_by(OPENING_MAX.into()) {
                         let begun = Instant::now();
-                        let end = opener.open(stream);
+                        let end = opener.open(stream, vain);
                         let failed = end.is_err();
-                        // Nobody listens any more once one has failed.
                         if opened.send((stream, end, begun.elapsed())).is_err() || failed {
                             return;
                         }
@@ -438,14 +453,24 @@ impl Attempt<'_> {
                 });
             }
             drop(opened);
-            // By value: once one has failed, nobody listens to the others.
-            ends.into_iter().try_for_each(|(stream, end, took)| {
-                let carrier = end.map_err(|source| Cause::Stream { stream, source })?;
-                // There and back to connect, and once more until it is attached.
-                round_trip = round_trip.min(took / 2);
-                watch.check()?;
-                watch.start(carrier, stream, feeder.work())
-            })
+            let result = loop {
+                let result = match ends.recv_timeout(TICK) {
+                    Ok((stream, Ok(carrier), took)) => {
+                        // There and back to connect, and once more until it is attached.
+                        round_trip = round_trip.min(took / 2);
+                        watch.start(carrier, stream, feeder.work())
+                    }
+                    Ok((stream, Err(source), _)) => Err(Cause::Stream { stream, source }),
+                    Err(RecvTimeoutError::Timeout) => Ok(()),
+                    // All of them are open.
+                    Err(RecvTimeoutError::Disconnected) => break Ok(()),
+                };
+                if let Err(cause) = result.and_then(|()| watch.check()) {
+                    break Err(cause);
+                }
+            };
+            vain.store(result.is_err(), Ordering::Relaxed);
+            result
         });
         result?;
         watch.feed(feeder.work());
@@ -535,20 +560,18 @@ impl Attempt<'_> {
             r.error = Some(super::explain(&first));
         });
         let (uri, live) = (self.uri, self.backend.guest.is_some());
-        let progress = self.progress;
+        let (progress, leave) = (self.progress, self.leave.clone());
         let (watch, _) = self.parts();
         let mut pause = Duration::from_millis(50);
         let began = Instant::now();
         loop {
-            if let Ok(learnt) = ask_once(uri, watch, options.timeout) {
-                match learnt {
-                    Learnt::Running => {
-                        progress.update(|r| r.error = None);
-                        return Ok(());
-                    }
-                    Learnt::Abandoned => return Err(Cause::Abandoned),
-                    Learnt::SayGoAgain | Learnt::Unknown => {}
+            match watch.relink(uri, &|| leave.is_over()) {
+                Ok(()) => {
+                    progress.update(|r| r.error = None);
+                    return Ok(());
                 }
+                Err(Cause::Abandoned) => return Err(Cause::Abandoned),
+                Err(_) => {}
             }
             if progress.is_cancelled() || (!live && began.elapsed() > options.timeout) {
                 return Err(first);
@@ -600,36 +623,6 @@ fn wait_to_go_on(watch: &mut Watch, progress: &Progress) -> Result<(), Cause> {
 
 /// How long saving, sending and loading device state is taken to need until it is measured.
 pub(super) const STATE_TIME_GUESS: Duration = Duration::from_millis(5);
-
-/// One question on a connection of its own; says GO again where it did not arrive.
-fn ask_once(uri: &Uri, watch: &mut Watch, timeout: Duration) -> Result<Learnt, Cause> {
-    let connection = connect(uri, Role::Query, watch.session_id(), timeout)?;
-    let exchange = Exchange::new(&connection, timeout, &|| false)?;
-    exchange.send(&Message::Query)?;
-    let deadline = Instant::now() + timeout;
-    // Pings alone are no answer: the destination's network lives longer than its session may.
-    while Instant::now() < deadline {
-        let learnt = match exchange.receive()? {
-            Message::Ping(nonce) => {
-                exchange.send(&Message::Pong(nonce))?;
-                continue;
-            }
-            Message::Status(status) => watch.learn(status),
-            Message::Running => watch.learn(SessionStatus::Running),
-            _ => continue,
-        };
-        match learnt {
-            Learnt::SayGoAgain => exchange.send(&Message::Go)?,
-            Learnt::Running => {
-                // Lets the destination know that it is known; if this is lost, it only waits longer.
-                let _ = exchange.send(&Message::Running);
-                return Ok(learnt);
-            }
-            Learnt::Abandoned | Learnt::Unknown => return Ok(learnt),
-        }
-    }
-    Ok(Learnt::Unknown)
-}
 
 /// Sets the bits of a dense map, with all cores: looking at memory that nobody has looked at costs a page fault each time.
 fn find_dense(ram: &dyn GuestRam, populated: &PageBitmap, dense: &mut [u8]) {

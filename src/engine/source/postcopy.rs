@@ -104,7 +104,8 @@ impl Attempt<'_> {
         running.watch.close();
         drop(feeder);
         let streams = running.watch.streams_ended()?;
-        let connections = dial_all(uri, running.watch.session_id(), &welcome, timeout)?;
+        let given_up = || self.leave.is_over();
+        let connections = dial_all(uri, running.watch.session_id(), &welcome, timeout, &given_up)?;
         let hasher = running.source.hasher().clone();
         let (totals, server) = self.leave(&guest, streams, unit_chunks, hasher, rounds)?;
         let running = self.running.as_mut().expect("as above");
@@ -275,7 +276,7 @@ impl Trying {
 /// Opens what was lost: the control link first, for it tells whether the destination lives.
 fn reconnect(watch: &mut Watch, service: &mut Service, uri: &Uri, linked: &mut bool) -> Result<(), Cause> {
     if !*linked {
-        watch.relink(uri)?;
+        watch.relink(uri, &|| false)?;
         *linked = true;
     }
     service.reopen(uri)?;
@@ -289,12 +290,13 @@ fn dial_all(
     session: SessionId,
     welcome: &Welcome,
     timeout: Duration,
+    given_up: &dyn Fn() -> bool,
 ) -> Result<Vec<Connection>, Cause> {
     // More of them than cores only keep each other, and faults, from running.
     let cores =
         std::thread::available_parallelism().map_or(1, |cores| cores.get().try_into().unwrap_or(PUSHING_MAX));
     let streams = 0..=welcome.streams.min(PUSHING_MAX).min(cores);
-    streams.map(|stream| Ok(Lane::dial(uri, session, welcome.version, stream, timeout, &|| false)?)).collect()
+    streams.map(|stream| Ok(Lane::dial(uri, session, welcome.version, stream, timeout, given_up)?)).collect()
 }
 
 /// Adds to missing pages what comes in with them, and says which of all are holes here.

@@ -1,6 +1,7 @@
 //! Connects lost streams anew, each by itself, with back-off and in the background, while the others go on.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -8,6 +9,8 @@ use transport::carrier::{OpenError, SourceEnd};
 use transport::source::PageSource;
 use transport::uri::Uri;
 use transport::wire::{SessionId, next_incarnation, stream_number};
+
+use super::leave::Leave;
 
 /// Pause before a stream that was lost is connected again, and between attempts; doubled from one to the next.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
@@ -23,12 +26,14 @@ pub(super) struct Opener {
     pub(super) session: SessionId,
     pub(super) version: u16,
     pub(super) timeout: Duration,
+    pub(super) leave: Leave,
 }
 
 impl Opener {
-    /// Opens the stream with this id.
-    pub(super) fn open(&self, id: u16) -> Result<SourceEnd, OpenError> {
-        SourceEnd::open(&self.source, &self.uri, self.session, self.version, id, self.timeout, &|| false)
+    /// Opens the stream with this id, unless that comes to be in vain meanwhile.
+    pub(super) fn open(&self, id: u16, vain: &AtomicBool) -> Result<SourceEnd, OpenError> {
+        let given_up = || vain.load(Ordering::Relaxed) || self.leave.is_over();
+        SourceEnd::open(&self.source, &self.uri, self.session, self.version, id, self.timeout, &given_up)
     }
 }
 
@@ -39,6 +44,8 @@ type Opened = (u16, Result<SourceEnd, OpenError>);
 pub(super) struct Reopening {
     opener: Arc<Opener>,
     opened: (Sender<Opened>, Receiver<Opened>),
+    /// Nobody waits for the attempts that are under way.
+    vain: Arc<AtomicBool>,
     /// By number.
     slots: Vec<Slot>,
 }
@@ -68,7 +75,8 @@ impl Reopening {
     pub(super) fn new(opener: Arc<Opener>, streams: u16) -> Self {
         let since = Instant::now();
         let slot = |id| Slot { id, next: Next::Loss, pause: PAUSE_MIN, since };
-        Self { opener, opened: unbounded(), slots: (0..streams).map(slot).collect() }
+        let vain = Arc::default();
+        Self { opener, opened: unbounded(), vain, slots: (0..streams).map(slot).collect() }
     }
 
     /// A stream is dead on both sides.
@@ -95,6 +103,7 @@ impl Reopening {
     /// Gives attempts up that are under way: what they still open is closed at once.
     pub(super) fn stop(&mut self) {
         self.opened = unbounded();
+        std::mem::take(&mut self.vain).store(true, Ordering::Relaxed);
         for slot in &mut self.slots {
             slot.next = Next::Loss;
         }
@@ -109,7 +118,7 @@ impl Reopening {
                 // Another id for every attempt: the destination may have let one in whose answer was lost.
                 slot.id = next_incarnation(slot.id);
                 begins(slot.id);
-                slot.attempt(&self.opener, &self.opened.0);
+                slot.attempt(&self.opener, &self.opened.0, &self.vain);
             }
         }
         while let Ok((id, end)) = self.opened.1.try_recv() {
@@ -126,6 +135,12 @@ impl Reopening {
     }
 }
 
+impl Drop for Reopening {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
 impl Slot {
     /// Waits for the next attempt.
     fn wait(&mut self) {
@@ -133,12 +148,12 @@ impl Slot {
         self.pause = (self.pause * 2).min(PAUSE_MAX);
     }
 
-    fn attempt(&mut self, opener: &Arc<Opener>, opened: &Sender<Opened>) {
-        let (id, opener, opened) = (self.id, opener.clone(), opened.clone());
+    fn attempt(&mut self, opener: &Arc<Opener>, opened: &Sender<Opened>, vain: &Arc<AtomicBool>) {
+        let (id, opener, opened, vain) = (self.id, opener.clone(), opened.clone(), vain.clone());
         let name = format!("reopen-{}", stream_number(id));
         let begun = std::thread::Builder::new().name(name).spawn(move || {
             // Nobody listens any more where the session went on without it.
-            let _ = opened.send((id, opener.open(id)));
+            let _ = opened.send((id, opener.open(id, &vain)));
         });
         match begun {
             Ok(_) => self.next = Next::Opened,

@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{RecvTimeoutError, bounded, unbounded};
+use crossbeam_channel::unbounded;
 use transport::link::{Exchange, Link, LinkError};
 use transport::session::SourceEvent;
 use transport::socket::Connection;
@@ -68,9 +68,7 @@ impl Attempt<'_> {
             }
             let until = Instant::now() + pause.min(watch.patience() - waited);
             while Instant::now() < until {
-                if progress.is_cancelled() {
-                    return Err(Cause::Cancelled);
-                }
+                watch.leave.check()?;
                 outage.lasts(progress);
                 std::thread::sleep(TICK.min(pause));
             }
@@ -108,7 +106,7 @@ impl Watch {
 
     /// One attempt, that ends early when the migration is cancelled.
     fn try_resume(&mut self, uri: &Uri) -> Result<(), Cause> {
-        let connection = self.connect_again(uri)?;
+        let connection = connect(uri, Role::Resume, self.id, self.timeout, &|| self.leave.is_over())?;
         let (deliver, inbox) = unbounded();
         let link = Link::spawn(self.runtime.handle(), connection, self.timeout, deliver, |event| event)?;
         // What still comes over the old one is heard no more.
@@ -122,26 +120,6 @@ impl Watch {
             }
         }
         Ok(())
-    }
-
-    /// A connection whose preamble was sent. Connecting blocks as long as the system likes, so that it is done elsewhere.
-    fn connect_again(&self, uri: &Uri) -> Result<Connection, Cause> {
-        let (done, connected) = bounded(1);
-        let (uri, id, timeout) = (uri.clone(), self.id, self.timeout);
-        std::thread::Builder::new().name("reconnect".into()).spawn(move || {
-            // Nobody waits any more where the migration was cancelled.
-            let _ = done.send(connect(&uri, Role::Resume, id, timeout));
-        })?;
-        loop {
-            match connected.recv_timeout(TICK) {
-                Ok(connection) => return connection,
-                Err(RecvTimeoutError::Timeout) if self.progress.is_cancelled() => {
-                    return Err(Cause::Cancelled);
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Err(LinkError::Closed.into()),
-            }
-        }
     }
 
     /// The destination has stopped all streams: what was under way on them is dirty again, and they are connected anew.
@@ -187,7 +165,7 @@ fn tell(
     resume: &Message,
     error: &Message,
 ) -> Result<(), Cause> {
-    let connection = connect(uri, Role::Resume, session, timeout)?;
+    let connection = connect(uri, Role::Resume, session, timeout, &|| false)?;
     let exchange = Exchange::new(&connection, timeout, &|| false)?;
     exchange.send(resume)?;
     let deadline = Instant::now() + timeout;
@@ -199,14 +177,15 @@ fn tell(
     Ok(exchange.send(error)?)
 }
 
-/// A control connection in whatever role.
+/// A control connection in whatever role, unless it is given up meanwhile.
 pub(super) fn connect(
     uri: &Uri,
     role: Role,
     session: SessionId,
     timeout: Duration,
+    given_up: &dyn Fn() -> bool,
 ) -> Result<Connection, Cause> {
-    let connection = Connection::connect(uri, timeout, &|| false)?;
+    let connection = Connection::connect(uri, timeout, given_up)?;
     connection.tune(timeout)?;
     connection.set_timeouts(None, Some(timeout))?;
     let preamble = Preamble { version_min: VERSION_MIN, version_max: VERSION_MAX, role, stream: 0, session };

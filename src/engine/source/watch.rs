@@ -15,6 +15,7 @@ use transport::uri::Uri;
 use transport::wire::control::{Message, SessionStatus, StreamEnd, Totals, Welcome, capability};
 use transport::wire::{Role, SessionId};
 
+use super::leave::Leave;
 use super::reopen::{Opener, Reopening};
 use super::resume::connect;
 use super::{Cause, random};
@@ -27,7 +28,7 @@ pub(super) const TICK: Duration = Duration::from_millis(20);
 /// How often the report that others see is renewed.
 const REPORT_EVERY: Duration = Duration::from_millis(50);
 /// How long a destination has to take the last message.
-const FAREWELL: Duration = Duration::from_secs(1);
+const FAREWELL: Duration = Duration::from_millis(500);
 
 pub(super) struct Watch {
     pub(super) session: SourceSession,
@@ -54,6 +55,7 @@ pub(super) struct Watch {
     /// Since when streams are lost without a receipt in between, and the bytes that had one.
     fruitless: Option<(Instant, u64)>,
     pub(super) progress: Progress,
+    pub(super) leave: Leave,
     began: Instant,
     reported: Instant,
     pub(super) timeout: Duration,
@@ -64,10 +66,15 @@ pub(super) struct Watch {
 
 impl Watch {
     /// Connects the control link.
-    pub(super) fn connect(uri: &Uri, options: &Options, progress: &Progress) -> Result<Self, Cause> {
+    pub(super) fn connect(
+        uri: &Uri,
+        options: &Options,
+        progress: &Progress,
+        leave: &Leave,
+    ) -> Result<Self, Cause> {
         let began = Instant::now();
         let id = random()?;
-        let connection = connect(uri, Role::Control, id, options.timeout)?;
+        let connection = connect(uri, Role::Control, id, options.timeout, &|| leave.is_over())?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let (deliver, inbox) = unbounded();
         let link = Link::spawn(runtime.handle(), connection, options.timeout, deliver, |event| event)?;
@@ -88,6 +95,7 @@ impl Watch {
             outage: None,
             fruitless: None,
             progress: progress.clone(),
+            leave: leave.clone(),
             began,
             reported: began,
             timeout: options.timeout,
@@ -137,9 +145,7 @@ impl Watch {
 
     /// Looks at everything that may have happened. Called often while pages move.
     pub(super) fn check(&mut self) -> Result<(), Cause> {
-        if self.progress.is_cancelled() {
-            return Err(Cause::Cancelled);
-        }
+        self.leave.check()?;
         while let Ok(event) = self.inbox.try_recv() {
             self.on_link(event)?;
         }
@@ -333,24 +339,28 @@ impl Watch {
     }
 
     /// Takes a query connection for the control link that was lost; the destination says on it that it runs the guest. Says GO again
-    /// where that did not arrive.
-    pub(super) fn relink(&mut self, uri: &Uri) -> Result<(), Cause> {
-        let connection = connect(uri, Role::Query, self.id, self.timeout)?;
+    /// where that did not arrive. Nothing is said any more once it is given up.
+    pub(super) fn relink(&mut self, uri: &Uri, given_up: &dyn Fn() -> bool) -> Result<(), Cause> {
+        let connection = connect(uri, Role::Query, self.id, self.timeout, given_up)?;
         let (deliver, inbox) = unbounded();
         self.link = Link::spawn(self.runtime.handle(), connection, self.timeout, deliver, |event| event)?;
         self.inbox = inbox;
         let deadline = Instant::now() + self.timeout;
-        loop {
-            let status = match self.inbox.recv_deadline(deadline) {
+        // Pings alone are no answer: the destination's network lives longer than its session may.
+        while Instant::now() < deadline {
+            if given_up() {
+                return Err(Cause::Cancelled);
+            }
+            let status = match self.inbox.recv_timeout(TICK) {
                 Ok(LinkEvent::Message(Message::Status(status))) => status,
                 Ok(LinkEvent::Message(Message::Running)) => SessionStatus::Running,
                 Ok(LinkEvent::Message(Message::Error { code, text })) => {
                     let peer = "destination";
                     return Err(SessionError::Peer { peer, code, text }.into());
                 }
-                Ok(LinkEvent::Message(_)) => continue,
+                Ok(LinkEvent::Message(_)) | Err(RecvTimeoutError::Timeout) => continue,
                 Ok(LinkEvent::Dead(error)) => return Err(error.into()),
-                Err(_) => return Err(self.overdue("STATUS")),
+                Err(RecvTimeoutError::Disconnected) => return Err(LinkError::Closed.into()),
             };
             match self.session.learn(status) {
                 Learnt::Running => {
@@ -364,10 +374,7 @@ impl Watch {
                 Learnt::Unknown => return Err(self.overdue("that it runs the guest")),
             }
         }
-    }
-
-    pub(super) fn learn(&mut self, status: SessionStatus) -> Learnt {
-        self.session.learn(status)
+        Err(self.overdue("STATUS"))
     }
 
     /// Tells the destination why, unless it was the one to say so.
@@ -416,9 +423,7 @@ impl Watch {
 
     /// The next event of the session, or nothing for a tick, while pages do not move.
     pub(super) fn next_event(&mut self) -> Result<SourceEvent, Cause> {
-        if self.progress.is_cancelled() {
-            return Err(Cause::Cancelled);
-        }
+        self.leave.check()?;
         match self.inbox.recv_timeout(TICK) {
             Ok(event) => self.on_link(event),
             Err(RecvTimeoutError::Timeout) => Ok(SourceEvent::Nothing),
