@@ -52,7 +52,7 @@ pub struct Limits {
     /// Longest downtime at which running out of rounds still switches over, in milliseconds; beyond it the migration is given up.
     /// `None`: no limit.
     pub last_resort_downtime_ms: Option<u64>,
-    /// Longest time that precopy may take, in milliseconds. `None`: no limit.
+    /// Longest time from the migration's request to the end of precopy, in milliseconds. `None`: no limit.
     pub total_ms: Option<u64>,
     /// What becomes of it then.
     pub on_timeout: OnTimeout,
@@ -106,7 +106,8 @@ pub enum SwitchReason {
 pub enum GiveUpReason {
     /// Precopy took longer than allowed.
     #[error(
-        "precopy has run for {elapsed_us} us, {limit_us} us are allowed; allow more time, a longer downtime, or throttle the guest"
+        "precopy has run for {:.1} s of the {} s allowed; allow more time, a longer downtime, or throttle the guest",
+        *elapsed_us as f64 / 1e6, *limit_us as f64 / 1e6
     )]
     OutOfTime {
         /// How long it ran, in microseconds.
@@ -116,7 +117,8 @@ pub enum GiveUpReason {
     },
     /// Out of rounds, with a downtime ahead that is longer than even the last resort allows.
     #[error(
-        "after {rounds} rounds switching over would still stop the guest for {predicted_us} us, {limit_us} us are allowed; allow a longer downtime, or throttle the guest"
+        "after {rounds} rounds switching over would still stop the guest for {} ms of the {} ms allowed; allow a longer downtime, or throttle the guest",
+        predicted_us.div_ceil(1000), limit_us / 1000
     )]
     DowntimeTooLong {
         /// Rounds so far.
@@ -147,6 +149,19 @@ pub enum Decision {
         /// Why.
         reason: GiveUpReason,
     },
+}
+
+/// What there was before precopy began, or began again after connections were lost: limits count from the migration's request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Earlier {
+    /// When the migration was asked for.
+    pub requested_us: u64,
+    /// Rounds that were complete.
+    pub rounds: u32,
+    /// Logical bytes that the destination had acknowledged.
+    pub acked_logical_bytes: u64,
+    /// Wire bytes that the destination had acknowledged.
+    pub acked_wire_bytes: u64,
 }
 
 /// One remembered sync.
@@ -189,6 +204,9 @@ fn to_u64(value: u128) -> u64 {
 pub struct Precopy {
     limits: Limits,
     started_us: u64,
+    requested_us: u64,
+    /// Rounds that were complete before the start.
+    rounds_before: u32,
     /// Syncs so far: rounds that are complete.
     rounds: u32,
     forced: bool,
@@ -209,6 +227,8 @@ impl Precopy {
         Self {
             limits,
             started_us: now_us,
+            requested_us: now_us,
+            rounds_before: 0,
             rounds: 0,
             forced: false,
             postcopy: false,
@@ -219,6 +239,17 @@ impl Precopy {
             expected_downtime_us: u64::MAX,
             state_time_us: 0,
         }
+    }
+
+    /// Takes into account what was before; nothing, where this is not called. Before the first sync.
+    #[must_use]
+    pub fn after(mut self, earlier: Earlier) -> Self {
+        (self.requested_us, self.rounds_before) = (earlier.requested_us, earlier.rounds);
+        if let Some(start) = self.history.front_mut() {
+            start.sample.acked_logical_bytes = earlier.acked_logical_bytes;
+            start.sample.acked_wire_bytes = earlier.acked_wire_bytes;
+        }
+        self
     }
 
     /// The limits.
@@ -262,7 +293,7 @@ impl Precopy {
 
     fn out_of_time(&self, now_us: u64) -> Option<GiveUpReason> {
         let limit_us = self.limits.total_ms?.saturating_mul(1000);
-        let elapsed_us = now_us.saturating_sub(self.started_us);
+        let elapsed_us = now_us.saturating_sub(self.requested_us);
         (elapsed_us > limit_us).then_some(GiveUpReason::OutOfTime { elapsed_us, limit_us })
     }
 
@@ -315,17 +346,17 @@ impl Precopy {
         let Some(last_round) = self.limits.max_rounds.map(|rounds| rounds.max(2)) else {
             return Decision::NextRound;
         };
-        if self.rounds < last_round {
+        let rounds = self.rounds.saturating_add(self.rounds_before);
+        if rounds < last_round {
             return Decision::NextRound;
         }
-        let out_of_grace = self.rounds >= last_round.saturating_add(GRACE_ROUNDS);
+        let out_of_grace = rounds >= last_round.saturating_add(GRACE_ROUNDS);
         if !out_of_grace && !self.at_local_minimum(remaining) {
             return Decision::NextRound;
         }
         match self.limits.last_resort_downtime_ms.map(|ms| ms.saturating_mul(1000)) {
             Some(limit_us) if predicted > limit_us => {
                 if out_of_grace {
-                    let rounds = self.rounds;
                     let reason = GiveUpReason::DowntimeTooLong { rounds, predicted_us: predicted, limit_us };
                     Decision::GiveUp { reason }
                 } else {
@@ -493,6 +524,41 @@ mod tests {
                 OnTimeout::Postcopy => decision == Decision::Postcopy,
             });
         }
+    }
+
+    #[test]
+    fn limits_count_from_the_request_whatever_was_in_between() {
+        let limits = Limits { max_rounds: Some(10), total_ms: Some(30_000), ..Limits::default() };
+        let earlier = Earlier {
+            requested_us: 1_000_000,
+            rounds: 9,
+            acked_logical_bytes: 1 << 40,
+            acked_wire_bytes: 1 << 39,
+        };
+        let begin = || Precopy::new(limits, 20_000_000).after(earlier);
+        assert_eq!(begin().interrupt(31_000_000, || 0), None);
+        let Some(Decision::GiveUp { reason }) = begin().interrupt(31_200_000, || 0) else {
+            panic!("time is up")
+        };
+        assert!(reason.to_string().starts_with("precopy has run for 30.2 s of the 30 s allowed"), "{reason}");
+        // The tenth round is the last, and a rate is that of what came since.
+        let mut policy = begin();
+        let first = Sample { acked_logical_bytes: (1 << 40) + (1 << 30), ..sample(1 << 34, 0) };
+        let decision = policy.on_sync(21_000_000, first);
+        assert!(
+            matches!(decision, Decision::SwitchOver { reason: SwitchReason::OutOfRounds, .. }),
+            "{decision:?}"
+        );
+        assert_eq!(policy.logical_bytes_per_s(), 1 << 30);
+    }
+
+    #[test]
+    fn reasons_give_numbers_as_people_say_them() {
+        let time = GiveUpReason::OutOfTime { elapsed_us: 2_512_345, limit_us: 2_500_000 };
+        assert!(time.to_string().contains("for 2.5 s of the 2.5 s allowed"), "{time}");
+        let downtime =
+            GiveUpReason::DowntimeTooLong { rounds: 18, predicted_us: 3_020_001, limit_us: 2_000_000 };
+        assert!(downtime.to_string().contains("for 3021 ms of the 2000 ms allowed"), "{downtime}");
     }
 
     #[test]

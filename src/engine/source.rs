@@ -40,7 +40,7 @@ use super::progress::{Phase, Progress};
 use super::report::{Report, Status};
 use super::usage;
 use converge::Next;
-use leave::Leave;
+use leave::{Doing, Leave};
 use reopen::Opener;
 use watch::{TICK, Watch};
 
@@ -185,6 +185,18 @@ pub enum Cause {
         /// How long.
         seconds: u64,
     },
+    /// Its time is up where nothing can be done about it.
+    #[error(
+        "the migration has run for {elapsed_s:.1} s of the {limit_s} s allowed and is still {doing}; allow more time (--timeout)"
+    )]
+    OutOfTime {
+        /// What it was doing.
+        doing: &'static str,
+        /// How long it ran.
+        elapsed_s: f64,
+        /// What was allowed.
+        limit_s: f64,
+    },
     /// Somebody asked.
     #[error("cancelled")]
     Cancelled,
@@ -215,7 +227,7 @@ pub fn migrate(
         options,
         progress,
         began,
-        leave: Leave::new(progress),
+        leave: Leave::new(progress, began),
         paused_at: None,
         downtime: None,
         round_trip: None,
@@ -317,6 +329,7 @@ impl Attempt<'_> {
         watch.observe(source.clone());
         self.running = Some(Running { watch, source, welcome, postcopy: None });
         self.progress.offer_postcopy(welcome.capabilities & capability::POSTCOPY != 0);
+        self.leave.begin(Doing::OpeningStreams);
         self.open_streams(welcome.version, welcome.streams, &feeder)?;
         self.progress.update(|r| {
             r.status = Status::Active;
@@ -340,7 +353,10 @@ impl Attempt<'_> {
     /// Everything up to READY, or all of postcopy. Nothing is lost for good when it fails before GO: what was not delivered is dirty
     /// again.
     fn transfer(&mut self, feeder: Feeder) -> Result<Stage, Cause> {
-        let state = match self.precopy(&feeder)? {
+        self.leave.begin(Doing::MovingPages);
+        let next = self.precopy(&feeder)?;
+        self.leave.begin(Doing::SwitchingOver);
+        let state = match next {
             (rounds, Next::SwitchOver) => self.switchover(&feeder, rounds)?,
             (rounds, Next::Postcopy) => {
                 self.postcopy(feeder, rounds)?;

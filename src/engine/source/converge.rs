@@ -1,12 +1,12 @@
 //! Precopy: rounds, until what remains fits into the downtime limit, and all that may change their course meanwhile.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pagecopy::backend::{DirtyLog, Guest};
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
-use pagecopy::policy::{Decision, Precopy, Sample, SwitchReason};
+use pagecopy::policy::{Decision, Earlier, Precopy, Sample, SwitchReason};
 use pagecopy::throttle::{PERCENT_MAX, Round, Throttle};
 use transport::source::{Feeder, PageSource};
 
@@ -126,7 +126,16 @@ impl<'a> Course<'a> {
         began: Instant,
         round_trip: Duration,
     ) -> Self {
-        let policy = Precopy::new(progress.tuning().limits, micros(began));
+        let acked = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = source.counters();
+        // Those before the connections were lost count, too.
+        let rounds = progress.rounds().len();
+        let policy = Precopy::new(progress.tuning().limits, micros(began)).after(Earlier {
+            requested_us: 0,
+            rounds: rounds.try_into().unwrap_or(u32::MAX),
+            acked_logical_bytes: acked(&counters.logical_acked),
+            acked_wire_bytes: acked(&counters.wire_acked),
+        });
         let brake = backend.guest.as_ref().map(|guest| Brake {
             guest,
             log: &backend.log,

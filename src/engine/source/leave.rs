@@ -1,26 +1,138 @@
 //! Whether a migration may go on. Everybody who waits before GO asks, at least every [`TICK`](super::watch::TICK).
+//!
+//! Its time is one, from the request to the handover. While pages move, running out of it is the policy's business, which may switch
+//! over; everywhere else nothing can be done but to end.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use pagecopy::policy::OnTimeout;
 
 use super::Cause;
 use crate::engine::progress::Progress;
 
-/// Asks whether a migration may go on.
+/// What a migration does, as far as its time is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Doing {
+    Connecting,
+    OpeningStreams,
+    MovingPages,
+    SwitchingOver,
+    Reconnecting,
+}
+
+impl Doing {
+    const ALL: [Self; 5] =
+        [Self::Connecting, Self::OpeningStreams, Self::MovingPages, Self::SwitchingOver, Self::Reconnecting];
+
+    fn text(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::OpeningStreams => "opening data streams",
+            Self::MovingPages => "moving pages",
+            Self::SwitchingOver => "switching over",
+            Self::Reconnecting => "making lost connections anew",
+        }
+    }
+}
+
+/// Asks whether a migration may go on. Clones are of the same migration.
 #[derive(Clone, Debug)]
 pub(super) struct Leave {
     progress: Progress,
+    requested: Instant,
+    doing: Arc<AtomicU8>,
 }
 
 impl Leave {
-    pub(super) fn new(progress: &Progress) -> Self {
-        Self { progress: progress.clone() }
+    /// For a migration that was asked for at `requested` and is about to connect.
+    pub(super) fn new(progress: &Progress, requested: Instant) -> Self {
+        Self {
+            progress: progress.clone(),
+            requested,
+            doing: Arc::new(AtomicU8::new(Doing::Connecting as u8)),
+        }
+    }
+
+    /// Takes note of what is done from here on.
+    pub(super) fn begin(&self, doing: Doing) {
+        self.doing.store(doing as u8, Ordering::Relaxed);
     }
 
     /// Fails when the migration is to end.
     pub(super) fn check(&self) -> Result<(), Cause> {
-        if self.progress.is_cancelled() { Err(Cause::Cancelled) } else { Ok(()) }
+        self.check_while(Doing::ALL[usize::from(self.doing.load(Ordering::Relaxed))])
+    }
+
+    /// The same, as if that were done.
+    pub(super) fn check_while(&self, doing: Doing) -> Result<(), Cause> {
+        if self.progress.is_cancelled() {
+            return Err(Cause::Cancelled);
+        }
+        let limits = self.progress.tuning().limits;
+        let ends = match doing {
+            Doing::MovingPages => false,
+            // It may be what was to be done.
+            Doing::SwitchingOver => limits.on_timeout == OnTimeout::Cancel,
+            Doing::Connecting | Doing::OpeningStreams | Doing::Reconnecting => true,
+        };
+        let (Some(limit), elapsed) = (limits.total_ms.map(Duration::from_millis), self.requested.elapsed())
+        else {
+            return Ok(());
+        };
+        if !ends || elapsed <= limit {
+            return Ok(());
+        }
+        Err(Cause::OutOfTime {
+            doing: doing.text(),
+            elapsed_s: elapsed.as_secs_f64(),
+            limit_s: limit.as_secs_f64(),
+        })
     }
 
     /// Whether the migration is to end: for whatever blocks.
     pub(super) fn is_over(&self) -> bool {
         self.check().is_err()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::tuning::Tuning;
+
+    #[test]
+    fn time_ends_what_cannot_be_hurried() {
+        for (on_timeout, ended) in [
+            (OnTimeout::Cancel, [true, true, false, true, true]),
+            (OnTimeout::SwitchOver, [true, true, false, false, true]),
+            (OnTimeout::Postcopy, [true, true, false, false, true]),
+        ] {
+            let progress = Progress::new(Tuning::default());
+            let leave = Leave::new(&progress, Instant::now() - Duration::from_millis(30_250));
+            for (doing, ended) in Doing::ALL.into_iter().zip(ended) {
+                leave.begin(doing);
+                for (seconds, ends) in [(0, false), (31, false), (30, ended)] {
+                    progress.tune(|tuning| {
+                        tuning.limits.on_timeout = on_timeout;
+                        tuning.limits.total_ms = Some(seconds * 1000).filter(|&ms| ms != 0);
+                    });
+                    let result = leave.check();
+                    assert_eq!(result.is_err(), ends, "{on_timeout:?} {doing:?} {seconds}");
+                    assert_eq!(leave.is_over(), ends);
+                    if let Err(cause) = result {
+                        let text = cause.to_string();
+                        let start = "the migration has run for 30.2 s of the 30 s allowed and is still ";
+                        assert!(text.starts_with(start) && text.contains(doing.text()), "{text}");
+                    }
+                }
+            }
+        }
+        let progress = Progress::default();
+        let leave = Leave::new(&progress, Instant::now());
+        progress.cancel();
+        assert!(matches!(leave.check(), Err(Cause::Cancelled)));
     }
 }

@@ -13,6 +13,7 @@ use transport::uri::Uri;
 use transport::wire::control::Message;
 use transport::wire::{Preamble, Role, SessionId, VERSION_MAX, VERSION_MIN};
 
+use super::leave::Doing;
 use super::watch::{TICK, Watch};
 use super::{Attempt, Cause};
 use crate::engine::explain;
@@ -45,6 +46,7 @@ impl Attempt<'_> {
             }
             self.paused_at = None;
         }
+        self.leave.begin(Doing::Reconnecting);
         let (uri, progress) = (self.uri, self.progress);
         let (watch, _) = self.parts();
         let outage = Outage::begin(progress, &explain(cause));

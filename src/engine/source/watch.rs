@@ -15,7 +15,7 @@ use transport::uri::Uri;
 use transport::wire::control::{Message, SessionStatus, StreamEnd, Totals, Welcome, capability};
 use transport::wire::{Role, SessionId};
 
-use super::leave::Leave;
+use super::leave::{Doing, Leave};
 use super::reopen::{Opener, Reopening};
 use super::resume::connect;
 use super::{Cause, random};
@@ -183,6 +183,8 @@ impl Watch {
         let progress = &self.progress;
         let outage = self.outage.get_or_insert_with(|| Outage::begin(progress, &explain(&lost)));
         outage.lasts(progress);
+        // Nothing can be switched over without a stream.
+        self.leave.check_while(Doing::Reconnecting)?;
         self.check_fruitless(last)?;
         Ok(self.streams.check_stopped(now, self.timeout)?)
     }
