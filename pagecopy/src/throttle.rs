@@ -51,7 +51,7 @@ impl Throttle {
             return None;
         }
         let old = self.percents();
-        let least = 1.0 - f64::from(percent_max.min(PERCENT_MAX)) / 100.0;
+        let least = least_share(percent_max);
         match round.by_vcpu.filter(|pages| pages.iter().any(|&pages| pages != 0)) {
             None => {
                 let tightest = self.shares.iter().copied().fold(1.0, f64::min);
@@ -82,10 +82,24 @@ impl Throttle {
         self.shares.iter().map(|share| ((1.0 - share) * 100.0).round() as u8).collect()
     }
 
+    /// From now on at most `percent_max` is taken; returns the percentages as [`Self::on_round`] does, where more was.
+    pub fn limit(&mut self, percent_max: u8) -> Option<Vec<u8>> {
+        let old = self.percents();
+        let least = least_share(percent_max);
+        self.shares.iter_mut().for_each(|share| *share = share.max(least));
+        let new = self.percents();
+        (new != old).then_some(new)
+    }
+
     /// Forgets everything: nothing is taken any more.
     pub fn release(&mut self) {
         *self = Self::default();
     }
+}
+
+/// What a vCPU keeps at least.
+fn least_share(percent_max: u8) -> f64 {
+    1.0 - f64::from(percent_max.min(PERCENT_MAX)) / 100.0
 }
 
 /// A vCPU's share of time after a step by `factor`.
@@ -138,6 +152,9 @@ mod tests {
         let percents = throttle.on_round(round(1 << 30, None), 90).unwrap();
         assert_eq!(percents, [90]);
         assert_eq!(throttle.on_round(round(1 << 30, None), 90), None, "it is at its most");
+        assert_eq!(throttle.limit(95), None, "more may be taken, and is not");
+        assert_eq!(throttle.limit(40), Some(vec![40]));
+        assert_eq!(throttle.percents(), [40]);
         throttle.release();
         assert!(throttle.percents().is_empty());
     }

@@ -629,7 +629,7 @@ impl Attempt<'_> {
 /// Waits with a paused guest until somebody says that it may go on.
 fn wait_to_go_on(watch: &mut Watch, progress: &Progress) -> Result<(), Cause> {
     progress.update(|r| r.status = Status::PreSwitchover);
-    while !progress.may_go_on() {
+    while !progress.may_go_on() && progress.tuning().pause_before_switchover {
         watch.check()?;
         std::thread::sleep(GO_ON_TICK);
     }

@@ -13,6 +13,7 @@ use transport::source::{Feeder, PageSource};
 use super::watch::Watch;
 use super::{Attempt, Cause, STATE_TIME_GUESS, SourceBackend};
 use crate::engine::progress::Progress;
+use crate::engine::tuning::Tuning;
 
 /// Round trips while the guest stands still: the streams' end, FINISH and READY, GO and RUNNING.
 const HANDOVER_TRIPS: u32 = 3;
@@ -40,6 +41,8 @@ pub(super) enum Next {
 enum Stop {
     Failed(Cause),
     Decided(Decision),
+    /// A limit was changed: what is decided by it is decided now.
+    Sync,
 }
 
 impl From<Cause> for Stop {
@@ -54,8 +57,11 @@ struct Course<'a> {
     progress: &'a Progress,
     source: &'a PageSource,
     began: Instant,
-    /// The changes of limits that are in force.
+    /// The changes of limits that are in force, and what they came to.
     tuned: u64,
+    tuning: Option<Tuning>,
+    /// Whether the round is to end early, to decide by other limits.
+    sync_now: bool,
     brake: Option<Brake<'a>>,
     /// A round trip, as opening the streams showed it; what delayed that need not delay the handover.
     round_trip: Duration,
@@ -94,7 +100,19 @@ impl Brake<'_> {
             delivered_per_s: policy.logical_bytes_per_s(),
             by_vcpu: by_vcpu.as_deref(),
         };
-        match self.throttle.on_round(round, percent_max).as_deref() {
+        let changed = self.throttle.on_round(round, percent_max);
+        self.set(changed)
+    }
+
+    /// Takes no more than that from now on, or nothing.
+    fn limit(&mut self, percent_max: Option<u8>) -> Result<(), Cause> {
+        let Some(percent_max) = percent_max else { return self.release() };
+        let changed = self.throttle.limit(percent_max);
+        self.set(changed)
+    }
+
+    fn set(&self, percents: Option<Vec<u8>>) -> Result<(), Cause> {
+        match percents.as_deref() {
             None => {}
             Some([percent]) => self.guest.throttle(*percent)?,
             Some(percents) => self.guest.throttle_each(percents)?,
@@ -125,7 +143,7 @@ impl<'a> Course<'a> {
         source: &'a PageSource,
         began: Instant,
         round_trip: Duration,
-    ) -> Self {
+    ) -> Result<Self, Cause> {
         let acked = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = source.counters();
         // Those before the connections were lost count, too.
@@ -149,31 +167,47 @@ impl<'a> Course<'a> {
             source,
             began,
             tuned: u64::MAX,
+            tuning: None,
+            sync_now: false,
             brake,
             round_trip,
             rehearsals: 0,
             state_time,
         };
-        course.tune();
-        course
+        course.tune()?;
+        Ok(course)
     }
 
     /// Keeps to the limits as they are now.
-    fn tune(&mut self) {
-        if let Some(tuning) = self.progress.tuned_since(&mut self.tuned) {
-            self.policy.set_limits(tuning.limits);
-            self.source.limit_bandwidth(tuning.bandwidth);
-            self.progress.update(|r| {
-                r.downtime_limit_ms = tuning.limits.downtime_ms;
-                r.bandwidth_limit = tuning.bandwidth;
-            });
+    fn tune(&mut self) -> Result<(), Cause> {
+        let Some(tuning) = self.progress.tuned_since(&mut self.tuned) else { return Ok(()) };
+        let before = self.tuning.replace(tuning);
+        self.policy.set_limits(tuning.limits);
+        self.source.limit_bandwidth(tuning.bandwidth);
+        if let Some(brake) = &mut self.brake {
+            brake.limit(tuning.auto_converge.then_some(tuning.throttle_max))?;
         }
+        // A pass may take minutes, and only a sync says whether what is left would fit now, or how fast the guest writes.
+        let decides =
+            |t: Tuning| (t.limits.downtime_ms, t.limits.max_rounds, t.auto_converge, t.throttle_max);
+        self.sync_now |= before.is_some_and(|before| decides(before) != decides(tuning));
+        let throttle = self.throttle_percents();
+        self.progress.update(|r| {
+            r.downtime_limit_ms = tuning.limits.downtime_ms;
+            r.bandwidth_limit = tuning.bandwidth;
+            r.throttle_percent = throttle;
+        });
+        Ok(())
+    }
+
+    fn throttle_percents(&self) -> Vec<u8> {
+        self.brake.as_ref().map(|brake| brake.throttle.percents()).unwrap_or_default()
     }
 
     /// Looks at everything that may have happened. Called often while a round goes on.
     fn check(&mut self, watch: &mut Watch) -> Result<(), Stop> {
         watch.check()?;
-        self.tune();
+        self.tune()?;
         if self.progress.wants_switchover() {
             self.policy.force_switchover();
         }
@@ -181,17 +215,29 @@ impl<'a> Course<'a> {
             self.policy.start_postcopy();
         }
         let remaining = || self.source.remaining_bytes();
-        self.policy.interrupt(micros(self.began), remaining).map_or(Ok(()), |now| Err(Stop::Decided(now)))
+        if let Some(now) = self.policy.interrupt(micros(self.began), remaining) {
+            return Err(Stop::Decided(now));
+        }
+        // The first pass is what rates are measured by, and is not cut short.
+        if std::mem::take(&mut self.sync_now) && self.policy.rounds() != 0 { Err(Stop::Sync) } else { Ok(()) }
+    }
+
+    /// Sends what is dirty, until it is all but delivered.
+    fn pass(&mut self, watch: &mut Watch, feeder: &Feeder) -> Result<(), Stop> {
+        feeder.pass(|| self.check(watch))?;
+        // Sync when the round is all but delivered: the streams still have work, and what was dirtied early is not sent
+        // once more for nothing.
+        let under_way = self.source.counters().logical_under_way.load(Ordering::Relaxed);
+        feeder.drain_to((under_way / 4).max(CHUNK_SIZE as u64), || self.check(watch))
     }
 
     /// Sends what is dirty, finds what was dirtied meanwhile, and decides.
     fn round(&mut self, watch: &mut Watch, feeder: &Feeder) -> Result<Decision, Stop> {
         let begun = Instant::now();
-        feeder.pass(|| self.check(watch))?;
-        // Sync when the round is all but delivered: the streams still have work, and what was dirtied early is not sent
-        // once more for nothing.
-        let under_way = self.source.counters().logical_under_way.load(Ordering::Relaxed);
-        feeder.drain_to((under_way / 4).max(CHUNK_SIZE as u64), || self.check(watch))?;
+        match self.pass(watch, feeder) {
+            Ok(()) | Err(Stop::Sync) => {}
+            Err(stop) => return Err(stop),
+        }
         // A host that was busy at the first try must not keep the guest from ever being handed over.
         let long = self.state_time.as_millis() as u64 > self.policy.limits().downtime_ms / 2;
         if self.rehearsals == 0 || (long && self.rehearsals < REHEARSALS_MAX) {
@@ -219,7 +265,12 @@ impl<'a> Course<'a> {
         }
         self.report();
         while decision == Decision::NextRound && begun.elapsed() < ROUND_MIN {
-            self.check(watch)?;
+            match self.check(watch) {
+                Ok(()) => {}
+                // The next one begins at once.
+                Err(Stop::Sync) => break,
+                Err(stop) => return Err(stop),
+            }
             std::thread::sleep(ROUND_MIN.saturating_sub(begun.elapsed()).min(Duration::from_millis(1)));
         }
         Ok(decision)
@@ -252,7 +303,7 @@ impl<'a> Course<'a> {
         let policy = &self.policy;
         let expected = Some(policy.expected_downtime_us()).filter(|&us| us != u64::MAX);
         let stall = policy.stalled().then(|| self.advice());
-        let throttle = self.brake.as_ref().map(|brake| brake.throttle.percents()).unwrap_or_default();
+        let throttle = self.throttle_percents();
         self.progress.update(|r| {
             r.dirty_pages_per_s = policy.dirty_pages_per_s() as f64;
             r.expected_downtime_ms = expected.map_or(0.0, |us| us as f64 / 1e3);
@@ -301,7 +352,7 @@ impl Attempt<'_> {
         let round_trip = self.round_trip.unwrap_or_default();
         let (watch, source) = self.parts();
         let source = source.clone();
-        let mut course = Course::new(backend, progress, &source, began, round_trip);
+        let mut course = Course::new(backend, progress, &source, began, round_trip)?;
         // Those before the connections were lost count, too.
         let mut rounds = progress.report().rounds;
         loop {
@@ -322,6 +373,7 @@ impl Attempt<'_> {
             let decision = match decided {
                 Ok(decision) | Err(Stop::Decided(decision)) => decision,
                 Err(Stop::Failed(cause)) => return Err(cause),
+                Err(Stop::Sync) => Decision::NextRound,
             };
             match decision {
                 Decision::NextRound => {}
