@@ -243,9 +243,11 @@ pub trait Guest: Send + Sync {
     fn throttle_each(&self, percents: &[u8]) -> Result<(), BackendError> {
         self.throttle(percents.iter().copied().max().unwrap_or(0))
     }
-    /// Tries how long pausing, saving the state and resuming take together; the guest is as before. `None` where that is not to be tried
-    /// with a guest that runs, because it takes more than a moment.
-    fn rehearse(&self) -> Result<Option<Duration>, BackendError> {
+    /// Tries how long pausing, saving the state and resuming take together; the guest is as before. Waits at most `limit` for a vCPU to
+    /// stop. `None` where that is not to be tried with a guest that runs, because it takes more than a moment. A trial that fails says
+    /// nothing but that there is no estimate; whoever called resumes a guest that is to run.
+    fn rehearse(&self, limit: Duration) -> Result<Option<Duration>, BackendError> {
+        let _ = limit;
         Ok(None)
     }
     /// The state of everything but memory, of a paused guest.

@@ -172,6 +172,9 @@ pub struct Report {
     pub total_ms: f64,
     /// Guest not running anywhere, in milliseconds: from its pause at the source to the destination's word that it runs.
     pub downtime_ms: f64,
+    /// Time that the guest stood still for trials of how long its state takes, all of them together, in milliseconds.
+    #[serde(default)]
+    pub rehearsed_ms: f64,
     /// What the downtime was predicted to be at the switchover, or would be now, in milliseconds; 0 while it cannot be told.
     pub expected_downtime_ms: f64,
     /// The downtime that is aimed for, in milliseconds.
@@ -254,6 +257,7 @@ impl Report {
             &mut self.total_ms,
             &mut self.downtime_ms,
             &mut self.expected_downtime_ms,
+            &mut self.rehearsed_ms,
             &mut self.setup_ms,
             &mut self.reconnecting_ms,
             &mut self.dirty_pages_per_s,

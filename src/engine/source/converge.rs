@@ -24,6 +24,8 @@ const ROUND_MIN: Duration = Duration::from_millis(5);
 
 /// Trials of the state's time at most; the shortest counts.
 const REHEARSALS_MAX: u32 = 8;
+/// How long a trial may hold the guest for a vCPU that does not stop.
+const REHEARSAL_LIMIT: Duration = Duration::from_millis(100);
 /// What no trial shows: threads at both ends that wake up in turn, ends of streams. The rest of what 72 migrations of a guest that hardly
 /// wrote took on loopback, at the median, of 5.2 ms in all.
 const WAKE_UPS: Duration = Duration::from_micros(3500);
@@ -67,6 +69,8 @@ struct Course<'a> {
     round_trip: Duration,
     /// Trials of the state's time so far.
     rehearsals: u32,
+    /// A trial left the guest paused that is to run, since then.
+    left_paused: Option<Instant>,
     /// Pausing, saving and loading, without the messages of the handover and the last sync, once that was tried.
     state_time: Duration,
 }
@@ -172,6 +176,7 @@ impl<'a> Course<'a> {
             brake,
             round_trip,
             rehearsals: 0,
+            left_paused: None,
             state_time,
         };
         course.tune()?;
@@ -232,7 +237,7 @@ impl<'a> Course<'a> {
     }
 
     /// Sends what is dirty, finds what was dirtied meanwhile, and decides.
-    fn round(&mut self, watch: &mut Watch, feeder: &Feeder) -> Result<Decision, Stop> {
+    fn round(&mut self, watch: &mut Watch, feeder: &Feeder, paused: bool) -> Result<Decision, Stop> {
         let begun = Instant::now();
         match self.pass(watch, feeder) {
             Ok(()) | Err(Stop::Sync) => {}
@@ -241,7 +246,7 @@ impl<'a> Course<'a> {
         // A host that was busy at the first try must not keep the guest from ever being handed over.
         let long = self.state_time.as_millis() as u64 > self.policy.limits().downtime_ms / 2;
         if self.rehearsals == 0 || (long && self.rehearsals < REHEARSALS_MAX) {
-            self.rehearse()?;
+            self.rehearse(paused)?;
         }
         let syncing = Instant::now();
         let dirtied = self.source.dirty_sync().map_err(Cause::from)?;
@@ -277,15 +282,28 @@ impl<'a> Course<'a> {
     }
 
     /// Tries how long the state takes, at a moment when the streams still have work.
-    fn rehearse(&mut self) -> Result<(), Cause> {
-        if let Some(brake) = &self.brake
-            && let Some(tried) = brake.guest.rehearse()?
-        {
-            // The destination loads what the source saves, and lets the guest run where the source paused it.
-            let time = tried * 2 + WAKE_UPS;
-            self.state_time = if self.rehearsals == 0 { time } else { self.state_time.min(time) };
+    fn rehearse(&mut self, paused: bool) -> Result<(), Cause> {
+        let Some(brake) = &self.brake else { return Ok(()) };
+        let begun = Instant::now();
+        match brake.guest.rehearse(REHEARSAL_LIMIT) {
+            Ok(Some(tried)) => {
+                // The destination loads what the source saves, and lets the guest run where the source paused it.
+                let time = tried * 2 + WAKE_UPS;
+                self.state_time = if self.rehearsals == 0 { time } else { self.state_time.min(time) };
+                self.rehearsals += 1;
+                self.progress.update(|r| r.rehearsed_ms += tried.as_secs_f64() * 1e3);
+            }
+            // It is not to be tried.
+            Ok(None) => self.rehearsals = REHEARSALS_MAX,
+            // What is estimated is then guessed, which is no reason to fail. Only a guest that stays paused is one.
+            Err(_) => {
+                self.rehearsals = REHEARSALS_MAX;
+                if !paused {
+                    brake.guest.resume().inspect_err(|_| self.left_paused = Some(begun))?;
+                }
+                self.progress.update(|r| r.rehearsed_ms += begun.elapsed().as_secs_f64() * 1e3);
+            }
         }
-        self.rehearsals += 1;
         Ok(())
     }
 
@@ -362,7 +380,7 @@ impl Attempt<'_> {
                 progress.request_postcopy();
             }
             let decided = if live {
-                course.round(watch, feeder)
+                course.round(watch, feeder, backend.paused)
             } else {
                 // Memory that nobody writes: all of it is sent in the one pass.
                 feeder.settle(|| course.check(watch)).map(|()| {
@@ -372,7 +390,12 @@ impl Attempt<'_> {
             };
             let decision = match decided {
                 Ok(decision) | Err(Stop::Decided(decision)) => decision,
-                Err(Stop::Failed(cause)) => return Err(cause),
+                Err(Stop::Failed(cause)) => {
+                    let left_paused = course.left_paused;
+                    drop(course);
+                    self.paused_at = left_paused;
+                    return Err(cause);
+                }
                 Err(Stop::Sync) => Decision::NextRound,
             };
             match decision {

@@ -402,8 +402,8 @@ impl Vm {
     }
 
     /// Waits until all vCPUs are parked; the error names one that is not.
-    fn wait_parked(&self) -> Result<(), BackendError> {
-        let until = Some(Instant::now() + PAUSE_PATIENCE);
+    fn wait_parked(&self, patience: Duration) -> Result<(), BackendError> {
+        let until = Some(Instant::now() + patience);
         match self.machine.vcpus.iter().find(|vcpu| !vcpu.wait_parked(until)) {
             None => Ok(()),
             Some(vcpu) => {
@@ -423,13 +423,14 @@ impl fmt::Debug for Vm {
     }
 }
 
-impl Guest for Vm {
-    fn pause(&self) -> Result<(), BackendError> {
+impl Vm {
+    /// Stops all vCPUs, each within `patience`; else the guest is as before.
+    fn pause_within(&self, patience: Duration) -> Result<(), BackendError> {
         let mut status = lock(&self.status);
         for vcpu in &self.machine.vcpus {
             vcpu.want(Want::Pause);
         }
-        self.wait_parked().inspect_err(|_| {
+        self.wait_parked(patience).inspect_err(|_| {
             for vcpu in self.machine.vcpus.iter().filter(|_| status.running) {
                 vcpu.want(Want::Run);
             }
@@ -444,6 +445,12 @@ impl Guest for Vm {
         status.running = false;
         Ok(())
     }
+}
+
+impl Guest for Vm {
+    fn pause(&self) -> Result<(), BackendError> {
+        self.pause_within(PAUSE_PATIENCE)
+    }
 
     fn stop_for_good(&self, release: &dyn Fn() -> Result<(), BackendError>) -> Result<(), BackendError> {
         let mut status = lock(&self.status);
@@ -453,7 +460,7 @@ impl Guest for Vm {
         }
         status.running = false;
         release()?;
-        self.wait_parked()
+        self.wait_parked(PAUSE_PATIENCE)
     }
 
     fn resume(&self) -> Result<(), BackendError> {
@@ -501,11 +508,11 @@ impl Guest for Vm {
         Ok(())
     }
 
-    fn rehearse(&self) -> Result<Option<Duration>, BackendError> {
+    fn rehearse(&self, limit: Duration) -> Result<Option<Duration>, BackendError> {
         let running = lock(&self.status).running;
         let begun = Instant::now();
         if running {
-            self.pause()?;
+            self.pause_within(limit)?;
         }
         let saved = self.save_state();
         if running {
