@@ -322,7 +322,7 @@ impl Attempt<'_> {
         let scanned = scanning.elapsed();
         let hello = self.hello(&mut watch, &populated);
         let (welcome, hasher) = hello.inspect_err(|cause| watch.say_error(self.uri, cause))?;
-        let source = self.page_source(hasher, welcome.capabilities, populated);
+        let source = self.page_source(hasher, &welcome, populated);
         let source = source.inspect_err(|cause| watch.say_error(self.uri, cause))?;
         Spent::add(&source.counters().spent.scan, scanned);
         let feeder = Feeder::new(source.clone(), welcome.streams);
@@ -411,9 +411,10 @@ impl Attempt<'_> {
     fn page_source(
         &self,
         hasher: PageHasher,
-        capabilities: u64,
+        welcome: &Welcome,
         populated: PageBitmap,
     ) -> Result<Arc<PageSource>, Cause> {
+        let capabilities = welcome.capabilities;
         let codec = self.options.codec;
         let needs = match codec {
             CodecMode::Auto | CodecMode::Raw => 0,
@@ -429,7 +430,7 @@ impl Attempt<'_> {
             codec
         };
         let options = SourceOptions {
-            streams: self.options.streams,
+            streams: welcome.streams,
             beside: self.uri.is_local(),
             references: capabilities & capability::REFERENCES != 0,
             codec,

@@ -18,10 +18,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use pagecopy::backend::{BackendError, DirtyLog, GuestRam};
-use pagecopy::bitmap::PageBitmap;
+use pagecopy::bitmap::{PageBitmap, bits};
 use pagecopy::choose::CodecMode;
 use pagecopy::chunk::Shared;
-use pagecopy::digest::PageHasher;
+use pagecopy::digest::{PageHasher, receipt};
 use pagecopy::layout::PAGE_SIZE;
 
 pub use feeder::Feeder;
@@ -107,6 +107,8 @@ pub struct Counters {
     pub logical_under_way: AtomicU64,
     /// Pages whose receipt did not match, without an excuse.
     pub mismatches: AtomicU64,
+    /// Pages whose receipt did not match because memory was written that nobody was to write.
+    pub written: AtomicU64,
     /// Pages that the guest wrote while they were sent from where they lie, so that their receipt did not match.
     pub torn: AtomicU64,
     /// Where the time of the threads went.
@@ -334,6 +336,17 @@ impl PageSource {
         self.owners.release(chunk);
     }
 
+    /// How many of these pages of a frame are not any more what they were when it was sent.
+    fn written_since(&self, frame: &Unreceipted, pages: u64) -> u64 {
+        let memory = self.ram.chunk(frame.chunk);
+        let changed = |(ours, bit): (u64, u32)| {
+            let page = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
+            let now = self.shared.hasher.memory(&page.expect("pages of a chunk lie in its mapping"));
+            pages >> bit & 1 != 0 && receipt(now) != ours
+        };
+        frame.digests.into_iter().zip(bits(frame.pages)).filter(|&page| changed(page)).count() as u64
+    }
+
     fn now(&self) -> Duration {
         clock::now()
     }
@@ -357,6 +370,14 @@ pub enum FatalError {
     )]
     Integrity {
         /// Pages that mismatched.
+        count: u64,
+    },
+    /// Memory that nobody was to write while it is moved was written.
+    #[error(
+        "the memory was written during the transfer ({count} pages differ from what was sent): stop whoever writes the file, and send it again"
+    )]
+    Written {
+        /// Pages that mismatched and are not what they were.
         count: u64,
     },
     /// Pages were lost on the way to the streams.

@@ -100,7 +100,9 @@ impl<'a> Receipts<'a> {
         result.map_err(|source| LaneError::Receipt { stream: self.shared.stream, source })?;
         let mismatches = self.shared.source.counters.mismatches.load(Ordering::Relaxed);
         if mismatches > self.shared.source.options.mismatches_max {
-            return Err(self.shared.fatal(FatalError::Integrity { count: mismatches }));
+            let written = self.shared.source.counters.written.load(Ordering::Relaxed);
+            let written = (written != 0).then_some(FatalError::Written { count: written });
+            return Err(self.shared.fatal(written.unwrap_or(FatalError::Integrity { count: mismatches })));
         }
         Ok(())
     }
@@ -137,6 +139,9 @@ impl<'a> Receipts<'a> {
             // sent from where they lie may be newer than what was hashed; sent from a copy next time, they have no excuse.
             Counters::add(&source.counters.mismatches, (wrong & !sent.doubtful).count_ones().into());
             Counters::add(&source.counters.torn, (wrong & sent.doubtful).count_ones().into());
+            if !source.log.expects_writes() {
+                Counters::add(&source.counters.written, source.written_since(&sent, wrong));
+            }
             source.by_copy.insert(sent.chunk, wrong);
             source.shared.void(sent.chunk, wrong);
             source.pending.insert(sent.chunk, wrong);
