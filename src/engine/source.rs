@@ -21,6 +21,7 @@ use pagecopy::bitmap::PageBitmap;
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::PAGE_SIZE;
+use pagecopy::policy::OnTimeout;
 use pagecopy::zero::is_zero;
 use transport::carrier::OpenError;
 use transport::link::LinkError;
@@ -150,9 +151,12 @@ pub enum Cause {
     Streams(#[from] StreamsError),
     /// Postcopy was asked for.
     #[error(
-        "the destination cannot run a guest before its pages are there: it is an older one, or says itself why (userfaultfd)"
+        "the destination cannot run a guest before its pages are there: it is an older one, or says itself why (userfaultfd){}", hint(.needed_by)
     )]
-    NoPostcopy,
+    NoPostcopy {
+        /// The option that will need it, where nobody has asked for it yet.
+        needed_by: Option<&'static str>,
+    },
     /// A connection of postcopy could not be opened.
     #[error(transparent)]
     Postcopy(#[from] PostcopyError),
@@ -206,6 +210,10 @@ pub enum Cause {
     /// The system has no threads or randomness.
     #[error("this host lacks a resource")]
     System(#[from] std::io::Error),
+}
+
+fn hint(needed_by: &Option<&str>) -> String {
+    needed_by.map(|option| format!("; {option} needs it")).unwrap_or_default()
 }
 
 /// Moves `backend` to the destination at `uri`. Blocks until the guest is there, or the attempt has failed and was unwound.
@@ -321,6 +329,10 @@ impl Attempt<'_> {
         let populated = super::populated(&*self.backend.ram)?;
         let scanned = scanning.elapsed();
         let hello = self.hello(&mut watch, &populated);
+        let hello = hello.and_then(|(welcome, hasher)| {
+            self.check_postcopy(welcome.capabilities)?;
+            Ok((welcome, hasher))
+        });
         let (welcome, hasher) = hello.inspect_err(|cause| watch.say_error(self.uri, cause))?;
         let source = self.page_source(hasher, &welcome, populated);
         let source = source.inspect_err(|cause| watch.say_error(self.uri, cause))?;
@@ -406,6 +418,20 @@ impl Attempt<'_> {
         }));
         let welcome = watch.welcome(self.options.streams, capabilities)?;
         Ok((welcome, PageHasher::new(seed)))
+    }
+
+    /// Fails where postcopy will be needed and the destination cannot do it: before the first page, and not when the time has come.
+    fn check_postcopy(&self, capabilities: u64) -> Result<(), Cause> {
+        if self.backend.guest.is_none() || capabilities & capability::POSTCOPY != 0 {
+            return Ok(());
+        }
+        let limits = self.progress.tuning().limits;
+        let needed_by = if self.options.postcopy_after_rounds.is_some() {
+            Some("--postcopy-after-rounds")
+        } else {
+            (limits.on_timeout == OnTimeout::Postcopy).then_some("--on-timeout postcopy")
+        };
+        needed_by.map_or(Ok(()), |option| Err(Cause::NoPostcopy { needed_by: Some(option) }))
     }
 
     fn page_source(

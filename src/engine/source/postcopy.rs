@@ -92,12 +92,14 @@ impl Drop for Service {
 impl Attempt<'_> {
     /// Hands the guest over with the pages that are there, and serves the others until the destination has all.
     pub(super) fn postcopy(&mut self, feeder: Feeder, rounds: u64) -> Result<(), Cause> {
-        let Some(guest) = self.backend.guest.clone() else { return Err(Cause::NoPostcopy) };
+        let Some(guest) = self.backend.guest.clone() else {
+            return Err(Cause::NoPostcopy { needed_by: None });
+        };
         let (uri, timeout) = (self.uri, self.options.timeout);
         let running = self.running.as_mut().expect("set before any phase that needs it");
         let welcome = running.welcome;
         if welcome.capabilities & capability::POSTCOPY == 0 {
-            return Err(Cause::NoPostcopy);
+            return Err(Cause::NoPostcopy { needed_by: None });
         }
         // While the guest still runs: what is under way arrives, the streams end in order, and others are opened.
         let unit_chunks = running.watch.postcopy()?;
