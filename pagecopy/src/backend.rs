@@ -235,7 +235,7 @@ pub trait Guest: Send + Sync {
         let _ = release;
         self.pause()
     }
-    /// Lets the vCPUs run.
+    /// Lets the vCPUs run; nothing, where they do.
     fn resume(&self) -> Result<(), BackendError>;
     /// Takes `percent` (0..=99) of their time from the vCPUs; 0 ends throttling.
     fn throttle(&self, percent: u8) -> Result<(), BackendError>;

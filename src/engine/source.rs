@@ -8,9 +8,12 @@ mod leave;
 mod postcopy;
 mod reopen;
 mod resume;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -25,6 +28,7 @@ use pagecopy::policy::OnTimeout;
 use pagecopy::zero::is_zero;
 use transport::carrier::OpenError;
 use transport::link::LinkError;
+use transport::panic_text;
 use transport::postcopy::PostcopyError;
 use transport::session::SessionError;
 use transport::socket::SocketError;
@@ -207,6 +211,12 @@ pub enum Cause {
     /// The destination gave up after GO was said and before it arrived.
     #[error("the destination gave the session up before it was told to go")]
     Abandoned,
+    /// The migration's own thread panicked.
+    #[error("the migration panicked, which is a fault of pageferry's: please report it: {what}")]
+    Panicked {
+        /// What it said.
+        what: String,
+    },
     /// The system has no threads or randomness.
     #[error("this host lacks a resource")]
     System(#[from] std::io::Error),
@@ -241,7 +251,16 @@ pub fn migrate(
         round_trip: None,
         running: None,
     };
-    let result = attempt.run();
+    let mut result = caught(|| attempt.run());
+    while let Err(cause @ Cause::Panicked { .. }) = result {
+        if attempt.owns_guest() || progress.is_cancelled() {
+            result = Err(cause);
+            break;
+        }
+        // GO was said, and the destination may need what is here.
+        std::thread::sleep(Duration::from_secs(1));
+        result = caught(|| attempt.go_on(cause));
+    }
     let paused = attempt.paused_at.map_or(Duration::ZERO, |at| at.elapsed());
     let downtime = attempt.downtime.unwrap_or(paused);
     let failure = match result {
@@ -284,6 +303,12 @@ pub fn migrate(
         }
     });
     failure.map_or_else(|| Ok(progress.report()), Err)
+}
+
+/// Makes an error of a panic: whoever has the guest then decides as after any other failure.
+fn caught<T>(run: impl FnOnce() -> Result<T, Cause>) -> Result<T, Cause> {
+    catch_unwind(AssertUnwindSafe(run))
+        .unwrap_or_else(|payload| Err(Cause::Panicked { what: panic_text(&*payload) }))
 }
 
 /// One attempt, and what it must undo.
@@ -627,21 +652,35 @@ impl Attempt<'_> {
         }
     }
 
+    /// Goes on after GO was said and this side then lost its way.
+    fn go_on(&mut self, cause: Cause) -> Result<(), Cause> {
+        if self.running.as_ref().is_some_and(|running| running.postcopy.is_some()) {
+            self.serve(Some(cause))
+        } else {
+            self.ask(self.options, cause)
+        }
+    }
+
     /// Undoes what a failed attempt did, and says who has the guest. A paused guest comes first.
     fn unwind(&mut self, cause: Cause) -> Failure {
-        let mut owns = true;
+        let owns = self.owns_guest() || matches!(cause, Cause::Abandoned);
         if let Some(running) = &mut self.running {
-            owns = running.watch.owns_guest() || matches!(cause, Cause::Abandoned);
-            running.watch.say_error(self.uri, &cause);
-            running.source.stop();
-            running.watch.abort();
+            // Whatever goes wrong here, the guest must not stay paused.
+            let _ = caught(|| {
+                running.watch.say_error(self.uri, &cause);
+                running.source.stop();
+                running.watch.abort();
+                Ok(())
+            });
         }
+        // Whether it stands still is then not known for sure.
+        let panicked = matches!(cause, Cause::Panicked { .. });
         let fate = match &self.backend.guest {
             _ if !owns && self.downtime.is_some() => Fate::Lost,
             _ if !owns => Fate::Unknown,
             None => Fate::Unmoved,
             Some(_) if self.backend.paused => Fate::StaysPaused,
-            Some(guest) if self.paused_at.is_some() && guest.resume().is_err() => Fate::Stuck,
+            Some(guest) if (self.paused_at.is_some() || panicked) && guest.resume().is_err() => Fate::Stuck,
             Some(_) => Fate::RunsOn,
         };
         if let Some(running) = &mut self.running {

@@ -25,3 +25,9 @@ pub mod streams;
 mod sys;
 pub mod uri;
 pub mod wire;
+
+/// What a panic said, from what [`std::panic::catch_unwind`] or a thread's end gives.
+pub fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "it did not say why".into())
+}

@@ -1,11 +1,14 @@
 //! Connects lost streams anew, each by itself, with back-off and in the background, while the others go on.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use transport::carrier::{OpenError, SourceEnd};
+use transport::link::LinkError;
+use transport::panic_text;
 use transport::source::PageSource;
 use transport::uri::Uri;
 use transport::wire::{SessionId, next_incarnation, stream_number};
@@ -153,7 +156,11 @@ impl Slot {
         let name = format!("reopen-{}", stream_number(id));
         let begun = std::thread::Builder::new().name(name).spawn(move || {
             // Nobody listens any more where the session went on without it.
-            let _ = opened.send((id, opener.open(id, &vain)));
+            let end = catch_unwind(AssertUnwindSafe(|| opener.open(id, &vain))).unwrap_or_else(|payload| {
+                let text = format!("opening it panicked: {}", panic_text(&*payload));
+                Err(LinkError::Io(std::io::Error::other(text)).into())
+            });
+            let _ = opened.send((id, end));
         });
         match begun {
             Ok(_) => self.next = Next::Opened,

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -16,6 +17,7 @@ use pagecopy::layout::PAGE_SIZE;
 use super::pace::Pace;
 use super::{PageServer, PostcopyError};
 use crate::link::attach_stream;
+use crate::panic_text;
 use crate::socket::Connection;
 use crate::sys::{self, ReceiveList, SendList};
 use crate::uri::Uri;
@@ -92,7 +94,9 @@ impl Lane {
             len: 0,
         };
         let thread = std::thread::Builder::new().name(format!("postcopy-{stream}")).spawn(move || {
-            let error = worker.run();
+            let run = AssertUnwindSafe(|| worker.run());
+            let error = catch_unwind(run)
+                .unwrap_or_else(|payload| PostcopyError::Panicked { stream, what: panic_text(&*payload) });
             worker.connection.shutdown();
             worker.take_back();
             // Whoever opened it may have gone.
@@ -106,7 +110,7 @@ impl Drop for Lane {
     fn drop(&mut self) {
         self.connection.shutdown();
         if let Some(thread) = self.thread.take() {
-            // A panic of the thread has been printed.
+            // Its panics were caught.
             let _ = thread.join();
         }
     }

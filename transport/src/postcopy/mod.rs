@@ -81,6 +81,16 @@ pub enum PostcopyError {
         #[source]
         source: BackendError,
     },
+    /// Its thread panicked.
+    #[error(
+        "postcopy connection {stream} panicked, which is a fault of pageferry's: please report it: {what}"
+    )]
+    Panicked {
+        /// Which.
+        stream: u16,
+        /// What it said.
+        what: String,
+    },
     /// Told to stop.
     #[error("postcopy connection {stream} was stopped")]
     Stopped {

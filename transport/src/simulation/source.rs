@@ -734,9 +734,7 @@ impl<'a> SourceHost<'a> {
         }
         self.awake.clear();
         self.cursor = None;
-        for _ in self.waiting.drain(..) {
-            self.pages.as_ref().expect("pages moved").drop_batch();
-        }
+        self.waiting.clear();
         if let Some(link) = self.link.take() {
             world.connection(link.wire).close(ME);
         }

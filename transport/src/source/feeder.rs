@@ -43,15 +43,11 @@ impl Feeder {
     pub fn pass<E>(&self, mut go_on: impl FnMut() -> Result<(), E>) -> Result<(), E> {
         let share = self.source.pending.count() / (self.streams * BATCHES_PER_STREAM);
         let mut chunk = 0;
-        while let Some(mut batch) = self.source.next_batch(chunk, share.max(BATCH_PAGES_MIN)) {
-            chunk = batch.first + batch.count;
-            self.source.outstanding.fetch_add(1, Ordering::AcqRel);
+        while let Some(span) = self.source.next_batch(chunk, share.max(BATCH_PAGES_MIN)) {
+            chunk = span.first + span.count;
+            let mut batch = Batch::new(&self.source, span);
             loop {
-                let checked = go_on();
-                if checked.is_err() {
-                    self.source.batch_done();
-                    return checked;
-                }
+                go_on()?;
                 match self.work.send_timeout(batch, TICK) {
                     Ok(()) => break,
                     Err(SendTimeoutError::Timeout(back) | SendTimeoutError::Disconnected(back)) => {
@@ -90,8 +86,6 @@ impl Feeder {
 impl Drop for Feeder {
     fn drop(&mut self) {
         // None are left where everything was delivered; some where the streams are dead.
-        while self.taken.try_recv().is_ok() {
-            self.source.batch_done();
-        }
+        while self.taken.try_recv().is_ok() {}
     }
 }

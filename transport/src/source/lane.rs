@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -19,9 +20,10 @@ use vm_memory::volatile_memory::VolatileSlice;
 
 use super::receipts::Receipts;
 use super::window::Window;
-use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, ReceiptError};
+use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, ReceiptError, Span};
 use crate::carrier::{Breaker, FrameSender, Placement, SourceEnd};
 use crate::clock;
+use crate::panic_text;
 use crate::spent::Lap;
 use crate::sys::SendList;
 use crate::wire::control::StreamEnd;
@@ -177,18 +179,24 @@ impl Lane {
         let shared = Arc::new(Shared::new(source, stream, breaker, window));
         let sending = shared.clone();
         let sender = std::thread::Builder::new().name(format!("send-{stream}")).spawn(move || {
-            if let Err(error) = LaneSender::new(&sending, frames).run(&work) {
+            if let Err(error) = caught(&sending, || LaneSender::new(&sending, frames).run(&work)) {
                 sending.fail(error);
             }
         })?;
         let lane = shared.clone();
         let thread = std::thread::Builder::new().name(format!("receipts-{stream}")).spawn(move || {
-            let (fold, result) = Receipts::new(&shared, receipts).run();
-            if let Err(error) = result {
+            let taken = caught(&shared, || {
+                let (fold, result) = Receipts::new(&shared, receipts).run();
+                result.map(|()| fold)
+            });
+            let fold = taken.unwrap_or_else(|error| {
                 shared.fail(error);
-            }
-            let panicked = sender.join().is_err();
-            let _ = ends.send(shared.end(fold, panicked));
+                // An account of a stream that did not end in order is nobody's.
+                0
+            });
+            // Its panics were caught.
+            let _ = sender.join();
+            let _ = ends.send(shared.end(fold));
             shared.source.notify();
         })?;
         Ok(Self { shared: lane, thread })
@@ -206,7 +214,7 @@ impl Lane {
 
     /// Waits until both threads have ended.
     pub fn join(self) {
-        // A panic of the thread has been printed; its lane reported no end, which the session notices.
+        // Its panics were caught.
         let _ = self.thread.join();
     }
 }
@@ -261,16 +269,22 @@ impl Shared {
         LaneError::Fatal { stream: self.stream, source: source.into() }
     }
 
-    pub(super) fn end(&self, fold: u64, panicked: bool) -> LaneEnd {
+    pub(super) fn end(&self, fold: u64) -> LaneEnd {
         let mut flight = self.flight();
         let stream = self.stream;
         let result = match flight.error.take() {
             Some(error) => Err(error),
-            None if panicked || !flight.frames.is_empty() => Err(LaneError::Stopped { stream }),
+            None if !flight.frames.is_empty() => Err(LaneError::Stopped { stream }),
             None => Ok(StreamEnd { stream, frames: flight.total, fold }),
         };
         LaneEnd { stream, result, unreceipted: flight.frames.drain(..).collect() }
     }
+}
+
+/// Runs a thread of a stream. A panic ends its session, for what it was about to do is not known.
+fn caught<T>(shared: &Shared, run: impl FnOnce() -> Result<T, LaneError>) -> Result<T, LaneError> {
+    catch_unwind(AssertUnwindSafe(run))
+        .unwrap_or_else(|payload| Err(shared.fatal(FatalError::Panicked { what: panic_text(&*payload) })))
 }
 
 /// The thread that encodes and sends.
@@ -358,14 +372,12 @@ impl<'a> LaneSender<'a> {
     }
 
     pub(super) fn work_off(&mut self, batch: Batch) -> Result<(), LaneError> {
-        let result = self.send_batch(batch);
-        self.source.batch_done();
-        result
+        self.send_batch(batch.span)
     }
 
     /// Claims the batch's chunks, re-arms the dirty log for their pages, and sends them. Chunks that belong to another stream
     /// stay pending.
-    fn send_batch(&mut self, batch: Batch) -> Result<(), LaneError> {
+    fn send_batch(&mut self, batch: Span) -> Result<(), LaneError> {
         let mut taken = [0u64; BATCH_CHUNKS as usize];
         let taken = &mut taken[..batch.count as usize];
         for (chunk, pages) in (batch.first..).zip(taken.iter_mut()) {

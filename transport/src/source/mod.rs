@@ -41,9 +41,29 @@ pub const BATCH_CHUNKS: u32 = 16;
 
 /// A range of chunks that has pages pending: at most [`BATCH_CHUNKS`], from `first`.
 #[derive(Clone, Copy, Debug)]
-pub struct Batch {
+struct Span {
     first: u32,
     count: u32,
+}
+
+/// Such a range that was given out. It counts as outstanding until it is dropped, whatever becomes of who has it.
+pub struct Batch {
+    span: Span,
+    source: Arc<PageSource>,
+}
+
+impl Batch {
+    fn new(source: &Arc<PageSource>, span: Span) -> Self {
+        source.outstanding.fetch_add(1, Ordering::AcqRel);
+        Self { span, source: source.clone() }
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        self.source.outstanding.fetch_sub(1, Ordering::AcqRel);
+        self.source.notify();
+    }
 }
 
 /// How the workers of a session behave.
@@ -151,7 +171,7 @@ pub struct PageSource {
     pace: Pace,
     counters: Counters,
     progress: (Mutex<()>, Condvar),
-    /// Batches given out and not yet worked off.
+    /// Batches given out and not yet dropped.
     outstanding: AtomicU64,
     stop: AtomicBool,
     #[cfg(feature = "rdma")]
@@ -263,13 +283,8 @@ impl PageSource {
             && self.pending.is_empty()
     }
 
-    fn batch_done(&self) {
-        self.outstanding.fetch_sub(1, Ordering::AcqRel);
-        self.notify();
-    }
-
     /// The next batch at or after `chunk` that has pages pending: it ends with the chunk in which it comes to `pages_min` of them.
-    fn next_batch(&self, chunk: u32, pages_min: u64) -> Option<Batch> {
+    fn next_batch(&self, chunk: u32, pages_min: u64) -> Option<Span> {
         let first = self.pending.next_chunk(chunk)?;
         let most = BATCH_CHUNKS.min(self.pending.chunks() - first);
         let (mut count, mut pages) = (0, 0);
@@ -277,7 +292,7 @@ impl PageSource {
             pages += u64::from(self.pending.get(first + count).count_ones());
             count += 1;
         }
-        Some(Batch { first, count })
+        Some(Span { first, count })
     }
 
     /// Makes the pages of frames pending again whose stream has died on both sides, and voids what they would have been bases of.
@@ -379,6 +394,12 @@ pub enum FatalError {
     Written {
         /// Pages that mismatched and are not what they were.
         count: u64,
+    },
+    /// A thread of a stream panicked.
+    #[error("a thread of the migration panicked, which is a fault of pageferry's: please report it: {what}")]
+    Panicked {
+        /// What it said.
+        what: String,
     },
     /// Pages were lost on the way to the streams.
     #[error("{pages} pages were never sent, which is a fault of pageferry's: please report it")]

@@ -84,7 +84,7 @@ impl<'a> SteppedLane<'a> {
 
     /// How the stream ended, once either thread has.
     pub(crate) fn into_end(self) -> LaneEnd {
-        self.shared.end(self.receipts.fold, false)
+        self.shared.end(self.receipts.fold)
     }
 
     fn note(&self, result: Result<(), LaneError>) -> bool {
@@ -95,16 +95,10 @@ impl<'a> SteppedLane<'a> {
 /// What [`super::Feeder`] asks of the pages that wait, without its channel.
 impl PageSource {
     /// Gives out the next batch at or after `chunk`, of at most `count_max` chunks; returns it and where the pass goes on.
-    pub(crate) fn give_out(&self, chunk: u32, count_max: u32) -> Option<(Batch, u32)> {
-        let mut batch = self.next_batch(chunk, u64::MAX)?;
-        batch.count = batch.count.min(count_max);
-        self.outstanding.fetch_add(1, std::sync::atomic::Ordering::AcqRel);
-        Some((batch, batch.first + batch.count))
-    }
-
-    /// A batch that no lane has taken goes back.
-    pub(crate) fn drop_batch(&self) {
-        self.batch_done();
+    pub(crate) fn give_out(self: &Arc<Self>, chunk: u32, count_max: u32) -> Option<(Batch, u32)> {
+        let mut span = self.next_batch(chunk, u64::MAX)?;
+        span.count = span.count.min(count_max);
+        Some((Batch::new(self, span), span.first + span.count))
     }
 
     /// Whether every page is delivered and receipted; for whoever gives batches out.
