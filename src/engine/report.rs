@@ -59,6 +59,17 @@ pub struct Pages {
     pub raw: u64,
 }
 
+/// Compressed pages that were sent by what they have in common with pages sent before. They are among [`Pages::compressed`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Similar {
+    /// Pages in frames that refer to others.
+    pub pages: u64,
+    /// Pages that these refer to, each time.
+    pub referred: u64,
+    /// Encoded bytes of these frames.
+    pub wire_bytes: u64,
+}
+
 /// Where the time of the threads that move pages went, in milliseconds, all threads together; waits are counted as well as work. The
 /// source fills in the first four, the destination the others. Postcopy is not in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -203,6 +214,9 @@ pub struct Report {
     pub remaining_bytes: u64,
     /// Pages by what became of them.
     pub pages: Pages,
+    /// Pages sent by what they have in common with others; known at the source.
+    #[serde(default)]
+    pub similar: Similar,
     /// Page size in bytes.
     pub page_size: u32,
     /// Pages the guest dirties in a second, by the last syncs.
@@ -333,6 +347,16 @@ impl Report {
                 self.pages.raw, self.pages.compressed, self.pages.delta
             ),
         );
+        if self.similar.pages != 0 {
+            let Similar { pages, referred, wire_bytes } = self.similar;
+            line(
+                "similar:",
+                format!(
+                    "{pages} of the compressed pages refer to {referred} sent before, in {} kbytes",
+                    wire_bytes / 1024
+                ),
+            );
+        }
         if self.torn != 0 {
             line("torn:", format!("{} pages (written while they were sent, and sent again)", self.torn));
         }
@@ -402,10 +426,18 @@ mod tests {
     #[test]
     fn pages_that_were_sent_again_are_shown_where_there_are_any() {
         let text = Report::default().summary();
-        assert!(!text.contains("torn") && !text.contains("mismatches"), "{text}");
-        let report = Report { torn: 7, mismatches: 3, ..Report::default() };
+        assert!(
+            !text.contains("similar") && !text.contains("torn") && !text.contains("mismatches"),
+            "{text}"
+        );
+        let similar = Similar { pages: 12, referred: 5, wire_bytes: 2048 };
+        let report = Report { torn: 7, mismatches: 3, similar, ..Report::default() };
         let text = report.summary();
-        for line in ["torn:             7 pages", "mismatches:       3 pages"] {
+        for line in [
+            "similar:          12 of the compressed pages refer to 5 sent before, in 2 kbytes",
+            "torn:             7 pages",
+            "mismatches:       3 pages",
+        ] {
             assert!(text.lines().any(|l| l.starts_with(line)), "{line}: {text}");
         }
         let json = serde_json::to_value(&report).unwrap();

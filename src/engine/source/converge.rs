@@ -333,27 +333,109 @@ impl<'a> Course<'a> {
     /// What would help a guest that has stalled.
     fn advice(&self) -> String {
         let policy = &self.policy;
-        let mb = |bytes: u64| bytes as f64 / 1e6;
-        let dirtied = mb(policy.dirty_pages_per_s().saturating_mul(PAGE_SIZE as u64));
-        let delivered = mb(policy.logical_bytes_per_s());
         let tuning = self.progress.tuning();
-        let limited = if tuning.bandwidth.is_some() { "a higher --bandwidth, " } else { "" };
-        let throttle = match (tuning.auto_converge, tuning.throttle_max) {
-            (false, _) => "--auto-converge, ",
-            (true, PERCENT_MAX..) => "",
-            (true, _) => "a higher --throttle-max, ",
+        let most = self.throttle_percents().into_iter().max().unwrap_or(0);
+        Stall {
+            dirtied_per_s: policy.dirty_pages_per_s().saturating_mul(PAGE_SIZE as u64),
+            delivered_per_s: policy.logical_bytes_per_s(),
+            expected: Some(policy.expected_downtime_us())
+                .filter(|&us| us != u64::MAX)
+                .map(Duration::from_micros),
+            handover: self.switch_time(),
+            limit: Duration::from_millis(policy.limits().downtime_ms),
+            bandwidth_limited: tuning.bandwidth.is_some(),
+            throttle: match (tuning.auto_converge, tuning.throttle_max) {
+                (false, _) => Braking::Off,
+                (true, max) if most < max => Braking::Under,
+                (true, PERCENT_MAX..) => Braking::Spent,
+                (true, _) => Braking::AtLimit,
+            },
+            can_postcopy: self.progress.can_postcopy(),
+        }
+        .advice()
+    }
+}
+
+/// What `--auto-converge` can still do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Braking {
+    /// It is off.
+    Off,
+    /// More will be taken by itself.
+    Under,
+    /// All that is allowed is taken.
+    AtLimit,
+    /// All is taken that can be.
+    Spent,
+}
+
+/// A migration whose remainder does not shrink.
+#[derive(Clone, Copy, Debug)]
+struct Stall {
+    dirtied_per_s: u64,
+    delivered_per_s: u64,
+    /// Of a switchover now, where it can be told.
+    expected: Option<Duration>,
+    /// What the state and the messages of the handover take of it.
+    handover: Duration,
+    limit: Duration,
+    bandwidth_limited: bool,
+    throttle: Braking,
+    can_postcopy: bool,
+}
+
+impl Stall {
+    /// Why it stalls, and what may help against that; nothing that cannot.
+    fn advice(&self) -> String {
+        let mb = |bytes: u64| bytes as f64 / 1e6;
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        let rates = format!(
+            "the guest dirties {:.0} MB/s of memory and {:.0} MB/s are delivered",
+            mb(self.dirtied_per_s),
+            mb(self.delivered_per_s)
+        );
+        if self.delivered_per_s == 0 {
+            return format!(
+                "{rates}: nothing gets through; see that the connection to the destination carries data"
+            );
+        }
+        let mut helps: Vec<String> = Vec::new();
+        // However little is left, the rest takes too long.
+        let by_handover = self.handover >= self.limit;
+        let why = match self.expected {
+            _ if by_handover => format!(
+                "{rates}, but pausing, state and round trips alone take {:.0} ms of the {:.0} ms allowed",
+                ms(self.handover),
+                ms(self.limit)
+            ),
+            Some(expected) => {
+                format!("{rates}: what is left does not shrink and takes {:.0} ms", ms(expected))
+            }
+            None => format!("{rates}: what is left does not shrink"),
         };
-        let postcopy = if self.progress.can_postcopy() { "`ctl postcopy`, " } else { "" };
-        // While nothing is delivered there is no telling.
-        let expected = Some(policy.expected_downtime_us()).filter(|&us| us != u64::MAX);
-        let (left, limit) = expected.map_or_else(Default::default, |us| {
-            let enough_ms = us.div_ceil(1000).saturating_add(policy.limits().downtime_ms / 10);
-            (format!(" and takes {:.0} ms", us as f64 / 1e3), format!("--downtime-limit {enough_ms} (ms), "))
-        });
-        format!(
-            "the guest dirties {dirtied:.0} MB/s of memory and {delivered:.0} MB/s are delivered: what is left does not shrink{left}; \
-             what may help: {limited}{throttle}{postcopy}{limit}a quieter guest, or `ctl switchover` to accept the downtime"
-        )
+        if !by_handover {
+            if self.bandwidth_limited {
+                helps.push("a higher --bandwidth".into());
+            }
+            match self.throttle {
+                Braking::Off => helps.push("--auto-converge".into()),
+                Braking::AtLimit => helps.push("a higher --throttle-max".into()),
+                Braking::Under | Braking::Spent => {}
+            }
+        }
+        if self.can_postcopy {
+            helps.push("`ctl postcopy`".into());
+        }
+        let enough =
+            self.expected.map(|expected| expected.as_micros().div_ceil(1000) + self.limit.as_millis() / 10);
+        if let Some(enough_ms) = enough.filter(|&ms| ms > self.limit.as_millis()) {
+            helps.push(format!("--downtime-limit {enough_ms} (ms)"));
+        }
+        if !by_handover {
+            helps.push("a quieter guest".into());
+        }
+        let helps: String = helps.iter().map(|help| format!("{help}, ")).collect();
+        format!("{why}; what may help: {helps}or `ctl switchover` to accept the downtime")
     }
 }
 
@@ -412,5 +494,96 @@ impl Attempt<'_> {
                 Decision::GiveUp { reason } => return Err(Cause::Policy(reason.to_string())),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_is_what_can_help() {
+        let ms = Duration::from_millis;
+        let busy = Stall {
+            dirtied_per_s: 400_000_000,
+            delivered_per_s: 100_000_000,
+            expected: Some(ms(2500)),
+            handover: ms(12),
+            limit: ms(300),
+            bandwidth_limited: false,
+            throttle: Braking::Off,
+            can_postcopy: false,
+        };
+        let all = [
+            "--bandwidth",
+            "--auto-converge",
+            "--throttle-max",
+            "ctl postcopy",
+            "--downtime-limit 2530 (ms)",
+            "a quieter guest",
+            "ctl switchover",
+            "does not shrink and takes 2500 ms",
+            "nothing gets through",
+            "alone take",
+        ];
+        let last = ["a quieter guest", "ctl switchover"];
+        for (name, stall, said) in [
+            (
+                "as it comes",
+                busy,
+                &["--auto-converge", "--downtime-limit 2530 (ms)", "does not shrink and takes 2500 ms"][..],
+            ),
+            (
+                "a limited bandwidth, and postcopy",
+                Stall { bandwidth_limited: true, can_postcopy: true, ..busy },
+                &[
+                    "--bandwidth",
+                    "--auto-converge",
+                    "ctl postcopy",
+                    "--downtime-limit 2530 (ms)",
+                    "does not shrink and takes 2500 ms",
+                ],
+            ),
+            (
+                "a brake that will be put on further by itself",
+                Stall { throttle: Braking::Under, ..busy },
+                &["--downtime-limit 2530 (ms)", "does not shrink and takes 2500 ms"],
+            ),
+            (
+                "a brake at its limit",
+                Stall { throttle: Braking::AtLimit, ..busy },
+                &["--throttle-max", "--downtime-limit 2530 (ms)", "does not shrink and takes 2500 ms"],
+            ),
+            (
+                "a brake that is all on",
+                Stall { throttle: Braking::Spent, ..busy },
+                &["--downtime-limit 2530 (ms)", "does not shrink and takes 2500 ms"],
+            ),
+            ("no telling how long it takes", Stall { expected: None, ..busy }, &["--auto-converge"]),
+            // It will switch over at the next sync.
+            ("it would fit by now", Stall { expected: Some(ms(100)), ..busy }, &["--auto-converge"]),
+        ] {
+            let text = stall.advice();
+            for word in all {
+                let expected = said.contains(&word) || last.contains(&word);
+                assert_eq!(text.contains(word), expected, "{name}: {word}: {text}");
+            }
+        }
+        // What the guest writes is not what keeps it from being handed over.
+        let far = Stall {
+            dirtied_per_s: 1_000_000,
+            expected: Some(ms(573)),
+            handover: ms(560),
+            bandwidth_limited: true,
+            can_postcopy: true,
+            ..busy
+        };
+        assert_eq!(
+            far.advice(),
+            "the guest dirties 1 MB/s of memory and 100 MB/s are delivered, but pausing, state and round trips alone take 560 ms of the \
+             300 ms allowed; what may help: `ctl postcopy`, --downtime-limit 603 (ms), or `ctl switchover` to accept the downtime"
+        );
+        let stuck = Stall { delivered_per_s: 0, expected: None, ..busy }.advice();
+        assert!(stuck.contains("nothing gets through") && !stuck.contains("may help"), "{stuck}");
     }
 }

@@ -20,7 +20,7 @@ use super::reopen::{Opener, Reopening};
 use super::resume::connect;
 use super::{Cause, random};
 use crate::engine::progress::{Outage, Progress};
-use crate::engine::report::Status;
+use crate::engine::report::{Similar, Status};
 use crate::engine::{Options, explain};
 
 /// How often somebody who waits looks at everything that may have happened.
@@ -405,6 +405,11 @@ impl Watch {
             r.pages.delta = get(&counters.delta);
             r.pages.compressed = get(&counters.compressed);
             r.pages.raw = get(&counters.raw);
+            r.similar = Similar {
+                pages: get(&counters.similar),
+                referred: get(&counters.referred),
+                wire_bytes: get(&counters.similar_bytes),
+            };
             r.logical_bytes = get(&counters.logical_acked);
             r.wire_bytes = get(&counters.wire_acked);
             r.mismatches = get(&counters.mismatches);

@@ -679,6 +679,8 @@ fn count_pages(counters: &Counters, encoded: &EncodedChunk<'_>) {
     let referred: u32 = encoded.references.iter().map(|reference| reference.pages.count_ones()).sum();
     if referred != 0 {
         Counters::add(&counters.referred, referred.into());
+        Counters::add(&counters.similar, encoded.zstd.count_ones().into());
+        Counters::add(&counters.similar_bytes, encoded.encoded.len() as u64);
     }
     Counters::add(&counters.logical_acked, u64::from(encoded.unchanged.count_ones()) * PAGE_SIZE as u64);
 }

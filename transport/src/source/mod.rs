@@ -115,6 +115,10 @@ pub struct Counters {
     pub compressed: AtomicU64,
     /// Pages of other chunks that compressed pages referred to, each time.
     pub referred: AtomicU64,
+    /// Compressed pages in frames that refer to others.
+    pub similar: AtomicU64,
+    /// Encoded bytes of these frames.
+    pub similar_bytes: AtomicU64,
     /// Pages sent as they are.
     pub raw: AtomicU64,
     /// Bytes written to the streams.
