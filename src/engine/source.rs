@@ -39,6 +39,7 @@ use transport::uri::Uri;
 use transport::wire::control::{
     ErrorCode, Hello, Message, PRESENCE_CHUNKS, Totals, Welcome, capability, state_digest,
 };
+use transport::wire::{Role, WireError};
 
 use super::Options;
 use super::progress::{Phase, Progress};
@@ -184,6 +185,15 @@ pub enum Cause {
     Codec {
         /// What was pinned.
         codec: CodecMode,
+    },
+    /// What the VMM describes or saves is more than the protocol carries.
+    #[error("the guest cannot be migrated: its {name} would be refused")]
+    Unsendable {
+        /// The message.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: WireError,
     },
     /// The destination answers pings and nothing else.
     #[error("the destination lives but has not sent {message} for {seconds} s")]
@@ -429,7 +439,7 @@ impl Attempt<'_> {
         let resume = if self.options.reconnect_timeout.is_zero() { 0 } else { capability::RESUME };
         let postcopy = if self.backend.guest.is_some() { capability::POSTCOPY } else { 0 };
         let capabilities = capability::ENCODINGS | postcopy | resume;
-        watch.send(Message::Hello(Hello {
+        let hello = Message::Hello(Hello {
             seed,
             capabilities,
             streams: self.options.streams,
@@ -440,7 +450,9 @@ impl Attempt<'_> {
             presence,
             dense,
             machine: self.backend.machine.clone(),
-        }));
+        });
+        check(&hello)?;
+        watch.send(hello);
         let welcome = watch.welcome(self.options.streams, capabilities)?;
         Ok((welcome, PageHasher::new(seed)))
     }
@@ -572,7 +584,9 @@ impl Attempt<'_> {
             let mut state = guest.save_state()?;
             state.push(StateBlob { name: RUN_STATE.into(), version: 1, bytes: vec![ran] });
             digest = state_digest(&state);
-            watch.send(Message::State(state));
+            let state = Message::State(state);
+            check(&state)?;
+            watch.send(state);
             feeder.settle(|| watch.check())?;
             watch.end_round(dirtied);
             self.progress.update(|r| r.rounds = rounds + 1);
@@ -738,6 +752,12 @@ fn is_dense(ram: &dyn GuestRam, populated: &PageBitmap, first: u32) -> bool {
         is_zero(&sample)
     };
     chunks.step_by(2).filter(reads_as_zeros).count() as u32 <= PRESENCE_CHUNKS / 4
+}
+
+/// Refuses what the destination would: it comes from the VMM, whose limits may be others.
+pub(super) fn check(message: &Message) -> Result<(), Cause> {
+    let name = message.name();
+    message.check().map_err(|source| Cause::Unsendable { name, source })
 }
 
 fn random<const N: usize>() -> std::io::Result<[u8; N]> {

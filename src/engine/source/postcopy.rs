@@ -24,7 +24,7 @@ use transport::wire::control::{
 };
 
 use super::watch::Watch;
-use super::{Attempt, Cause, RUN_STATE};
+use super::{Attempt, Cause, RUN_STATE, check};
 use crate::engine::progress::{Phase, Progress};
 use crate::engine::report::{Postcopy, Status};
 use crate::engine::{explain, populated};
@@ -166,7 +166,9 @@ impl Attempt<'_> {
         let mut state = guest.save_state()?;
         state.push(StateBlob { name: RUN_STATE.into(), version: 1, bytes: vec![ran] });
         let totals = Totals { streams, pages, state: state_digest(&state) };
-        watch.send(Message::State(state));
+        let state = Message::State(state);
+        check(&state)?;
+        watch.send(state);
         Ok((totals, Arc::new(server)))
     }
 

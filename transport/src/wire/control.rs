@@ -20,6 +20,8 @@ pub const PRESENCE_MAX: usize = 4 << 20;
 pub const STATE_BLOBS_MAX: usize = 4096;
 /// Longest message that carries device state.
 pub const STATE_LEN_MAX: usize = 64 << 20;
+/// Longest HELLO; nothing that may come first is longer.
+pub const FIRST_LEN_MAX: usize = 2 * PRESENCE_MAX + MACHINE_MAX + REGIONS_MAX * (REGION_NAME_MAX + 32);
 /// Most connections of postcopy besides the one for requests.
 pub const STREAMS_PUSHING_MAX: u16 = 255;
 /// Most runs of missing pages in a message; more take several.
@@ -324,8 +326,35 @@ impl Message {
         kind_name(self.kind())
     }
 
-    /// Header, fields and checksum.
+    /// Whether the message keeps within the protocol's limits. Both sides ask: who sends before it does, who receives after it has read.
+    ///
+    /// # Errors
+    /// The field that does not, by name.
+    pub fn check(&self) -> Result<(), WireError> {
+        match self {
+            Self::Hello(hello) => hello.check(),
+            Self::State(blobs) => check_state(blobs),
+            Self::Finish(totals) | Self::Ready(totals) => {
+                at_most(totals.streams.len(), STREAMS_MAX.into(), "streams")
+            }
+            Self::Missing(runs) => {
+                at_most(runs.len(), MISSING_RUNS_MAX, "runs of missing pages")?;
+                match runs.iter().find(|run| run.count == 0 || run.pages == 0) {
+                    None => Ok(()),
+                    Some(run) => Err(WireError::BadValue {
+                        field: "run of missing pages (empty)",
+                        value: run.first.into(),
+                    }),
+                }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Header, fields and checksum. Of a message that keeps within [its limits](Self::check): whoever takes content from elsewhere, such
+    /// as a VMM's, asks first.
     pub fn encode(&self) -> Vec<u8> {
+        debug_assert_eq!(self.check(), Ok(()), "{} is checked before it is sent", self.name());
         let mut w = Writer::default();
         self.encode_fields(&mut w);
         let fields = w.into_vec();
@@ -395,7 +424,7 @@ impl Message {
             return Err(WireError::BadValue { field: "message flags", value: flags.into() });
         }
         let max = match kind {
-            1 => 2 * PRESENCE_MAX + MACHINE_MAX + REGIONS_MAX * (REGION_NAME_MAX + 32),
+            1 => FIRST_LEN_MAX,
             10 => STATE_LEN_MAX,
             26 => 4 + MISSING_RUNS_MAX * 16,
             _ => 16 << 10,
@@ -423,6 +452,7 @@ impl Message {
         let mut r = Reader::new(fields);
         let message = Self::decode_fields(kind, &mut r)?;
         r.end(kind_name(kind))?;
+        message.check()?;
         Ok(message)
     }
 
@@ -504,9 +534,7 @@ impl Hello {
 
     fn decode(r: &mut Reader<'_>) -> Result<Self, WireError> {
         let (seed, capabilities, streams) = (r.u64("seed")?, r.u64("capabilities")?, r.u16("streams")?);
-        if !(1..=STREAMS_MAX).contains(&streams) {
-            return Err(WireError::BadValue { field: "streams", value: streams.into() });
-        }
+        check_streams(streams)?;
         let live = match r.u16("live")? {
             0 => false,
             1 => true,
@@ -557,6 +585,36 @@ impl Hello {
     pub fn presence_len(layout: &Layout) -> usize {
         layout.chunks().div_ceil(PRESENCE_CHUNKS).div_ceil(8) as usize
     }
+}
+
+impl Hello {
+    fn check(&self) -> Result<(), WireError> {
+        check_streams(self.streams)?;
+        at_most(self.regions.len(), REGIONS_MAX, "regions")?;
+        self.regions.iter().try_for_each(|r| at_most(r.name.len(), REGION_NAME_MAX, "region name"))?;
+        at_most(self.presence.len(), PRESENCE_MAX, "presence map")?;
+        at_most(self.dense.len(), PRESENCE_MAX, "dense map")?;
+        at_most(self.machine.len(), MACHINE_MAX, "machine")
+    }
+}
+
+fn check_streams(streams: u16) -> Result<(), WireError> {
+    match streams {
+        1..=STREAMS_MAX => Ok(()),
+        value => Err(WireError::BadValue { field: "streams", value: value.into() }),
+    }
+}
+
+fn check_state(blobs: &[StateBlob]) -> Result<(), WireError> {
+    at_most(blobs.len(), STATE_BLOBS_MAX, "state blobs")?;
+    blobs.iter().try_for_each(|blob| at_most(blob.name.len(), REGION_NAME_MAX, "state name"))?;
+    // A count, and for each piece two lengths and a version.
+    let bytes = blobs.iter().map(|blob| 12 + blob.name.len() + blob.bytes.len()).sum::<usize>();
+    at_most(4 + bytes, STATE_LEN_MAX, "STATE")
+}
+
+fn at_most(len: usize, max: usize, field: &'static str) -> Result<(), WireError> {
+    if len > max { Err(WireError::TooLong { field, len: len as u64, max: max as u64 }) } else { Ok(()) }
 }
 
 impl Totals {
@@ -624,14 +682,7 @@ fn decode_state(r: &mut Reader<'_>) -> Result<Vec<StateBlob>, WireError> {
 fn decode_runs(r: &mut Reader<'_>) -> Result<Vec<ChunkRun>, WireError> {
     let mut runs = Vec::new();
     for _ in 0..r.count(MISSING_RUNS_MAX, "runs of missing pages")? {
-        let run = ChunkRun { first: r.u32("first chunk")?, count: r.u32("chunks")?, pages: r.u64("pages")? };
-        if run.count == 0 || run.pages == 0 {
-            return Err(WireError::BadValue {
-                field: "run of missing pages (empty)",
-                value: run.first.into(),
-            });
-        }
-        runs.push(run);
+        runs.push(ChunkRun { first: r.u32("first chunk")?, count: r.u32("chunks")?, pages: r.u64("pages")? });
     }
     Ok(runs)
 }
@@ -756,6 +807,41 @@ mod tests {
             assert!(matches!(Message::decode_header(&header), Err(WireError::TooLong { .. })));
         }
         assert!(Message::decode_header(&[99, 0, 0, 0, 0, 0, 0, 0]).is_err());
+    }
+
+    #[test]
+    fn whoever_sends_knows_the_limits() {
+        let hello = |change: &dyn Fn(&mut Hello)| {
+            let Message::Hello(mut hello) = samples().remove(0) else { unreachable!() };
+            change(&mut hello);
+            Message::Hello(hello)
+        };
+        let name = "n".repeat(REGION_NAME_MAX + 1);
+        let blob = |name: &str, len| StateBlob { name: name.into(), version: 1, bytes: vec![0; len] };
+        let whole = STATE_LEN_MAX - 4 - 12 - 1;
+        let totals = Totals { streams: vec![], pages: 0, state: 0 };
+        let end = StreamEnd { stream: 0, frames: 0, fold: 0 };
+        for (message, field) in [
+            (hello(&|h| h.machine = "m".repeat(MACHINE_MAX + 1)), "machine"),
+            (hello(&|h| h.regions[0].name.clone_from(&name)), "region name"),
+            (hello(&|h| h.regions = vec![h.regions[0].clone(); REGIONS_MAX + 1]), "regions"),
+            (hello(&|h| h.presence = vec![0; PRESENCE_MAX + 1]), "presence map"),
+            (hello(&|h| h.dense = vec![0; PRESENCE_MAX + 1]), "dense map"),
+            (hello(&|h| h.streams = 0), "streams"),
+            (Message::State(vec![blob(&name, 1)]), "state name"),
+            (Message::State(vec![blob("s", 0); STATE_BLOBS_MAX + 1]), "state blobs"),
+            (Message::State(vec![blob("s", whole + 1)]), "STATE"),
+            (Message::Finish(Totals { streams: vec![end; 257], ..totals }), "streams"),
+            (Message::Missing(vec![ChunkRun { first: 0, count: 0, pages: 1 }]), "empty"),
+        ] {
+            let error = message.check().expect_err(field);
+            assert!(error.to_string().contains(field), "{field}: {error}");
+        }
+        let longest = Message::State(vec![blob("s", whole)]);
+        assert_eq!(longest.check(), Ok(()));
+        assert_eq!(Message::decode(&longest.encode()), Ok(longest));
+        let longest = hello(&|h| h.machine = "m".repeat(MACHINE_MAX));
+        assert_eq!(Message::decode(&longest.encode()), Ok(longest));
     }
 
     #[test]
