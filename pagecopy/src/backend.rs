@@ -39,6 +39,17 @@ impl BackendError {
     }
 }
 
+/// What memory can still grow by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes.
+    pub bytes: u64,
+    /// What has no more than these.
+    pub of: String,
+    /// What to do where that is too little.
+    pub hint: &'static str,
+}
+
 /// Guest memory: regions with their host mappings.
 pub trait GuestRam: Send + Sync {
     /// The layout; it never changes during a session.
@@ -64,6 +75,19 @@ pub trait GuestRam: Send + Sync {
     fn populate(&self, first: u32, count: u32) -> Result<(), BackendError> {
         let _ = (first, count);
         Ok(())
+    }
+
+    /// Brings pages of a chunk in for writing, where touching them would otherwise kill the process for want of room. What they hold
+    /// stays, and they are no holes any more. Memory that always has room for its pages does nothing.
+    fn bring_in(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
+        let _ = (chunk, pages);
+        Ok(())
+    }
+
+    /// What this memory can still grow by as its pages are brought in; `None` where it was given all its room when it was made, or
+    /// where nobody knows.
+    fn room(&self) -> Option<Room> {
+        None
     }
 
     /// All of these chunks will be filled, and by whom brings them in at once: memory that has a choice may use larger pages for

@@ -26,6 +26,7 @@ use clap::{Args, Parser, Subcommand};
 use pageferry::engine::Options;
 use pageferry::pagecopy::choose::CodecMode;
 use pageferry::transport::source::RdmaOptions;
+use pageferry::vmm_shim::lost_room;
 
 /// Moves the RAM of a running virtual machine between hosts.
 #[derive(Debug, Parser)]
@@ -36,7 +37,8 @@ struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 the migration failed and the source has the guest; 2 wrong arguments; \
-3 could not start (file, port, permission); 4 the handover was not confirmed: look at both sides before resuming; 130 cancelled.";
+3 could not start (file, port, permission); 4 the handover was not confirmed: look at both sides before resuming; \
+5 a page of guest memory in a file could not be had, for its file system was full; 130 cancelled.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -81,6 +83,8 @@ impl CliError {
 }
 
 pub(crate) fn run() -> ExitCode {
+    // Before there is any guest memory.
+    lost_room::report();
     let done = |()| ExitCode::SUCCESS;
     let result = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args).map(done),

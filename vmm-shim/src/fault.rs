@@ -148,12 +148,7 @@ impl UffdMissing {
 
     fn no_room(&self, region: usize, offset: u64, len: usize, error: io::Error) -> BackendError {
         let name = &self.memory.layout().regions()[region].name;
-        BackendError::new(
-            format!(
-                "bring {len} bytes in at {offset:#x} of region {name:?}: give this host, cgroup or file system more room"
-            ),
-            error,
-        )
+        self.memory.no_room(format!("bring {len} bytes in at {offset:#x} of region {name:?}"), error)
     }
 
     /// Adds pages to their huge page, and brings that in once it is complete.

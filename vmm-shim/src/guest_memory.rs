@@ -6,7 +6,9 @@
 //! Three things the kernel does that no return value can show, so that whoever picks a backing knows:
 //! * A file that another process truncates while it is mapped here ends this process with SIGBUS at the next access. A
 //!   memfd made here is sealed against that.
-//! * So does a first write to a file or memfd whose file system, cgroup or host has no room left.
+//! * So does a first write to a page of a file whose file system has no room left. Whoever fills memory has pages brought in
+//!   first ([`GuestRam::bring_in`], placers), which fails instead; what a guest itself touches is in
+//!   [`crate::lost_room`]'s hands.
 //! * A private mapping of a file opened for reading keeps writes to itself; see [`GuestMemory::open_ram_file`].
 
 use std::fs::{File, OpenOptions};
@@ -19,17 +21,22 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pagecopy::backend::{BackendError, GuestRam, MissingPages, Placer};
+use pagecopy::backend::{BackendError, GuestRam, MissingPages, Placer, Room};
 use pagecopy::bitmap::{PageBitmap, runs};
 use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, MemfdFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::volatile_memory::VolatileSlice;
 
 use crate::fault::{self, UffdMissing};
+use crate::lost_room::Watched;
 use crate::pagemap::{Pagemap, Query};
 use crate::placer::UffdPlacer;
+use crate::ram_file::{
+    Kind, check_huge_regions, create_file, kind_of, memfd, open_file, require_regular, seek_data,
+};
+use crate::room;
 use crate::sys::scan;
 
 /// The size, in bytes, of the huge pages that mappings are aligned for.
@@ -59,19 +66,6 @@ pub enum Backing {
     },
 }
 
-/// What the kernel keeps the pages in: decides how holes are found and made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// Private anonymous memory.
-    Anonymous,
-    /// tmpfs or a memfd.
-    Shmem,
-    /// hugetlbfs or a memfd of huge pages, with the size of these in bytes.
-    Hugetlb(u64),
-    /// A file system on a disk, or anything else.
-    Disk,
-}
-
 /// Guest RAM: one mapping a region. See the [module](self) for what it is made of.
 ///
 /// Regions lie one after another in a file, in the order of the layout. Mappings lie at addresses that are equal to
@@ -84,12 +78,16 @@ pub struct GuestMemory {
     regions: Vec<Mapping>,
     /// The file behind the mappings, unless anonymous.
     file: Option<File>,
-    /// The path of the file that was made here, whose directory entry must be made durable with it.
-    created: Option<PathBuf>,
+    /// Its path, where it has one.
+    path: Option<PathBuf>,
+    /// Whether it was made here, so that its directory entry must be made durable with it.
+    created: bool,
     /// Whether the file is mapped privately, so that writes stay in this process.
     private_file: bool,
     /// Where `/proc` is mounted, and only for memory that has private pages.
     pagemap: Option<Pagemap>,
+    /// Who touches a page that cannot be had ends the process with a word.
+    _watched: Vec<Watched>,
     /// Whether dense memory may be made of large pages that its file system would not grant by itself.
     enlarges: bool,
 }
@@ -101,14 +99,14 @@ impl GuestMemory {
     /// When the system refuses, when a file is not what the layout needs, or when a huge page backing cannot hold the
     /// layout's regions; the text names the region or path, the sizes in bytes, and what to do.
     pub fn create(layout: Layout, backing: &Backing) -> Result<Self, BackendError> {
-        let (file, created) = match backing {
+        let (file, path, created) = match backing {
             Backing::Anonymous { huge } => return Self::anonymous(layout, *huge),
-            Backing::Memfd => (memfd(&layout, MemfdFlags::empty())?, None),
+            Backing::Memfd => (memfd(&layout, MemfdFlags::empty())?, None, false),
             Backing::MemfdHuge => {
                 check_huge_regions(&layout, HUGE_SIZE)?;
-                (memfd(&layout, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?, None)
+                (memfd(&layout, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?, None, false)
             }
-            Backing::File { path, create: true } => (create_file(path, &layout)?, Some(path.clone())),
+            Backing::File { path, create: true } => (create_file(path, &layout)?, Some(path.as_path()), true),
             Backing::File { path, create: false } => {
                 let (file, len) = open_file(path, true)?;
                 if len != layout.bytes() {
@@ -118,10 +116,10 @@ impl GuestMemory {
                         layout.bytes()
                     )));
                 }
-                (file, None)
+                (file, Some(path.as_path()), false)
             }
         };
-        Self::over_file(layout, file, created, false)
+        Self::over_file(layout, file, path, created, false)
     }
 
     /// Opens a file as a guest of one region, `ram`, as long as the file.
@@ -136,7 +134,7 @@ impl GuestMemory {
         let layout = Layout::flat(len).map_err(|e| {
             BackendError::new(format!("{}: no RAM file", path.display()), io::Error::other(e))
         })?;
-        Self::over_file(layout, file, None, !writable)
+        Self::over_file(layout, file, Some(path), false, !writable)
     }
 
     /// Opens a file as [`Self::open_ram_file`] does, to be read by a network adapter from where its pages lie.
@@ -217,9 +215,11 @@ impl GuestMemory {
             kind: Kind::Anonymous,
             regions,
             file: None,
-            created: None,
+            path: None,
+            created: false,
             private_file: false,
             pagemap,
+            _watched: Vec::new(),
             enlarges: false,
         })
     }
@@ -227,7 +227,8 @@ impl GuestMemory {
     fn over_file(
         layout: Layout,
         file: File,
-        created: Option<PathBuf>,
+        path: Option<&Path>,
+        created: bool,
         private_file: bool,
     ) -> Result<Self, BackendError> {
         check_page_size()?;
@@ -240,6 +241,7 @@ impl GuestMemory {
             _ => (HUGE_SIZE, |gpa| gpa % HUGE_SIZE),
         };
         let mut regions = Vec::with_capacity(layout.regions().len());
+        let mut watched = Vec::new();
         let mut offset = 0;
         for region in layout.regions() {
             let mapping =
@@ -250,11 +252,25 @@ impl GuestMemory {
                 // with huge=always keeps huge pages all the same.
                 mapping.advise_size(false);
             }
+            let start = mapping.base.as_ptr() as u64;
+            let range = start..start + mapping.len as u64;
+            watched.extend(path.and_then(|path| Watched::new(range, path)));
             regions.push(mapping);
             offset += region.len;
         }
         let pagemap = if private_file { Pagemap::open().ok() } else { None };
-        Ok(Self { layout, kind, regions, file: Some(file), created, private_file, pagemap, enlarges: false })
+        Ok(Self {
+            layout,
+            kind,
+            regions,
+            file: Some(file),
+            path: path.map(Path::to_owned),
+            created,
+            private_file,
+            pagemap,
+            _watched: watched,
+            enlarges: false,
+        })
     }
 
     /// The parts of regions that `count` chunks from `first` make up.
@@ -326,6 +342,49 @@ impl GuestMemory {
             }
             other => other,
         }
+    }
+
+    /// Fails where the file system of a RAM file has not room for all of the guest, which would be stopped when it needs what
+    /// there is not. Nothing is set aside: others may take the room later.
+    pub fn require_room(&self) -> Result<(), BackendError> {
+        let Some(room) = self.path.as_ref().and_then(|_| self.room()) else { return Ok(()) };
+        let needed = self.layout.bytes();
+        if room.bytes >= needed {
+            return Ok(());
+        }
+        let Room { bytes, of, hint } = room;
+        let what = format!("the guest's memory takes {needed} bytes, but {of} has {bytes} left: {hint}");
+        Err(BackendError::new(what, Errno::NOSPC.into()))
+    }
+
+    /// The error of bringing memory in: says where there is no room, if that is why.
+    pub(crate) fn no_room(&self, what: String, error: io::Error) -> BackendError {
+        let room = if room::is_for_want_of_room(&error) { self.room() } else { None };
+        let Some(Room { bytes, of, hint }) = room else { return BackendError::new(what, error) };
+        // To the kernel a page that cannot be had is a bad address, and a full tmpfs lacks memory.
+        let source = if self.path.is_some() { Errno::NOSPC.into() } else { Errno::NOMEM.into() };
+        BackendError::new(format!("{what}: {of} has {bytes} bytes left; {hint}"), source)
+    }
+
+    /// Brings a run of pages in.
+    fn bring_run_in(&self, region: usize, offset: u64, len: u64, advice: Advice) -> Result<(), BackendError> {
+        let result = match self.regions[region].advise(offset, len, advice) {
+            // Before Linux 5.14: pages come in as they are touched, which those of a file that has its blocks can be.
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
+                let base: u64 = self.layout.regions()[..region].iter().map(|r| r.len).sum();
+                let allocate =
+                    |file| rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, base + offset, len);
+                match self.file.as_ref().filter(|_| !self.private_file).map_or(Ok(()), allocate) {
+                    Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+                    other => other.map_err(io::Error::from),
+                }
+            }
+            other => other,
+        };
+        result.map_err(|e| {
+            let name = &self.layout.regions()[region].name;
+            self.no_room(format!("bring {len} bytes in at {offset:#x} of region {name:?}"), e)
+        })
     }
 
     /// Whether a range of a region is whole pages of what it is kept in.
@@ -423,23 +482,49 @@ impl GuestRam for GuestMemory {
         let advice = if self.private_file { Advice::LinuxPopulateRead } else { Advice::LinuxPopulateWrite };
         for span in self.spans(first, count as usize)? {
             let (offset, len) = (span.bytes.start, span.bytes.end - span.bytes.start);
-            match self.regions[span.region].advise(offset, len, advice) {
-                // Before Linux 5.14: pages come in as they are touched.
-                Err(e) if e.kind() == io::ErrorKind::InvalidInput => return Ok(()),
-                other => other.map_err(|e| {
-                    let name = &self.layout.regions()[span.region].name;
-                    BackendError::new(
-                        format!(
-                            "populate {:#x?} of region {name:?}: give this host, cgroup or file system more room, \
-                             or use a smaller guest",
-                            span.bytes
-                        ),
-                        e,
-                    )
-                })?,
-            }
+            self.bring_run_in(span.region, offset, len, advice)?;
         }
         Ok(())
+    }
+
+    /// Pages of files come in by a call that says when there is no room, where touching them would raise SIGBUS.
+    fn bring_in(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
+        if self.kind == Kind::Anonymous || self.private_file {
+            return Ok(());
+        }
+        let place = self.layout.locate(chunk).expect("chunk number was validated");
+        for (first, count) in runs(pages & place.valid()) {
+            let offset = place.offset + u64::from(first) * PAGE_SIZE as u64;
+            let len = u64::from(count) * PAGE_SIZE as u64;
+            self.bring_run_in(place.region, offset, len, Advice::LinuxPopulateWrite)?;
+        }
+        Ok(())
+    }
+
+    fn room(&self) -> Option<Room> {
+        let memory = |bytes| Room {
+            bytes,
+            of: "this host's memory and swap, within its cgroup's limit,".into(),
+            hint: "free some, raise the limit, or use a smaller guest",
+        };
+        let (kind, file) = (self.kind, self.file.as_ref());
+        let of_file = || Some((room::of_file(file?).ok()??, self.path.as_ref()?));
+        let of_file = of_file().map(|(bytes, path)| Room {
+            bytes,
+            of: format!("the file system of {}", path.display()),
+            hint: "free some of it, mount it larger, or keep the memory elsewhere",
+        });
+        match kind {
+            _ if self.private_file => None,
+            Kind::Anonymous => Some(memory(room::memory_bytes())),
+            // Mapping it took its huge pages out of the reserve.
+            Kind::Hugetlb(_) => None,
+            Kind::Disk => of_file,
+            Kind::Shmem => {
+                let memory = memory(room::memory_bytes());
+                Some(of_file.filter(|of_file| of_file.bytes <= memory.bytes).unwrap_or(memory))
+            }
+        }
     }
 
     /// Shared memory that is about to be filled may use huge pages, where its file system grants them to those who ask
@@ -518,7 +603,7 @@ impl GuestRam for GuestMemory {
         };
         // Pages dirtied through the shared mapping are dirty in the page cache, so fdatasync writes them too.
         file.sync_data().map_err(|e| BackendError::new("sync the RAM file to its disk", e))?;
-        if let Some(path) = &self.created {
+        if let Some(path) = self.path.as_ref().filter(|_| self.created) {
             let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
             File::open(dir)
                 .and_then(|d| d.sync_all())
@@ -702,132 +787,6 @@ fn set_pages(words: &mut [u64], from: u64, to: u64) {
         let count = (end - page).min(64 - bit);
         words[word] |= (u64::MAX >> (64 - count)) << bit;
         page += count;
-    }
-}
-
-/// Calls `each` with the runs of data in `range`, counted from `base` in the file. A file system that knows no holes
-/// has one run.
-fn seek_data(file: &File, base: u64, range: Range<u64>, mut each: impl FnMut(u64, u64)) -> io::Result<()> {
-    let end = base + range.end;
-    let mut at = base + range.start;
-    while at < end {
-        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(data) => data,
-            Err(Errno::NXIO) => break,
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
-            Err(e) => return Err(e.into()),
-        };
-        if data >= end {
-            break;
-        }
-        let hole = match rustix::fs::seek(file, SeekFrom::Hole(data)) {
-            Ok(hole) => hole.min(end),
-            Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP) => end,
-            Err(e) => return Err(e.into()),
-        };
-        // A hole that was punched between the two calls can be at `data` itself; that page is then said to be
-        // populated, which it was.
-        let hole = hole.max((data + 1).next_multiple_of(PAGE_SIZE as u64)).min(end);
-        each(data - base, hole - base);
-        at = hole;
-    }
-    Ok(())
-}
-
-/// A new, sealed memfd with room for the layout.
-fn memfd(layout: &Layout, extra: MemfdFlags) -> Result<File, BackendError> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | extra;
-    let fd = rustix::fs::memfd_create("pageferry-ram", flags).map_err(|e| {
-        let what = if extra.is_empty() {
-            "make a memfd".to_owned()
-        } else {
-            "make a memfd of 2 MiB pages: does this kernel have hugetlbfs, with pages of that size?"
-                .to_owned()
-        };
-        BackendError::new(what, e.into())
-    })?;
-    let file = File::from(fd);
-    file.set_len(layout.bytes())
-        .map_err(|e| BackendError::new(format!("give a memfd {} bytes", layout.bytes()), e))?;
-    // Nobody who gets the descriptor can then cut the memory off under our feet.
-    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-        .map_err(|e| BackendError::new("seal a memfd against a change of size", e.into()))?;
-    Ok(file)
-}
-
-/// Makes a file of the layout's size without any data.
-fn create_file(path: &Path, layout: &Layout) -> Result<File, BackendError> {
-    let failed = |doing: &str, e| BackendError::new(format!("{}: {doing}", path.display()), e);
-    // Not O_TRUNC: that would empty whatever this is before it is known to be a regular file.
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .map_err(|e| failed("make the RAM file", e))?;
-    require_regular(path, &file)?;
-    if let Kind::Hugetlb(size) = kind_of(&file)? {
-        check_huge_regions(layout, size)?;
-    }
-    file.set_len(0).map_err(|e| failed("empty the RAM file", e))?;
-    file.set_len(layout.bytes())
-        .map_err(|e| failed(&format!("give the RAM file {} bytes", layout.bytes()), e))?;
-    Ok(file)
-}
-
-/// Opens a file that holds RAM; returns it with its length in bytes.
-fn open_file(path: &Path, writable: bool) -> Result<(File, u64), BackendError> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(writable)
-        .open(path)
-        .map_err(|e| BackendError::new(format!("{}: open the RAM file", path.display()), e))?;
-    let len = require_regular(path, &file)?;
-    if len == 0 || len % PAGE_SIZE as u64 != 0 {
-        return Err(BackendError::invalid(format!(
-            "{}: the file has {len} bytes; a RAM file has a multiple of {PAGE_SIZE}, and is not empty",
-            path.display()
-        )));
-    }
-    Ok((file, len))
-}
-
-/// Refuses what is not a regular file; returns its length in bytes.
-fn require_regular(path: &Path, file: &File) -> Result<u64, BackendError> {
-    let meta = file
-        .metadata()
-        .map_err(|e| BackendError::new(format!("{}: look at the RAM file", path.display()), e))?;
-    if meta.is_file() {
-        return Ok(meta.len());
-    }
-    Err(BackendError::invalid(format!(
-        "{}: not a regular file; RAM is kept in regular files only",
-        path.display()
-    )))
-}
-
-/// What file system a file is on.
-fn kind_of(file: &File) -> Result<Kind, BackendError> {
-    let fs = rustix::fs::fstatfs(file)
-        .map_err(|e| BackendError::new("ask what file system the RAM file is on", e.into()))?;
-    // The types differ between C libraries; all magic numbers are 32 bits.
-    Ok(match fs.f_type as u32 {
-        magic if magic == libc::TMPFS_MAGIC as u32 => Kind::Shmem,
-        magic if magic == libc::HUGETLBFS_MAGIC as u32 => Kind::Hugetlb(fs.f_bsize as u64),
-        _ => Kind::Disk,
-    })
-}
-
-/// Refuses a layout whose regions are not multiples of a huge page.
-fn check_huge_regions(layout: &Layout, size: u64) -> Result<(), BackendError> {
-    match layout.regions().iter().find(|r| r.len % size != 0) {
-        None => Ok(()),
-        Some(r) => Err(BackendError::invalid(format!(
-            "region {:?} has {} bytes, which is no multiple of the huge page size, {size} bytes: choose another size of \
-             guest or a backing of small pages",
-            r.name, r.len
-        ))),
     }
 }
 

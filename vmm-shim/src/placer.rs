@@ -48,11 +48,8 @@ impl Placer for UffdPlacer {
                     at += PAGE_SIZE;
                 }
                 Err(e) => {
-                    let what = format!(
-                        "place {} bytes in chunk {chunk}: give this host, cgroup or file system more room, or use a smaller guest",
-                        bytes.len() - at
-                    );
-                    return Err(BackendError::new(what, e));
+                    let what = format!("place {} bytes in chunk {chunk}", bytes.len() - at);
+                    return Err(self.memory.no_room(what, e));
                 }
             }
         }

@@ -33,6 +33,7 @@ impl Machine {
         let layout = vmm::layout(args.mem).map_err(|e| format!("--mem: {e}"))?;
         let backing = backing::parse(&args.memory)?;
         let ram = Arc::new(GuestMemory::create(layout, &backing).map_err(|e| explain(&e))?);
+        ram.require_room().map_err(|e| format!("--memory {}: {}", args.memory, explain(&e)))?;
         if args.no_kvm { Self::process(args, ram, serial) } else { Self::kvm(args, ram, serial) }
     }
 

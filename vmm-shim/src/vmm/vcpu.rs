@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use pagecopy::backend::Room;
 
 use super::serial::{self, Serial};
 use crate::kvm::kick::Kicker;
@@ -190,7 +191,12 @@ impl Machine {
                 }
                 Err(e) if e.errno() == libc::EAGAIN => {}
                 Err(e) => {
-                    return Ended::Crashed(format!("vCPU {}: KVM_RUN: {}", vcpu.index, io::Error::from(e)));
+                    let error = io::Error::from(e);
+                    return Ended::Crashed(format!(
+                        "vCPU {}: KVM_RUN: {error}{}",
+                        vcpu.index,
+                        self.room(&error)
+                    ));
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
                     self.port_out(port, data);
@@ -227,6 +233,16 @@ impl Machine {
             }
         }
         Ended::Stopped
+    }
+
+    /// Where a page of the guest's memory could not be had, who has no room for it.
+    fn room(&self, error: &io::Error) -> String {
+        if error.raw_os_error() != Some(libc::EFAULT) {
+            return String::new();
+        }
+        self.slots.ram.room().map_or_else(String::new, |Room { bytes, of, .. }| {
+            format!(": a page of the guest's memory could not be had; {of} has {bytes} bytes left")
+        })
     }
 
     /// Sleeps so long that the time since `slice` is the share that throttling leaves.
