@@ -10,6 +10,7 @@ mod clock;
 pub mod destination;
 mod dial;
 pub mod link;
+pub mod local;
 #[cfg(test)]
 mod nowhere;
 pub mod postcopy;

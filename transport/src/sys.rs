@@ -136,8 +136,10 @@ impl<'a> SendList<'a> {
         let mut at = 0;
         for part in &self.parts.parts[self.parts.next..] {
             let len = part.iov_len.min(out.len() - at);
-            // SAFETY: the part points at bytes borrowed for 'a (push), `out` is borrowed exclusively, and `len` lies in both.
-            unsafe { std::ptr::copy_nonoverlapping(part.iov_base.cast(), out[at..].as_mut_ptr(), len) };
+            // SAFETY: the part is `len` bytes or more that are borrowed for 'a (push) or of a live guest mapping (push_guest), which
+            // vCPUs may write meanwhile: they are read as guest memory is, by a volatile copy.
+            let memory: VolatileSlice<'_> = unsafe { VolatileSlice::new(part.iov_base.cast(), len) };
+            memory.copy_to(&mut out[at..at + len]);
             at += len;
         }
         self.parts.advance(at);
@@ -181,9 +183,10 @@ impl<'a> ReceiveList<'a> {
         let mut at = 0;
         for part in &self.parts.parts[self.parts.next..] {
             let len = part.iov_len.min(bytes.len() - at);
-            // SAFETY: the part is memory borrowed exclusively for 'a or a live guest mapping (as in `receive`), of which no
-            // reference exists; it cannot overlap `bytes`, a buffer of our own, and `len` lies in both.
-            unsafe { std::ptr::copy_nonoverlapping(bytes[at..].as_ptr(), part.iov_base.cast(), len) };
+            // SAFETY: the part is `len` bytes or more that are borrowed exclusively for 'a or of a live guest mapping (as in
+            // `receive`), which others may access meanwhile: they are written as guest memory is, by a volatile copy.
+            let memory: VolatileSlice<'_> = unsafe { VolatileSlice::new(part.iov_base.cast(), len) };
+            memory.copy_from(&bytes[at..at + len]);
             at += len;
         }
         self.parts.advance(at);

@@ -135,6 +135,18 @@ impl PageSink {
         self.touched.insert(chunk, self.ram.layout().valid(chunk));
     }
 
+    /// Brings the pages of a chunk in that are not there, before others than the workers write to them.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn bring_in(&self, chunk: u32) -> std::io::Result<()> {
+        let fresh = self.ram.layout().valid(chunk) & !self.touched.get(chunk) & !self.there.get(chunk);
+        if fresh == 0 {
+            return Ok(());
+        }
+        self.ram
+            .bring_in(chunk, fresh)
+            .map_err(|error| std::io::Error::new(error.source.kind(), format!("{error}: {}", error.source)))
+    }
+
     /// Copies pages that a frame refers to; false when they are not all pages that were sent and hold something.
     fn refer(&self, reference: Reference, pages: &mut [Page]) -> bool {
         let Reference { chunk, pages: mask } = reference;

@@ -14,6 +14,7 @@ use pagecopy::xbzrle::Page;
 
 use super::PageSink;
 use crate::carrier::{DestinationEnd, FrameReceiver};
+use crate::local::{guarded, is_local, is_no_room, zeroed};
 use crate::spent::Lap;
 use crate::sys::ReceiveList;
 use crate::wire::WireError;
@@ -89,12 +90,50 @@ pub enum ReceiveError {
         #[source]
         source: BackendError,
     },
+    /// This host lacks something.
+    #[error("stream {}: this host cannot take it in", stream_number(*stream))]
+    Local {
+        /// Which stream.
+        stream: u16,
+        /// What.
+        #[source]
+        source: io::Error,
+    },
+    /// The worker panicked: pageferry or the backend has a fault.
+    #[error("stream {}: its worker panicked: {what}", stream_number(*stream))]
+    Panicked {
+        /// Which stream.
+        stream: u16,
+        /// What it said.
+        what: String,
+    },
     /// Told to stop.
     #[error("stream {}: stopped", stream_number(*stream))]
     Stopped {
         /// Which stream.
         stream: u16,
     },
+}
+
+impl ReceiveError {
+    /// A carrier that failed.
+    fn carrier(stream: u16, source: io::Error) -> Self {
+        if is_local(&source) { Self::Local { stream, source } } else { Self::Io { stream, source } }
+    }
+
+    /// Whether this is the end of the session: another stream would fare no better.
+    pub fn ends_session(&self) -> bool {
+        matches!(self, Self::Memory { .. } | Self::Local { .. } | Self::Panicked { .. })
+    }
+
+    /// Whether there is no room for the guest.
+    pub fn is_no_room(&self) -> bool {
+        match self {
+            Self::Memory { source, .. } => is_no_room(&source.source),
+            Self::Local { source, .. } => is_no_room(source),
+            _ => false,
+        }
+    }
 }
 
 /// Receives the frames of stream `stream` into `sink` until the source ends it. Blocks; returns early when the sink is stopped or the
@@ -104,7 +143,8 @@ pub fn receive_stream(
     carrier: DestinationEnd,
     stream: u16,
 ) -> Result<StreamEnd, ReceiveError> {
-    Worker::new(sink, carrier.frames, stream).run()
+    let run = || Worker::new(sink, carrier.frames, stream)?.run();
+    guarded(run).unwrap_or_else(|what| Err(ReceiveError::Panicked { stream, what }))
 }
 
 /// The carrier with its read buffer and the receipts that wait to be sent.
@@ -181,7 +221,7 @@ impl Input<'_> {
                     let source = BackendError::new("guest memory cannot be received into", source);
                     return Err(ReceiveError::Memory { stream, source });
                 }
-                Err(source) => return Err(ReceiveError::Io { stream, source }),
+                Err(source) => return Err(ReceiveError::carrier(stream, source)),
             }
         }
     }
@@ -211,9 +251,7 @@ impl Input<'_> {
 
     fn send_receipts(&mut self) -> Result<(), ReceiveError> {
         if !self.receipts.is_empty() {
-            self.carrier
-                .send(&self.receipts)
-                .map_err(|source| ReceiveError::Io { stream: self.stream, source })?;
+            self.carrier.send(&self.receipts).map_err(|source| ReceiveError::carrier(self.stream, source))?;
             self.receipts.clear();
         }
         Ok(())
@@ -235,25 +273,30 @@ pub(super) struct Worker<'a> {
 }
 
 impl<'a> Worker<'a> {
-    pub(super) fn new(sink: &'a PageSink, carrier: Box<dyn FrameReceiver>, stream: u16) -> Self {
-        Self {
+    pub(super) fn new(
+        sink: &'a PageSink,
+        carrier: Box<dyn FrameReceiver>,
+        stream: u16,
+    ) -> Result<Self, ReceiveError> {
+        let zeroed = |bytes| zeroed(bytes).map_err(|source| ReceiveError::Local { stream, source });
+        Ok(Self {
             sink,
             input: Input {
                 carrier,
                 sink,
                 stream,
-                buffer: vec![0; BUFFER_BYTES].into(),
+                buffer: zeroed(BUFFER_BYTES)?,
                 start: 0,
                 end: 0,
                 receipts: Vec::with_capacity(2 * RECEIPTS_BYTES),
             },
             decoder: ChunkDecoder::new(),
             encoded_at: 0,
-            raw: Box::default(),
+            raw: zeroed(CHUNK_SIZE)?,
             placer: None,
             frames: 0,
             fold: 0,
-        }
+        })
     }
 
     fn run(mut self) -> Result<StreamEnd, ReceiveError> {
@@ -273,7 +316,7 @@ impl<'a> Worker<'a> {
         if header.kind == FrameKind::End {
             self.input.send_receipts()?;
             // The source waits for this: all receipts are on their way.
-            self.input.carrier.finish().map_err(|source| ReceiveError::Io { stream, source })?;
+            self.input.carrier.finish().map_err(|source| ReceiveError::carrier(stream, source))?;
             return Ok(Some(StreamEnd { stream, frames: self.frames, fold: self.fold }));
         }
         let written = header.pages() & !header.zero;
@@ -283,18 +326,24 @@ impl<'a> Worker<'a> {
         }
         // What still has to be brought in.
         let fresh = written & !self.sink.touched.get(header.chunk) & !self.sink.there.get(header.chunk);
-        self.sink.touched.insert(header.chunk, written);
         if fresh != 0 && self.placer.is_none() {
             self.placer = self.sink.placing().clone();
         }
-        self.populate(&header, fresh)?;
+        let by_stream = header.raw_len() != 0;
+        // Raw pages are placed where all of them are fresh; encoded ones each for itself.
+        let placed = match &self.placer {
+            Some(_) if by_stream && header.raw & !fresh == 0 => fresh,
+            Some(_) => fresh & (header.delta | header.zstd),
+            None => 0,
+        };
+        self.bring_in(&header, fresh & !placed)?;
+        self.sink.touched.insert(header.chunk, written & !placed);
         lap.to(&spent.fault_in);
         self.need_encoded(&header)?;
         lap.to(&spent.receive);
         self.apply_encoded(&header, fresh)?;
         lap.to(&spent.apply);
-        let by_stream = header.raw_len() != 0;
-        if by_stream && self.placer.is_some() && header.raw & !fresh == 0 {
+        if by_stream && header.raw & !placed == 0 {
             self.fetch_raw(&header)?;
             lap.to(&spent.receive);
             self.place_raw(&header)?;
@@ -329,13 +378,16 @@ impl<'a> Worker<'a> {
         self.input.send_receipts()
     }
 
-    /// Brings a whole fresh chunk in at once, where memory is neither brought in ahead nor by placing pages.
-    fn populate(&self, header: &FrameHeader, fresh: u64) -> Result<(), ReceiveError> {
+    /// Brings fresh pages in that are written where they lie: nothing is touched that was not there before, for a first touch that
+    /// finds no room ends the process. A whole chunk comes at once, where memory is not brought in ahead.
+    fn bring_in(&self, header: &FrameHeader, fresh: u64) -> Result<(), ReceiveError> {
         let ram = &self.sink.ram;
-        if self.placer.is_some() || ram.populates_ahead() || fresh != ram.layout().valid(header.chunk) {
+        if fresh == 0 {
             return Ok(());
         }
-        ram.populate(header.chunk, 1).map_err(|source| self.memory_error(source))
+        let whole = fresh == ram.layout().valid(header.chunk) && !ram.populates_ahead();
+        let brought = if whole { ram.populate(header.chunk, 1) } else { ram.bring_in(header.chunk, fresh) };
+        brought.map_err(|source| self.memory_error(source))
     }
 
     fn memory_error(&self, source: BackendError) -> ReceiveError {
@@ -400,7 +452,12 @@ impl<'a> Worker<'a> {
                 .expect("the header was checked by the layout")
         };
         let base = |bit: u32, base: &mut Page| {
-            page_at(bit).copy_to(&mut base[..]);
+            if fresh >> bit & 1 != 0 {
+                // Not there yet: reading it would bring it in.
+                base.fill(0);
+            } else {
+                page_at(bit).copy_to(&mut base[..]);
+            }
         };
         let FrameHeader { delta, zstd, references, .. } = *header;
         let decoded = self
@@ -421,6 +478,7 @@ impl<'a> Worker<'a> {
                     placer
                         .place(header.chunk, bit, page)
                         .map_err(|source| ReceiveError::Memory { stream: self.input.stream, source })?;
+                    self.sink.touched.insert(header.chunk, 1 << bit);
                 }
                 _ => page_at(bit).copy_from(&page[..]),
             }
@@ -432,9 +490,6 @@ impl<'a> Worker<'a> {
     fn fetch_raw(&mut self, header: &FrameHeader) -> Result<(), ReceiveError> {
         let len = header.raw_len();
         let mut raw = std::mem::take(&mut self.raw);
-        if raw.is_empty() {
-            raw = vec![0; CHUNK_SIZE].into();
-        }
         let buffered = len.min(self.input.end - self.input.start);
         raw[..buffered].copy_from_slice(&self.input.buffer[self.input.start..self.input.start + buffered]);
         self.input.start += buffered;
@@ -452,6 +507,8 @@ impl<'a> Worker<'a> {
         for (first, count) in runs(header.raw) {
             let bytes = &self.raw[at..at + count as usize * PAGE_SIZE];
             placer.place(header.chunk, first, bytes).map_err(|source| self.memory_error(source))?;
+            let placed = (u64::MAX >> (64 - count)) << first;
+            self.sink.touched.insert(header.chunk, placed);
             at += bytes.len();
         }
         Ok(())

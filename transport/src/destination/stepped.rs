@@ -10,7 +10,7 @@ pub(crate) struct SteppedWorker<'a>(Worker<'a>);
 
 impl<'a> SteppedWorker<'a> {
     pub(crate) fn new(sink: &'a PageSink, carrier: Box<dyn FrameReceiver>, stream: u16) -> SteppedWorker<'a> {
-        SteppedWorker(Worker::new(sink, carrier, stream))
+        SteppedWorker(Worker::new(sink, carrier, stream).expect("there is memory for a test"))
     }
 
     /// Whether bytes were read that no frame has taken.
