@@ -32,6 +32,7 @@ pub(crate) fn hello(len: u64) -> Hello {
         regions: vec![Region { name: "ram".into(), gpa: 0, len }],
         presence: vec![0xff],
         dense: vec![],
+        data_bytes: 0,
         machine: String::new(),
     }
 }

@@ -535,6 +535,7 @@ mod tests {
             regions: vec![],
             presence: vec![],
             dense: vec![],
+            data_bytes: 0,
             machine: String::new(),
         };
         destination.handle(Message::Hello(hello)).unwrap();

@@ -174,6 +174,7 @@ impl<'a> SourceHost<'a> {
             regions: layout.regions().to_vec(),
             presence: vec![0xff; Hello::presence_len(layout)],
             dense: vec![],
+            data_bytes: 0,
             machine: "simulated".into(),
         });
         world.say(wire, ME, &hello);

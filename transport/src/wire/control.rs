@@ -71,6 +71,8 @@ pub struct Hello {
     pub presence: Vec<u8>,
     /// The same bits: no page there is a hole, and most are no zeros. May be empty.
     pub dense: Vec<u8>,
+    /// Bytes of all pages that are no holes at the source: what the destination needs room for.
+    pub data_bytes: u64,
     /// The machine, for the destination to compare with its own; opaque to the protocol.
     pub machine: String,
 }
@@ -134,6 +136,8 @@ pub enum ErrorCode {
     UnknownSession = 8,
     /// Nothing was heard for too long.
     Timeout = 9,
+    /// The sender of the message has no room for the guest's memory.
+    NoRoom = 10,
 }
 
 impl ErrorCode {
@@ -148,6 +152,7 @@ impl ErrorCode {
             7 => Self::Cancelled,
             8 => Self::UnknownSession,
             9 => Self::Timeout,
+            10 => Self::NoRoom,
             _ => return Err(WireError::BadValue { field: "error code", value: value.into() }),
         })
     }
@@ -529,6 +534,7 @@ impl Hello {
         }
         w.blob(&self.presence);
         w.blob(&self.dense);
+        w.u64(self.data_bytes);
         w.blob(self.machine.as_bytes());
     }
 
@@ -556,6 +562,7 @@ impl Hello {
         }
         let presence = r.blob(PRESENCE_MAX, "presence map")?.to_vec();
         let dense = r.blob(PRESENCE_MAX, "dense map")?.to_vec();
+        let data_bytes = r.u64("data_bytes")?;
         let machine = r.string(MACHINE_MAX, "machine")?;
         Ok(Self {
             seed,
@@ -567,6 +574,7 @@ impl Hello {
             regions,
             presence,
             dense,
+            data_bytes,
             machine,
         })
     }
@@ -748,6 +756,7 @@ mod tests {
                 regions: vec![Region { name: "ram".into(), gpa: 0, len: 1 << 20 }],
                 presence: vec![1],
                 dense: vec![1],
+                data_bytes: 4096,
                 machine: "{}".into(),
             }),
             Message::Welcome(Welcome {
