@@ -5,6 +5,8 @@ mod common;
 
 #[path = "hostile/arguments.rs"]
 mod arguments;
+#[path = "hostile/hosts.rs"]
+mod hosts;
 #[path = "hostile/processes.rs"]
 mod processes;
 #[path = "hostile/to_destination.rs"]

@@ -364,7 +364,7 @@ fn connections_leave_nothing_behind() {
     let timeout = Duration::from_secs(20);
     let options = SourceOptions {
         streams: 1,
-        beside: false,
+        near: false,
         references: false,
         codec: CodecMode::Raw,
         cache_bytes: 0,

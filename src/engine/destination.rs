@@ -21,6 +21,7 @@ use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
 use transport::carrier::{Breaker, StreamRequest};
 use transport::destination::{PageSink, ReceiveError, receive_stream};
+use transport::host::Host;
 use transport::link::{Link, LinkError, LinkEvent};
 use transport::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
 use transport::socket::{Listener, SocketError};
@@ -321,6 +322,7 @@ impl Destination {
             streams: hello.streams,
             timeout_ms: self.options.timeout.as_millis().try_into().unwrap_or(u32::MAX),
             reconnect_ms: reconnect.as_millis().try_into().unwrap_or(u32::MAX),
+            host: Host::this().answer(hello.host, hello.seed),
         }));
         self.progress.update(|r| {
             *r = Report { status: Status::Setup, page_size: PAGE_SIZE as u32, ..Report::default() };

@@ -27,6 +27,7 @@ use pagecopy::layout::PAGE_SIZE;
 use pagecopy::policy::OnTimeout;
 use pagecopy::zero::is_zero;
 use transport::carrier::OpenError;
+use transport::host::{Host, Side};
 use transport::link::LinkError;
 use transport::panic_text;
 use transport::postcopy::PostcopyError;
@@ -36,10 +37,10 @@ use transport::source::{FatalError, Feeder, PageSource, SourceOptions};
 use transport::spent::Spent;
 use transport::streams::StreamsError;
 use transport::uri::Uri;
+use transport::wire::WireError;
 use transport::wire::control::{
     ErrorCode, Hello, Message, PRESENCE_CHUNKS, Totals, Welcome, capability, state_digest,
 };
-use transport::wire::{Role, WireError};
 
 use super::Options;
 use super::progress::{Phase, Progress};
@@ -345,6 +346,14 @@ enum Stage {
     Moved,
 }
 
+/// What both sides said.
+struct Agreed {
+    welcome: Welcome,
+    hasher: PageHasher,
+    /// The destination is on this host.
+    near: bool,
+}
+
 /// What exists once the destination has answered.
 struct Running {
     watch: Watch,
@@ -364,12 +373,13 @@ impl Attempt<'_> {
         let populated = super::populated(&*self.backend.ram)?;
         let scanned = scanning.elapsed();
         let hello = self.hello(&mut watch, &populated);
-        let hello = hello.and_then(|(welcome, hasher)| {
-            self.check_postcopy(welcome.capabilities)?;
-            Ok((welcome, hasher))
+        let hello = hello.and_then(|agreed| {
+            self.check_postcopy(agreed.welcome.capabilities)?;
+            Ok(agreed)
         });
-        let (welcome, hasher) = hello.inspect_err(|cause| watch.say_error(self.uri, cause))?;
-        let source = self.page_source(hasher, &welcome, populated);
+        let agreed = hello.inspect_err(|cause| watch.say_error(self.uri, cause))?;
+        let welcome = agreed.welcome;
+        let source = self.page_source(agreed, populated);
         let source = source.inspect_err(|cause| watch.say_error(self.uri, cause))?;
         Spent::add(&source.counters().spent.scan, scanned);
         let feeder = Feeder::new(source.clone(), welcome.streams);
@@ -425,9 +435,9 @@ impl Attempt<'_> {
     }
 
     /// HELLO, WELCOME, PREPARED.
-    fn hello(&self, watch: &mut Watch, populated: &PageBitmap) -> Result<(Welcome, PageHasher), Cause> {
+    fn hello(&self, watch: &mut Watch, populated: &PageBitmap) -> Result<Agreed, Cause> {
         let layout = self.backend.ram.layout();
-        let seed = u64::from_le_bytes(random()?);
+        let (host, seed) = (Host::this(), u64::from_le_bytes(random()?));
         let mut presence = vec![0u8; Hello::presence_len(layout)];
         // Only of memory alone: that of a guest stays in small pages, whose writes are told apart.
         let mut dense = if self.backend.guest.is_none() { presence.clone() } else { Vec::new() };
@@ -446,15 +456,18 @@ impl Attempt<'_> {
             live: self.backend.guest.is_some(),
             timeout_ms: self.options.timeout.as_millis().try_into().unwrap_or(u32::MAX),
             reconnect_ms: self.options.reconnect_timeout.as_millis().try_into().unwrap_or(u32::MAX),
+            host: host.digest(Side::Source, seed),
             regions: layout.regions().to_vec(),
             presence,
             dense,
+            data_bytes: populated.count() * PAGE_SIZE as u64,
             machine: self.backend.machine.clone(),
         });
         check(&hello)?;
         watch.send(hello);
         let welcome = watch.welcome(self.options.streams, capabilities)?;
-        Ok((welcome, PageHasher::new(seed)))
+        let near = host.is_of(welcome.host, Side::Destination, seed);
+        Ok(Agreed { welcome, hasher: PageHasher::new(seed), near })
     }
 
     /// Fails where postcopy will be needed and the destination cannot do it: before the first page, and not when the time has come.
@@ -471,13 +484,8 @@ impl Attempt<'_> {
         needed_by.map_or(Ok(()), |option| Err(Cause::NoPostcopy { needed_by: Some(option) }))
     }
 
-    fn page_source(
-        &self,
-        hasher: PageHasher,
-        welcome: &Welcome,
-        populated: PageBitmap,
-    ) -> Result<Arc<PageSource>, Cause> {
-        let capabilities = welcome.capabilities;
+    fn page_source(&self, agreed: Agreed, populated: PageBitmap) -> Result<Arc<PageSource>, Cause> {
+        let Agreed { welcome: Welcome { capabilities, streams, .. }, hasher, near } = agreed;
         let codec = self.options.codec;
         let needs = match codec {
             CodecMode::Auto | CodecMode::Raw => 0,
@@ -493,8 +501,8 @@ impl Attempt<'_> {
             codec
         };
         let options = SourceOptions {
-            streams: welcome.streams,
-            beside: self.uri.is_local(),
+            streams,
+            near,
             references: capabilities & capability::REFERENCES != 0,
             codec,
             cache_bytes: self.options.cache_bytes,

@@ -29,6 +29,7 @@ pub(crate) fn hello(len: u64) -> Hello {
         live: false,
         timeout_ms: 2000,
         reconnect_ms: 0,
+        host: 0,
         regions: vec![Region { name: "ram".into(), gpa: 0, len }],
         presence: vec![0xff],
         dense: vec![],
@@ -176,6 +177,7 @@ pub(crate) fn welcome(hello: &Hello) -> Message {
         streams: hello.streams,
         timeout_ms: 2000,
         reconnect_ms: 0,
+        host: 0,
     })
 }
 

@@ -62,8 +62,15 @@ fn silence_and_absence() {
 }
 
 fn welcome_bytes() -> Vec<u8> {
-    Message::Welcome(Welcome { version: 1, capabilities: 3, streams: 1, timeout_ms: 2000, reconnect_ms: 0 })
-        .encode()
+    Message::Welcome(Welcome {
+        version: 1,
+        capabilities: 3,
+        streams: 1,
+        timeout_ms: 2000,
+        reconnect_ms: 0,
+        host: 0,
+    })
+    .encode()
 }
 
 #[test]
@@ -77,8 +84,15 @@ fn answers_to_hello_that_make_no_sense() {
         facing(1, "2", script, &[words]);
     };
     let welcome = |version, streams, capabilities| {
-        Message::Welcome(Welcome { version, streams, capabilities, timeout_ms: 2000, reconnect_ms: 0 })
-            .encode()
+        Message::Welcome(Welcome {
+            version,
+            streams,
+            capabilities,
+            timeout_ms: 2000,
+            reconnect_ms: 0,
+            host: 0,
+        })
+        .encode()
     };
     answer(b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), "message kind");
     answer([2, 0, 0, 0, 0xff, 0xff, 0xff, 0xff].to_vec(), "limit");

@@ -9,6 +9,7 @@ pub mod carrier;
 mod clock;
 pub mod destination;
 mod dial;
+pub mod host;
 pub mod link;
 pub mod local;
 #[cfg(test)]

@@ -532,6 +532,7 @@ mod tests {
             live: true,
             timeout_ms: 1,
             reconnect_ms: 1,
+            host: 0,
             regions: vec![],
             presence: vec![],
             dense: vec![],
@@ -539,7 +540,8 @@ mod tests {
             machine: String::new(),
         };
         destination.handle(Message::Hello(hello)).unwrap();
-        let welcome = Welcome { version: 1, capabilities: 0, streams: 1, timeout_ms: 1, reconnect_ms: 1 };
+        let welcome =
+            Welcome { version: 1, capabilities: 0, streams: 1, timeout_ms: 1, reconnect_ms: 1, host: 0 };
         source.handle(Message::Welcome(welcome)).unwrap();
         source.handle(destination.prepared()).unwrap();
         (source, destination)
@@ -547,7 +549,8 @@ mod tests {
 
     #[test]
     fn a_welcome_takes_only_what_was_offered() {
-        let good = Welcome { version: 1, capabilities: 1, streams: 2, timeout_ms: 1, reconnect_ms: 1 };
+        let good =
+            Welcome { version: 1, capabilities: 1, streams: 2, timeout_ms: 1, reconnect_ms: 1, host: 0 };
         assert_eq!(check_welcome(&good, 2, 3), Ok(()));
         for bad in [
             Welcome { version: 0, ..good },

@@ -73,19 +73,6 @@ impl FromStr for Uri {
     }
 }
 
-impl Uri {
-    /// Whether who listens there shares this host's cores, as far as the name tells.
-    pub fn is_local(&self) -> bool {
-        match self {
-            Self::Unix(_) => true,
-            Self::Tcp { host, .. } | Self::Rdma { host, .. } => {
-                let address = host.parse::<std::net::IpAddr>();
-                ["", "0", "localhost"].contains(&host.as_str()) || address.is_ok_and(|a| a.is_loopback())
-            }
-        }
-    }
-}
-
 impl fmt::Display for Uri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (scheme, host, port) = match self {
@@ -134,16 +121,6 @@ mod tests {
             for word in ["--features rdma", "libibverbs-dev", "librdmacm-dev", "libclang-dev"] {
                 assert!(error.contains(word), "{error}");
             }
-        }
-    }
-
-    #[test]
-    fn local_is_what_shares_the_cores() {
-        for local in ["unix:/x", "tcp::1", "tcp:0:1", "tcp:localhost:1", "tcp:127.0.0.2:1", "tcp:[::1]:1"] {
-            assert!(local.parse::<Uri>().unwrap().is_local(), "{local}");
-        }
-        for other in ["tcp:10.0.0.1:1", "tcp:node7:1", "tcp:[fe80::1]:1"] {
-            assert!(!other.parse::<Uri>().unwrap().is_local(), "{other}");
         }
     }
 

@@ -5,6 +5,7 @@ use pagecopy::backend::StateBlob;
 use pagecopy::chunk::{Announced, ChunkDecoder, Reference};
 use pagecopy::digest::{PageHasher, receipt};
 use pagecopy::layout::{Layout, PAGE_SIZE, Region};
+use transport::host::{Host, Side};
 use transport::wire::control::{
     Arrived, ChunkRun, ErrorCode, HEADER_LEN, Hello, Message, SessionStatus, StreamEnd, Totals, Welcome,
     state_digest,
@@ -34,6 +35,11 @@ fn preambles() -> Vec<(&'static str, Preamble)> {
     ]
 }
 
+/// That both ends of the golden session run on.
+fn host() -> Host {
+    Host::with_boot_id(*b"\x00\x11\x22\x33\x44\x55\x66\x77\x88\x99\xaa\xbb\xcc\xdd\xee\xff")
+}
+
 fn state() -> Vec<StateBlob> {
     vec![StateBlob { name: "vcpu/0".into(), version: 1, bytes: vec![0xaa, 0xbb] }]
 }
@@ -51,6 +57,7 @@ fn messages() -> Vec<(&'static str, Message)> {
         live: true,
         timeout_ms: 10_000,
         reconnect_ms: 300_000,
+        host: host().digest(Side::Source, SEED),
         regions: vec![
             Region { name: "low".into(), gpa: 0, len: 0x10_0000 },
             Region { name: "high".into(), gpa: 0x1_0000_0000, len: 0x3000 },
@@ -62,17 +69,18 @@ fn messages() -> Vec<(&'static str, Message)> {
     };
     vec![
         (
-            "010000006e000000887766554433221103000000000000000400010010270000e093040000100000400000000200000000000000000000000000100000000000030000006c6f77000000000100000000300000000000000400000068696768010000000101000000000030000000000000010000006df35be90f6c274649",
+            "0100000076000000887766554433221103000000000000000400010010270000e0930400619cb3d782cad76400100000400000000200000000000000000000000000100000000000030000006c6f77000000000100000000300000000000000400000068696768010000000101000000000030000000000000010000006d6dfb5367f52f88ef",
             Message::Hello(hello),
         ),
         (
-            "02000000140000000100040010270000e093040003000000000000007e7136458f10e5bb",
+            "020000001c0000000100040010270000e09304000300000000000000d21a8b05ac3adfa8174713078bad9b13",
             Message::Welcome(Welcome {
                 version: 1,
                 capabilities: 3,
                 streams: 4,
                 timeout_ms: 10_000,
                 reconnect_ms: 300_000,
+                host: host().digest(Side::Destination, SEED),
             }),
         ),
         (

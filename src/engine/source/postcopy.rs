@@ -174,7 +174,7 @@ impl Attempt<'_> {
 
     /// Serves pages until the destination misses none. After GO: it does not give up by itself, and nobody ends it. Where RUNNING was not
     /// heard, it asks what came of GO meanwhile, for the guest may need its pages already.
-    fn serve(&mut self, unheard: Option<Cause>) -> Result<(), Cause> {
+    pub(super) fn serve(&mut self, unheard: Option<Cause>) -> Result<(), Cause> {
         let (progress, began) = (self.progress, Instant::now());
         let mut uri = self.uri.clone();
         let running = self.running.as_mut().expect("set before any phase that needs it");

@@ -370,8 +370,14 @@ impl<'a> DestinationHost<'a> {
                 self.streams_agreed = hello.streams;
                 let timeout_ms = (TIMEOUT / 1000) as u32;
                 let reconnect_ms = (self.patience / 1000) as u32;
-                let welcome =
-                    Welcome { version: 1, capabilities, streams: hello.streams, timeout_ms, reconnect_ms };
+                let welcome = Welcome {
+                    version: 1,
+                    capabilities,
+                    streams: hello.streams,
+                    timeout_ms,
+                    reconnect_ms,
+                    host: 0,
+                };
                 self.say(&Message::Welcome(welcome), world);
                 self.phase = Phase::Preparing;
                 let after = world.rng.range(0, 5000);

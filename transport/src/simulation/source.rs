@@ -171,6 +171,7 @@ impl<'a> SourceHost<'a> {
             live: true,
             timeout_ms: (TIMEOUT / 1000) as u32,
             reconnect_ms: (attempt.reconnect / 1000) as u32,
+            host: 0,
             regions: layout.regions().to_vec(),
             presence: vec![0xff; Hello::presence_len(layout)],
             dense: vec![],
@@ -354,7 +355,7 @@ impl<'a> SourceHost<'a> {
         });
         let options = SourceOptions {
             streams: self.attempt.streams,
-            beside: false,
+            near: false,
             codec: self.attempt.codec,
             references: true,
             cache_bytes: self.attempt.cache_bytes,
@@ -417,12 +418,10 @@ impl<'a> SourceHost<'a> {
         }
         if !over {
             let pages = self.guest.layout().pages();
-            let alive = match self.waiting.front() {
-                Some(_) if !stepped.has_room(pages * (PAGE_SIZE as u64 + 512)) => true,
-                Some(&batch) => {
-                    self.waiting.pop_front();
-                    stepped.send(batch, world.rng.percent(80))
-                }
+            let full = !self.waiting.is_empty() && !stepped.has_room(pages * (PAGE_SIZE as u64 + 512));
+            let alive = match if full { None } else { self.waiting.pop_front() } {
+                _ if full => true,
+                Some(batch) => stepped.send(batch, world.rng.percent(80)),
                 None if matches!(self.phase, Phase::Ending) => stepped.end_sending(),
                 None => stepped.idle(),
             };

@@ -175,7 +175,7 @@ impl Lane {
     ) -> io::Result<Self> {
         let SourceEnd { frames, receipts, breaker } = carrier;
         let chooses = matches!(source.options.codec, CodecMode::Auto | CodecMode::Zstd { level: None });
-        let window = Window::new(frames.window_min(), source.options.beside || !chooses);
+        let window = Window::new(frames.window_min(), source.options.near || !chooses);
         let shared = Arc::new(Shared::new(source, stream, breaker, window));
         let sending = shared.clone();
         let sender = std::thread::Builder::new().name(format!("send-{stream}")).spawn(move || {
@@ -312,7 +312,7 @@ impl<'a> LaneSender<'a> {
         let source = &*shared.source;
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let streams = source.options.streams;
-        let threads = f64::from(streams) * if source.options.beside { 2.0 } else { 1.0 };
+        let threads = f64::from(streams) * if source.options.near { 2.0 } else { 1.0 };
         let encoder = ChunkEncoder::new(source.options.codec, CLOCKS)
             .sharing(streams, threads / cores as f64)
             .referring(source.options.references);
@@ -525,7 +525,7 @@ impl<'a> LaneSender<'a> {
         let passed = self.told_at.map_or(0, |before| now.saturating_sub(before).saturating_sub(idle));
         self.told_at = Some(now);
         self.sent_bytes += wire_bytes;
-        let delivered = if source.options.beside {
+        let delivered = if source.options.near {
             // A destination on this host that waits for a core is no slow link.
             Delivered { own: self.sent_bytes, all: source.counters.wire_sent.load(Ordering::Relaxed) }
         } else {

@@ -75,8 +75,8 @@ pub struct SourceOptions {
     pub references: bool,
     /// Streams: each has a worker, and they share the link.
     pub streams: u16,
-    /// The destination is on this host, too, and takes as much of its cores.
-    pub beside: bool,
+    /// The destination is on this host, too, and takes as much of its cores: see [`crate::host`].
+    pub near: bool,
     /// Bound of the delta cache, in bytes.
     pub cache_bytes: u64,
     /// Silence after which a stream is given up.
@@ -455,7 +455,7 @@ mod tests {
     fn nowhere(layout: Layout, pending: PageBitmap) -> PageSource {
         let options = SourceOptions {
             streams: 1,
-            beside: false,
+            near: false,
             references: false,
             codec: CodecMode::Raw,
             cache_bytes: 0,

@@ -65,6 +65,8 @@ pub struct Hello {
     /// How long the source tries to connect again what was lost, in milliseconds; means nothing without
     /// [`capability::RESUME`].
     pub reconnect_ms: u32,
+    /// What the source says of its host, see [`crate::host`]; 0: nothing.
+    pub host: u64,
     /// Guest-physical layout.
     pub regions: Vec<Region>,
     /// One bit for every [`PRESENCE_CHUNKS`] chunks: the source may have data there.
@@ -90,6 +92,8 @@ pub struct Welcome {
     pub timeout_ms: u32,
     /// How long both sides wait for what was lost to be connected again, in milliseconds: at most what the source said.
     pub reconnect_ms: u32,
+    /// What the destination says of its host, to a source that is there as well; 0: nothing.
+    pub host: u64,
 }
 
 /// Where one stream ended: the source says what it sent, the destination what it applied.
@@ -383,6 +387,7 @@ impl Message {
                 w.u32(welcome.timeout_ms);
                 w.u32(welcome.reconnect_ms);
                 w.u64(welcome.capabilities);
+                w.u64(welcome.host);
             }
             Self::Error { code, text } => {
                 w.u32(*code as u32);
@@ -472,6 +477,7 @@ impl Message {
                     timeout_ms: timeout_ms(r)?,
                     reconnect_ms: r.u32("reconnect_ms")?,
                     capabilities: r.u64("capabilities")?,
+                    host: r.u64("host")?,
                 })
             }
             3 => Self::Error {
@@ -524,6 +530,7 @@ impl Hello {
         w.u16(u16::from(self.live));
         w.u32(self.timeout_ms);
         w.u32(self.reconnect_ms);
+        w.u64(self.host);
         w.u32(pagecopy::layout::PAGE_SIZE as u32);
         w.u32(pagecopy::layout::CHUNK_PAGES as u32);
         w.u32(self.regions.len() as u32);
@@ -547,6 +554,7 @@ impl Hello {
             value => return Err(WireError::BadValue { field: "live", value: value.into() }),
         };
         let (timeout_ms, reconnect_ms) = (timeout_ms(r)?, r.u32("reconnect_ms")?);
+        let host = r.u64("host")?;
         for (field, expected) in
             [("page_size", pagecopy::layout::PAGE_SIZE), ("chunk_pages", pagecopy::layout::CHUNK_PAGES)]
         {
@@ -571,6 +579,7 @@ impl Hello {
             live,
             timeout_ms,
             reconnect_ms,
+            host,
             regions,
             presence,
             dense,
@@ -753,6 +762,7 @@ mod tests {
                 live: true,
                 timeout_ms: 10_000,
                 reconnect_ms: 300_000,
+                host: 7,
                 regions: vec![Region { name: "ram".into(), gpa: 0, len: 1 << 20 }],
                 presence: vec![1],
                 dense: vec![1],
@@ -765,6 +775,7 @@ mod tests {
                 streams: 4,
                 timeout_ms: 10_000,
                 reconnect_ms: 60_000,
+                host: 8,
             }),
             Message::Error { code: ErrorCode::Busy, text: "no".into() },
             Message::Ping(1),
