@@ -149,14 +149,19 @@ pub struct Postcopy {
     pub pages_left: u64,
     /// Times that the guest had to wait for a page.
     pub faults: u64,
-    /// Microseconds that half of these waits did not exceed, from the fault's event to the wake-up.
-    pub fault_p50_us: u64,
-    /// Microseconds that all but one in a hundred did not exceed.
-    pub fault_p99_us: u64,
+    /// Microseconds that half of these waits did not exceed, from the fault's event to the wake-up; known at the destination, and at the
+    /// end from it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub fault_p50_us: Option<u64>,
+    /// Microseconds that all but one in a hundred did not exceed; likewise.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub fault_p99_us: Option<u64>,
     /// The longest wait, in microseconds; known at the destination.
-    pub fault_max_us: u64,
-    /// Time that vCPUs waited for pages, all of them together, in milliseconds.
-    pub blocked_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub fault_max_us: Option<u64>,
+    /// Time that vCPUs waited for pages, all of them together, in milliseconds; known at the destination, and at the end from it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub blocked_ms: Option<f64>,
     /// The same for each of them, in milliseconds; known at the destination.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub vcpu_blocked_ms: Vec<f64>,
@@ -283,8 +288,11 @@ impl Report {
         }
         self.time_ms = self.time_ms.zip(Times::default(), |ms, _| (ms * 1e3).round() / 1e3);
         if let Some(p) = &mut self.postcopy {
-            let times = [&mut p.blocked_ms, &mut p.drain_ms, &mut p.drain_mib_s].into_iter();
-            times.chain(&mut p.vcpu_blocked_ms).for_each(|value| *value = (*value * 1e3).round() / 1e3);
+            let times = [&mut p.drain_ms, &mut p.drain_mib_s].into_iter();
+            times
+                .chain(&mut p.blocked_ms)
+                .chain(&mut p.vcpu_blocked_ms)
+                .for_each(|value| *value = (*value * 1e3).round() / 1e3);
         }
         self
     }
@@ -371,13 +379,13 @@ impl Report {
                     p.pages, p.pages_left, p.drain_ms, p.drain_mib_s
                 ),
             );
-            line(
-                "postcopy faults:",
-                format!(
-                    "{} ({} us median, {} us p99; vCPUs waited {:.1} ms)",
-                    p.faults, p.fault_p50_us, p.fault_p99_us, p.blocked_ms
-                ),
-            );
+            let waits = match (p.fault_p50_us, p.fault_p99_us, p.blocked_ms) {
+                (Some(p50), Some(p99), Some(blocked)) => {
+                    format!(" ({p50} us median, {p99} us p99; vCPUs waited {blocked:.1} ms)")
+                }
+                _ => String::new(),
+            };
+            line("postcopy faults:", format!("{}{waits}", p.faults));
         }
         let parts = self.time_ms.parts();
         let parts: Vec<_> = parts.iter().filter(|(_, ms)| *ms >= 0.05).collect();
@@ -422,6 +430,22 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_nobody_has_said_of_postcopy_is_not_shown_as_nothing() {
+        let at_source = Postcopy { faults: 7, ..Postcopy::default() };
+        let report = |postcopy| Report { postcopy: Some(postcopy), ..Report::default() }.rounded();
+        let early = report(at_source.clone());
+        let shown = serde_json::to_value(&early).unwrap();
+        for field in ["fault_p50_us", "fault_p99_us", "fault_max_us", "blocked_ms"] {
+            assert!(shown["postcopy"].get(field).is_none(), "{field}: {shown}");
+        }
+        assert!(early.summary().contains("postcopy faults:  7\n"), "{}", early.summary());
+        let (p50, p99, blocked) = (Some(5), Some(9), Some(0.5));
+        let end = report(Postcopy { fault_p50_us: p50, fault_p99_us: p99, blocked_ms: blocked, ..at_source });
+        let line = "postcopy faults:  7 (5 us median, 9 us p99; vCPUs waited 0.5 ms)";
+        assert!(end.summary().contains(line), "{}", end.summary());
+    }
 
     #[test]
     fn pages_that_were_sent_again_are_shown_where_there_are_any() {

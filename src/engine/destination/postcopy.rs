@@ -253,18 +253,18 @@ impl Session {
         let s = sink.statistics();
         let drain = post.drained.unwrap_or_else(|| began.elapsed()).as_secs_f64();
         let page = pagecopy::layout::PAGE_SIZE as u64;
-        let blocked: Vec<f64> = s.blocked_us.iter().map(|&us| us as f64 / 1e3).collect();
+        let blocked_us: u64 = s.blocked_us.iter().sum();
         progress.update(|r| {
             r.remaining_bytes = s.left * page;
             r.postcopy = Some(report::Postcopy {
                 pages: s.total,
                 pages_left: s.left,
                 faults: s.faults,
-                fault_p50_us: s.p50_us,
-                fault_p99_us: s.p99_us,
-                fault_max_us: s.max_us,
-                blocked_ms: blocked.iter().sum(),
-                vcpu_blocked_ms: blocked,
+                fault_p50_us: Some(s.p50_us),
+                fault_p99_us: Some(s.p99_us),
+                fault_max_us: Some(s.max_us),
+                blocked_ms: Some(blocked_us as f64 / 1e3),
+                vcpu_blocked_ms: s.blocked_us.iter().map(|&us| us as f64 / 1e3).collect(),
                 wire_bytes: s.wire_bytes,
                 drain_ms: drain * 1e3,
                 drain_mib_s: ((s.total - s.left) * page) as f64 / drain.max(1e-9) / f64::from(1 << 20),

@@ -329,9 +329,6 @@ fn report(progress: &Progress, service: &Service, began: Instant, arrived: Optio
     let page = pagecopy::layout::PAGE_SIZE as u64;
     progress.update(|r| {
         let before = r.postcopy.take().unwrap_or_default();
-        // The destination's word on waits comes at the end; until then, what was asked for here.
-        let (faults, p50, p99, blocked) = arrived
-            .map_or((get(&counters.requests), 0, 0, 0), |a| (a.faults, a.p50_us, a.p99_us, a.blocked_us));
         let drain_ms = if left == 0 && before.pages_left == 0 && before.pages != 0 {
             before.drain_ms
         } else {
@@ -341,10 +338,11 @@ fn report(progress: &Progress, service: &Service, began: Instant, arrived: Optio
         r.postcopy = Some(Postcopy {
             pages: total,
             pages_left: left,
-            faults,
-            fault_p50_us: p50,
-            fault_p99_us: p99,
-            blocked_ms: blocked as f64 / 1e3,
+            // The destination's word on waits comes at the end; until then, what was asked for here.
+            faults: arrived.map_or(get(&counters.requests), |arrived| arrived.faults),
+            fault_p50_us: arrived.map(|arrived| arrived.p50_us),
+            fault_p99_us: arrived.map(|arrived| arrived.p99_us),
+            blocked_ms: arrived.map(|arrived| arrived.blocked_us as f64 / 1e3),
             wire_bytes: get(&counters.wire),
             drain_ms,
             drain_mib_s: ((total - left) * page) as f64 / (drain_ms / 1e3).max(1e-6) / f64::from(1 << 20),
