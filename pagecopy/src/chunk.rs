@@ -32,6 +32,7 @@
 //! The frame's dictionary is 8 bytes of zeros and then the referenced pages, in this order, as the destination holds them when it
 //! decodes the section. Without references it has none.
 
+mod alone;
 mod decoder;
 
 use vm_memory::volatile_memory::VolatileSlice;
@@ -133,6 +134,13 @@ impl Reference {
 /// Copies pages of another chunk, ascending, one after the other, and answers for it that the destination keeps what it
 /// holds for them until it has decoded the section; or returns false, and answers for nothing.
 pub type Lend<'a> = &'a mut dyn FnMut(Reference, &mut [Page]) -> bool;
+
+/// Where pages are looked for that resemble a chunk's.
+struct Kin<'a> {
+    shared: &'a Shared,
+    chunk: u32,
+    lend: Lend<'a>,
+}
 
 /// A chunk, encoded. The masks are disjoint, and together they are the pages that were asked for.
 #[derive(Clone, Copy, Debug)]
@@ -283,7 +291,8 @@ impl ChunkEncoder {
             self.observe(EncodeKind::Delta { chunk }, bytes(rest), out, took);
         }
         self.references.clear();
-        let (zstd, end) = self.frame(shared, chunk, snapshot, rest & !delta, plan, deltas_end, lend);
+        let (zstd, end) =
+            self.frame(Some(Kin { shared, chunk, lend }), snapshot, rest & !delta, plan, deltas_end);
 
         shared.table.set_zeros(chunk, zero);
         shared.table.set_pages(chunk, rest, &self.digests);
@@ -314,13 +323,7 @@ impl ChunkEncoder {
         pages: u64,
     ) -> EncodedChunk<'_> {
         let start = (self.clocks.now)();
-        let mut zero = 0;
-        for bit in bits(pages) {
-            let page = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
-            let digest = shared.hasher.memory(&page.expect("the page lies in the chunk's memory"));
-            self.digests[bit as usize] = digest;
-            zero |= u64::from(digest == shared.hasher.zero()) << bit;
-        }
+        let zero = self.hash_memory(&shared.hasher, memory, pages);
         let (zero, unchanged) = self.known(shared, chunk, pages, zero);
         let raw = pages & !zero & !unchanged;
         let bytes = |pages: u64| u64::from(pages.count_ones()) * PAGE_SIZE as u64;
@@ -340,15 +343,33 @@ impl ChunkEncoder {
         }
     }
 
-    /// Hashes the pages; returns those that are zero and must be said to be, and those that are as last sent.
-    fn scan(&mut self, shared: &Shared, chunk: u32, snapshot: &[Page], pages: u64) -> (u64, u64) {
+    /// Hashes pages where they lie; returns those of zeros.
+    fn hash_memory(&mut self, hasher: &PageHasher, memory: &VolatileSlice<'_>, pages: u64) -> u64 {
+        let mut zero = 0;
+        for bit in bits(pages) {
+            let page = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
+            let digest = hasher.memory(&page.expect("the page lies in the chunk's memory"));
+            self.digests[bit as usize] = digest;
+            zero |= u64::from(digest == hasher.zero()) << bit;
+        }
+        zero
+    }
+
+    /// Hashes pages of a copy; returns those of zeros.
+    fn hash(&mut self, hasher: &PageHasher, snapshot: &[Page], pages: u64) -> u64 {
         let zero = zero_pages(snapshot.as_flattened(), pages);
         for bit in bits(zero) {
-            self.digests[bit as usize] = shared.hasher.zero();
+            self.digests[bit as usize] = hasher.zero();
         }
         for bit in bits(pages & !zero) {
-            self.digests[bit as usize] = shared.hasher.page(&snapshot[bit as usize]);
+            self.digests[bit as usize] = hasher.page(&snapshot[bit as usize]);
         }
+        zero
+    }
+
+    /// Hashes the pages; returns those that are zero and must be said to be, and those that are as last sent.
+    fn scan(&mut self, shared: &Shared, chunk: u32, snapshot: &[Page], pages: u64) -> (u64, u64) {
+        let zero = self.hash(&shared.hasher, snapshot, pages);
         self.known(shared, chunk, pages, zero)
     }
 
@@ -404,17 +425,15 @@ impl ChunkEncoder {
         (delta, end)
     }
 
-    /// Writes references and the zstd frame at `start` of the section if it pays; returns its pages, and where the section ends.
-    #[allow(clippy::too_many_arguments)]
+    /// Writes references, where there is somebody to lend them, and the zstd frame at `start` of the section if it pays; returns its
+    /// pages, and where the section ends.
     fn frame(
         &mut self,
-        shared: &Shared,
-        chunk: u32,
+        kin: Option<Kin<'_>>,
         snapshot: &[Page],
         rest: u64,
         plan: Plan,
         start: usize,
-        lend: Lend<'_>,
     ) -> (u64, usize) {
         if plan.zstd_level.is_none() && plan.probe.is_none() {
             return (0, start);
@@ -428,7 +447,8 @@ impl ChunkEncoder {
         if likely == 0 {
             return (0, start);
         }
-        let head = if plan.references { self.refer(shared, chunk, snapshot, likely, start, lend) } else { 0 };
+        let kin = kin.filter(|_| plan.references);
+        let head = kin.map_or(0, |kin| self.refer(kin, snapshot, likely, start));
         // What references cost counts for every level that is tried with them.
         let referring = guessed.until(self.clocks.read());
         if let Some(level) = plan.probe {
@@ -451,15 +471,8 @@ impl ChunkEncoder {
 
     /// Finds pages that resemble these, makes them the dictionary, and writes which they are at `start` of the section; returns how
     /// many bytes that took.
-    fn refer(
-        &mut self,
-        shared: &Shared,
-        chunk: u32,
-        snapshot: &[Page],
-        pages: u64,
-        start: usize,
-        lend: Lend<'_>,
-    ) -> usize {
+    fn refer(&mut self, kin: Kin<'_>, snapshot: &[Page], pages: u64, start: usize) -> usize {
+        let Kin { shared, chunk, lend } = kin;
         self.found.clear();
         for bit in bits(pages) {
             shared.similar.note(chunk, bit, &snapshot[bit as usize], &mut self.found);
@@ -614,7 +627,7 @@ mod tests {
     use super::*;
     use crate::xbzrle::DeltaError;
 
-    fn clocks() -> Clocks {
+    pub(super) fn clocks() -> Clocks {
         Clocks { now: || 0, worked: || 0 }
     }
 
@@ -623,7 +636,7 @@ mod tests {
     }
 
     /// Page 0 zeros, 1 text, 2 random, 3 text.
-    fn snapshot() -> Vec<u8> {
+    pub(super) fn snapshot() -> Vec<u8> {
         let mut bytes = vec![0; CHUNK_SIZE];
         let text = include_bytes!("chunk.rs");
         bytes[PAGE_SIZE..2 * PAGE_SIZE].copy_from_slice(&text[..PAGE_SIZE]);

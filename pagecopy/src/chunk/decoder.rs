@@ -262,6 +262,11 @@ impl<'a> Decoded<'a> {
         }
     }
 
+    /// The pages of its zstd frame, ascending, one after the other.
+    pub fn compressed(&self) -> &'a [Page] {
+        &self.frame[..self.zstd.count_ones() as usize]
+    }
+
     /// All pages that the section held, ascending.
     pub fn iter(&self) -> impl Iterator<Item = (u32, &'a Page)> + use<'a> {
         let decoded = *self;
