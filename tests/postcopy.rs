@@ -14,5 +14,7 @@ mod vm;
 mod guests;
 #[path = "postcopy/handover.rs"]
 mod handover;
+#[path = "postcopy/limits.rs"]
+mod limits;
 #[path = "postcopy/links.rs"]
 mod links;

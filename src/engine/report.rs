@@ -165,8 +165,20 @@ pub struct Postcopy {
     /// The same for each of them, in milliseconds; known at the destination.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub vcpu_blocked_ms: Vec<f64>,
+    /// Of these pages, zeros: at the source as often as they were sent, at the destination as they came.
+    #[serde(default)]
+    pub zero: u64,
+    /// In zstd frames; likewise.
+    #[serde(default)]
+    pub compressed: u64,
+    /// As they are; likewise.
+    #[serde(default)]
+    pub raw: u64,
     /// Bytes on the wire for these pages.
     pub wire_bytes: u64,
+    /// Page bytes delivered.
+    #[serde(default)]
+    pub logical_bytes: u64,
     /// From GO until no page was missing, in milliseconds; so far.
     pub drain_ms: f64,
     /// Page bytes delivered in a second of that time, in MiB.
@@ -377,6 +389,16 @@ impl Report {
                 format!(
                     "{} pages, {} left, {:.1} ms, {:.0} MiB/s",
                     p.pages, p.pages_left, p.drain_ms, p.drain_mib_s
+                ),
+            );
+            line(
+                "postcopy ram:",
+                format!(
+                    "{} kbytes ({} pages zero, {} raw, {} compressed)",
+                    p.wire_bytes / 1024,
+                    p.zero,
+                    p.raw,
+                    p.compressed
                 ),
             );
             let waits = match (p.fault_p50_us, p.fault_p99_us, p.blocked_ms) {

@@ -8,7 +8,8 @@ use pagecopy::throttle::PERCENT_MAX;
 pub struct Tuning {
     /// When it switches over, and when it gives up.
     pub limits: Limits,
-    /// Most wire bytes a second of all streams together, until the guest is paused. `None`: no limit.
+    /// Most wire bytes a second of all streams together, until the guest is paused; and in postcopy of all that follows it, where what it
+    /// waits for is sent at once all the same, and counts. `None`: no limit.
     pub bandwidth: Option<u64>,
     /// Take time from the vCPUs of a guest that writes faster than it is copied.
     pub auto_converge: bool,

@@ -188,6 +188,10 @@ const REQUEST: &str = "504751310300000002000000000000001137ce4192175631";
 /// The head of frame 7 of postcopy, chunk 3, with page 0 raw and all 5a, and page 1 zero: header and seal.
 const SEALED: &str = "504746310100000007000000000000000300000000000000010000000000000002000000000000000000000000000000000000000000000000000000000000007ceb42bc5bcabd6e395ccc07c7cae4c7";
 
+/// The head of frame 8 of postcopy, chunk 3, with pages 3 (all `a`) and 4 (all `b`) in a zstd frame: header and seal; and that section.
+const SEALED_ZSTD: &str = "50474631010000000800000000000000030000000f00000000000000000000000000000000000000000000000000000018000000000000003e84bcf9f873dc2a061433d5bc252b1fb5a374712fa81a73";
+const SEALED_SECTION: &str = "28b52ffd60001f0280006103800062";
+
 /// What travels over queue pairs, with its bytes.
 fn queue_pair() -> Vec<(&'static str, Vec<u8>)> {
     let hasher = PageHasher::new(SEED);
@@ -359,6 +363,21 @@ fn requests_and_seals_are_these_bytes() {
     let digests = [receipt(hasher.page(&pages()[0])), receipt(hasher.zero())];
     let seal = sealed_receipt(&mut Vec::new(), 7, &digests, &hasher);
     assert_eq!(hex(&[&header.encode(&hasher)[..], &seal.to_le_bytes()].concat()), SEALED);
+    let section = unhex(SEALED_SECTION);
+    let header = FrameHeader {
+        kind: FrameKind::Pages,
+        chunk: 3,
+        zstd: 0b1_1000,
+        encoded_len: section.len() as u32,
+        encoded_checksum: hasher.checksum(&section),
+        ..FrameHeader::end(8)
+    };
+    let digests = [3, 4].map(|page: usize| receipt(hasher.page(&pages()[page])));
+    let seal = sealed_receipt(&mut Vec::new(), 8, &digests, &hasher);
+    assert_eq!(hex(&[&header.encode(&hasher)[..], &seal.to_le_bytes()].concat()), SEALED_ZSTD);
+    let mut decoder = ChunkDecoder::new();
+    let decoded = decoder.decode(0, header.zstd, &section, |_, _| unreachable!()).unwrap();
+    assert!(decoded.compressed() == &pages()[3..5]);
 }
 
 #[test]
@@ -392,6 +411,8 @@ fn the_document_shows_every_vector() {
     let named = [
         REQUEST,
         SEALED,
+        SEALED_ZSTD,
+        SEALED_SECTION,
         SECTION,
         FRAME_HEADER,
         REFERRING,

@@ -140,7 +140,8 @@ impl Session {
         let nothing = MissingRuns::new(self.ram.layout());
         let missing = std::mem::replace(&mut post.missing, nothing).into_pages();
         let (hasher, timeout) = (PageHasher::new(self.hello.seed), self.sink.timeout());
-        let sink = Arc::new(MissingSink::new(self.ram.clone(), hasher, missing, timeout)?);
+        let capabilities = self.sink.capabilities();
+        let sink = Arc::new(MissingSink::new(self.ram.clone(), hasher, missing, capabilities, timeout)?);
         post.sink = Some(sink.clone());
         let (serving, events) = (sink.clone(), self.event_sender.clone());
         let serve = move || {
@@ -265,7 +266,11 @@ impl Session {
                 fault_max_us: Some(s.max_us),
                 blocked_ms: Some(blocked_us as f64 / 1e3),
                 vcpu_blocked_ms: s.blocked_us.iter().map(|&us| us as f64 / 1e3).collect(),
+                zero: s.zero,
+                compressed: s.compressed,
+                raw: s.raw,
                 wire_bytes: s.wire_bytes,
+                logical_bytes: (s.total - s.left) * page,
                 drain_ms: drain * 1e3,
                 drain_mib_s: ((s.total - s.left) * page) as f64 / drain.max(1e-9) / f64::from(1 << 20),
                 damaged: s.damaged,

@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use pagecopy::backend::{Guest, GuestRam, StateBlob};
 use pagecopy::bitmap::PageBitmap;
+use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
-use transport::postcopy::{Lane, LaneEnd, PageServer, PostcopyError};
+use transport::postcopy::{Lane, LaneEnd, PageServer, PostcopyError, ServerOptions};
 use transport::session::{SessionError, SourceEvent};
 use transport::socket::Connection;
-use transport::source::Feeder;
+use transport::source::{Feeder, SourceOptions};
 use transport::uri::Uri;
 use transport::wire::SessionId;
 use transport::wire::control::{
@@ -109,7 +110,8 @@ impl Attempt<'_> {
         let given_up = || self.leave.is_over();
         let connections = dial_all(uri, running.watch.session_id(), &welcome, timeout, &given_up)?;
         let hasher = running.source.hasher().clone();
-        let (totals, server) = self.leave(&guest, streams, unit_chunks, hasher, rounds)?;
+        let options = server_options(running.source.options(), &welcome, connections.len());
+        let (totals, server) = self.leave(&guest, streams, unit_chunks, hasher, options, rounds)?;
         let running = self.running.as_mut().expect("as above");
         let service = running.postcopy.insert(Service {
             server,
@@ -121,6 +123,8 @@ impl Attempt<'_> {
             timeout,
             reconnects: 0,
         });
+        let mut tuned = u64::MAX;
+        tune(self.progress, &service.server, &mut tuned);
         let mut connections = (0..).zip(connections);
         // The one for requests before GO already: whatever waits at the destination for a page then gets it.
         if let Some((stream, connection)) = connections.next() {
@@ -148,18 +152,19 @@ impl Attempt<'_> {
         streams: Vec<StreamEnd>,
         unit_chunks: u32,
         hasher: PageHasher,
+        options: ServerOptions,
         rounds: u64,
     ) -> Result<(Totals, Arc<PageServer>), Cause> {
         let ran = u8::from(!self.backend.paused);
         self.progress.update(|r| (r.status, r.rounds) = (Status::Device, rounds + 1));
         self.paused_at = Some(Instant::now());
         guest.pause()?;
-        let (ram, timeout) = (self.backend.ram.clone(), self.options.timeout);
+        let ram = self.backend.ram.clone();
         let (watch, source) = self.parts();
         source.dirty_sync()?;
         let (missing, holes) = missing_pages(&*ram, source.missing(), unit_chunks)?;
         let pages = source.carried_pages_without(&missing);
-        let server = PageServer::new(ram, hasher, missing, holes, unit_chunks, timeout);
+        let server = PageServer::new(ram, hasher, missing, holes, unit_chunks, options);
         for runs in server.runs().chunks(MISSING_RUNS_MAX) {
             watch.send(Message::Missing(runs.to_vec()));
         }
@@ -187,7 +192,9 @@ impl Attempt<'_> {
             progress.update(|r| (r.status, r.error) = (Status::Unknown, Some(explain(&cause))));
         }
         let mut trying = Trying { pause: PAUSE_MIN, next: Instant::now() };
+        let mut tuned = u64::MAX;
         loop {
+            tune(progress, &service.server, &mut tuned);
             match watch.event_after_go() {
                 Ok(SourceEvent::Arrived(arrived)) => {
                     // The last word, as after any handover: nobody will ask after the session any more.
@@ -288,6 +295,26 @@ fn reconnect(watch: &mut Watch, service: &mut Service, uri: &Uri, linked: &mut b
     Ok(())
 }
 
+/// Keeps to the limit of bandwidth as it is now.
+fn tune(progress: &Progress, server: &PageServer, seen: &mut u64) {
+    if let Some(tuning) = progress.tuned_since(seen) {
+        server.limit_bandwidth(tuning.bandwidth);
+        progress.update(|r| r.bandwidth_limit = tuning.bandwidth);
+    }
+}
+
+/// How pages are sent over so many connections: as in precopy, as far as the destination can decode it.
+fn server_options(precopy: &SourceOptions, welcome: &Welcome, connections: usize) -> ServerOptions {
+    let encoded = welcome.capabilities & capability::SEALED == capability::SEALED;
+    ServerOptions {
+        timeout: precopy.timeout,
+        codec: if encoded { precopy.codec } else { CodecMode::Raw },
+        // One of them is for requests.
+        pushing: connections.saturating_sub(1) as u16,
+        beside: precopy.beside,
+    }
+}
+
 /// Opens the connection for requests, and those for everything else.
 fn dial_all(
     uri: &Uri,
@@ -343,7 +370,11 @@ fn report(progress: &Progress, service: &Service, began: Instant, arrived: Optio
             fault_p50_us: arrived.map(|arrived| arrived.p50_us),
             fault_p99_us: arrived.map(|arrived| arrived.p99_us),
             blocked_ms: arrived.map(|arrived| arrived.blocked_us as f64 / 1e3),
+            zero: get(&counters.zero),
+            compressed: get(&counters.compressed),
+            raw: get(&counters.raw),
             wire_bytes: get(&counters.wire),
+            logical_bytes: (total - left) * page,
             drain_ms,
             drain_mib_s: ((total - left) * page) as f64 / (drain_ms / 1e3).max(1e-6) / f64::from(1 << 20),
             resent: get(&counters.taken_back),

@@ -109,6 +109,11 @@ impl PageSink {
         self.carried.count_outside(missing)
     }
 
+    /// What both sides agreed on.
+    pub fn capabilities(&self) -> u64 {
+        self.capabilities
+    }
+
     /// Silence after which the rest of a frame is given up.
     pub fn timeout(&self) -> Duration {
         self.timeout

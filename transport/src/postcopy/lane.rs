@@ -10,27 +10,29 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
-use pagecopy::bitmap::{bits, runs};
-use pagecopy::digest::receipt;
+use pagecopy::bitmap::runs;
+use pagecopy::choose::{CodecMode, Delivered};
+use pagecopy::chunk::{ChunkEncoder, Clocks};
 use pagecopy::layout::PAGE_SIZE;
 
 use super::pace::Pace;
+use super::sealed::Sealer;
 use super::{PageServer, PostcopyError};
+use crate::clock;
 use crate::link::attach_stream;
 use crate::panic_text;
 use crate::socket::Connection;
 use crate::sys::{self, ReceiveList, SendList};
 use crate::uri::Uri;
-use crate::wire::frame::{
-    FrameHeader, FrameKind, RECEIPT_HEADER_LEN, RECEIPT_MAGIC, check_receipt, decode_receipt_header,
-};
-use crate::wire::postcopy::{PageRequest, REQUEST_MAGIC, sealed_receipt};
+use crate::wire::frame::{RECEIPT_HEADER_LEN, RECEIPT_MAGIC, check_receipt, decode_receipt_header};
+use crate::wire::postcopy::{PageRequest, REQUEST_MAGIC};
 use crate::wire::{Preamble, Role, SessionId, WireError};
 
 /// The connection that carries what the guest asks for.
 pub(super) const FAULTS: u16 = 0;
 /// How often a thread that waits looks whether it should stop.
 const TICK: Duration = Duration::from_millis(100);
+const CLOCKS: Clocks = Clocks { now: clock::nanos, worked: clock::worked_nanos };
 /// Receipts and requests are read through a buffer of this size.
 const BUFFER_BYTES: usize = 16 << 10;
 
@@ -79,20 +81,7 @@ impl Lane {
         ends: Sender<LaneEnd>,
     ) -> io::Result<Self> {
         let connection = Arc::new(connection);
-        let mut worker = Worker {
-            server: server.clone(),
-            connection: connection.clone(),
-            stream,
-            began: Instant::now(),
-            pace: Pace::new(Duration::ZERO),
-            flight: VecDeque::new(),
-            bytes: 0,
-            seq: 0,
-            out: Vec::new(),
-            receipt: Vec::new(),
-            buffer: vec![0; BUFFER_BYTES].into(),
-            len: 0,
-        };
+        let mut worker = Worker::new(server.clone(), connection.clone(), stream);
         let thread = std::thread::Builder::new().name(format!("postcopy-{stream}")).spawn(move || {
             let run = AssertUnwindSafe(|| worker.run());
             let error = catch_unwind(run)
@@ -136,15 +125,50 @@ struct Worker {
     /// Bytes under way.
     bytes: u64,
     seq: u64,
-    /// Header and seal of the frame that is built.
+    sealer: Sealer,
+    /// What goes before the raw pages of the frame that is built.
     out: Vec<u8>,
-    /// The receipt that it must get.
-    receipt: Vec<u8>,
     buffer: Box<[u8]>,
     len: usize,
+    /// Of this connection, for what chooses the codec: wire bytes sent, and receipted; when it was last told; and for how long there
+    /// has been nothing to do since.
+    sent_bytes: u64,
+    acked_bytes: u64,
+    told_at: Option<u64>,
+    idle_nanos: u64,
 }
 
 impl Worker {
+    fn new(server: Arc<PageServer>, connection: Arc<Connection>, stream: u16) -> Self {
+        let options = server.options;
+        let encoder = if stream == FAULTS {
+            // Somebody waits for each of these pages: nothing is faster on a path that is worth the name.
+            ChunkEncoder::new(CodecMode::Raw, CLOCKS)
+        } else {
+            let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+            let threads = f64::from(options.pushing) * if options.beside { 2.0 } else { 1.0 };
+            ChunkEncoder::new(options.codec, CLOCKS).sharing(options.pushing, threads / cores as f64)
+        };
+        Self {
+            server,
+            connection,
+            stream,
+            began: Instant::now(),
+            pace: Pace::new(Duration::ZERO),
+            flight: VecDeque::new(),
+            bytes: 0,
+            seq: 0,
+            sealer: Sealer::new(encoder),
+            out: Vec::new(),
+            buffer: vec![0; BUFFER_BYTES].into(),
+            len: 0,
+            sent_bytes: 0,
+            acked_bytes: 0,
+            told_at: None,
+            idle_nanos: 0,
+        }
+    }
+
     /// Works until the connection ends.
     fn run(&mut self) -> PostcopyError {
         if self.stream == FAULTS {
@@ -166,10 +190,14 @@ impl Worker {
         self.read(true)
     }
 
-    /// Sends one frame of what nobody asked for where there is room for it, and takes what receipts have come.
+    /// Sends one frame of what nobody asked for where there is room for it and the limit of bandwidth lets it go, and takes what receipts
+    /// have come.
     fn push(&mut self) -> Result<(), PostcopyError> {
         self.read(false)?;
         if self.flight.is_empty() || self.bytes < self.pace.limit() {
+            if !self.server.wait_bandwidth() {
+                return Ok(());
+            }
             self.server.give_way();
             if let Some((chunk, pages)) = self.server.take_next(self.pace.frame_pages()) {
                 if self.flight.is_empty() {
@@ -179,46 +207,33 @@ impl Worker {
             }
         }
         if self.flight.is_empty() {
+            let begun = clock::nanos();
             self.server.wait(TICK);
+            self.idle_nanos += clock::nanos() - begun;
             Ok(())
         } else {
             self.read(true)
         }
     }
 
-    /// Sends pages from where they lie: nobody writes them any more.
+    /// Sends pages, those that are raw from where they lie: nobody writes them any more.
     fn send(&mut self, chunk: u32, pages: u64) -> Result<(), PostcopyError> {
         let server = self.server.clone();
-        let (memory, hasher) = (server.ram.chunk(chunk), &server.hasher);
-        let mut digests = [0; 64];
-        let (mut zero, mut count) = (0u64, 0);
-        for bit in bits(pages) {
-            let digest = if server.is_hole(chunk, bit) {
-                hasher.zero()
-            } else {
-                let page = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);
-                hasher.memory(&page.expect("pages of a chunk lie in its mapping"))
-            };
-            zero |= u64::from(digest == hasher.zero()) << bit;
-            digests[count] = receipt(digest);
-            count += 1;
-        }
-        self.receipt.clear();
-        let seal = sealed_receipt(&mut self.receipt, self.seq, &digests[..count], hasher);
-        let raw = pages & !zero;
-        let header = FrameHeader { kind: FrameKind::Pages, chunk, raw, zero, ..FrameHeader::end(self.seq) };
+        let memory = server.ram.chunk(chunk);
+        let sealed = self.sealer.seal(&server, self.seq, chunk, pages);
         self.out.clear();
-        self.out.extend_from_slice(&header.encode(hasher));
-        self.out.extend_from_slice(&seal.to_le_bytes());
-        let wire_bytes = header.wire_bytes();
+        sealed.head(&mut self.out, &server.hasher);
+        let (header, seal, wire_bytes) = (sealed.header, sealed.seal, sealed.wire_bytes());
         let at = self.began.elapsed();
         // First, so that it is taken back if it cannot be sent.
         self.flight.push_back(Sent { seq: self.seq, chunk, pages, seal, wire_bytes, at });
         self.bytes += wire_bytes;
         self.seq += 1;
+        self.pace.on_send(pages.count_ones(), wire_bytes);
+        server.sends(&header, wire_bytes);
         let mut list = SendList::new();
         list.push(&self.out);
-        for (first, count) in runs(raw) {
+        for (first, count) in runs(header.raw) {
             let (at, len) = (first as usize * PAGE_SIZE, count as usize * PAGE_SIZE);
             list.push_guest(&memory.subslice(at, len).expect("pages of a chunk lie in its mapping"));
         }
@@ -229,7 +244,25 @@ impl Worker {
                 Err(e) => return Err(self.io_error(e)),
             }
         }
+        self.tell(wire_bytes);
         Ok(())
+    }
+
+    /// Tells what chooses the codec how a frame went.
+    fn tell(&mut self, wire_bytes: u64) {
+        let now = clock::nanos();
+        let idle = std::mem::take(&mut self.idle_nanos);
+        let passed = self.told_at.map_or(0, |before| now.saturating_sub(before).saturating_sub(idle));
+        self.told_at = Some(now);
+        self.sent_bytes += wire_bytes;
+        let (server, counters) = (&self.server, &self.server.counters);
+        let delivered = if server.options.beside {
+            // A destination on this host that waits for a core is no slow link.
+            Delivered { own: self.sent_bytes, all: counters.wire.load(Ordering::Relaxed) }
+        } else {
+            Delivered { own: self.acked_bytes, all: counters.wire_acked.load(Ordering::Relaxed) }
+        };
+        self.sealer.chooser().observe_link(wire_bytes, passed, delivered, clock::busy);
     }
 
     /// Reads what is there and acts on it; with `wait`, for a moment at least.
@@ -244,7 +277,7 @@ impl Worker {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
                 let oldest =
                     self.flight.front().map_or(Duration::ZERO, |sent| self.began.elapsed() - sent.at);
-                if oldest > self.server.timeout {
+                if oldest > self.server.options.timeout {
                     return Err(self.timeout());
                 }
             }
@@ -312,6 +345,8 @@ impl Worker {
             return Err(WireError::BadValue { field: "receipt seq", value: seq });
         };
         self.bytes -= sent.wire_bytes;
+        self.acked_bytes += sent.wire_bytes;
+        self.server.counters.wire_acked.fetch_add(sent.wire_bytes, Ordering::Relaxed);
         let now = self.began.elapsed();
         self.pace.on_receipt(now, sent.wire_bytes, now.saturating_sub(sent.at));
         if seal == sent.seal {
@@ -338,6 +373,6 @@ impl Worker {
     }
 
     fn timeout(&self) -> PostcopyError {
-        PostcopyError::Timeout { stream: self.stream, seconds: self.server.timeout.as_secs() }
+        PostcopyError::Timeout { stream: self.stream, seconds: self.server.options.timeout.as_secs() }
     }
 }

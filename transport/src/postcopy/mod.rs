@@ -5,26 +5,31 @@
 //! the one truth about who sends a page: whoever takes it from there. Frames that die with their connection make their pages wait
 //! again, and a page stays at the source until its receipt came.
 //!
-//! Connection 0 carries what the guest asks for, at once and by itself; the others everything else, in the order of
-//! [`pagecopy::postcopy::Order`], with little under way so that nobody waits long for a page that is (`pace`). At the
+//! Connection 0 carries what the guest asks for, at once, by itself and raw; the others everything else, in the order of
+//! [`pagecopy::postcopy::Order`], encoded as pays off, with little under way so that nobody waits long for a page that is (`pace`).
+//! A limit of bandwidth holds back the others only: what the guest asks for is charged to it and never waits for it. At the
 //! destination the [`MissingSink`] places what fits its seal, and lets those go on who wait for it.
 
 mod lane;
 mod missing;
 mod pace;
 mod receiver;
+pub(crate) mod sealed;
 mod server;
 mod sink;
 #[cfg(test)]
 mod stepped;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 
 use pagecopy::backend::BackendError;
+use pagecopy::chunk::DecodeError;
 
 pub use lane::{Lane, LaneEnd};
 pub use missing::MissingRuns;
-pub use server::{PageServer, ServerCounters};
+pub use server::{PageServer, ServerCounters, ServerOptions};
 pub use sink::{MissingSink, SinkStatistics};
 
 use crate::link::LinkError;
@@ -71,6 +76,17 @@ pub enum PostcopyError {
         /// What is wrong with them.
         #[source]
         source: WireError,
+    },
+    /// An encoded section that fits its checksum and does not decode.
+    #[error("postcopy connection {stream}, chunk {chunk}")]
+    Decode {
+        /// Which.
+        stream: u16,
+        /// The chunk.
+        chunk: u32,
+        /// What is wrong with it.
+        #[source]
+        source: DecodeError,
     },
     /// Guest memory could not be had.
     #[error("postcopy connection {stream}")]

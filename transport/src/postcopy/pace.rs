@@ -7,8 +7,12 @@ use pagecopy::layout::{CHUNK_PAGES, PAGE_SIZE};
 
 /// A frame takes about this long on its way.
 const FRAME_TIME: Duration = Duration::from_millis(1);
-/// Fewest pages in a frame, unless there are no more.
+/// Fewest pages that a frame has room for as they are, unless there are no more.
 const FRAME_PAGES_MIN: u32 = 8;
+/// A frame has at most this many times the pages that it has room for as they are, however well pages shrink: the next may not.
+const SHRINK_MAX: f64 = 4.0;
+/// Weight of a new frame in the average of what a page takes.
+const WEIGHT: f64 = 0.125;
 /// The delivery rate is measured over intervals of at least this.
 const INTERVAL: Duration = Duration::from_millis(5);
 /// Never more than this is under way, in bytes.
@@ -22,24 +26,37 @@ pub(super) struct Pace {
     since: Duration,
     acked: u64,
     round_trip: Duration,
+    /// What a page takes on the wire.
+    page_bytes: f64,
 }
 
 impl Pace {
     pub(super) fn new(now: Duration) -> Self {
-        Self { rate: 0.0, since: now, acked: 0, round_trip: Duration::MAX }
+        Self { rate: 0.0, since: now, acked: 0, round_trip: Duration::MAX, page_bytes: PAGE_SIZE as f64 }
     }
 
     /// Most pages in a frame.
     pub(super) fn frame_pages(&self) -> u32 {
-        let pages = self.rate * FRAME_TIME.as_secs_f64() / PAGE_SIZE as f64;
+        let pages = self.frame_bytes() / self.page_bytes.max(PAGE_SIZE as f64 / SHRINK_MAX);
         (pages as u32).clamp(FRAME_PAGES_MIN, CHUNK_PAGES as u32)
+    }
+
+    /// Bytes that a frame should come to.
+    fn frame_bytes(&self) -> f64 {
+        let bytes = self.rate * FRAME_TIME.as_secs_f64();
+        bytes.clamp(f64::from(FRAME_PAGES_MIN) * PAGE_SIZE as f64, (CHUNK_PAGES * PAGE_SIZE) as f64)
+    }
+
+    /// Takes note of a frame that is sent.
+    pub(super) fn on_send(&mut self, pages: u32, bytes: u64) {
+        let new = bytes as f64 / f64::from(pages.max(1));
+        self.page_bytes += (new - self.page_bytes) * WEIGHT;
     }
 
     /// Bytes that may be under way: twice what the path carries in a round trip. One frame may be in any case.
     pub(super) fn limit(&self) -> u64 {
-        let frame = f64::from(self.frame_pages()) * PAGE_SIZE as f64;
         let round_trip = self.round_trip.min(Duration::from_secs(2)).as_secs_f64();
-        ((2.0 * self.rate * round_trip).max(2.0 * frame) as u64).min(BYTES_MAX)
+        ((2.0 * self.rate * round_trip).max(2.0 * self.frame_bytes()) as u64).min(BYTES_MAX)
     }
 
     /// Takes note of a receipt: `bytes` were delivered, sent `travelled` ago.
@@ -88,6 +105,17 @@ mod tests {
         let pace = after(1_000_000, Duration::from_micros(100));
         assert_eq!(pace.frame_pages(), 64);
         assert_eq!(pace.limit(), 2 * 64 * 4096);
+    }
+
+    #[test]
+    fn pages_that_shrink_make_a_frame_of_more_of_them_and_not_of_more_bytes() {
+        let mut pace = after(10_000, Duration::from_millis(3));
+        (0..100).for_each(|_| pace.on_send(8, 8 * 2000));
+        assert_eq!(pace.frame_pages(), 16);
+        (0..100).for_each(|_| pace.on_send(16, 80));
+        assert_eq!((pace.frame_pages(), pace.limit()), (32, 2 * 8 * 4096));
+        (0..100).for_each(|_| pace.on_send(32, 32 * 4096 + 80));
+        assert_eq!(pace.frame_pages(), 8);
     }
 
     #[test]

@@ -1,25 +1,24 @@
-//! A connection at the destination: reads frames, checks them against their seals, places their pages, and receipts them.
+//! A connection at the destination: reads frames, opens them, places the pages of those that fit their seals, and receipts them.
 
 use std::io::{self, Read};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use pagecopy::bitmap::bits;
-use pagecopy::digest::receipt;
-use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
+use pagecopy::layout::CHUNK_SIZE;
 
+use super::sealed::{Opener, check_sealed};
 use super::{MissingSink, PostcopyError};
 use crate::socket::Connection;
 use crate::wire::WireError;
-use crate::wire::frame::{FrameHeader, FrameKind};
-use crate::wire::postcopy::{SEAL_LEN, sealed_receipt};
+use crate::wire::frame::FrameHeader;
+use crate::wire::postcopy::SEAL_LEN;
 
 /// Receives until the connection ends.
 pub(super) fn run(sink: &MissingSink, connection: &Connection, stream: u16) -> Result<(), PostcopyError> {
-    let mut worker = Worker { sink, connection, stream, frames: 0, receipt: Vec::new() };
-    let mut raw: Box<[u8]> = vec![0; CHUNK_SIZE].into();
+    let mut worker = Worker { sink, connection, stream, frames: 0 };
+    let (mut opener, mut body) = (Opener::new(), vec![0; CHUNK_SIZE]);
     loop {
-        worker.frame(&mut raw)?;
+        worker.frame(&mut opener, &mut body)?;
     }
 }
 
@@ -29,39 +28,33 @@ struct Worker<'a> {
     stream: u16,
     /// Number of the next frame.
     frames: u64,
-    receipt: Vec<u8>,
 }
 
 impl Worker<'_> {
-    /// One frame. What does not fit its seal is not placed; the receipt tells the source.
-    fn frame(&mut self, raw: &mut [u8]) -> Result<(), PostcopyError> {
+    /// One frame, whose section and raw pages have room in `body`. What does not fit its seal is not placed; the receipt tells the source.
+    fn frame(&mut self, opener: &mut Opener, body: &mut [u8]) -> Result<(), PostcopyError> {
+        let (sink, stream) = (self.sink, self.stream);
         let mut head = [0; FrameHeader::LEN + SEAL_LEN];
         self.read(&mut head, false)?;
         let (header, seal) = head.split_last_chunk().expect("a seal's length");
         let header = self.header(header.first_chunk().expect("a header's length"))?;
-        let raw = &mut raw[..header.raw_len()];
-        self.read(raw, true)?;
-        let mut digests = [0; 64];
-        let mut pages = raw.as_chunks::<PAGE_SIZE>().0.iter();
-        let mut count = 0;
-        for bit in bits(header.pages()) {
-            let page = if header.raw >> bit & 1 != 0 { pages.next() } else { None };
-            digests[count] =
-                receipt(page.map_or(self.sink.hasher.zero(), |page| self.sink.hasher.page(page)));
-            count += 1;
-        }
-        self.receipt.clear();
-        let found = sealed_receipt(&mut self.receipt, header.seq, &digests[..count], &self.sink.hasher);
-        if found == u64::from_le_bytes(*seal) {
-            let failed = |source| PostcopyError::Memory { stream: self.stream, source };
-            self.sink.place(&header, raw).map_err(failed)?;
+        // Both were checked: a section is no longer than its pages.
+        let encoded_len = header.encoded_len as usize;
+        let body = &mut body[..encoded_len + header.raw_len()];
+        self.read(body, true)?;
+        let (encoded, raw) = body.split_at(encoded_len);
+        let opened = opener
+            .open(&header, u64::from_le_bytes(*seal), encoded, raw, &sink.hasher)
+            .map_err(|source| PostcopyError::Decode { stream, chunk: header.chunk, source })?;
+        if opened.fits {
+            sink.place(&header, raw, opened.compressed)
+                .map_err(|source| PostcopyError::Memory { stream, source })?;
         } else {
-            self.sink.damaged.fetch_add(count as u64, Ordering::Relaxed);
+            sink.damaged.fetch_add(header.pages().count_ones().into(), Ordering::Relaxed);
         }
         self.frames += 1;
-        self.sink
-            .send_receipt(self.connection, self.stream, &self.receipt)
-            .map_err(|source| PostcopyError::Io { stream: self.stream, source })
+        sink.send_receipt(self.connection, stream, opened.receipt)
+            .map_err(|source| PostcopyError::Io { stream, source })
     }
 
     /// Checks a header for itself, against the connection and the layout.
@@ -69,15 +62,9 @@ impl Worker<'_> {
         let wrong = |source| PostcopyError::Wire { stream: self.stream, source };
         let header = FrameHeader::decode(bytes, &self.sink.hasher).map_err(wrong)?;
         header.check_layout(self.sink.ram.layout()).map_err(wrong)?;
-        let bad = |field, value| Err(wrong(WireError::BadValue { field, value }));
-        if header.kind != FrameKind::Pages {
-            return bad("frame kind (in postcopy)", header.kind as u64);
-        }
-        if header.placed || header.encoded_len != 0 {
-            return bad("encoded_len (in postcopy)", header.encoded_len.into());
-        }
+        check_sealed(&header, self.sink.encoded).map_err(wrong)?;
         if header.seq != self.frames {
-            return bad("seq", header.seq);
+            return Err(wrong(WireError::BadValue { field: "seq", value: header.seq }));
         }
         Ok(header)
     }

@@ -6,16 +6,36 @@ use std::time::Duration;
 
 use pagecopy::backend::GuestRam;
 use pagecopy::bitmap::{PageBitmap, bits};
+use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::Layout;
 use pagecopy::postcopy::Order;
 
 use super::missing::runs_of;
+use crate::clock;
+use crate::source::Pace;
 use crate::wire::control::ChunkRun;
+use crate::wire::frame::FrameHeader;
 use crate::wire::postcopy::PageRequest;
 
 /// How long everything else is held back, at most, while a page that was asked for goes out.
 const YIELDS_MAX: u32 = 200;
+
+/// Longest wait for the limit of bandwidth, after which receipts are looked for.
+const HELD_BACK: Duration = Duration::from_millis(20);
+
+/// How pages are sent.
+#[derive(Clone, Copy, Debug)]
+pub struct ServerOptions {
+    /// Silence after which a connection is given up.
+    pub timeout: Duration,
+    /// How what nobody asked for is encoded: as the destination can decode it. Deltas are never sent.
+    pub codec: CodecMode,
+    /// Connections for that.
+    pub pushing: u16,
+    /// The destination runs on the same cores.
+    pub beside: bool,
+}
 
 /// What was sent so far; all counters only rise.
 #[derive(Debug, Default)]
@@ -24,8 +44,16 @@ pub struct ServerCounters {
     pub requests: AtomicU64,
     /// Requests whose pages were under way or delivered already.
     pub under_way: AtomicU64,
+    /// Pages by what became of them when they were sent: zeros.
+    pub zero: AtomicU64,
+    /// Pages in zstd frames.
+    pub compressed: AtomicU64,
+    /// Pages sent as they are.
+    pub raw: AtomicU64,
     /// Bytes written to the connections.
     pub wire: AtomicU64,
+    /// Bytes of frames whose receipt came.
+    pub wire_acked: AtomicU64,
     /// Pages that arrived other than they were sent, and were sent again.
     pub mismatches: AtomicU64,
     /// Pages of frames that died with their connection, and were sent again.
@@ -36,8 +64,9 @@ pub struct ServerCounters {
 pub struct PageServer {
     pub(super) ram: Arc<dyn GuestRam>,
     pub(super) hasher: PageHasher,
-    /// Silence after which a connection is given up.
-    pub(super) timeout: Duration,
+    pub(super) options: ServerOptions,
+    /// Holds back what nobody asked for.
+    pub(super) bandwidth: Pace,
     pub(super) counters: ServerCounters,
     /// Pages that nobody has taken to send them.
     pending: PageBitmap,
@@ -66,14 +95,15 @@ impl PageServer {
         missing: PageBitmap,
         holes: PageBitmap,
         unit_chunks: u32,
-        timeout: Duration,
+        options: ServerOptions,
     ) -> Self {
         let total = missing.count();
         Self {
             runs: runs_of(&missing),
             ram,
             hasher,
-            timeout,
+            options,
+            bandwidth: Pace::new(),
             counters: ServerCounters::default(),
             pending: missing,
             holes,
@@ -125,6 +155,12 @@ impl PageServer {
         &self.counters
     }
 
+    /// Limits the wire bytes of all connections together to so many a second, from now on; `None` lifts the limit. What the guest asks
+    /// for is sent at once all the same, and everything else waits the longer for it.
+    pub fn limit_bandwidth(&self, bytes_per_s: Option<u64>) {
+        self.bandwidth.set_rate(bytes_per_s);
+    }
+
     /// Tells the connections to end.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
@@ -135,8 +171,9 @@ impl PageServer {
         self.stop.load(Ordering::Relaxed)
     }
 
-    pub(super) fn is_hole(&self, chunk: u32, page: u32) -> bool {
-        self.holes.get(chunk) >> page & 1 != 0
+    /// Pages of a chunk that are not to be looked at.
+    pub(super) fn holes(&self, chunk: u32) -> u64 {
+        self.holes.get(chunk)
     }
 
     fn order(&self) -> MutexGuard<'_, Order> {
@@ -196,6 +233,15 @@ impl PageServer {
         assert!(before >= pages.into(), "a page is receipted once");
     }
 
+    /// A frame is about to be sent.
+    pub(super) fn sends(&self, header: &FrameHeader, wire_bytes: u64) {
+        self.bandwidth.spend(wire_bytes);
+        let c = &self.counters;
+        for (counter, pages) in [(&c.zero, header.zero), (&c.compressed, header.zstd), (&c.raw, header.raw)] {
+            counter.fetch_add(pages.count_ones().into(), Ordering::Relaxed);
+        }
+    }
+
     /// A request is being answered until what is returned is dropped.
     pub(super) fn answering(&self) -> Answering<'_> {
         self.urgent.fetch_add(1, Ordering::Relaxed);
@@ -208,6 +254,15 @@ impl PageServer {
         while self.urgent.load(Ordering::Relaxed) != 0 && yields < YIELDS_MAX {
             std::thread::yield_now();
             yields += 1;
+        }
+    }
+
+    /// Waits until the limit of bandwidth lets a frame go that nobody asked for, for a moment at most; returns whether one may.
+    pub(super) fn wait_bandwidth(&self) -> bool {
+        let until = clock::now() + HELD_BACK;
+        self.bandwidth.is_open() || {
+            self.bandwidth.wait(|| self.stopped() || clock::now() >= until);
+            self.bandwidth.is_open()
         }
     }
 

@@ -11,13 +11,14 @@ use pagecopy::bitmap::{PageBitmap, runs};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::PAGE_SIZE;
 use pagecopy::postcopy::Latencies;
+use pagecopy::xbzrle::Page;
 
 use super::PostcopyError;
 use super::lane::FAULTS;
 use super::receiver;
 use crate::socket::Connection;
 use crate::sys;
-use crate::wire::control::Arrived;
+use crate::wire::control::{Arrived, capability};
 use crate::wire::frame::FrameHeader;
 use crate::wire::postcopy::PageRequest;
 
@@ -45,6 +46,12 @@ pub struct SinkStatistics {
     pub blocked_us: Vec<u64>,
     /// Bytes that were read from the connections.
     pub wire_bytes: u64,
+    /// Pages that were missing, by how they came: zeros.
+    pub zero: u64,
+    /// In zstd frames.
+    pub compressed: u64,
+    /// As they are.
+    pub raw: u64,
     /// Pages that came other than they were sent, and were not placed.
     pub damaged: u64,
 }
@@ -56,6 +63,8 @@ pub struct MissingSink {
     pub(super) hasher: PageHasher,
     /// Silence after which the rest of a frame is given up.
     pub(super) timeout: Duration,
+    /// Encoded pages were agreed on.
+    pub(super) encoded: bool,
     memory: Box<dyn MissingPages>,
     missing: PageBitmap,
     unit_chunks: u32,
@@ -65,8 +74,18 @@ pub struct MissingSink {
     /// The connection that requests go out on, one at a time.
     requests: Mutex<Option<Arc<Connection>>>,
     wire: AtomicU64,
+    /// Pages that were missing, by how they came.
+    came: Came,
     pub(super) damaged: AtomicU64,
     stop: AtomicBool,
+}
+
+/// Pages by how they came.
+#[derive(Default)]
+struct Came {
+    zero: AtomicU64,
+    compressed: AtomicU64,
+    raw: AtomicU64,
 }
 
 /// Who waits.
@@ -79,11 +98,12 @@ struct Waits {
 }
 
 impl MissingSink {
-    /// Takes `missing` pages away from the memory, so that whoever touches one waits.
+    /// Takes `missing` pages away from the memory, so that whoever touches one waits. `capabilities` is what both sides agreed on.
     pub fn new(
         ram: Arc<dyn GuestRam>,
         hasher: PageHasher,
         missing: PageBitmap,
+        capabilities: u64,
         timeout: Duration,
     ) -> Result<Self, BackendError> {
         let unit_chunks = ram.missing_unit()?;
@@ -93,6 +113,7 @@ impl MissingSink {
             ram,
             hasher,
             timeout,
+            encoded: capabilities & capability::SEALED == capability::SEALED,
             memory,
             missing,
             unit_chunks,
@@ -101,6 +122,7 @@ impl MissingSink {
             waits: Mutex::new(Waits::default()),
             requests: Mutex::new(None),
             wire: AtomicU64::new(0),
+            came: Came::default(),
             damaged: AtomicU64::new(0),
             stop: AtomicBool::new(false),
         })
@@ -150,6 +172,9 @@ impl MissingSink {
             max_us: waits.latencies.max(),
             blocked_us: threads.values().map(|time| micros(*time)).collect(),
             wire_bytes: self.wire.load(Ordering::Relaxed),
+            zero: self.came.zero.load(Ordering::Relaxed),
+            compressed: self.came.compressed.load(Ordering::Relaxed),
+            raw: self.came.raw.load(Ordering::Relaxed),
             damaged: self.damaged.load(Ordering::Relaxed),
         }
     }
@@ -211,7 +236,7 @@ impl MissingSink {
     }
 
     /// Sends a request. Where there is no connection for it, the next one begins with it.
-    fn request(&self, chunk: u32, page: u32) {
+    pub(super) fn request(&self, chunk: u32, page: u32) {
         let request = PageRequest { chunk, pages: 1 << page }.encode(&self.hasher);
         if let Some(connection) = &*self.writer()
             && (&mut &**connection).write_all(&request).is_err()
@@ -256,19 +281,31 @@ impl MissingSink {
         self.wire.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Places what is still missing of a frame's pages; `raw` are its raw pages. Lets go on who waited for them.
-    pub(super) fn place(&self, header: &FrameHeader, raw: &[u8]) -> Result<(), BackendError> {
+    /// Places what is still missing of a frame's pages, of which `raw` and `compressed` are those that are not zeros. Lets go on who
+    /// waited for them.
+    pub(super) fn place(
+        &self,
+        header: &FrameHeader,
+        raw: &[u8],
+        compressed: &[Page],
+    ) -> Result<(), BackendError> {
         let chunk = header.chunk;
         let missing = self.missing.get(chunk);
-        for (first, count) in runs(header.raw & missing) {
-            let before = (header.raw & ((1u64 << first) - 1)).count_ones() as usize * PAGE_SIZE;
-            self.memory.place(chunk, first, &raw[before..before + count as usize * PAGE_SIZE])?;
+        for (pages, bytes) in [(header.raw, raw), (header.zstd, compressed.as_flattened())] {
+            for (first, count) in runs(pages & missing) {
+                let before = (pages & ((1u64 << first) - 1)).count_ones() as usize * PAGE_SIZE;
+                self.memory.place(chunk, first, &bytes[before..before + count as usize * PAGE_SIZE])?;
+            }
         }
         for (first, count) in runs(header.zero & missing) {
             self.memory.place_zeros(chunk, first, count)?;
         }
         let mut waits = self.waits();
         let came = self.missing.remove(chunk, header.pages());
+        let c = &self.came;
+        for (counter, pages) in [(&c.zero, header.zero), (&c.compressed, header.zstd), (&c.raw, header.raw)] {
+            counter.fetch_add((pages & came).count_ones().into(), Ordering::Relaxed);
+        }
         self.left.fetch_sub(came.count_ones().into(), Ordering::AcqRel);
         if !waits.pages.is_empty() {
             self.end_waits(&mut waits, chunk, came);

@@ -1,5 +1,7 @@
 //! What the threads of postcopy do to pages that wait and pages that are missing, for the simulation, which has no threads.
 
+use pagecopy::xbzrle::Page;
+
 use super::{MissingSink, PageServer};
 use crate::wire::frame::FrameHeader;
 use crate::wire::postcopy::PageRequest;
@@ -30,7 +32,7 @@ impl PageServer {
 /// Somebody has received a frame: see [`MissingSink`].
 impl MissingSink {
     /// Places what is still missing of a frame that fits its seal.
-    pub(crate) fn step_place(&self, header: &FrameHeader, raw: &[u8]) {
-        self.place(header, raw).expect("simulated memory takes every page");
+    pub(crate) fn step_place(&self, header: &FrameHeader, raw: &[u8], compressed: &[Page]) {
+        self.place(header, raw, compressed).expect("simulated memory takes every page");
     }
 }

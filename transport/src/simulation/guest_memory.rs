@@ -6,19 +6,19 @@ use pagecopy::layout::{Layout, PAGE_SIZE};
 use vm_memory::volatile_memory::VolatileSlice;
 
 /// All regions of a layout, zeros at first.
-pub(super) struct Memory {
+pub(crate) struct Memory {
     layout: Layout,
     regions: Vec<Box<[AtomicU8]>>,
 }
 
 impl Memory {
-    pub(super) fn new(layout: Layout) -> Self {
+    pub(crate) fn new(layout: Layout) -> Self {
         let regions = layout.regions().iter();
         let regions = regions.map(|r| bytemuck::zeroed_slice_box(r.len as usize)).collect();
         Self { layout, regions }
     }
 
-    pub(super) fn layout(&self) -> &Layout {
+    pub(crate) fn layout(&self) -> &Layout {
         &self.layout
     }
 
@@ -36,13 +36,13 @@ impl Memory {
         self.region(place.region).subslice(offset, PAGE_SIZE).expect("the page lies in its region")
     }
 
-    pub(super) fn read(&self, chunk: u32, bit: u32) -> [u8; PAGE_SIZE] {
+    pub(crate) fn read(&self, chunk: u32, bit: u32) -> [u8; PAGE_SIZE] {
         let mut bytes = [0; PAGE_SIZE];
         self.page(chunk, bit).copy_to(&mut bytes[..]);
         bytes
     }
 
-    pub(super) fn write(&self, chunk: u32, bit: u32, bytes: &[u8; PAGE_SIZE]) {
+    pub(crate) fn write(&self, chunk: u32, bit: u32, bytes: &[u8; PAGE_SIZE]) {
         self.page(chunk, bit).copy_from(&bytes[..]);
     }
 }

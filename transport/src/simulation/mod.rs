@@ -44,6 +44,7 @@ use self::destination::DestinationHost;
 use self::fault::Fault;
 use self::guest::Guest;
 use self::network::Side;
+pub(crate) use self::postcopy::Partial;
 use self::rng::Rng;
 use self::source::{Fate, SourceHost};
 use self::weather::{Plan, Strike, Trigger};

@@ -1,7 +1,7 @@
 //! Postcopy from one seed: a guest that runs at the destination and touches pages that are not there, over connections that break.
 //!
-//! The bitmap that decides who sends a page, the order, requests, frames, seals, receipts and the sink that places pages are the
-//! real ones; the threads that carry them are not. What must hold: the guest never reads anything but what it left at the source
+//! The bitmap that decides who sends a page, the order, requests, what makes frames and opens them, receipts and the sink that places
+//! pages are the real ones; the threads that carry them are not. What must hold: the guest never reads anything but what it left at the source
 //! or has written itself, no page is placed twice, none stays away, and it ends.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use pagecopy::backend::{BackendError, Fault, GuestRam, MissingPages};
 use pagecopy::bitmap::{PageBitmap, bits};
-use pagecopy::digest::{PageHasher, receipt};
+use pagecopy::choose::CodecMode;
+use pagecopy::chunk::{ChunkEncoder, Clocks};
+use pagecopy::digest::PageHasher;
 use pagecopy::layout::{Layout, PAGE_SIZE};
 use vm_memory::volatile_memory::VolatileSlice;
 
@@ -18,11 +20,13 @@ use super::guest_memory::Memory;
 use super::network::{Connection, Side};
 use super::rng::Rng;
 use super::weather;
-use crate::postcopy::{MissingRuns, MissingSink, PageServer};
+use crate::postcopy::sealed::{Opener, Sealer, check_sealed};
+use crate::postcopy::{MissingRuns, MissingSink, PageServer, ServerOptions};
+use crate::wire::control::capability;
 use crate::wire::frame::{
-    FrameHeader, FrameKind, RECEIPT_HEADER_LEN, RECEIPT_MAGIC, check_receipt, decode_receipt_header,
+    FrameHeader, RECEIPT_HEADER_LEN, RECEIPT_MAGIC, check_receipt, decode_receipt_header,
 };
-use crate::wire::postcopy::{PageRequest, REQUEST_MAGIC, SEAL_LEN, sealed_receipt};
+use crate::wire::postcopy::{PageRequest, REQUEST_MAGIC, SEAL_LEN};
 
 /// Steps after which a run that is not over never will be.
 const STEPS_MAX: u32 = 20_000;
@@ -34,8 +38,8 @@ const CORES: usize = 3;
 const FAULTS: usize = 0;
 
 /// Memory of a guest, some of whose pages are still to come.
-struct Partial {
-    memory: Memory,
+pub(crate) struct Partial {
+    pub(crate) memory: Memory,
     presence: Mutex<Presence>,
 }
 
@@ -47,7 +51,7 @@ struct Presence {
 }
 
 impl Partial {
-    fn new(layout: Layout) -> Arc<Self> {
+    pub(crate) fn new(layout: Layout) -> Arc<Self> {
         let presence = Presence { missing: vec![0; layout.chunks() as usize], placed: BTreeMap::new() };
         Arc::new(Self { memory: Memory::new(layout), presence: Mutex::new(presence) })
     }
@@ -56,7 +60,7 @@ impl Partial {
         self.presence.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    fn is_missing(&self, (chunk, page): (u32, u32)) -> bool {
+    pub(crate) fn is_missing(&self, (chunk, page): (u32, u32)) -> bool {
         self.presence().missing[chunk as usize] >> page & 1 != 0
     }
 }
@@ -134,6 +138,8 @@ struct Wire {
     received: u64,
     at_source: Vec<u8>,
     at_destination: Vec<u8>,
+    /// Frames that were damaged on their way.
+    damaged: Vec<u64>,
     /// Where connections are opened again: not before this step.
     closed_until: u32,
 }
@@ -147,6 +153,7 @@ impl Wire {
             received: 0,
             at_source: Vec::new(),
             at_destination: Vec::new(),
+            damaged: Vec::new(),
             closed_until: 0,
         }
     }
@@ -158,6 +165,10 @@ struct Run {
     source: Arc<Partial>,
     destination: Arc<Partial>,
     server: PageServer,
+    sealer: Sealer,
+    /// What was asked for goes as it is.
+    answering: Sealer,
+    opener: Opener,
     sink: MissingSink,
     /// Those that are open, and after them those that are not and on which something may still arrive.
     wires: Vec<Wire>,
@@ -167,13 +178,26 @@ struct Run {
     /// What memory must hold for the guest.
     expected: Memory,
     pages: Vec<(u32, u32)>,
-    cuts: u64,
-    waits: u64,
+    came: Came,
     violation: Option<String>,
 }
 
-/// What came of a run: how often a connection was cut, how often the guest waited.
-pub(super) fn run(seed: u64) -> Result<(u64, u64), String> {
+/// What came of a run.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Came {
+    /// How often a connection was cut.
+    pub(super) cuts: u64,
+    /// How often the guest waited.
+    pub(super) waits: u64,
+    /// Frames that were damaged.
+    pub(super) damaged: u64,
+    /// Of these, such with compressed pages.
+    pub(super) damaged_encoded: u64,
+    /// Pages that came compressed.
+    pub(super) compressed: u64,
+}
+
+pub(super) fn run(seed: u64) -> Result<Came, String> {
     let mut run = Run::new(seed);
     for step in 0..STEPS_MAX {
         run.step(step);
@@ -201,9 +225,13 @@ impl Run {
         let chance = rng.pick(&[20, 80, 100]);
         for &(chunk, bit) in &pages {
             let mut page = [0; PAGE_SIZE];
-            if rng.percent(70) {
-                page.fill(rng.next() as u8);
-                page[..8].copy_from_slice(&rng.next().to_le_bytes());
+            match rng.below(10) {
+                0..=2 => {}
+                3..=7 => {
+                    page.fill(rng.next() as u8);
+                    page[..8].copy_from_slice(&rng.next().to_le_bytes());
+                }
+                _ => page.as_chunks_mut().0.iter_mut().for_each(|word| *word = rng.next().to_le_bytes()),
             }
             for memory in [&source.memory, &destination.memory, &expected] {
                 memory.write(chunk, bit, &page);
@@ -219,14 +247,21 @@ impl Run {
         let [at_source, at_destination] = missing;
         let mut announced = MissingRuns::new(&layout);
         let holes = PageBitmap::new(chunks);
-        let server = PageServer::new(source.clone(), hasher.clone(), at_source, holes, 0, timeout);
+        let codec = rng.pick(&[
+            CodecMode::Raw,
+            CodecMode::Zstd { level: Some(1) },
+            CodecMode::Zstd { level: Some(-5) },
+        ]);
+        let options = ServerOptions { timeout, codec, pushing: 3, beside: false };
+        let server = PageServer::new(source.clone(), hasher.clone(), at_source, holes, 0, options);
+        let sealer = |codec| Sealer::new(ChunkEncoder::new(codec, Clocks { now: || 0, worked: || 0 }));
         for runs in server.runs().chunks(2) {
             announced.add(runs, &layout).expect("runs of a real layout");
         }
         let announced = announced.into_pages();
         assert_eq!(announced.count(), at_destination.count());
         let open = rng.range(2, 4) as usize;
-        let sink = MissingSink::new(destination.clone(), hasher.clone(), announced, timeout);
+        let sink = MissingSink::new(destination.clone(), hasher.clone(), announced, capability::ALL, timeout);
         Self {
             wires: (0..open).map(|_| Wire::open()).collect(),
             open,
@@ -236,11 +271,13 @@ impl Run {
             source,
             destination,
             server,
+            sealer: sealer(codec),
+            answering: sealer(CodecMode::Raw),
+            opener: Opener::new(),
             cores: [None; CORES],
             expected,
             pages,
-            cuts: 0,
-            waits: 0,
+            came: Came::default(),
             violation: None,
         }
     }
@@ -265,7 +302,7 @@ impl Run {
 
     /// The connection breaks. The source sees it at once or later, and opens another.
     fn cut(&mut self, wire: usize, step: u32) {
-        self.cuts += 1;
+        self.came.cuts += 1;
         let rng = &mut self.rng;
         let entry = &mut self.wires[wire];
         entry.connection.cut(|_, under_way| (rng.below(under_way as u64 + 1) as usize, 100));
@@ -287,7 +324,7 @@ impl Run {
             if !self.cores.contains(&Some(page)) {
                 self.ask(page);
             }
-            self.waits += 1;
+            self.came.waits += 1;
             self.cores[core] = Some(page);
             return;
         }
@@ -363,10 +400,14 @@ impl Run {
                 check_receipt(&bytes, &self.hasher).expect("nothing is damaged");
                 let sent = entry.flight.pop_front().expect("a receipt is of a frame");
                 let seal = u64::from_le_bytes(*bytes.last_chunk().expect("as long as this"));
-                if (sent.seq, sent.seal) != (seq, seal) {
+                if sent.seq != seq || (sent.seal == seal) == entry.damaged.contains(&seq) {
                     self.violation = Some(format!("receipt {seq} is not that of frame {}", sent.seq));
                 }
-                self.server.step_receipted(sent.pages.count_ones());
+                if sent.seal == seal {
+                    self.server.step_receipted(sent.pages.count_ones());
+                } else {
+                    self.server.step_back(sent.chunk, sent.pages);
+                }
             }
             found => self.violation = Some(format!("{found:#x} is neither a receipt nor a request")),
         }
@@ -374,66 +415,62 @@ impl Run {
     }
 
     fn send(&mut self, wire: usize, chunk: u32, pages: u64) {
-        let hasher = &self.hasher;
-        let (mut digests, mut zero, mut raw) = (Vec::new(), 0, Vec::new());
-        for bit in bits(pages) {
-            let page = self.source.memory.read(chunk, bit);
-            let digest = hasher.page(&page);
-            digests.push(receipt(digest));
-            if digest == hasher.zero() {
-                zero |= 1 << bit;
-            } else {
-                raw.extend_from_slice(&page);
-            }
-        }
         let entry = &mut self.wires[wire];
-        let seal = sealed_receipt(&mut Vec::new(), entry.sent, &digests, hasher);
-        let header = FrameHeader {
-            kind: FrameKind::Pages,
-            chunk,
-            raw: pages & !zero,
-            zero,
-            ..FrameHeader::end(entry.sent)
-        };
-        let frame = [&header.encode(hasher)[..], &seal.to_le_bytes(), &raw].concat();
-        entry.flight.push_back(Sent { seq: entry.sent, chunk, pages, seal });
+        let sealer = if wire == FAULTS { &mut self.answering } else { &mut self.sealer };
+        let sealed = sealer.seal(&self.server, entry.sent, chunk, pages);
+        let mut frame = Vec::new();
+        sealed.head(&mut frame, &self.hasher);
+        for bit in bits(sealed.header.raw) {
+            frame.extend_from_slice(&self.source.memory.read(chunk, bit));
+        }
+        if frame.len() as u64 != sealed.wire_bytes() {
+            self.violation = Some(format!("{} bytes count as {}", frame.len(), sealed.wire_bytes()));
+        }
+        entry.flight.push_back(Sent { seq: entry.sent, chunk, pages, seal: sealed.seal });
         entry.sent += 1;
         // A connection that has broken meanwhile is noticed when it is read.
         let _ = entry.connection.write(Side::Source, frame);
     }
 
-    /// The destination takes frames.
+    /// The destination takes frames, some of which are not what was sent.
     fn destination_turn(&mut self, wire: usize) {
         let entry = &mut self.wires[wire];
         entry.connection.read_all(Side::Destination, &mut entry.at_destination);
         let head = FrameHeader::LEN + SEAL_LEN;
         let Some(bytes) = entry.at_destination.first_chunk() else { return };
-        let header = FrameHeader::decode(bytes, &self.hasher).expect("nothing is damaged");
+        let header = FrameHeader::decode(bytes, &self.hasher).expect("no header is damaged");
         header.check_layout(self.destination.layout()).expect("a frame of the layout");
-        let len = head + header.raw_len();
+        check_sealed(&header, true).expect("a frame of postcopy");
+        let encoded_end = head + header.encoded_len as usize;
+        let len = encoded_end + header.raw_len();
         if entry.at_destination.len() < len {
             return;
         }
-        let frame: Vec<u8> = entry.at_destination.drain(..len).collect();
-        let (seal, raw) = (&frame[FrameHeader::LEN..head], &frame[head..]);
-        let mut pages = raw.as_chunks::<PAGE_SIZE>().0.iter();
-        let digests = bits(header.pages()).map(|bit| {
-            let page = if header.raw >> bit & 1 != 0 { pages.next() } else { None };
-            receipt(page.map_or(self.hasher.zero(), |page| self.hasher.page(page)))
-        });
-        let digests: Vec<u64> = digests.collect();
-        let mut answer = Vec::new();
-        let found = sealed_receipt(&mut answer, header.seq, &digests, &self.hasher);
-        if found.to_le_bytes() != *seal || header.seq != entry.received {
-            self.violation = Some(format!("frame {} does not fit its seal", header.seq));
+        let mut frame: Vec<u8> = entry.at_destination.drain(..len).collect();
+        if len > head && self.rng.percent(10) {
+            let at = self.rng.range(head as u64, len as u64 - 1) as usize;
+            frame[at] ^= 1 << self.rng.below(8);
+            entry.damaged.push(header.seq);
+            self.came.damaged += 1;
+            self.came.damaged_encoded += u64::from(at < encoded_end);
+        }
+        let seal = u64::from_le_bytes(*frame[FrameHeader::LEN..].first_chunk().expect("as long as this"));
+        let (encoded, raw) = frame[head..].split_at(encoded_end - head);
+        let opened = self.opener.open(&header, seal, encoded, raw, &self.hasher);
+        let opened = opened.expect("what fits its checksum decodes");
+        if opened.fits == entry.damaged.contains(&header.seq) || header.seq != entry.received {
+            self.violation = Some(format!("frame {} was taken for another", header.seq));
         }
         entry.received += 1;
-        let _ = entry.connection.write(Side::Destination, answer);
-        self.sink.step_place(&header, raw);
+        let _ = entry.connection.write(Side::Destination, opened.receipt.to_vec());
+        if opened.fits {
+            self.came.compressed += u64::from(header.zstd.count_ones());
+            self.sink.step_place(&header, raw, opened.compressed);
+        }
     }
 
     /// Nothing is missing: memory is what the guest left at the source, and what it has written since.
-    fn end(self) -> Result<(u64, u64), String> {
+    fn end(self) -> Result<Came, String> {
         for &(chunk, bit) in &self.pages {
             if self.destination.memory.read(chunk, bit) != self.expected.read(chunk, bit) {
                 return Err(format!("page {bit} of chunk {chunk} is stale"));
@@ -443,6 +480,6 @@ impl Run {
         {
             return Err(format!("page {page:?} was placed {times} times"));
         }
-        Ok((self.cuts, self.waits))
+        Ok(self.came)
     }
 }

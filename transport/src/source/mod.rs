@@ -27,7 +27,7 @@ use pagecopy::layout::PAGE_SIZE;
 pub use feeder::Feeder;
 pub use lane::{Lane, LaneEnd, LaneError, Unreceipted};
 use owners::Owners;
-use pace::Pace;
+pub(crate) use pace::Pace;
 pub(crate) use window::BYTES_MIN as WINDOW_BYTES_MIN;
 
 use crate::clock;
@@ -215,6 +215,11 @@ impl PageSource {
     #[cfg(feature = "rdma")]
     pub(crate) fn registry(&self) -> &Arc<crate::rdma::Registry> {
         &self.registry
+    }
+
+    /// How it sends.
+    pub fn options(&self) -> &SourceOptions {
+        &self.options
     }
 
     /// Hashes the session's pages.

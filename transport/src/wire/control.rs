@@ -41,10 +41,14 @@ pub mod capability {
     pub const POSTCOPY: u64 = 8;
     /// zstd frames that refer to pages which were sent before.
     pub const REFERENCES: u64 = 16;
+    /// zstd frames in the sealed frames of postcopy.
+    pub const POSTCOPY_ZSTD: u64 = 32;
+    /// What encoded pages in postcopy need.
+    pub const SEALED: u64 = ZSTD | POSTCOPY | POSTCOPY_ZSTD;
     /// What `auto` chooses from.
     pub const CODECS: u64 = DELTA | ZSTD;
     /// What says how pages may be encoded.
-    pub const ENCODINGS: u64 = CODECS | REFERENCES;
+    pub const ENCODINGS: u64 = CODECS | REFERENCES | POSTCOPY_ZSTD;
     /// All that this version knows.
     pub const ALL: u64 = ENCODINGS | RESUME | POSTCOPY;
 }

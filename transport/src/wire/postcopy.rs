@@ -1,9 +1,9 @@
 //! What travels on the connections of postcopy.
 //!
-//! From the source come frames as on data streams ([`super::frame`]), of raw pages and pages of zeros, each with a *seal* between its
-//! header and its raw pages:
+//! From the source come frames as on data streams ([`super::frame`]), without deltas and references, each with a *seal* behind its
+//! header:
 //! ```text
-//! header (72 bytes) | seal (8 bytes) | raw pages (4096 bytes for each bit of raw, ascending)
+//! header (72 bytes) | seal (8 bytes) | encoded section (encoded_len bytes) | raw pages (4096 bytes for each bit of raw, ascending)
 //! ```
 //! The guest may use a page as soon as it is there, so damage must be found before: the seal is the checksum of the receipt that
 //! the frame must get if it arrives as it was sent. What does not fit its seal is not placed, and its receipt tells the source.
