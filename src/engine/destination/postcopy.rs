@@ -4,6 +4,7 @@
 //! the newest pages or waits for them. Once the guest runs here, nothing but its source can complete it: a source that is lost for
 //! longer than the patience for it costs the guest, which is stopped.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -40,7 +41,8 @@ pub(super) struct Postcopy {
     /// Connections that are open before there is anything to do for them.
     early: Vec<(u16, Arc<Connection>)>,
     sink: Option<Arc<MissingSink>>,
-    connections: Vec<Arc<Connection>>,
+    /// One a number: another takes its place.
+    connections: BTreeMap<u16, Arc<Connection>>,
     threads: Vec<JoinHandle<()>>,
     /// When the guest began to run here.
     began: Option<Instant>,
@@ -56,7 +58,7 @@ impl Session {
             missing: MissingRuns::new(self.ram.layout()),
             early: Vec::new(),
             sink: None,
-            connections: Vec::new(),
+            connections: BTreeMap::new(),
             threads: Vec::new(),
             began: None,
             drained: None,
@@ -105,8 +107,15 @@ impl Session {
         let told = std::io::Write::write_all(&mut &connection, &answer.encode());
         let Some(post) = self.postcopy.as_mut().filter(|_| told.is_ok() && !refused) else { return Ok(()) };
         let connection = Arc::new(connection);
+        // The source opens a number again because it has lost the one before: nobody else gets to hold more than one of each.
+        if let Some(old) = post.connections.insert(stream, connection.clone()) {
+            old.shutdown();
+        }
         match post.sink.clone() {
-            None => post.early.push((stream, connection)),
+            None => {
+                post.early.retain(|&(number, _)| number != stream);
+                post.early.push((stream, connection));
+            }
             Some(sink) => self.receive_postcopy(&sink, stream, connection)?,
         }
         Ok(())
@@ -121,8 +130,6 @@ impl Session {
     ) -> Result<(), IncomingError> {
         let Some(post) = &mut self.postcopy else { return Ok(()) };
         post.threads.retain(|thread| !thread.is_finished());
-        post.connections.retain(|connection| Arc::strong_count(connection) > 1);
-        post.connections.push(connection.clone());
         let (sink, events) = (sink.clone(), self.event_sender.clone());
         let worker = move || {
             if let Err(error) = sink.receive(&connection, stream) {
@@ -223,7 +230,7 @@ impl Session {
         if let Some(sink) = &post.sink {
             sink.stop();
         }
-        post.connections.drain(..).for_each(|connection| connection.shutdown());
+        std::mem::take(&mut post.connections).into_values().for_each(|connection| connection.shutdown());
         for thread in post.threads.drain(..) {
             // A panic of the thread has been printed.
             let _ = thread.join();

@@ -32,6 +32,11 @@ use crate::wire::{Preamble, Role, SessionId, WireError};
 pub(super) const FAULTS: u16 = 0;
 /// How often a thread that waits looks whether it should stop.
 const TICK: Duration = Duration::from_millis(100);
+/// Most frames without a receipt, of what nobody asked for.
+const FRAMES_MAX: usize = 4096;
+/// Most frames without a receipt, of what the guest asked for: far more than threads that can wait, each for one page. Past that the
+/// destination asks and does not receive.
+pub(super) const ANSWERS_MAX: usize = 1 << 16;
 const CLOCKS: Clocks = Clocks { now: clock::nanos, worked: clock::worked_nanos };
 /// Receipts and requests are read through a buffer of this size.
 const BUFFER_BYTES: usize = 16 << 10;
@@ -194,7 +199,8 @@ impl Worker {
     /// have come.
     fn push(&mut self) -> Result<(), PostcopyError> {
         self.read(false)?;
-        if self.flight.is_empty() || self.bytes < self.pace.limit() {
+        let room = self.bytes < self.pace.limit() && self.flight.len() < FRAMES_MAX;
+        if self.flight.is_empty() || room {
             if !self.server.wait_bandwidth() {
                 return Ok(());
             }
@@ -274,16 +280,13 @@ impl Worker {
         match result {
             Ok(0) => return Err(PostcopyError::Closed { stream: self.stream }),
             Ok(got) => self.len += got,
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
-                let oldest =
-                    self.flight.front().map_or(Duration::ZERO, |sent| self.began.elapsed() - sent.at);
-                if oldest > self.server.options.timeout {
-                    return Err(self.timeout());
-                }
-            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(e) => return Err(self.io_error(e)),
         }
-        self.consume()
+        self.consume()?;
+        // Also while requests come: whoever asks and does not receive is given up.
+        let oldest = self.flight.front().map_or(Duration::ZERO, |sent| self.began.elapsed() - sent.at);
+        if oldest > self.server.options.timeout { Err(self.timeout()) } else { Ok(()) }
     }
 
     /// Acts on everything that is whole in the buffer.
@@ -314,6 +317,10 @@ impl Worker {
                 let Some(bytes) = bytes.first_chunk() else { return Ok(None) };
                 let request =
                     PageRequest::decode(bytes, &server.hasher, server.ram.layout()).map_err(wrong)?;
+                if self.flight.len() >= ANSWERS_MAX {
+                    let (field, value) = ("requested pages (none is receipted)", request.pages);
+                    return Err(wrong(WireError::BadValue { field, value }));
+                }
                 let _answering = server.answering();
                 let mut taken = server.take_requested(request).into_iter();
                 while let Some((chunk, pages)) = taken.next() {

@@ -69,7 +69,7 @@ pub struct PageServer {
     pub(super) bandwidth: Pace,
     pub(super) counters: ServerCounters,
     /// Pages that nobody has taken to send them.
-    pending: PageBitmap,
+    pub(super) pending: PageBitmap,
     /// Pages that are to be sent and read as zero without being looked at, which would allocate them.
     holes: PageBitmap,
     /// The runs of all that was missing.

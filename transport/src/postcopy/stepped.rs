@@ -23,6 +23,11 @@ impl PageServer {
         self.give_back(chunk, pages);
     }
 
+    /// Pages that nobody has taken.
+    pub(crate) fn waiting(&self) -> u64 {
+        self.pending.count()
+    }
+
     /// A frame's receipt fits.
     pub(crate) fn step_receipted(&self, pages: u32) {
         self.receipted(pages);

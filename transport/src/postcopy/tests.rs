@@ -1,5 +1,6 @@
 //! Connections of postcopy as they are, with their threads and sockets, over memory of a simulation.
 
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -11,10 +12,13 @@ use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{Layout, PAGE_SIZE};
 
-use super::{Lane, LaneEnd, MissingRuns, MissingSink, PageServer, ServerOptions};
+use super::lane::ANSWERS_MAX;
+use super::{Lane, LaneEnd, MissingRuns, MissingSink, PageServer, PostcopyError, ServerOptions};
 use crate::simulation::Partial;
 use crate::socket::Connection;
+use crate::wire::WireError;
 use crate::wire::control::capability;
+use crate::wire::postcopy::PageRequest;
 
 /// Longest wait for what must happen: this machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -138,4 +142,42 @@ fn what_shrinks_is_sent_as_little() {
     let sent = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
     assert_eq!(sent(&pair.server.counters().wire), statistics.wire_bytes);
     assert_eq!(sent(&pair.server.counters().compressed), total);
+}
+
+/// Somebody who asks for page after page, and takes what comes without ever saying so, costs no more than so many frames.
+#[test]
+fn whoever_asks_and_receipts_nothing_is_shown_out() {
+    let most = ANSWERS_MAX as u32;
+    let layout = Layout::flat((u64::from(most) + 64) * PAGE_SIZE as u64).unwrap();
+    let (chunks, hasher) = (layout.chunks(), PageHasher::new(5));
+    let missing = PageBitmap::new(chunks);
+    for chunk in 0..chunks {
+        missing.insert(chunk, u64::MAX);
+    }
+    let timeout = Duration::from_secs(60);
+    let options = ServerOptions { timeout, codec: CodecMode::Raw, pushing: 0, beside: false };
+    let holes = PageBitmap::new(chunks);
+    let server = PageServer::new(Partial::new(layout), hasher.clone(), missing, holes, 0, options);
+    let (server, (ended, ends)) = (Arc::new(server), unbounded());
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let _lane = Lane::spawn(&server, opened(ours), 0, ended).unwrap();
+    let mut taking = theirs.try_clone().unwrap();
+    let taker = std::thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 16];
+        while matches!(taking.read(&mut buffer), Ok(1..)) {}
+    });
+    for page in 0..=most {
+        let request = PageRequest { chunk: page / 64, pages: 1 << (page % 64) };
+        // It hangs up on the last one.
+        let _ = theirs.write_all(&request.encode(&hasher));
+    }
+    let LaneEnd { error, .. } = ends.recv_timeout(PATIENCE).unwrap();
+    let PostcopyError::Wire { stream: 0, source: WireError::BadValue { field, .. } } = error else {
+        panic!("{error}");
+    };
+    assert_eq!(field, "requested pages (none is receipted)");
+    drop(theirs);
+    taker.join().unwrap();
+    // All of them wait again for whoever comes next.
+    assert_eq!((server.left(), server.waiting()), (server.total(), server.total()));
 }
