@@ -1,10 +1,14 @@
 //! Data streams that are cut on the way.
 
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use pageferry::transport::wire::Role;
 use serde_json::json;
 
+use crate::common::{Image, Job, MIB, Recv, send};
 use crate::proxy::{By, Proxy, Seen, Verdict};
 use crate::vm::{NO_RESUME, PATIENCE, Spec, World, prove};
 
@@ -46,6 +50,34 @@ fn one_stream_cut_is_one_stream_less() {
         chain.push(&here);
         prove(&spec, &chain);
     }
+}
+
+/// Pages that were hashed and wait for room to be sent are written meanwhile. Nobody's memory is broken.
+#[test]
+fn a_file_that_is_written_while_it_is_sent_is_said_to_be() {
+    let job = Job::new(Image::Random, 32 * MIB);
+    let recv = Recv::to_file(&job.to, 30);
+    let holding = Arc::new(AtomicBool::new(true));
+    let held = holding.clone();
+    let proxy = Proxy::new(&recv.uri, move |seen| {
+        if let Seen::Data { by: By::Source, .. } = seen {
+            while held.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        Verdict::Pass
+    });
+    let sending =
+        send(&proxy.uri(), &job.from, &["--codec", "raw", "--streams", "4", "--link-timeout", "30"]);
+    // All streams fill what there is of buffers, and then wait with a chunk each.
+    std::thread::sleep(Duration::from_secs(2));
+    let other: Vec<u8> = job.content.iter().map(|byte| !byte).collect();
+    std::fs::OpenOptions::new().write(true).open(&job.from).unwrap().write_all_at(&other, 0).unwrap();
+    holding.store(false, Ordering::Relaxed);
+    let ended = sending.wait();
+    assert_ne!(ended.code, Some(0), "{ended:?}");
+    ended.says(&["the memory was written during the transfer"]);
+    assert!(!ended.stderr.contains("damages data"), "{ended:?}");
 }
 
 #[test]

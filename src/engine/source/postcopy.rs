@@ -311,7 +311,7 @@ fn server_options(precopy: &SourceOptions, welcome: &Welcome, connections: usize
         codec: if encoded { precopy.codec } else { CodecMode::Raw },
         // One of them is for requests.
         pushing: connections.saturating_sub(1) as u16,
-        beside: precopy.beside,
+        near: precopy.near,
     }
 }
 

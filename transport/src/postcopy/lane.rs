@@ -151,7 +151,7 @@ impl Worker {
             ChunkEncoder::new(CodecMode::Raw, CLOCKS)
         } else {
             let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-            let threads = f64::from(options.pushing) * if options.beside { 2.0 } else { 1.0 };
+            let threads = f64::from(options.pushing) * if options.near { 2.0 } else { 1.0 };
             ChunkEncoder::new(options.codec, CLOCKS).sharing(options.pushing, threads / cores as f64)
         };
         Self {
@@ -262,7 +262,7 @@ impl Worker {
         self.told_at = Some(now);
         self.sent_bytes += wire_bytes;
         let (server, counters) = (&self.server, &self.server.counters);
-        let delivered = if server.options.beside {
+        let delivered = if server.options.near {
             // A destination on this host that waits for a core is no slow link.
             Delivered { own: self.sent_bytes, all: counters.wire.load(Ordering::Relaxed) }
         } else {

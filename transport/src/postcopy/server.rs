@@ -34,7 +34,7 @@ pub struct ServerOptions {
     /// Connections for that.
     pub pushing: u16,
     /// The destination runs on the same cores.
-    pub beside: bool,
+    pub near: bool,
 }
 
 /// What was sent so far; all counters only rise.

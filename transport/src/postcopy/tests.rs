@@ -61,7 +61,7 @@ impl Pair {
             (0..64).for_each(|bit| source.memory.write(chunk, bit, &content(chunk, bit)));
         }
         let (hasher, timeout) = (PageHasher::new(5), Duration::from_secs(20));
-        let options = ServerOptions { timeout, codec, pushing, beside: false };
+        let options = ServerOptions { timeout, codec, pushing, near: false };
         let holes = PageBitmap::new(chunks);
         let server = PageServer::new(source.clone(), hasher.clone(), missing, holes, 0, options);
         server.limit_bandwidth(bytes_per_s);
@@ -155,7 +155,7 @@ fn whoever_asks_and_receipts_nothing_is_shown_out() {
         missing.insert(chunk, u64::MAX);
     }
     let timeout = Duration::from_secs(60);
-    let options = ServerOptions { timeout, codec: CodecMode::Raw, pushing: 0, beside: false };
+    let options = ServerOptions { timeout, codec: CodecMode::Raw, pushing: 0, near: false };
     let holes = PageBitmap::new(chunks);
     let server = PageServer::new(Partial::new(layout), hasher.clone(), missing, holes, 0, options);
     let (server, (ended, ends)) = (Arc::new(server), unbounded());

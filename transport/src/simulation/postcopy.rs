@@ -252,7 +252,7 @@ impl Run {
             CodecMode::Zstd { level: Some(1) },
             CodecMode::Zstd { level: Some(-5) },
         ]);
-        let options = ServerOptions { timeout, codec, pushing: 3, beside: false };
+        let options = ServerOptions { timeout, codec, pushing: 3, near: false };
         let server = PageServer::new(source.clone(), hasher.clone(), at_source, holes, 0, options);
         let sealer = |codec| Sealer::new(ChunkEncoder::new(codec, Clocks { now: || 0, worked: || 0 }));
         for runs in server.runs().chunks(2) {
