@@ -6,6 +6,11 @@
 //!
 //! See `docs/design.md` for the rules that hold throughout and `docs/protocol.md` for the wire format.
 
+// The command line lives here rather than in the binary, so that its parsers can be fuzzed; it uses the public API only.
+extern crate self as pageferry;
+
+#[doc(hidden)]
+pub mod cli;
 pub mod engine;
 pub mod measure;
 

@@ -16,6 +16,9 @@ pub mod choose;
 pub mod chunk;
 pub mod compress;
 pub mod digest;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod layout;
 pub mod plan;
 pub mod policy;

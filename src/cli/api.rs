@@ -54,6 +54,13 @@ pub(super) enum Request {
     Quit,
 }
 
+impl Request {
+    /// Reads a request from its line.
+    pub(super) fn parse(line: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(line)
+    }
+}
+
 /// Arguments of a recording.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct RecordRequest {

@@ -6,6 +6,8 @@ mod bench;
 mod ctl;
 mod demo;
 mod folder;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod lab;
 mod output;
 mod random;
@@ -82,7 +84,8 @@ impl CliError {
     }
 }
 
-pub(crate) fn run() -> ExitCode {
+/// Does what the arguments say.
+pub fn run() -> ExitCode {
     // Before there is any guest memory.
     lost_room::report();
     let done = |()| ExitCode::SUCCESS;

@@ -191,7 +191,7 @@ impl DestinationEnd {
         Ok(Self { frames: Box::new(SocketReceiver(socket.clone())), breaker: socket })
     }
 
-    #[cfg(feature = "rdma")]
+    #[cfg(any(test, fuzzing, feature = "rdma"))]
     pub(crate) fn new(frames: Box<dyn FrameReceiver>, breaker: Arc<dyn Breaker>) -> Self {
         Self { frames, breaker }
     }

@@ -9,6 +9,11 @@ pub mod carrier;
 mod clock;
 pub mod destination;
 mod dial;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
+#[cfg(any(test, fuzzing))]
+mod guest_memory;
 pub mod host;
 pub mod link;
 pub mod local;

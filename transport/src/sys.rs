@@ -178,7 +178,7 @@ impl<'a> ReceiveList<'a> {
     }
 
     /// Copies bytes that came into what is left; returns how many had room.
-    #[cfg(any(test, feature = "rdma"))]
+    #[cfg(any(test, fuzzing, feature = "rdma"))]
     pub(crate) fn fill(&mut self, bytes: &[u8]) -> usize {
         let mut at = 0;
         for part in &self.parts.parts[self.parts.next..] {

@@ -150,7 +150,7 @@ impl Server {
             tokio::time::timeout(CLIENT_TIMEOUT, reader.read_until(b'\n', &mut line)).await
         {
             let whole = line.ends_with(b"\n") || (line.len() as u64) < LINE_MAX;
-            let request = serde_json::from_slice::<Request>(&line);
+            let request = Request::parse(&line);
             let mut quits = matches!(request, Ok(Request::Quit)) && whole;
             let answer = match request {
                 _ if !whole => Err(format!("a request is longer than {LINE_MAX} bytes")),

@@ -8,8 +8,8 @@ use pagecopy::bitmap::{PageBitmap, bits};
 use pagecopy::layout::{Layout, PAGE_SIZE};
 use vm_memory::volatile_memory::VolatileSlice;
 
-use super::guest_memory::Memory;
 use super::rng::Rng;
+use crate::guest_memory::Memory;
 
 /// Former contents of a page that the guest may return to.
 const FORMER_MAX: usize = 3;

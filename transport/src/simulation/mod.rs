@@ -26,7 +26,6 @@
 mod destination;
 pub(crate) mod fault;
 mod guest;
-mod guest_memory;
 mod network;
 mod postcopy;
 mod reopen;

@@ -16,10 +16,10 @@ use pagecopy::digest::PageHasher;
 use pagecopy::layout::{Layout, PAGE_SIZE};
 use vm_memory::volatile_memory::VolatileSlice;
 
-use super::guest_memory::Memory;
 use super::network::{Connection, Side};
 use super::rng::Rng;
 use super::weather;
+use crate::guest_memory::Memory;
 use crate::postcopy::sealed::{Opener, Sealer, check_sealed};
 use crate::postcopy::{MissingRuns, MissingSink, PageServer, ServerOptions};
 use crate::wire::control::capability;

@@ -1,4 +1,4 @@
-//! Memory of a simulated guest.
+//! Memory of guests that are simulated or fuzzed.
 
 use std::sync::atomic::AtomicU8;
 
@@ -22,7 +22,7 @@ impl Memory {
         &self.layout
     }
 
-    pub(super) fn region(&self, region: usize) -> VolatileSlice<'_> {
+    pub(crate) fn region(&self, region: usize) -> VolatileSlice<'_> {
         let bytes = &self.regions[region];
         // SAFETY: the bytes live as long as the slice, which borrows them; they are atomics, so writing through a shared
         // reference is allowed, and nobody makes a reference to what is in them.
@@ -30,7 +30,7 @@ impl Memory {
     }
 
     /// One page.
-    pub(super) fn page(&self, chunk: u32, bit: u32) -> VolatileSlice<'_> {
+    pub(crate) fn page(&self, chunk: u32, bit: u32) -> VolatileSlice<'_> {
         let place = self.layout.locate(chunk).expect("the simulation names its own chunks");
         let offset = place.offset as usize + bit as usize * PAGE_SIZE;
         self.region(place.region).subslice(offset, PAGE_SIZE).expect("the page lies in its region")
