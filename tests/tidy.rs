@@ -22,6 +22,8 @@ const UNSAFE_NAMES: &[&str] = &["sys.rs", "guest_memory.rs", "simd.rs"];
 /// Other files with unsafe code, each with its reason.
 const UNSAFE_FILES: &[(&str, &str)] =
     &[("vmm-shim/tests/common/mod.rs", "maps the memory of the guests under test")];
+/// Files that write to standard output and standard error, each with its reason.
+const PRINTING_FILES: &[(&str, &str)] = &[("src/print.rs", "the one place that prints")];
 /// Which crate (by folder) must not depend on which packages: arrows point from the root to pagecopy only.
 const FORBIDDEN: &[(&str, &[&str])] = &[
     ("pagecopy", &["transport", "pageferry-transport", "vmm-shim", "pageferry-vmm-shim", "pageferry"]),
@@ -204,6 +206,63 @@ fn nothing_is_left_to_do() {
     check(is_rust, leftovers);
 }
 
+/// What panics, or waits, where nobody reads. Tests may print; so may criterion's benches, which print themselves.
+fn printing(path: &str, text: &str) -> Vec<String> {
+    let is_test = path.split('/').any(|part| ["tests", "tests.rs"].contains(&part))
+        || path.starts_with("benches/benches/");
+    if is_test || PRINTING_FILES.iter().any(|(file, _)| *file == path) {
+        return vec![];
+    }
+    let macros = ["println", "eprintln", "print", "eprint", "dbg"];
+    let handles = ["io::stdout", "io::stderr", "stdout().lock", "stderr().lock"];
+    let code = code_of(text);
+    // Unit tests come last in a file.
+    let code = code.iter().enumerate().take_while(|(_, code)| code.trim() != "#[cfg(test)]");
+    let prints = |code: &str| {
+        let found = words(code).find(|(word, after)| macros.contains(word) && after.starts_with('!'));
+        let found = found.map(|(word, _)| word.to_owned() + "!");
+        found.or_else(|| handles.into_iter().find(|&handle| code.contains(handle)).map(str::to_owned))
+    };
+    code.filter_map(|(at, code)| {
+        prints(code)
+            .map(|what| format!("{path}:{}: {what}: what is printed goes through src/print.rs", at + 1))
+    })
+    .collect()
+}
+
+#[test]
+fn one_place_prints() {
+    check(is_rust, printing);
+}
+
+#[test]
+fn printing_elsewhere_is_found() {
+    for bad in [
+        "println!(\"x\");",
+        "Err(e) => eprintln!(\"{e}\"),",
+        "print!()",
+        "let x = dbg!(y);",
+        "use std::io::stdout;",
+        "std::io::stderr().write_all(b)",
+    ] {
+        assert_eq!(printing("src/a.rs", bad).len(), 1, "{bad}");
+        for free in
+            ["src/print.rs", "tests/a.rs", "transport/tests/a.rs", "transport/src/simulation/tests.rs"]
+        {
+            assert_eq!(printing(free, bad), Vec::<String>::new(), "{free}: {bad}");
+        }
+        assert_eq!(
+            printing("src/a.rs", &format!("fn a() {{}}\n#[cfg(test)]\nmod tests {{ {bad} }}")).len(),
+            0
+        );
+    }
+    for good in
+        ["// println!(\"x\")", "\"println!\"", "writeln!(f)", "command.stdout(file)", "print::line(1)"]
+    {
+        assert_eq!(printing("src/a.rs", good), Vec::<String>::new(), "{good}");
+    }
+}
+
 fn unsafe_code(path: &str, text: &str) -> Vec<String> {
     let name = path.rsplit('/').next().unwrap_or(path);
     let may = UNSAFE_NAMES.contains(&name) || UNSAFE_FILES.iter().any(|(file, _)| *file == path);
@@ -236,6 +295,7 @@ fn unsafe_code_is_where_it_belongs_and_says_why_it_is_sound() {
 fn files_with_leave_exist() {
     let unsafe_files = UNSAFE_FILES.iter().map(|(file, _)| file);
     let others = LONG_FILES.iter().map(|(file, _)| file).chain(WIDE_LINES.iter().map(|(file, _)| file));
+    let others = others.chain(PRINTING_FILES.iter().map(|(file, _)| file));
     for file in unsafe_files.chain(others) {
         assert!(
             root().join(file).is_file(),

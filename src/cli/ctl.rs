@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use pageferry::engine::explain;
 use pageferry::engine::plan::Plan;
 use pageferry::engine::report::{Report, Status};
+use pageferry::print;
 use pageferry::transport::uri::Uri;
 
 use super::api::{
@@ -33,7 +34,7 @@ pub(super) struct CtlArgs {
     command: CtlCommand,
     /// Print one JSON object instead of text
     #[arg(long, global = true)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -183,7 +184,7 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), CliError> {
 
 fn done(json: bool) -> Result<(), CliError> {
     if json {
-        println!("{{\"status\":\"ok\"}}");
+        print::line(format_args!("{{\"status\":\"ok\"}}"));
     }
     Ok(())
 }
@@ -205,9 +206,14 @@ fn record_trace(path: &Path, args: &RecordArgs, json: bool) -> Result<(), CliErr
         return Err(CliError { exit: Exit::Failed, text: error });
     }
     if json {
-        println!("{}", serde_json::to_string(&trace).unwrap_or_default());
+        print::line(serde_json::to_string(&trace).unwrap_or_default());
     } else {
-        println!("{}: {} intervals, {} written pages", trace.file.display(), trace.intervals, trace.pages);
+        print::line(format_args!(
+            "{}: {} intervals, {} written pages",
+            trace.file.display(),
+            trace.intervals,
+            trace.pages
+        ));
     }
     Ok(())
 }
@@ -222,32 +228,36 @@ fn show_plan(path: &Path, args: &PlanArgs, json: bool) -> Result<(), CliError> {
     let request = PlanRequest { link, seconds, downtime_limit_ms: downtime_limit };
     let plan = api::ask(path, &Request::Plan(request)).map_err(|e| refused(&e))?;
     if json {
-        println!("{plan}");
+        print::line(format_args!("{plan}"));
         return Ok(());
     }
     let plan: Plan = serde_json::from_value(plan).map_err(|e| refused(&e.into()))?;
-    print!("{}", plan.summary());
+    print::text(plan.summary());
     Ok(())
 }
 
 fn show_status(path: &Path, json: bool) -> Result<(), CliError> {
     let status = api::status(path).map_err(|e| refused(&e))?;
     if json {
-        println!("{}", serde_json::to_string(&status).unwrap_or_default());
+        print::line(serde_json::to_string(&status).unwrap_or_default());
         return Ok(());
     }
     let VmStatus { guest, cpus, memory_bytes, accelerator, tracker, .. } = &status;
     let state = serde_json::to_value(status.state).unwrap_or_default();
-    println!("{:<18}{}", "VM status:", state.as_str().unwrap_or("?"));
+    print::line(format_args!("{:<18}{}", "VM status:", state.as_str().unwrap_or("?")));
     if let Some(reason) = &status.reason {
-        println!("{:<18}{reason}", "reason:");
+        print::line(format_args!("{:<18}{reason}", "reason:"));
     }
-    println!("{:<18}{guest}, {cpus} vCPUs, {} MiB ({accelerator}, {tracker})", "guest:", memory_bytes >> 20);
+    print::line(format_args!(
+        "{:<18}{guest}, {cpus} vCPUs, {} MiB ({accelerator}, {tracker})",
+        "guest:",
+        memory_bytes >> 20
+    ));
     if let Some(listening) = &status.listening {
-        println!("{:<18}{listening}", "listening:");
+        print::line(format_args!("{:<18}{listening}", "listening:"));
     }
     if let Some(migration) = status.migration.filter(|m| m.status != Status::None) {
-        print!("{}", migration.summary());
+        print::text(migration.summary());
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use pageferry::engine::explain;
 use pageferry::engine::report::Report;
+use pageferry::print;
 use pageferry::vmm_shim::guests::counter::{Checker, CounterParams, Side};
 use pageferry::vmm_shim::kvm;
 use serde::Serialize;
@@ -19,6 +20,7 @@ use super::api::{self, MigrateRequest, Request, RunState, VmStatus};
 use super::folder::Folder;
 use super::tuning::TuningArgs;
 use super::{CliError, Exit, TransferArgs, ctl, output, size};
+use crate::cli::say;
 
 /// How long a VM may take to start, and the guest to print.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -65,7 +67,7 @@ pub(super) struct DemoArgs {
     meet: Option<PathBuf>,
     /// Print one JSON object at the end instead of text
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 /// The demo's result: the migration's report, and the guest's own word.
@@ -88,7 +90,7 @@ pub(super) fn run(args: &DemoArgs) -> Result<(), CliError> {
     let guest = Pair::start(args, process, &folder.path)?;
     let mut check = Checker::new(args.cpus, pages_of_each(args));
     wait_passes(&guest.source.serial, &mut check, Side::Source)?;
-    say(args.json, "the guest runs at the source and keeps writing; moving it");
+    tell(args.json, "the guest runs at the source and keeps writing; moving it");
     let mut report = migrate(args, &guest.source, guest.uri.clone())?;
     let went = ctl::verdict(&report).and_then(|()| guest.prove(&mut check));
     report.verified &= went.is_ok();
@@ -99,7 +101,7 @@ pub(super) fn run(args: &DemoArgs) -> Result<(), CliError> {
     if args.json {
         let accelerator = if process { "process" } else { "kvm" };
         let demo = DemoReport { report, accelerator, passes };
-        println!("{}", serde_json::to_string(&demo).unwrap_or_default());
+        print::line(serde_json::to_string(&demo).unwrap_or_default());
     } else {
         output::print(&report, false);
         print_passes(&passes);
@@ -126,15 +128,15 @@ fn migrate(args: &DemoArgs, source: &VmProcess, uri: String) -> Result<Report, C
 
 fn print_passes(passes: &[(u64, u64)]) {
     for (cpu, (before, after)) in passes.iter().enumerate() {
-        println!(
+        print::line(format_args!(
             "vCPU {cpu}: {before} passes over its memory before the handover, {after} after it, none lost, none twice"
-        );
+        ));
     }
 }
 
-fn say(quiet: bool, text: &str) {
+fn tell(quiet: bool, text: &str) {
     if !quiet {
-        eprintln!("pageferry: {text}");
+        say(text);
     }
 }
 
@@ -142,8 +144,11 @@ fn have_kvm(quiet: bool) -> bool {
     match kvm::open() {
         Ok(_) => true,
         Err(error) => {
-            say(quiet, &explain(&error));
-            say(quiet, "so the demo moves a process that writes its own memory instead of a virtual machine");
+            tell(quiet, &explain(&error));
+            tell(
+                quiet,
+                "so the demo moves a process that writes its own memory instead of a virtual machine",
+            );
             false
         }
     }

@@ -26,7 +26,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use pageferry::engine::Options;
+use pageferry::engine::report::Status;
 use pageferry::pagecopy::choose::CodecMode;
+use pageferry::print;
 use pageferry::transport::source::RdmaOptions;
 use pageferry::vmm_shim::lost_room;
 
@@ -40,7 +42,8 @@ struct Cli {
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 the migration failed and the source has the guest; 2 wrong arguments; \
 3 could not start (file, port, permission); 4 the handover was not confirmed: look at both sides before resuming; \
-5 a page of guest memory in a file could not be had, for its file system was full; 130 cancelled.";
+5 a page of guest memory in a file could not be had, for its file system was full; \
+6 done, but the result could not be printed; 130 cancelled.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -59,6 +62,8 @@ enum Command {
 enum Exit {
     /// The migration failed; nothing is lost.
     Failed = 1,
+    /// The arguments are wrong.
+    Usage = 2,
     /// Nothing was begun.
     CannotStart = 3,
     /// Nobody knows who has the guest.
@@ -88,20 +93,82 @@ impl CliError {
 pub fn run() -> ExitCode {
     // Before there is any guest memory.
     lost_room::report();
-    let done = |()| ExitCode::SUCCESS;
-    let result = match Cli::parse().command {
-        Command::Demo(args) => demo::run(&args).map(done),
-        Command::Vm(args) => vm::run(&args).map(done),
-        Command::Ctl(args) => ctl::run(&args).map(done),
-        Command::Send(args) => send::run(&args).map(done),
-        Command::Recv(args) => recv::run(&args).map(done),
-        Command::Lab(args) => lab::run(&args),
-        Command::Bench(args) => bench::run(&args).map(done),
+    print::on_panic(|text| say(text));
+    let code = match Cli::try_parse() {
+        Ok(cli) => run_command(&cli.command),
+        Err(error) => usage(&error),
     };
-    result.unwrap_or_else(|error| {
-        eprintln!("pageferry: {}", error.text);
-        ExitCode::from(error.exit as u8)
+    print::end("pageferry", code)
+}
+
+/// Says a line on standard error.
+fn say(text: impl std::fmt::Display) {
+    print::note(format_args!("pageferry: {text}"));
+}
+
+/// Prints what clap has to say: help that was asked for, or what is wrong with the arguments.
+fn usage(error: &clap::Error) -> ExitCode {
+    let (out, errors) = print::terminals();
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let styled = error.render();
+    let text = |terminal| if terminal && !plain { styled.ansi().to_string() } else { styled.to_string() };
+    if !error.use_stderr() {
+        print::text(text(out));
+        return ExitCode::SUCCESS;
+    }
+    let mut words = std::env::args_os().take_while(|word| word != "--");
+    if words.any(|word| word == "--json") {
+        let text = styled.to_string();
+        let paragraph = text.split("\n\n").next().unwrap_or_default().trim_start_matches("error: ");
+        print::line(failure(Exit::Usage, paragraph));
+    }
+    print::errors().push(text(errors).into_bytes());
+    ExitCode::from(Exit::Usage as u8)
+}
+
+/// What `--json` prints where there is no result.
+fn failure(exit: Exit, text: &str) -> serde_json::Value {
+    let status = match exit {
+        Exit::Cancelled => Status::Cancelled,
+        Exit::Unknown => Status::Unknown,
+        _ => Status::Failed,
+    };
+    serde_json::json!({ "status": status, "error": text, "exit_code": exit as u8 })
+}
+
+fn run_command(command: &Command) -> ExitCode {
+    let done = |()| ExitCode::SUCCESS;
+    let result = match command {
+        Command::Demo(args) => demo::run(args).map(done),
+        Command::Vm(args) => vm::run(args).map(done),
+        Command::Ctl(args) => ctl::run(args).map(done),
+        Command::Send(args) => send::run(args).map(done),
+        Command::Recv(args) => recv::run(args).map(done),
+        Command::Lab(args) => lab::run(args),
+        Command::Bench(args) => bench::run(args).map(done),
+    };
+    result.unwrap_or_else(|CliError { exit, text }| {
+        if command.json() && !print::has_printed() {
+            print::line(failure(exit, &text));
+        }
+        say(text);
+        ExitCode::from(exit as u8)
     })
+}
+
+impl Command {
+    /// Whether it is to print one JSON object, whatever happens.
+    fn json(&self) -> bool {
+        match self {
+            Self::Demo(args) => args.json,
+            Self::Ctl(args) => args.json,
+            Self::Send(args) => args.json,
+            Self::Recv(args) => args.json,
+            Self::Lab(args) => args.json(),
+            Self::Bench(args) => args.json,
+            Self::Vm(_) => false,
+        }
+    }
 }
 
 /// Options of every command that migrates.

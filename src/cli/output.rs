@@ -1,13 +1,14 @@
 //! What commands print: the progress bar, the summary, the JSON object.
 
-use std::io::{IsTerminal, Write};
-use std::sync::Arc;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 use pageferry::engine::progress::Progress;
 use pageferry::engine::report::{Report, Status};
+use pageferry::print;
 
 /// A bar appears when a transfer takes longer than this.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -24,7 +25,7 @@ impl Bar {
     /// Draws what `progress` says until [`Self::finish`].
     pub(super) fn start(progress: &Progress, quiet: bool) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let thread = (!quiet && std::io::stderr().is_terminal()).then(|| {
+        let thread = (!quiet && print::terminals().1).then(|| {
             let (progress, stop) = (progress.clone(), stop.clone());
             std::thread::spawn(move || draw(|| progress.report(), &stop))
         });
@@ -67,8 +68,9 @@ impl LateBar {
 
     /// Shows how far it is.
     pub(super) fn show(&mut self, report: &Report) {
-        if !self.quiet && self.since.elapsed() > PATIENCE && self.bar.is_hidden() {
-            self.bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
+        let wanted = !self.quiet && print::terminals().1;
+        if wanted && self.since.elapsed() > PATIENCE && self.bar.is_hidden() {
+            self.bar.set_draw_target(ProgressDrawTarget::term_like(Box::new(Screen::default())));
             self.bar.set_style(style());
         }
         show(&self.bar, report);
@@ -77,6 +79,58 @@ impl LateBar {
     /// Removes it.
     pub(super) fn finish(&self) {
         self.bar.finish_and_clear();
+    }
+}
+
+/// The terminal, by way of the queue that everything else goes: a terminal that is held up holds up nobody.
+#[derive(Debug, Default)]
+struct Screen {
+    frame: Mutex<String>,
+}
+
+impl Screen {
+    fn add(&self, text: std::fmt::Arguments<'_>) -> io::Result<()> {
+        let mut frame = self.frame.lock().unwrap_or_else(|e| e.into_inner());
+        std::fmt::Write::write_fmt(&mut *frame, text).map_err(io::Error::other)
+    }
+
+    /// Moves the cursor; 0 would be taken for 1.
+    fn go(&self, count: usize, letter: char) -> io::Result<()> {
+        if count == 0 { Ok(()) } else { self.add(format_args!("\x1b[{count}{letter}")) }
+    }
+}
+
+impl TermLike for Screen {
+    fn width(&self) -> u16 {
+        print::columns().unwrap_or(80)
+    }
+    fn move_cursor_up(&self, n: usize) -> io::Result<()> {
+        self.go(n, 'A')
+    }
+    fn move_cursor_down(&self, n: usize) -> io::Result<()> {
+        self.go(n, 'B')
+    }
+    fn move_cursor_right(&self, n: usize) -> io::Result<()> {
+        self.go(n, 'C')
+    }
+    fn move_cursor_left(&self, n: usize) -> io::Result<()> {
+        self.go(n, 'D')
+    }
+    fn write_line(&self, text: &str) -> io::Result<()> {
+        self.add(format_args!("{text}\n"))
+    }
+    fn write_str(&self, text: &str) -> io::Result<()> {
+        self.add(format_args!("{text}"))
+    }
+    fn clear_line(&self) -> io::Result<()> {
+        self.add(format_args!("\r\x1b[2K"))
+    }
+    fn flush(&self) -> io::Result<()> {
+        let frame = std::mem::take(&mut *self.frame.lock().unwrap_or_else(|e| e.into_inner()));
+        if !frame.is_empty() {
+            print::errors().push(frame.into_bytes());
+        }
+        Ok(())
     }
 }
 
@@ -123,15 +177,12 @@ fn show(bar: &ProgressBar, report: &Report) {
 
 /// Prints the final report to standard output.
 pub(super) fn print(report: &Report, json: bool) {
-    let text = if json {
-        serde_json::to_string(report).unwrap_or_default() + "\n"
+    if json {
+        print::line(serde_json::to_string(report).unwrap_or_default());
     } else if report.status == Status::Failed && report.logical_bytes == 0 {
         // Nothing happened that numbers could tell; the error says it all.
-        return;
     } else {
         let digest = report.digest.as_ref().map(|d| format!("{:<18}{d}\n", "xxh3-128:"));
-        report.summary() + &digest.unwrap_or_default()
-    };
-    // A reader that went away does not make the migration fail.
-    let _ = std::io::stdout().write_all(text.as_bytes());
+        print::text(report.summary() + &digest.unwrap_or_default());
+    }
 }

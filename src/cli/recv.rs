@@ -14,6 +14,7 @@ use pageferry::transport::wire::control::Hello;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 
 use super::{CliError, Exit, PinnedArgs, output, stop};
+use crate::cli::say;
 
 /// Receives what `pageferry send` sends
 #[derive(Debug, Args)]
@@ -38,7 +39,7 @@ pub(super) struct RecvArgs {
     pinned: PinnedArgs,
     /// Print one JSON object at the end instead of text
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -98,10 +99,9 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     stop::on_signals(move || {
         cancelled.cancel();
     });
-    let destination =
-        Destination::bind(&args.uri, &options, &progress, |notice| eprintln!("pageferry: {notice}"))
-            .map_err(|e| CliError::cannot_start(&e))?;
-    eprintln!("pageferry: listening on {}", destination.uri());
+    let destination = Destination::bind(&args.uri, &options, &progress, |notice| say(notice))
+        .map_err(|e| CliError::cannot_start(&e))?;
+    say(format_args!("listening on {}", destination.uri()));
     let bar = output::Bar::start(&progress, args.json);
     let mut taker = Taker { target: &args.target, ram: None };
     let result = destination.receive(&mut taker);

@@ -33,7 +33,7 @@ pub(super) struct SendArgs {
     digest: bool,
     /// Print one JSON object at the end instead of text
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {

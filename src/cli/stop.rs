@@ -1,8 +1,15 @@
 //! Signals: the first one cancels in order, the second ends the process at once.
 
+use std::time::Duration;
+
+use pageferry::print;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Exit;
+use crate::cli::say;
+
+/// How long a process that ends at once waits for what it said to be written.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// Calls `cancel` at the first SIGINT or SIGTERM.
 pub(super) fn on_signals(cancel: impl Fn() + Send + 'static) {
@@ -22,10 +29,11 @@ pub(super) fn on_signals(cancel: impl Fn() + Send + 'static) {
                     _ = terminate.recv() => {}
                 }
                 if asked {
+                    print::flush(LAST_WORDS);
                     std::process::exit(Exit::Cancelled as i32);
                 }
                 asked = true;
-                eprintln!("pageferry: stopping in order; once more to stop at once");
+                say("stopping in order; once more to stop at once");
                 cancel();
             }
         });

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use pagecopy::backend::{Guest, GuestRam};
 use pagecopy::bitmap::PageBitmap;
+use pageferry::print;
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 use vmm_shim::guests::counter::CounterParams;
 use vmm_shim::guests::writer::{FIRST_FREE, Writer};
@@ -59,8 +60,12 @@ fn vm(cpus: u8, guest: GuestImage, tracker: Tracker, ram: &Arc<GuestMemory>) -> 
 }
 
 fn main() -> ExitCode {
+    print::end("kvm-costs", run())
+}
+
+fn run() -> ExitCode {
     if let Err(error) = vmm_shim::kvm::open() {
-        eprintln!("kvm-costs: {error}");
+        print::note(format_args!("kvm-costs: {error}"));
         return ExitCode::FAILURE;
     }
     stop_save_load();
@@ -99,7 +104,9 @@ fn stop_save_load() {
         }
         let bytes: usize = a.save_state().unwrap().iter().map(|b| b.bytes.len()).sum();
         let (pause, save, load) = (median(pause), median(save), median(load));
-        println!("{cpus} vCPUs: pause {pause:?}, save {save:?} ({bytes} bytes), load {load:?}");
+        print::line(format_args!(
+            "{cpus} vCPUs: pause {pause:?}, save {save:?} ({bytes} bytes), load {load:?}"
+        ));
     }
 }
 
@@ -116,12 +123,14 @@ fn counter_rates() {
         a.throttle(50).unwrap();
         let half = rate(&a, &console, pages);
         a.throttle(0).unwrap();
-        println!("{cpus} vCPUs, {words} words: {free:.0} pages/s, throttled by 50 % {half:.0}");
+        print::line(format_args!(
+            "{cpus} vCPUs, {words} words: {free:.0} pages/s, throttled by 50 % {half:.0}"
+        ));
     }
     let memory = ram(64 * MIB);
     let (a, console) = vm(1, counter(4 * MIB, 50_000, 8), Tracker::None, &memory);
     a.resume().unwrap();
-    println!("paced at 50000 pages/s: {:.0} pages/s", rate(&a, &console, 1024));
+    print::line(format_args!("paced at 50000 pages/s: {:.0} pages/s", rate(&a, &console, 1024)));
 }
 
 fn dirty_log_costs() {
@@ -136,7 +145,7 @@ fn dirty_log_costs() {
         let timed = |what: &str, run: &mut dyn FnMut()| {
             let start = Instant::now();
             run();
-            println!("{}: {what}: {:?}", log.name(), start.elapsed());
+            print::line(format_args!("{}: {what}: {:?}", log.name(), start.elapsed()));
         };
         timed("60000 writes, not logged", &mut || drop(writer.write(&list)));
         timed("start", &mut || log.start().unwrap());

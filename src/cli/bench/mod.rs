@@ -20,11 +20,11 @@ mod side;
 
 use std::path::{Path, PathBuf};
 
-use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, ValueEnum};
+use clap::{Args, ValueEnum};
 use pageferry::engine::explain;
 use pageferry::pagecopy::choose::CodecMode;
 use pageferry::pagecopy::layout::PAGE_SIZE;
+use pageferry::print;
 use pageferry::transport::uri::Uri;
 
 use self::limit::Limits;
@@ -36,6 +36,7 @@ use self::result::Results;
 use super::folder::Folder;
 use super::tuning::TuningArgs;
 use super::{CliError, Exit, backing, size, stop};
+use crate::cli::say;
 
 /// Smallest RAM.
 const RAM_MIN: u64 = 1 << 20;
@@ -98,7 +99,7 @@ pub(super) struct BenchArgs {
     link_timeout: u64,
     /// Print one JSON object instead of a table
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     /// One side of a run; what it is to do, as JSON
     #[arg(long, hide = true, value_name = "JSON")]
     side: Option<String>,
@@ -142,13 +143,13 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
         return Ok(());
     }
     if cfg!(debug_assertions) {
-        eprintln!("pageferry: this is a debug build, which is slower than a release build");
+        say("this is a debug build, which is slower than a release build");
     }
     let waits = args.tuning.pause_before_switchover == Some(true);
     let waits = waits
         .then(|| "nobody could `continue` a bench's migration: leave out --pause-before-switchover".into());
     if let Err(text) = args.live.check().and_then(|()| waits.map_or(Ok(()), Err)) {
-        super::Cli::command().error(ErrorKind::ArgumentConflict, text).exit();
+        return Err(CliError { exit: Exit::Usage, text });
     }
     let cannot = |text| CliError { exit: Exit::CannotStart, text };
     let running = Running::default();
@@ -188,9 +189,9 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
         rows,
     };
     if args.json {
-        println!("{}", serde_json::to_string(&results).unwrap_or_default());
+        print::line(serde_json::to_string(&results).unwrap_or_default());
     } else {
-        print!("{}", result::text(&results));
+        print::text(result::text(&results));
     }
     if let Some(path) = &args.report {
         write_page(path, &results)?;

@@ -3,7 +3,7 @@
 //! A side is told what to do by one JSON object on its command line, and says what it has to say in lines of JSON on its
 //! standard output. It ends when its standard input does: whoever started it is gone, or wants it gone.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +16,7 @@ use pageferry::engine::tuning::Tuning;
 use pageferry::engine::{Options, content_digest, explain};
 use pageferry::pagecopy::backend::{Guest, GuestRam, StaticLog};
 use pageferry::pagecopy::layout::{Layout, PAGE_SIZE};
+use pageferry::print;
 use pageferry::transport::uri::Uri;
 use pageferry::transport::wire::control::Hello;
 use pageferry::vmm_shim::guest_memory::GuestMemory;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use super::live::{Arrived, Dirtying, Live, Writing};
 use super::series::{Sampler, Series};
 use crate::cli::backing;
+use crate::cli::say;
 use crate::cli::tuning::TuningArgs;
 
 /// What a side is to do.
@@ -125,14 +127,13 @@ pub(super) fn run(order: &str) {
         }
         Err(e) => Word::Failed(format!("the order of a side is not understood: {e}")),
     };
-    say(&word);
+    tell(&word);
 }
 
-fn say(word: &Word) {
+fn tell(word: &Word) {
     let text = serde_json::to_string(word).unwrap_or_default() + "\n";
     // Whoever listened is gone, and this process will be soon.
-    let mut out = std::io::stdout();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    let _ = print::pass_on(text.as_bytes(), false);
 }
 
 /// Ends this process when whoever started it closes its standard input, or dies.
@@ -222,9 +223,9 @@ fn destination(order: &DestinationOrder) -> Result<Outcome, String> {
     let uri: Uri = order.uri.parse().map_err(|e| explain(&e))?;
     let options = Options { timeout: Duration::from_secs(order.timeout_s), ..Options::default() };
     let progress = Progress::default();
-    let notice = |text: &str| eprintln!("pageferry: {text}");
-    let destination = Destination::bind(&uri, &options, &progress, notice).map_err(|e| explain(&e))?;
-    say(&Word::Listening(Place { uri: destination.uri().to_string(), memory: order.memory.clone() }));
+    let destination =
+        Destination::bind(&uri, &options, &progress, |text| say(text)).map_err(|e| explain(&e))?;
+    tell(&Word::Listening(Place { uri: destination.uri().to_string(), memory: order.memory.clone() }));
     let mut taker = Taker { order, ram: None };
     let arrival = destination.receive(&mut taker).map_err(|e| explain(&e))?;
     let ram = taker.ram.ok_or("the engine took no memory")?;

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::ValueEnum;
+use pageferry::print;
 use pageferry::vmm_shim::guests::counter::{Checker, Side};
 
 use super::super::api::RunState;
 use super::super::{CliError, Exit, ctl, output};
-use super::{DemoArgs, PATIENCE, VmProcess, migrate, pages_of_each, print_passes, prove, say, wait_passes};
+use super::{DemoArgs, PATIENCE, VmProcess, migrate, pages_of_each, print_passes, prove, tell, wait_passes};
 
 /// Which side this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -36,7 +37,7 @@ pub(super) fn run(
         appear(&printed, "the source's output")?;
         prove(&printed, &vm.serial, &mut check)?;
         if args.json {
-            println!("{}", serde_json::json!({ "passes": check.passes() }));
+            print::line(serde_json::json!({ "passes": check.passes() }));
         } else {
             print_passes(&check.passes());
         }
@@ -47,7 +48,7 @@ pub(super) fn run(
     wait_passes(&vm.serial, &mut check, Side::Source)?;
     appear(&address, "the destination's address")?;
     let uri = fs::read_to_string(&address).map_err(|e| CliError::cannot_start(&e))?;
-    say(args.json, "the guest runs at the source and keeps writing; moving it to the other host");
+    tell(args.json, "the guest runs at the source and keeps writing; moving it to the other host");
     let report = migrate(args, &vm, uri);
     // Whatever came of it: the destination must not wait for a file that never comes.
     let text = fs::read(&vm.serial).map_err(|e| CliError::cannot_start(&e))?;

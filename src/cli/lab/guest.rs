@@ -13,11 +13,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pageferry::measure::process::Running;
+use pageferry::print;
 
 use super::error::LabError;
 use super::kernel::Kernel;
 use super::needs;
 use super::script::Network;
+use crate::cli::say;
 
 /// How long QEMU may take until it has opened its ports.
 const START_PATIENCE: Duration = Duration::from_secs(60);
@@ -158,8 +160,9 @@ impl Boot {
         let threads = vec![
             std::thread::spawn(move || listen(reader, host, &events, &unwanted)),
             std::thread::spawn(move || {
-                if pass_on(out, &to_out, host, false).is_err() {
+                if let Err(error) = pass_on(out, &to_out, host, false) {
                     // As a command ends that writes into a broken pipe.
+                    print::not_delivered(error);
                     let _ = gone.send(Event::ReaderGone);
                 }
             }),
@@ -214,7 +217,7 @@ impl Guest {
     pub(super) fn boot_again(&mut self) -> Result<(), LabError> {
         self.silent_until = None;
         let host = self.boot.host;
-        eprintln!("pageferry: lab guest {host} hangs in its boot; booting it once more{}", self.console());
+        say(format_args!("lab guest {host} hangs in its boot; booting it once more{}", self.console()));
         self.booted.dropped.store(true, Ordering::Release);
         self.end();
         self.booted = self.boot.start()?;
@@ -391,12 +394,9 @@ fn write(errors: bool, bytes: &[u8]) -> io::Result<()> {
     if bytes.is_empty() {
         return Ok(());
     }
-    if errors {
-        io::stderr().lock().write_all(bytes)
-    } else {
-        let mut out = io::stdout().lock();
-        out.write_all(bytes).and_then(|()| out.flush())
-    }
+    let written = print::pass_on(bytes, errors);
+    // What cannot be said on standard error is lost; the command goes on.
+    if errors { Ok(()) } else { written }
 }
 
 /// Makes whole lines, each with the guest's number before it.

@@ -15,6 +15,7 @@ use super::super::stop;
 use super::error::LabError;
 use super::needs;
 use super::script::{self, LINKS, Network, RDMA_DEVICE};
+use crate::cli::say;
 
 /// Where Linux lists RDMA devices.
 const DEVICES: &str = "/sys/class/infiniband";
@@ -35,7 +36,7 @@ pub(super) fn run(command: &[OsString], timeout: Duration) -> Result<u8, LabErro
     let links = match devices(Path::new(DEVICES)) {
         found if found.is_empty() => Some(Links::set_up()?),
         found => {
-            eprintln!("pageferry: this host has RDMA devices: {}", found.join(", "));
+            say(format_args!("this host has RDMA devices: {}", found.join(", ")));
             None
         }
     };

@@ -7,6 +7,7 @@ use std::process::Command;
 
 use super::error::LabError;
 use super::needs;
+use crate::cli::say;
 
 /// Modules the guest cannot do without, in the order they are loaded; those they depend on come before them.
 const REQUIRED: &[&str] = &[
@@ -191,7 +192,7 @@ fn dependency(text: &str) -> Option<String> {
 fn download(folder: &Path, package: &str) -> Result<PathBuf, LabError> {
     let _ = fs::remove_dir_all(folder);
     fs::create_dir_all(folder).map_err(LabError::file("make the folder", folder))?;
-    eprintln!("pageferry: downloading {package} for the lab guest (once; nothing is installed)");
+    say(format_args!("downloading {package} for the lab guest (once; nothing is installed)"));
     let mut command = Command::new("apt-get");
     command
         .args(["download", "-qq", package])

@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use pageferry::print;
 
 use self::error::LabError;
 use self::guest::{BOOT_PATIENCE_S, Output};
@@ -166,6 +167,13 @@ impl GuestArgs {
     }
 }
 
+impl LabArgs {
+    /// Whether it is to print one JSON object.
+    pub(super) fn json(&self) -> bool {
+        matches!(&self.command, LabCommand::Bench(args) if args.json)
+    }
+}
+
 pub(super) fn run(args: &LabArgs) -> Result<ExitCode, CliError> {
     match &args.command {
         LabCommand::Run(args) => run_command(args),
@@ -218,8 +226,13 @@ fn prepare(args: &PrepareArgs) -> Result<ExitCode, LabError> {
     let cache = kernel::cache()?;
     let kernel = kernel::find(&cache, args.kernel.as_deref())?;
     let initramfs = initramfs::get(&cache, &kernel)?;
-    println!("kernel:    {} ({} modules), {}", kernel.version, kernel.modules.len(), kernel.image.display());
-    println!("initramfs: {}", initramfs.display());
+    print::line(format_args!(
+        "kernel:    {} ({} modules), {}",
+        kernel.version,
+        kernel.modules.len(),
+        kernel.image.display()
+    ));
+    print::line(format_args!("initramfs: {}", initramfs.display()));
     Ok(ExitCode::SUCCESS)
 }
 

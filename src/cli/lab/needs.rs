@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 pub(super) use pageferry::measure::process::{path, program};
 
 use super::error::LabError;
+use crate::cli::say;
 
 /// Something that must be there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +109,7 @@ pub(super) fn install(needs: &[Need]) -> Result<(), LabError> {
         return Err(complaint(&missing));
     }
     let packages = packages(&missing);
-    eprintln!("pageferry: installing {}", packages.join(" "));
+    say(format_args!("installing {}", packages.join(" ")));
     // Old package lists may do without a network, so that alone does not fail.
     let _ = apt_get(&["update", "-qq"]);
     apt_get(&[&["install", "-y", "-qq", "--no-install-recommends"], packages.as_slice()].concat())?;

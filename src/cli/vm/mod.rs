@@ -12,11 +12,13 @@ use pageferry::engine::progress::Progress;
 use pageferry::engine::{Options, explain};
 use pageferry::pagecopy::backend::{Guest, GuestRam};
 use pageferry::pagecopy::layout::Layout;
+use pageferry::print;
 use pageferry::transport::uri::Uri;
 use pageferry::transport::wire::control::Hello;
 
 use super::api::ApiAddress;
 use super::{CliError, Exit, PinnedArgs, size, stop};
+use crate::cli::say;
 use machine::Machine;
 use server::Server;
 
@@ -118,10 +120,9 @@ pub(super) fn run(args: &VmArgs) -> Result<(), CliError> {
             ..Options::default()
         };
         let progress = Progress::default();
-        let destination =
-            Destination::bind(uri, &options, &progress, |notice| eprintln!("pageferry: {notice}"))
-                .map_err(|e| CliError::cannot_start(&e))?;
-        eprintln!("pageferry: listening on {}", destination.uri());
+        let destination = Destination::bind(uri, &options, &progress, |notice| say(notice))
+            .map_err(|e| CliError::cannot_start(&e))?;
+        say(format_args!("listening on {}", destination.uri()));
         server.listening(destination.uri(), &progress);
         let taking = server.clone();
         std::thread::Builder::new()
@@ -141,7 +142,7 @@ pub(super) fn run(args: &VmArgs) -> Result<(), CliError> {
 
 fn open_serial(target: &str) -> Result<Box<dyn Write + Send>, String> {
     Ok(match target {
-        "stdio" => Box::new(std::io::stdout()),
+        "stdio" => Box::new(print::console()),
         "none" => Box::new(std::io::sink()),
         path => Box::new(
             std::fs::File::create(path).map_err(|e| format!("--serial: cannot write to {path}: {e}"))?,

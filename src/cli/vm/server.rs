@@ -22,6 +22,7 @@ use tokio::runtime::Runtime;
 use super::super::api::{Answer, LINE_MAX, MigrateRequest, PlanRequest, Request, RunState, VmStatus};
 use super::super::{CliError, Exit};
 use super::machine::Machine;
+use crate::cli::say;
 use recording::Recording;
 
 /// A client that says nothing for this long is left.
@@ -458,7 +459,7 @@ impl Server {
             drop(state);
             self.end(Err(error));
         } else {
-            eprintln!("pageferry: {error}");
+            say(&error);
             state.run = RunState::Paused;
             state.lost = Some(error);
         }

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use pagecopy::compress::Compress;
 use pageferry::measure::process::{private_bytes, program};
+use pageferry::print;
 use pageferry_benches::Random;
 use pageferry_benches::images::{BLOCK_BYTES, Holes};
 
@@ -107,7 +108,7 @@ pub(crate) fn make(args: &MakeArgs) -> Result<(), String> {
         return Err(format!("the guest's RAM cannot be made: the lab ended with {status}"));
     }
     let told = describe(&args.file).map_err(|e| format!("{}: {e}", args.file.display()))?;
-    println!("{}: {told}", args.file.display());
+    print::line(format_args!("{}: {told}", args.file.display()));
     Ok(())
 }
 
@@ -162,7 +163,7 @@ pub(crate) fn fill(args: &FillArgs) -> Result<(), String> {
         read_all(Path::new(folder), total * FREE_PERCENT / 100, &mut left)?;
     }
     for name in ["MemTotal:", "MemFree:", "Cached:", "AnonPages:", "Slab:"] {
-        eprintln!("{name:<12}{:>6} MiB", meminfo(name)? >> 20);
+        print::note(format_args!("{name:<12}{:>6} MiB", meminfo(name)? >> 20));
     }
     Ok(())
 }

@@ -15,6 +15,7 @@ use pagecopy::backend::GuestRam;
 use pagecopy::layout::{Layout, Region};
 use pageferry::measure::process::{self, Running};
 use pageferry::measure::{Job, Target, Took};
+use pageferry::print;
 use rustix::pipe::SpliceFlags;
 use transport::socket::{Connection, Listener};
 use transport::uri::Uri;
@@ -69,7 +70,7 @@ pub(crate) fn run(args: &LimitArgs) -> Result<(), String> {
     let target = args.copy.as_deref().map_or(Target::Anonymous, Target::File);
     let took = transfer(args.sender, args.streams, &args.image, target);
     let took = took.map_err(|e| format!("{}: {e}", args.image.display()))?;
-    println!("{}", serde_json::to_string(&took).map_err(|e| e.to_string())?);
+    print::line(serde_json::to_string(&took).map_err(|e| e.to_string())?);
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use pageferry::measure::Place;
 use pageferry::measure::qemu::{self, Help, LiveJob};
+use pageferry::print;
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 use vmm_shim::guests::counter::{CounterParams, PAGE_WORDS_MAX};
 use vmm_shim::guests::{self, firmware, map};
@@ -103,7 +104,7 @@ fn move_guest(args: &LiveArgs, folder: &Path) -> Result<(), String> {
         word: map::GAPS,
     })?;
     let or = |value: Option<f64>| value.map_or_else(|| "?".into(), |value| format!("{value:.0}"));
-    println!(
+    print::line(format_args!(
         "QEMU {}: {} after {} s and {} rounds; downtime {} ms, expected {} ms; the guest stood still for {} ms",
         args.case.to_possible_value().map_or_else(String::new, |name| name.get_name().to_owned()),
         lived.status,
@@ -111,8 +112,8 @@ fn move_guest(args: &LiveArgs, folder: &Path) -> Result<(), String> {
         lived.rounds,
         or(lived.downtime_ms),
         or(lived.expected_ms),
-        or(lived.word.map(|ticks| ticks as f64 / f64::from(tsc_khz))),
-    );
+        or(lived.word.map(|ticks| ticks as f64 / f64::from(tsc_khz)))
+    ));
     Ok(())
 }
 

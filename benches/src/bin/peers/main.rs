@@ -20,6 +20,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use pageferry::measure::qemu;
+use pageferry::print;
 use pageferry_benches::images::{self, Kind};
 use serde_json::json;
 
@@ -154,9 +155,12 @@ fn size(text: &str) -> Result<u64, String> {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    print::end("peers", run(&Cli::parse()))
+}
+
+fn run(cli: &Cli) -> ExitCode {
     if let Err(error) = signals::catch() {
-        eprintln!("peers: signals cannot be caught: {error}");
+        print::note(format_args!("peers: signals cannot be caught: {error}"));
         return ExitCode::FAILURE;
     }
     let done = match &cli.command {
@@ -175,7 +179,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(reason) => {
-            eprintln!("peers: {reason}");
+            print::note(format_args!("peers: {reason}"));
             ExitCode::FAILURE
         }
     }
@@ -199,7 +203,7 @@ impl HowArgs {
     fn runner(&self) -> Result<Runner, String> {
         let pageferry = program(self.pageferry.as_deref())?;
         if cfg!(debug_assertions) {
-            eprintln!("peers: this is a debug build: its figures mean little");
+            print::note("peers: this is a debug build: its figures mean little");
         }
         Runner::new(pageferry, &self.folder, self.runs)
     }
@@ -226,9 +230,9 @@ fn compare(args: &RunArgs) -> Result<bool, String> {
     }
     let outcomes = args.how.runner()?.compare(&comparisons)?;
     if args.how.json {
-        println!("{}", json!({ "machine": machine(), "comparisons": outcomes }));
+        print::line(json!({ "machine": machine(), "comparisons": outcomes }));
     } else {
-        outcomes.iter().for_each(|outcome| print!("{}", table::outcome(outcome)));
+        outcomes.iter().for_each(|outcome| print::text(table::outcome(outcome)));
     }
     Ok(outcomes.iter().all(Outcome::is_complete))
 }
@@ -243,16 +247,16 @@ fn readme(args: &ReadmeArgs) -> Result<bool, String> {
         .filter(|row| args.only.is_empty() || args.only.iter().any(|name| name == row.name))
         .collect();
     if args.list {
-        chosen.iter().for_each(|row| println!("{:<18}{}", row.name, row.what()));
+        chosen.iter().for_each(|row| print::line(format_args!("{:<18}{}", row.name, row.what())));
         return Ok(true);
     }
     let mut outcomes = args.keep.as_deref().map_or(Ok(Vec::new()), kept)?;
     let complete = args.judge || measure(args, &chosen, &mut outcomes)?;
     let verdicts: Vec<_> = chosen.iter().map(|row| row.judge(&outcomes)).collect();
     if args.how.json {
-        println!("{}", json!({ "machine": machine(), "comparisons": outcomes, "rows": verdicts }));
+        print::line(json!({ "machine": machine(), "comparisons": outcomes, "rows": verdicts }));
     } else {
-        print!("{}", table::verdicts(&verdicts));
+        print::text(table::verdicts(&verdicts));
     }
     Ok(complete)
 }
@@ -273,14 +277,14 @@ fn measure(args: &ReadmeArgs, rows: &[&Row], outcomes: &mut Vec<Outcome>) -> Res
         };
         let comparisons = wanted.iter().map(named).collect::<Result<Vec<_>, _>>()?;
         if let Some(lack) = acceptance::lack(&comparisons) {
-            eprintln!("{}: left out: {lack}", wanted.join(", "));
+            print::note(format_args!("{}: left out: {lack}", wanted.join(", ")));
             complete = false;
             continue;
         }
         for outcome in runner.compare(&comparisons)? {
             complete &= outcome.is_complete();
             if !args.how.json {
-                println!("{}", table::outcome(&outcome));
+                print::line(table::outcome(&outcome));
             }
             outcomes.retain(|old| old.name != outcome.name);
             outcomes.push(outcome);

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pageferry::measure::{Job, Place, Target, Took, same_content};
+use pageferry::print;
 use pageferry_benches::images::{self, Holes, Kind};
 use serde::{Deserialize, Serialize};
 
@@ -213,7 +214,7 @@ impl<'a> Prepared<'a> {
                 file.file_name().unwrap_or_default().to_string_lossy().into_owned()
             }
             Image::Made(kind, length) => {
-                eprintln!("{}: making the image", what.name);
+                print::note(format_args!("{}: making the image", what.name));
                 images::make(&image, *kind, *length, SEED).map_err(|e| complain(&image, &e))?;
                 kind.to_string()
             }
@@ -261,9 +262,13 @@ fn say(name: &str, contender: &str, round: u32, took: Result<&Took, &String>) {
     let round = if round == 0 { "warm-up".into() } else { format!("run {round}") };
     match took {
         Ok(took) => {
-            eprintln!("{name}: {contender}: {round}: {:.0} ms, {:.2} CPU s", took.total_ms, took.cpu_s());
+            print::note(format_args!(
+                "{name}: {contender}: {round}: {:.0} ms, {:.2} CPU s",
+                took.total_ms,
+                took.cpu_s()
+            ));
         }
-        Err(reason) => eprintln!("{name}: {contender}: {round}: failed: {reason}"),
+        Err(reason) => print::note(format_args!("{name}: {contender}: {round}: failed: {reason}")),
     }
     // Whatever the run left to the kernel is done before the next one.
     std::thread::sleep(Duration::from_millis(100));

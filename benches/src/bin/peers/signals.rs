@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pageferry::print;
 use tokio::signal::unix::{SignalKind, signal};
 
 static CANCELLED: AtomicBool = AtomicBool::new(false);
@@ -44,7 +45,7 @@ pub(crate) fn catch() -> io::Result<()> {
 
 fn end() {
     CANCELLED.store(true, Ordering::Relaxed);
-    eprintln!("peers: stopping");
+    print::note("peers: stopping");
     for child in children() {
         // One that has ended meanwhile is no matter. The lab ends its guest; the others leave nothing behind.
         let _ = kill(child, Signal::SIGTERM);

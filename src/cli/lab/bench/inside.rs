@@ -8,6 +8,7 @@ use std::time::Duration;
 use pageferry::measure::ferry::Ferry;
 use pageferry::measure::qemu::{self, Mode};
 use pageferry::measure::{Job, Place, Target, same_content};
+use pageferry::print;
 
 use super::super::error::LabError;
 use super::super::{own_program, script};
@@ -78,7 +79,7 @@ pub(in super::super) fn run(args: &InsideArgs) -> Result<ExitCode, LabError> {
         qemu: qemu::version(),
         rows,
     };
-    println!("{}", serde_json::to_string(&table).unwrap_or_default());
+    print::line(serde_json::to_string(&table).unwrap_or_default());
     Ok(ExitCode::SUCCESS)
 }
 
@@ -205,8 +206,8 @@ impl Bench<'_> {
 
 fn say(what: &str, rate: Result<f64, &String>) {
     match rate {
-        Ok(rate) => eprintln!("{what}: {rate:.1} MB/s"),
-        Err(reason) => eprintln!("{what}: failed: {reason}"),
+        Ok(rate) => print::note(format_args!("{what}: {rate:.1} MB/s")),
+        Err(reason) => print::note(format_args!("{what}: failed: {reason}")),
     }
     // Whatever the run left to the kernel is done before the next one.
     std::thread::sleep(Duration::from_millis(100));

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use clap::Args;
+use pageferry::print;
 
 use self::image::Kind;
 use self::table::Table;
@@ -20,6 +21,7 @@ use super::error::LabError;
 use super::guest::{BOOT_PATIENCE_S, Output};
 use super::run::{self, Plan};
 use super::{memory, needs};
+use crate::cli::say;
 
 pub(super) use self::inside::run as run_inside;
 
@@ -49,7 +51,7 @@ pub(super) struct BenchArgs {
     install: bool,
     /// Print one JSON object instead of a table
     #[arg(long)]
-    json: bool,
+    pub(in super::super) json: bool,
 }
 
 /// What is measured.
@@ -93,7 +95,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<ExitCode, LabError> {
     }
     needs::check(&all)?;
     if cfg!(debug_assertions) {
-        eprintln!("pageferry: this is a debug build: its own rows are slower than those of a release build");
+        say("this is a debug build: its own rows are slower than those of a release build");
     }
     let captured = Arc::new(Mutex::new(Vec::new()));
     let plan = Plan {
@@ -122,9 +124,9 @@ pub(super) fn run(args: &BenchArgs) -> Result<ExitCode, LabError> {
         LabError::Inside(format!("what the bench printed in the guest is not understood: {e}"))
     })?;
     if args.json {
-        println!("{}", serde_json::to_string(&table).unwrap_or_default());
+        print::line(serde_json::to_string(&table).unwrap_or_default());
     } else {
-        print!("{}", table::text(&table));
+        print::text(table::text(&table));
     }
     Ok(ExitCode::SUCCESS)
 }
