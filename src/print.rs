@@ -123,7 +123,13 @@ pub fn flush(patience: Duration) {
 
 /// Has panics said by `say` instead of by Rust, which would wait for a reader of standard error.
 pub fn on_panic(say: fn(&str)) {
-    std::panic::set_hook(Box::new(move |info| say(&panicked(info))));
+    std::panic::set_hook(Box::new(move |info| {
+        say(&panicked(info));
+        let trace = std::backtrace::Backtrace::capture();
+        if trace.status() == std::backtrace::BacktraceStatus::Captured {
+            note(trace);
+        }
+    }));
 }
 
 fn panicked(info: &PanicHookInfo<'_>) -> String {
@@ -132,13 +138,8 @@ fn panicked(info: &PanicHookInfo<'_>) -> String {
     let place = info.location().map_or_else(String::new, |place| format!(" at {place}"));
     let payload = info.payload();
     let text = payload.downcast_ref::<String>().map(String::as_str);
-    let what = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no text");
-    let trace = std::backtrace::Backtrace::capture();
-    let trace = match trace.status() {
-        std::backtrace::BacktraceStatus::Captured => format!("\n{trace}"),
-        _ => String::new(),
-    };
-    format!("thread {name} panicked{place}: {what}; this is a defect, please report it{trace}")
+    let text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no text");
+    format!("thread {name} panicked{place}: {text}; this is a defect, please report it")
 }
 
 /// A writer that nobody waits for: a thread writes what is pushed. Where it does not keep up, or cannot write, what comes is lost.

@@ -9,6 +9,7 @@ mod folder;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod lab;
+mod log;
 mod output;
 mod random;
 mod rate;
@@ -38,6 +39,8 @@ use pageferry::vmm_shim::lost_room;
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    #[command(flatten)]
+    log: log::LogArgs,
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 the migration failed and the source has the guest; 2 wrong arguments; \
@@ -93,9 +96,12 @@ impl CliError {
 pub fn run() -> ExitCode {
     // Before there is any guest memory.
     lost_room::report();
-    print::on_panic(|text| say(text));
+    print::on_panic(|text| match tracing::enabled!(tracing::Level::ERROR) {
+        true => tracing::error!("{text}"),
+        false => say(text),
+    });
     let code = match Cli::try_parse() {
-        Ok(cli) => run_command(&cli.command),
+        Ok(cli) => run_command(&cli),
         Err(error) => usage(&error),
     };
     print::end("pageferry", code)
@@ -136,19 +142,11 @@ fn failure(exit: Exit, text: &str) -> serde_json::Value {
     serde_json::json!({ "status": status, "error": text, "exit_code": exit as u8 })
 }
 
-fn run_command(command: &Command) -> ExitCode {
-    let done = |()| ExitCode::SUCCESS;
-    let result = match command {
-        Command::Demo(args) => demo::run(args).map(done),
-        Command::Vm(args) => vm::run(args).map(done),
-        Command::Ctl(args) => ctl::run(args).map(done),
-        Command::Send(args) => send::run(args).map(done),
-        Command::Recv(args) => recv::run(args).map(done),
-        Command::Lab(args) => lab::run(args),
-        Command::Bench(args) => bench::run(args).map(done),
-    };
+fn run_command(cli: &Cli) -> ExitCode {
+    let logging = cli.log.start().map_err(|text| CliError { exit: Exit::CannotStart, text });
+    let result = logging.and_then(|()| cli.command.run());
     result.unwrap_or_else(|CliError { exit, text }| {
-        if command.json() && !print::has_printed() {
+        if cli.command.json() && !print::has_printed() {
             print::line(failure(exit, &text));
         }
         say(text);
@@ -157,6 +155,19 @@ fn run_command(command: &Command) -> ExitCode {
 }
 
 impl Command {
+    fn run(&self) -> Result<ExitCode, CliError> {
+        let done = |()| ExitCode::SUCCESS;
+        match self {
+            Self::Demo(args) => demo::run(args).map(done),
+            Self::Vm(args) => vm::run(args).map(done),
+            Self::Ctl(args) => ctl::run(args).map(done),
+            Self::Send(args) => send::run(args).map(done),
+            Self::Recv(args) => recv::run(args).map(done),
+            Self::Lab(args) => lab::run(args),
+            Self::Bench(args) => bench::run(args).map(done),
+        }
+    }
+
     /// Whether it is to print one JSON object, whatever happens.
     fn json(&self) -> bool {
         match self {

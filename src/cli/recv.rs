@@ -14,7 +14,6 @@ use pageferry::transport::wire::control::Hello;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 
 use super::{CliError, Exit, PinnedArgs, output, stop};
-use crate::cli::say;
 
 /// Receives what `pageferry send` sends
 #[derive(Debug, Args)]
@@ -99,9 +98,9 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     stop::on_signals(move || {
         cancelled.cancel();
     });
-    let destination = Destination::bind(&args.uri, &options, &progress, |notice| say(notice))
+    let destination = Destination::bind(&args.uri, &options, &progress, |notice| tracing::info!("{notice}"))
         .map_err(|e| CliError::cannot_start(&e))?;
-    say(format_args!("listening on {}", destination.uri()));
+    tracing::info!("listening on {}", destination.uri());
     let bar = output::Bar::start(&progress, args.json);
     let mut taker = Taker { target: &args.target, ram: None };
     let result = destination.receive(&mut taker);

@@ -6,7 +6,6 @@ use pageferry::print;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Exit;
-use crate::cli::say;
 
 /// How long a process that ends at once waits for what it said to be written.
 const LAST_WORDS: Duration = Duration::from_millis(200);
@@ -33,7 +32,7 @@ pub(super) fn on_signals(cancel: impl Fn() + Send + 'static) {
                     std::process::exit(Exit::Cancelled as i32);
                 }
                 asked = true;
-                say("stopping in order; once more to stop at once");
+                tracing::info!("stopping in order; once more to stop at once");
                 cancel();
             }
         });

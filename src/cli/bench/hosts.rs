@@ -15,7 +15,6 @@ use serde::{Deserialize, Serialize};
 
 use super::pair::{Here, LINE_MAX, Running};
 use super::side::{DestinationOrder, Outcome, Place, Word};
-use crate::cli::say;
 use crate::cli::{CliError, Exit};
 
 /// Longest request, in bytes.
@@ -74,14 +73,14 @@ pub(super) fn listen(uri: &Uri, memory: &str, data_port: u16, running: &Running)
     let cannot = |e: io::Error| CliError::cannot_start(&e);
     let listener = Listener::bind(&control(uri)).map_err(|e| CliError::cannot_start(&e))?;
     listener.set_nonblocking(true).map_err(cannot)?;
-    say(format_args!("listening on {}", listener.uri()));
+    tracing::info!("listening on {}", listener.uri());
     while !running.is_cancelled() {
         match listener.accept() {
             Ok(connection) => {
                 let peer = connection.peer();
                 match serve(connection, &data(uri, data_port), memory, running) {
-                    Ok(()) => say(format_args!("a run with {peer} is done")),
-                    Err(why) => say(format_args!("a run with {peer} failed: {why}")),
+                    Ok(()) => tracing::info!("a run with {peer} is done"),
+                    Err(why) => tracing::info!("a run with {peer} failed: {why}"),
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(TICK),

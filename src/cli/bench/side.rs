@@ -25,7 +25,6 @@ use serde::{Deserialize, Serialize};
 use super::live::{Arrived, Dirtying, Live, Writing};
 use super::series::{Sampler, Series};
 use crate::cli::backing;
-use crate::cli::say;
 use crate::cli::tuning::TuningArgs;
 
 /// What a side is to do.
@@ -223,8 +222,8 @@ fn destination(order: &DestinationOrder) -> Result<Outcome, String> {
     let uri: Uri = order.uri.parse().map_err(|e| explain(&e))?;
     let options = Options { timeout: Duration::from_secs(order.timeout_s), ..Options::default() };
     let progress = Progress::default();
-    let destination =
-        Destination::bind(&uri, &options, &progress, |text| say(text)).map_err(|e| explain(&e))?;
+    let destination = Destination::bind(&uri, &options, &progress, |text| tracing::info!("{text}"))
+        .map_err(|e| explain(&e))?;
     tell(&Word::Listening(Place { uri: destination.uri().to_string(), memory: order.memory.clone() }));
     let mut taker = Taker { order, ram: None };
     let arrival = destination.receive(&mut taker).map_err(|e| explain(&e))?;
