@@ -5,6 +5,7 @@ mod backing;
 mod bench;
 mod ctl;
 mod demo;
+mod file;
 mod folder;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

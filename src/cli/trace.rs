@@ -19,6 +19,8 @@ use pageferry::engine::explain;
 use pageferry::pagecopy::bitmap::PageBitmap;
 use pageferry::pagecopy::layout::{CHUNK_PAGES, GUEST_BYTES_MAX, Layout, PAGE_SIZE};
 
+use super::file;
+
 const MAGIC: &[u8; 8] = b"PFTRACE1";
 const HEADER_BYTES: usize = 32;
 const ENTRY_BYTES: usize = 12;
@@ -85,7 +87,7 @@ impl Trace {
     }
 
     fn open(path: &Path) -> Result<Self, TraceError> {
-        let mut file = File::open(path)?;
+        let mut file = file::open(path)?;
         let found = file.metadata()?.len();
         if found > FILE_BYTES_MAX {
             return Err(TraceError::TooLong { found });
@@ -198,7 +200,7 @@ pub(super) struct Recorder {
 impl Recorder {
     /// Makes the file, emptying one that is there.
     pub(super) fn create(path: &Path, layout: &Layout) -> io::Result<Self> {
-        let mut file = BufWriter::new(File::create(path)?);
+        let mut file = BufWriter::new(file::write(path, false)?);
         file.write_all(&header(layout, 0))?;
         Ok(Self { file, intervals: 0 })
     }

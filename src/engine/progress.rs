@@ -201,7 +201,13 @@ impl Progress {
     }
 
     pub(crate) fn update(&self, change: impl FnOnce(&mut Report)) {
-        change(&mut self.lock());
+        let mut report = self.lock();
+        let before = News::of(&report);
+        change(&mut report);
+        let news = News::of(&report).since(&before, &report);
+        drop(report);
+        // Nobody waits for a log with the report in hand.
+        news.into_iter().for_each(News::tell);
     }
 
     fn lock(&self) -> MutexGuard<'_, Report> {
@@ -214,6 +220,40 @@ impl Progress {
 
     fn lock_tuning(&self) -> MutexGuard<'_, Tuning> {
         self.shared.tuning.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// What of a report the log tells when it changes.
+#[derive(Debug, PartialEq)]
+struct News {
+    status: Status,
+    stalled: bool,
+    streams_lost: u32,
+    streams_reconnected: u32,
+    why: Option<String>,
+}
+
+impl News {
+    fn of(report: &Report) -> Self {
+        Self {
+            status: report.status,
+            stalled: report.stalled.is_some(),
+            streams_lost: report.streams_lost,
+            streams_reconnected: report.streams_reconnected,
+            why: None,
+        }
+    }
+
+    /// Itself with the reason, unless nothing has changed.
+    fn since(self, before: &Self, report: &Report) -> Option<Self> {
+        let why = if self.stalled && !before.stalled { &report.stalled } else { &report.error };
+        (self != *before).then(|| Self { why: why.clone(), ..self })
+    }
+
+    fn tell(self) {
+        let Self { status, stalled, streams_lost, streams_reconnected, why } = self;
+        let why = why.unwrap_or_default();
+        tracing::info!(stalled, streams_lost, streams_reconnected, why, "migration: {status:?}");
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use pagecopy::backend::BackendError;
@@ -101,9 +102,11 @@ pub(crate) fn create_file(path: &Path, layout: &Layout) -> Result<File, BackendE
 
 /// Opens a file that holds RAM; returns it with its length in bytes.
 pub(crate) fn open_file(path: &Path, writable: bool) -> Result<(File, u64), BackendError> {
+    // Of a pipe this would wait for its other end, before it is known to be one.
     let file = OpenOptions::new()
         .read(true)
         .write(writable)
+        .custom_flags(libc::O_NONBLOCK)
         .open(path)
         .map_err(|e| BackendError::new(format!("{}: open the RAM file", path.display()), e))?;
     let len = require_regular(path, &file)?;

@@ -1,6 +1,7 @@
 //! The machine of a `vm` process: KVM guest, or threads that stand for one.
 
 use std::io::Write;
+use std::path::Path;
 use std::sync::Arc;
 
 use pageferry::engine::explain;
@@ -14,7 +15,7 @@ use pageferry::vmm_shim::uffd_log::UffdLog;
 use pageferry::vmm_shim::vmm::{self, GuestImage, Tracker, Vm, VmConfig, VmState};
 use pageferry::vmm_shim::writer::{MemoryWriter, WriterOptions};
 
-use super::super::backing;
+use super::super::{backing, file};
 use super::{TrackerArg, VmArgs};
 
 /// A guest with its memory and its dirty log.
@@ -41,7 +42,7 @@ impl Machine {
         let guest = if args.incoming.is_some() { GuestImage::Incoming } else { image(args)? };
         if let (None, Some(path)) = (&args.incoming, &args.content) {
             let complain = |e: &dyn std::fmt::Display| format!("--content {}: {e}", path.display());
-            let bytes = std::fs::read(path).map_err(|e| complain(&e))?;
+            let bytes = file::read(path).map_err(|e| complain(&e))?;
             fill(&*ram, &bytes).map_err(|e| complain(&e))?;
         }
         let tracker = match args.tracker {
@@ -160,7 +161,7 @@ fn image(args: &VmArgs) -> Result<GuestImage, String> {
             page_words: if args.content.is_some() { 0 } else { PAGE_WORDS_MAX },
         }),
         "mem-test" => GuestImage::MemTest { bytes: args.working_set & !1023 },
-        path => GuestImage::RealMode(std::fs::read(path).map_err(|e| {
+        path => GuestImage::RealMode(file::read(Path::new(path)).map_err(|e| {
             format!("--guest {path}: not counter or mem-test, and no image can be read there: {e}")
         })?),
     })
