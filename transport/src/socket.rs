@@ -1,11 +1,12 @@
 //! Sockets of a session: listening, connecting, and the options that data streams want.
 
+use std::fs::Permissions;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use socket2::{SockRef, Socket};
@@ -154,6 +155,15 @@ impl Listener {
     ///
     /// A Unix socket's path that nobody listens on any more is replaced; any other file there is left alone.
     pub fn bind(uri: &Uri) -> Result<Self, SocketError> {
+        Self::bind_with_mode(uri, None)
+    }
+
+    /// Listens at a Unix socket's path as [`Self::bind`] does, for this user alone.
+    pub fn bind_private(path: &Path) -> Result<Self, SocketError> {
+        Self::bind_with_mode(&Uri::Unix(path.into()), Some(0o600))
+    }
+
+    fn bind_with_mode(uri: &Uri, mode: Option<u32>) -> Result<Self, SocketError> {
         let fail =
             |hint: &str, source: io::Error| SocketError::new(format!("cannot listen on {uri}{hint}"), source);
         let hint = |e: &io::Error| match e.kind() {
@@ -170,7 +180,7 @@ impl Listener {
                 if stale {
                     std::fs::remove_file(path).map_err(|e| fail(": cannot replace the old socket", e))?;
                 }
-                let listener = UnixListener::bind(path).map_err(|e| fail(hint(&e), e))?;
+                let listener = listen_unix(path, mode).map_err(|e| fail(hint(&e), e))?;
                 Ok(Self::Unix(listener, path.clone()))
             }
             Uri::Tcp { host, port } | Uri::Rdma { host, port } => {
@@ -245,6 +255,19 @@ impl Drop for Listener {
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+/// Listens at a path; with `mode`, that is the file's before anybody can connect.
+fn listen_unix(path: &Path, mode: Option<u32>) -> io::Result<UnixListener> {
+    let socket = Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
+    socket.bind(&socket2::SockAddr::unix(path)?)?;
+    let ready = mode.map_or(Ok(()), |mode| std::fs::set_permissions(path, Permissions::from_mode(mode)));
+    if let Err(e) = ready.and_then(|()| socket.listen(256)) {
+        // Whatever it is, it is this socket's.
+        let _ = std::fs::remove_file(path);
+        return Err(e);
+    }
+    Ok(socket.into())
 }
 
 fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
