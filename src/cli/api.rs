@@ -50,14 +50,39 @@ pub(super) enum Request {
     Postcopy,
     /// Opens lost connections of postcopy at another address of the destination.
     Recover { uri: String },
-    /// Ends the process.
-    Quit,
+    /// Ends the process; with `force` also one whose guest misses pages.
+    Quit {
+        #[serde(default)]
+        force: bool,
+    },
 }
 
 impl Request {
-    /// Reads a request from its line.
-    pub(super) fn parse(line: &[u8]) -> Result<Self, serde_json::Error> {
-        serde_json::from_slice(line)
+    /// Reads a request. Fields that it does not have are refused by name: a misspelt limit is none.
+    pub(super) fn parse(line: &[u8]) -> Result<Self, String> {
+        let refused = |e: serde_json::Error| format!("not a request: {e}");
+        let fields: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(line).map_err(refused)?;
+        let request: Self = serde_json::from_slice(line).map_err(refused)?;
+        let known = request.fields();
+        match fields.keys().find(|field| !known.contains(field)) {
+            Some(unknown) => {
+                Err(format!("not a request: unknown field `{unknown}`; it has {}", known.join(", ")))
+            }
+            None => Ok(request),
+        }
+    }
+
+    /// All fields that such a request may have.
+    fn fields(&self) -> Vec<String> {
+        let mut full = self.clone();
+        match &mut full {
+            Self::Set(tuning) => *tuning = TuningArgs::full(),
+            Self::Migrate(migrate) => migrate.tuning = TuningArgs::full(),
+            _ => {}
+        }
+        let value = serde_json::to_value(full).unwrap_or_default();
+        value.as_object().into_iter().flat_map(|fields| fields.keys().cloned()).collect()
     }
 }
 
@@ -192,6 +217,9 @@ pub(super) struct VmStatus {
     /// Where a destination listens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub listening: Option<String>,
+    /// The last migration out of here could not be started: nothing listens there, for instance.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub not_started: bool,
     /// The last recording of a trace.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub trace: Option<TraceStatus>,
@@ -261,4 +289,37 @@ pub(super) fn ask(path: &Path, request: &Request) -> Result<serde_json::Value, A
 /// Asks how the VM stands.
 pub(super) fn status(path: &Path) -> Result<VmStatus, ApiError> {
     Ok(serde_json::from_value(ask(path, &Request::Status)?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_read_and_fields_that_they_lack_are_named() {
+        for good in [
+            r#"{"execute":"status"}"#,
+            r#"{"execute":"quit"}"#,
+            r#"{"execute":"quit","force":true}"#,
+            r#"{"execute":"resume","force":true}"#,
+            r#"{"execute":"set","bandwidth":null,"timeout_s":3,"on_timeout":"postcopy","throttle_max":5}"#,
+            r#"{"execute":"migrate","uri":"unix:/x","rdma_max_pinned":null,"postcopy_after_rounds":1,"max_rounds":2}"#,
+            r#"{"execute":"plan","link":1,"downtime_limit_ms":5}"#,
+        ] {
+            assert!(Request::parse(good.as_bytes()).is_ok(), "{good}: {:?}", Request::parse(good.as_bytes()));
+        }
+        for (bad, word) in [
+            (r#"{"execute":"status","x":1}"#, "`x`"),
+            (r#"{"execute":"set","bandwith":1}"#, "`bandwith`; it has auto_converge, bandwidth"),
+            (r#"{"execute":"migrate","uri":"unix:/x","downtime_limit":1}"#, "`downtime_limit`"),
+            (r#"{"execute":"pause","force":true}"#, "`force`"),
+            (r#"{"execute":"recover","uri":"unix:/x","streams":1}"#, "`streams`"),
+            (r#"{"execute":"dance"}"#, "dance"),
+            (r#"[]"#, "not a request"),
+            ("", "not a request"),
+        ] {
+            let error = Request::parse(bad.as_bytes()).unwrap_err();
+            assert!(error.contains(word), "{bad}: {error}");
+        }
+    }
 }

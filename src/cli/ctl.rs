@@ -93,7 +93,11 @@ enum CtlCommand {
     },
     /// Ends the VM's process
     #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock quit")]
-    Quit,
+    Quit {
+        /// Even if pages of a running guest are still on their way from here or to here: that guest is lost then
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -163,9 +167,9 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), CliError> {
             if migrate.detach {
                 return done(args.json);
             }
-            let report = follow(path, args.json)?;
-            output::print(&report, args.json);
-            return verdict(&report);
+            let end = follow(path, args.json)?;
+            output::print(&end.report, args.json);
+            return end.verdict();
         }
         CtlCommand::RecordTrace(record) => return record_trace(path, record, args.json),
         CtlCommand::Pause => Request::Pause,
@@ -176,7 +180,7 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), CliError> {
         CtlCommand::Continue => Request::Continue,
         CtlCommand::Postcopy => Request::Postcopy,
         CtlCommand::Recover { uri } => Request::Recover { uri: uri.to_string() },
-        CtlCommand::Quit => Request::Quit,
+        CtlCommand::Quit { force } => Request::Quit { force: *force },
     };
     api::ask(path, &request).map_err(|e| refused(&e))?;
     done(args.json)
@@ -262,8 +266,32 @@ fn show_status(path: &Path, json: bool) -> Result<(), CliError> {
     Ok(())
 }
 
+/// How a migration ended.
+pub(super) struct End {
+    pub(super) report: Report,
+    /// Nothing was begun.
+    pub(super) not_started: bool,
+}
+
+impl End {
+    /// It as an exit code.
+    pub(super) fn verdict(&self) -> Result<(), CliError> {
+        let exit = match self.report.status {
+            Status::Completed => return Ok(()),
+            Status::Cancelled => Exit::Cancelled,
+            Status::Unknown => Exit::Unknown,
+            Status::Failed if self.not_started => Exit::CannotStart,
+            _ => Exit::Failed,
+        };
+        Err(CliError {
+            exit,
+            text: self.report.error.clone().unwrap_or_else(|| "the migration failed".into()),
+        })
+    }
+}
+
 /// Watches a migration until it ends; shows a bar on a terminal.
-pub(super) fn follow(path: &Path, quiet: bool) -> Result<Report, CliError> {
+pub(super) fn follow(path: &Path, quiet: bool) -> Result<End, CliError> {
     let mut bar = output::LateBar::new(quiet);
     let (mut silent, mut asking): (Option<Instant>, Option<Instant>) = (None, None);
     loop {
@@ -278,7 +306,7 @@ pub(super) fn follow(path: &Path, quiet: bool) -> Result<Report, CliError> {
                 };
                 if ended {
                     bar.finish();
-                    return Ok(report);
+                    return Ok(End { report, not_started: status.not_started });
                 }
                 bar.show(&report);
             }
@@ -291,15 +319,4 @@ pub(super) fn follow(path: &Path, quiet: bool) -> Result<Report, CliError> {
         }
         std::thread::sleep(POLL);
     }
-}
-
-/// A finished migration as an exit code.
-pub(super) fn verdict(report: &Report) -> Result<(), CliError> {
-    let exit = match report.status {
-        Status::Completed => return Ok(()),
-        Status::Cancelled => Exit::Cancelled,
-        Status::Unknown => Exit::Unknown,
-        _ => Exit::Failed,
-    };
-    Err(CliError { exit, text: report.error.clone().unwrap_or_else(|| "the migration failed".into()) })
 }

@@ -32,7 +32,7 @@ const PASSES: u64 = 2;
 #[command(after_help = "Example:\n  pageferry demo --mem 1G --cpus 2 --streams 4 --json")]
 pub(super) struct DemoArgs {
     /// Guest memory
-    #[arg(long, default_value = "256M", value_parser = size::parse)]
+    #[arg(long, default_value = "256M", value_parser = size::memory)]
     mem: u64,
     /// vCPUs
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
@@ -91,10 +91,12 @@ pub(super) fn run(args: &DemoArgs) -> Result<(), CliError> {
     let mut check = Checker::new(args.cpus, pages_of_each(args));
     wait_passes(&guest.source.serial, &mut check, Side::Source)?;
     tell(args.json, "the guest runs at the source and keeps writing; moving it");
-    let mut report = migrate(args, &guest.source, guest.uri.clone())?;
-    let went = ctl::verdict(&report).and_then(|()| guest.prove(&mut check));
+    let end = migrate(args, &guest.source, guest.uri.clone())?;
+    let went = end.verdict().and_then(|()| guest.prove(&mut check));
+    let went = went.map_err(|error| CliError { text: error.text + &guest.last_words(), ..error });
+    let mut report = end.report;
     report.verified &= went.is_ok();
-    if let (Err(error), None) = (&went, &report.error) {
+    if let Err(error) = &went {
         report.error = Some(error.text.clone());
     }
     let passes = check.passes();
@@ -109,8 +111,8 @@ pub(super) fn run(args: &DemoArgs) -> Result<(), CliError> {
     went
 }
 
-/// Migrates the guest; its report.
-fn migrate(args: &DemoArgs, source: &VmProcess, uri: String) -> Result<Report, CliError> {
+/// Migrates the guest.
+fn migrate(args: &DemoArgs, source: &VmProcess, uri: String) -> Result<ctl::End, CliError> {
     let migrate = MigrateRequest {
         uri,
         streams: args.transfer.streams,
@@ -229,7 +231,7 @@ impl VmProcess {
 
 impl Drop for VmProcess {
     fn drop(&mut self) {
-        let asked = api::ask(&self.api, &Request::Quit).is_ok();
+        let asked = api::ask(&self.api, &Request::Quit { force: true }).is_ok();
         let deadline = Instant::now() + Duration::from_secs(2);
         while asked && Instant::now() < deadline {
             if let Ok(Some(_)) = self.child.try_wait() {
@@ -257,6 +259,17 @@ impl Pair {
         source.wait(|s| (s.state == RunState::Running).then_some(()))?;
         let uri = destination.wait(|s| s.listening.clone())?;
         Ok(Self { source, destination, uri })
+    }
+
+    /// What the VMs said on standard error, for an error whose reason one of them knows.
+    fn last_words(&self) -> String {
+        let said = |name: &str, vm: &VmProcess| {
+            let text = std::fs::read_to_string(&vm.errors).unwrap_or_default();
+            let lines = text.lines().map(|line| line.trim_start_matches("pageferry: "));
+            let lines: Vec<_> = lines.filter(|line| !line.starts_with("listening on ")).collect();
+            if lines.is_empty() { String::new() } else { format!("; the {name} said: {}", lines.join("; ")) }
+        };
+        said("source", &self.source) + &said("destination", &self.destination)
     }
 
     /// The guest's own word: what it printed at the source, then at the destination, is one unbroken chain.

@@ -179,7 +179,7 @@ fn show(bar: &ProgressBar, report: &Report) {
 pub(super) fn print(report: &Report, json: bool) {
     if json {
         print::line(serde_json::to_string(report).unwrap_or_default());
-    } else if report.status == Status::Failed && report.logical_bytes == 0 {
+    } else if matches!(report.status, Status::Failed | Status::Cancelled) && report.logical_bytes == 0 {
         // Nothing happened that numbers could tell; the error says it all.
     } else {
         let digest = report.digest.as_ref().map(|d| format!("{:<18}{d}\n", "xxh3-128:"));

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::Args;
 use pageferry::engine::destination::{Destination, Incoming, IncomingError};
 use pageferry::engine::progress::Progress;
+use pageferry::engine::report::Status;
 use pageferry::engine::{Options, content_digest, explain};
 use pageferry::pagecopy::backend::{Guest, GuestRam};
 use pageferry::pagecopy::layout::Layout;
@@ -109,12 +110,18 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     if let (true, Ok(_), Some(ram)) = (args.digest, &result, &taker.ram) {
         report.digest = Some(content_digest(&**ram).map_err(|e| CliError::cannot_start(&e))?);
     }
-    output::print(&report, args.json);
-    result.map(drop).map_err(|error| {
+    let end = result.map(drop).map_err(|error| {
         let exit = match error {
             IncomingError::Cancelled => Exit::Cancelled,
             _ => Exit::Failed,
         };
         CliError { exit, text: explain(&error) }
-    })
+    });
+    if let (Err(error), Status::None) = (&end, report.status) {
+        // It ended before a source came.
+        report.status = if error.exit == Exit::Cancelled { Status::Cancelled } else { Status::Failed };
+        report.error = Some(error.text.clone());
+    }
+    output::print(&report, args.json);
+    end
 }

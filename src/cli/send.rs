@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use pageferry::engine::progress::Progress;
-use pageferry::engine::source::{Cause, Fate, SourceBackend, migrate};
+use pageferry::engine::source::{Cause, Failure, Fate, SourceBackend, migrate};
 use pageferry::engine::tuning::Tuning;
 use pageferry::engine::{content_digest, explain};
 use pageferry::pagecopy::backend::{GuestRam, StaticLog};
@@ -34,6 +34,11 @@ pub(super) struct SendArgs {
     /// Print one JSON object at the end instead of text
     #[arg(long)]
     pub(super) json: bool,
+}
+
+/// Whether it failed before anything was begun.
+pub(super) fn is_not_started(failure: &Failure) -> bool {
+    matches!(failure.cause, Cause::Socket(_))
 }
 
 pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
@@ -68,7 +73,7 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
         let exit = match (failure.fate, &failure.cause) {
             (Fate::Unknown, _) => Exit::Unknown,
             (_, Cause::Cancelled) => Exit::Cancelled,
-            (_, Cause::Socket(_)) => Exit::CannotStart,
+            _ if is_not_started(&failure) => Exit::CannotStart,
             _ => Exit::Failed,
         };
         CliError { exit, text: explain(&failure) }

@@ -15,9 +15,30 @@ pub(super) fn parse(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| "the size does not fit into 64 bits".into())
 }
 
+/// Smallest guest memory.
+const MEMORY_MIN: u64 = 16 << 20;
+
+/// Reads the size of a guest's memory.
+pub(super) fn memory(text: &str) -> Result<u64, String> {
+    match parse(text)? {
+        bytes if bytes < MEMORY_MIN || !bytes.is_multiple_of(4096) => {
+            Err("guest memory is a multiple of 4096 and at least 16M".into())
+        }
+        bytes => Ok(bytes),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::parse;
+    use super::{memory, parse};
+
+    #[test]
+    fn guest_memory_is_whole_pages_and_some() {
+        assert_eq!(memory("16M"), Ok(16 << 20));
+        for bad in ["0", "1K", "4097", "16777217", "15M"] {
+            assert!(memory(bad).unwrap_err().contains("a multiple of 4096 and at least 16M"), "{bad}");
+        }
+    }
 
     #[test]
     fn sizes() {

@@ -96,6 +96,25 @@ impl TuningArgs {
         }
     }
 
+    /// With everything set.
+    pub(super) fn full() -> Self {
+        Self {
+            downtime_limit_ms: Some(0),
+            bandwidth: Some(0),
+            max_rounds: Some(0),
+            timeout: Some(0),
+            on_timeout: Some(OnTimeoutArg::Cancel),
+            auto_converge: Some(true),
+            throttle_max: Some(1),
+            pause_before_switchover: Some(true),
+        }
+    }
+
+    /// Whether more is set than the bandwidth.
+    pub(super) fn has_more_than_bandwidth(&self) -> bool {
+        Self { bandwidth: None, ..self.clone() } != Self::default()
+    }
+
     /// The limits of a new migration.
     pub(super) fn tuning(&self) -> Tuning {
         let mut tuning = Tuning::default();

@@ -203,20 +203,50 @@ pub(crate) struct Vm {
 impl Vm {
     /// Starts it, and waits until its control socket answers.
     pub(crate) fn start(world: &World, name: &str, spec: &Spec, incoming: Option<&str>) -> Self {
+        let errors = File::create(world.path(&format!("{name}.err"))).unwrap();
+        Self::start_with(world, name, spec, incoming, errors.into())
+    }
+
+    /// The same, with this standard error.
+    pub(crate) fn start_with(
+        world: &World,
+        name: &str,
+        spec: &Spec,
+        incoming: Option<&str>,
+        stderr: Stdio,
+    ) -> Self {
+        let serial = world.path(&format!("{name}.serial"));
+        let serial = serial.to_str().unwrap();
+        Self::start_on(world, name, spec, incoming, serial, [Stdio::null(), stderr])
+    }
+
+    /// Starts a source whose console is its standard output.
+    #[allow(dead_code, reason = "for tests/output.rs, which shares this file")]
+    pub(crate) fn start_on_console(world: &World, name: &str, spec: &Spec, stdout: Stdio) -> Self {
+        Self::start_on(world, name, spec, None, "stdio", [stdout, Stdio::null()])
+    }
+
+    fn start_on(
+        world: &World,
+        name: &str,
+        spec: &Spec,
+        incoming: Option<&str>,
+        console: &str,
+        [stdout, stderr]: [Stdio; 2],
+    ) -> Self {
         let file = |end: &str| world.path(&format!("{name}.{end}"));
         let (api, serial, errors) = (file("sock"), file("serial"), file("err"));
         let mut command = Command::new(PAGEFERRY);
         command
             .args(["vm", "--api", &format!("unix:{}", api.display())])
-            .arg("--serial")
-            .arg(&serial)
+            .args(["--serial", console])
             .args(["--guest", &spec.guest])
             .args(["--cpus", &spec.cpus.to_string(), "--mem", &format!("{}M", spec.mem_mib)])
             .args(["--working-set", &spec.working_set.to_string(), "--rate", &spec.rate.to_string()])
             .args(&spec.more)
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(&errors).unwrap());
+            .stdout(stdout)
+            .stderr(stderr);
         if !spec.kvm {
             command.arg("--no-kvm");
         }
@@ -224,6 +254,8 @@ impl Vm {
             command.args(["--incoming", uri]);
         }
         let child = command.spawn().unwrap();
+        // It has the ends of pipes that it was given.
+        drop(command);
         let pid = child.id().try_into().unwrap();
         let vm = Self { name: name.into(), child: Mutex::new(child), pid, api, serial, errors };
         wait_for(&format!("{name} answers"), PATIENCE, || {
@@ -285,10 +317,29 @@ impl Vm {
         wait_for(&format!("{} is {state}", self.name), PATIENCE, || (self.state() == state).then_some(()));
     }
 
-    fn wait_listening(&self) -> String {
+    pub(crate) fn wait_listening(&self) -> String {
         wait_for(&format!("{} listens", self.name), PATIENCE, || {
             self.status()["listening"].as_str().map(str::to_owned)
         })
+    }
+
+    /// Whether [`Self::as_nobody`] works.
+    #[allow(dead_code, reason = "for tests/output.rs, which shares this file")]
+    pub(crate) fn can_be_nobody() -> bool {
+        let args = ["--reuid", "65534", "--clear-groups", PAGEFERRY, "--version"];
+        Command::new("setpriv").args(args).stdout(Stdio::null()).status().is_ok_and(|status| status.success())
+    }
+
+    /// Runs the command as another user.
+    #[allow(dead_code, reason = "for tests/output.rs, which shares this file")]
+    pub(crate) fn as_nobody(args: &[&str]) -> Ended {
+        let output = Command::new("setpriv")
+            .args(["--reuid", "65534", "--clear-groups", PAGEFERRY])
+            .args(args)
+            .output();
+        let output = output.unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ended { code: output.status.code(), out: text(&output.stdout), err: text(&output.stderr) }
     }
 
     /// `pageferry ctl` on this VM.

@@ -9,7 +9,7 @@ use pageferry::print;
 use pageferry::vmm_shim::guests::counter::{Checker, Side};
 
 use super::super::api::RunState;
-use super::super::{CliError, Exit, ctl, output};
+use super::super::{CliError, Exit, output};
 use super::{DemoArgs, PATIENCE, VmProcess, migrate, pages_of_each, print_passes, prove, tell, wait_passes};
 
 /// Which side this is.
@@ -49,13 +49,13 @@ pub(super) fn run(
     appear(&address, "the destination's address")?;
     let uri = fs::read_to_string(&address).map_err(|e| CliError::cannot_start(&e))?;
     tell(args.json, "the guest runs at the source and keeps writing; moving it to the other host");
-    let report = migrate(args, &vm, uri);
+    let end = migrate(args, &vm, uri);
     // Whatever came of it: the destination must not wait for a file that never comes.
     let text = fs::read(&vm.serial).map_err(|e| CliError::cannot_start(&e))?;
     publish(&printed, &text)?;
-    let report = report?;
-    output::print(&report, args.json);
-    ctl::verdict(&report)
+    let end = end?;
+    output::print(&end.report, args.json);
+    end.verdict()
 }
 
 /// Makes a file that appears whole.

@@ -2,8 +2,11 @@
 
 mod machine;
 mod server;
+mod sys;
 
 use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
@@ -17,13 +20,9 @@ use pageferry::transport::uri::Uri;
 use pageferry::transport::wire::control::Hello;
 
 use super::api::ApiAddress;
-use super::{CliError, Exit, PinnedArgs, size, stop};
-use crate::cli::say;
+use super::{CliError, Exit, PinnedArgs, file, size, stop};
 use machine::Machine;
 use server::Server;
-
-/// Smallest guest memory.
-const MEMORY_MIN: u64 = 16 << 20;
 
 /// Runs a small virtual machine that can be migrated
 #[derive(Debug, Args)]
@@ -36,7 +35,7 @@ pub(super) struct VmArgs {
     #[arg(long, default_value = "counter")]
     guest: String,
     /// Guest memory
-    #[arg(long, default_value = "256M", value_parser = size::parse)]
+    #[arg(long, default_value = "256M", value_parser = size::memory)]
     mem: u64,
     /// vCPUs
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
@@ -101,15 +100,12 @@ enum TrackerArg {
 
 pub(super) fn run(args: &VmArgs) -> Result<(), CliError> {
     let fail = |text: String| CliError { exit: Exit::CannotStart, text };
-    if args.mem < MEMORY_MIN || !args.mem.is_multiple_of(4096) {
-        return Err(fail(format!("--mem {}: guest memory is a multiple of 4096 and at least 16M", args.mem)));
-    }
     let serial = open_serial(&args.serial).map_err(fail)?;
     let machine = Machine::new(args, serial).map_err(fail)?;
     let server = Server::new(machine, args.incoming.is_some());
     let api = server.serve(&args.api.0).map_err(fail)?;
     let quitting = server.clone();
-    stop::on_signals(move || quitting.quit());
+    stop::on_signals_unless_refused(move || quitting.signalled());
     if let Some(uri) = &args.incoming {
         let options = Options {
             timeout: std::time::Duration::from_secs(args.link_timeout),
@@ -120,18 +116,21 @@ pub(super) fn run(args: &VmArgs) -> Result<(), CliError> {
             ..Options::default()
         };
         let progress = Progress::default();
-        let destination = Destination::bind(uri, &options, &progress, |notice| say(notice))
+        let destination = Destination::bind(uri, &options, &progress, |notice| tracing::info!("{notice}"))
             .map_err(|e| CliError::cannot_start(&e))?;
-        say(format_args!("listening on {}", destination.uri()));
+        tracing::info!("listening on {}", destination.uri());
         server.listening(destination.uri(), &progress);
         let taking = server.clone();
         std::thread::Builder::new()
             .name("incoming".into())
             .spawn(move || {
                 let mut taker = Taker { machine: taking.machine(), server: taking.clone() };
-                if let Err(error) = destination.receive(&mut taker) {
-                    taking.not_arrived(explain(&error));
+                match catch_unwind(AssertUnwindSafe(|| destination.receive(&mut taker))) {
+                    Ok(Ok(_)) => {}
+                    Ok(Err(error)) => taking.not_arrived(explain(&error)),
+                    Err(_) => taking.incoming_panicked(),
                 }
+                sys::give_free_memory_back();
             })
             .map_err(|e| fail(format!("cannot start a thread: {e}")))?;
     } else if !args.paused {
@@ -144,9 +143,10 @@ fn open_serial(target: &str) -> Result<Box<dyn Write + Send>, String> {
     Ok(match target {
         "stdio" => Box::new(print::console()),
         "none" => Box::new(std::io::sink()),
-        path => Box::new(
-            std::fs::File::create(path).map_err(|e| format!("--serial: cannot write to {path}: {e}"))?,
-        ),
+        path => {
+            let file = file::write(Path::new(path), false);
+            Box::new(file.map_err(|e| format!("--serial: cannot write to {path}: {e}"))?)
+        }
     })
 }
 

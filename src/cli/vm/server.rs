@@ -2,14 +2,15 @@
 
 mod recording;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use pageferry::engine::plan::plan;
 use pageferry::engine::progress::{Phase, Progress};
-use pageferry::engine::report::Status;
-use pageferry::engine::source::{Fate, migrate};
+use pageferry::engine::report::{Report, Status};
+use pageferry::engine::source::{Failure, Fate, migrate};
 use pageferry::engine::{Options, explain};
 use pageferry::transport::link::{AsyncConnection, AsyncListener};
 use pageferry::transport::socket::Listener;
@@ -20,9 +21,11 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::runtime::Runtime;
 
 use super::super::api::{Answer, LINE_MAX, MigrateRequest, PlanRequest, Request, RunState, VmStatus};
+use super::super::send::is_not_started;
+use super::super::stop::{Heard, stopping};
 use super::super::{CliError, Exit};
 use super::machine::Machine;
-use crate::cli::say;
+use super::sys;
 use recording::Recording;
 
 /// A client that says nothing for this long is left.
@@ -31,8 +34,15 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Why nothing ends a migration in postcopy.
-const POSTCOPY_NEEDS_THIS: &str = "the guest may run at the destination and needs the pages that are still here: wait, or kill this \
-                                   process if the destination is gone";
+const POSTCOPY_NEEDS_THIS: &str = "the guest may run at the destination and needs the pages that are still here: wait, or `quit --force` \
+                                   if the destination is gone";
+/// Why a destination in postcopy does not end.
+const PAGES_ON_THEIR_WAY: &str = "pages of the guest that runs here are still on their way, and without this process it is lost: wait, or \
+                                  `quit --force`";
+/// Why a migration cannot be told what it was asked.
+const HANDED_OVER: &str = "too late: the guest was handed over";
+/// What is said of a thread that panicked, beside its own words.
+const PANICKED: &str = "a thread panicked, which is a defect (its words are in the log): please report it";
 
 /// One VM and who commands it.
 #[derive(Clone)]
@@ -56,14 +66,42 @@ struct State {
     listening: Option<String>,
     /// Why a guest that ran here is lost.
     lost: Option<String>,
+    /// The last migration out could not be started.
+    not_started: bool,
+    /// Why the thread of the last migration out ended without a result.
+    panicked: Option<String>,
+    /// A signal asked for the end while pages of the guest were missing.
+    warned: bool,
     recording: Recording,
     /// Set when the process is to end.
     end: Option<Result<(), String>>,
 }
 
 impl State {
+    /// The report of the last migration, out or in.
+    fn report(&self) -> Option<Report> {
+        let mut report = self.progress.as_ref().map(Progress::report)?;
+        if let Some(why) = &self.panicked {
+            report.status = if self.run == RunState::Unknown { Status::Unknown } else { Status::Failed };
+            report.error = Some(why.clone());
+        }
+        Some(report)
+    }
+
+    /// The status of a migration out that is under way.
     fn migration(&self) -> Option<Status> {
         self.progress.as_ref().filter(|_| self.migrating).map(|progress| progress.report().status)
+    }
+
+    /// The status of a migration in.
+    fn incoming(&self) -> Option<Status> {
+        let left = matches!(self.run, RunState::Migrated | RunState::Unknown);
+        self.progress.as_ref().filter(|_| !self.migrating && !left).map(|progress| progress.report().status)
+    }
+
+    /// How far a migration out that is under way has come.
+    fn phase(&self) -> Option<Phase> {
+        self.progress.as_ref().filter(|_| self.migrating).map(Progress::phase)
     }
 
     /// GO was said, and the source asks what came of it.
@@ -73,15 +111,18 @@ impl State {
 
     /// The guest may run at the destination, and pages follow, whatever the status says.
     fn in_postcopy(&self) -> bool {
-        let progress = self.progress.as_ref().filter(|_| self.migrating);
-        progress.is_some_and(|progress| progress.phase() == Phase::Postcopy)
+        self.phase() == Some(Phase::Postcopy)
     }
 
     /// The guest came in without all its pages: whoever reads its memory may wait for one, and for ever when it is lost.
     fn misses_pages(&self) -> bool {
-        let incoming = self.progress.as_ref().filter(|_| !self.migrating);
-        let status = incoming.map(|progress| progress.report().status);
-        matches!(status, Some(Status::PostcopyActive | Status::PostcopyPaused | Status::PostcopyLost))
+        self.may_lose_guest() || self.incoming() == Some(Status::PostcopyLost)
+    }
+
+    /// It runs, and is lost if this process ends.
+    fn may_lose_guest(&self) -> bool {
+        matches!(self.incoming(), Some(Status::PostcopyActive | Status::PostcopyPaused))
+            && self.lost.is_none()
     }
 
     /// The migration has its result, and its thread is about to enter it here.
@@ -98,8 +139,21 @@ impl Server {
         let run = if incoming { RunState::Incoming } else { RunState::Paused };
         let recording = Recording::default();
         let (migrating, planning, progress) = (false, false, None);
-        let (listening, lost, end) = (None, None, None);
-        let state = State { run, migrating, planning, progress, listening, lost, recording, end };
+        let (listening, lost, panicked, end) = (None, None, None, None);
+        let (not_started, warned) = (false, false);
+        let state = State {
+            run,
+            migrating,
+            planning,
+            progress,
+            listening,
+            lost,
+            not_started,
+            panicked,
+            warned,
+            recording,
+            end,
+        };
         let shared = Shared { machine: Arc::new(machine), state: Mutex::new(state), changed: Condvar::new() };
         Self { shared: Arc::new(shared) }
     }
@@ -114,11 +168,7 @@ impl Server {
 
     /// Opens the control socket, for this user alone, and answers on it.
     pub(super) fn serve(&self, path: &Path) -> Result<Runtime, String> {
-        use std::os::unix::fs::PermissionsExt;
-        let listener =
-            Listener::bind(&Uri::Unix(path.into())).map_err(|e| format!("--api: {}", explain(&e)))?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
-            .map_err(|e| format!("--api: cannot protect {}: {e}", path.display()))?;
+        let listener = Listener::bind_private(path).map_err(|e| format!("--api: {}", explain(&e)))?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -152,7 +202,10 @@ impl Server {
         {
             let whole = line.ends_with(b"\n") || (line.len() as u64) < LINE_MAX;
             let request = Request::parse(&line);
-            let mut quits = matches!(request, Ok(Request::Quit)) && whole;
+            let mut quits = match request {
+                Ok(Request::Quit { force }) if whole => Some(force),
+                _ => None,
+            };
             let answer = match request {
                 _ if !whole => Err(format!("a request is longer than {LINE_MAX} bytes")),
                 Ok(request) => {
@@ -161,15 +214,15 @@ impl Server {
                     let done = tokio::task::spawn_blocking(move || server.execute(request)).await;
                     done.unwrap_or_else(|e| Err(format!("the request failed: {e}")))
                 }
-                Err(e) => Err(format!("not a request: {e}")),
+                Err(e) => Err(e),
             };
-            quits &= answer.is_ok();
+            quits = quits.filter(|_| answer.is_ok());
             let answer = answer.map_or_else(Answer::Error, Answer::Return);
             let text = serde_json::to_string(&answer).unwrap_or_default() + "\n";
             let written = writer.write_all(text.as_bytes()).await;
-            if quits {
+            if let Some(force) = quits {
                 // Only now: the process may be gone a moment later, and its answer with it.
-                self.quit();
+                self.quit(force);
             }
             // What follows in a line that is too long is no request either.
             if written.is_err() || !whole {
@@ -189,13 +242,26 @@ impl Server {
             Request::Resume { force } => self.resume(force).map(|()| Value::Null),
             Request::RecordTrace(request) => self.record(&request).map(|()| Value::Null),
             Request::Cancel => self.cancel().map(|()| Value::Null),
-            Request::Set(tuning) => self.command(|progress| {
-                progress.tune(|now| tuning.apply(now));
-                Ok(())
+            Request::Set(tuning) => self.command(|progress| match progress.phase() {
+                Phase::Precopy => {
+                    progress.tune(|now| tuning.apply(now));
+                    Ok(())
+                }
+                Phase::Postcopy if !tuning.has_more_than_bandwidth() => {
+                    progress.tune(|now| tuning.apply(now));
+                    Ok(())
+                }
+                Phase::Postcopy => {
+                    Err("the guest was handed over: in postcopy there is only the bandwidth to set".into())
+                }
+                Phase::HandedOver => Err(HANDED_OVER.into()),
             }),
-            Request::Switchover => self.command(|progress| {
-                progress.request_switchover();
-                Ok(())
+            Request::Switchover => self.command(|progress| match progress.phase() {
+                Phase::Precopy => {
+                    progress.request_switchover();
+                    Ok(())
+                }
+                Phase::HandedOver | Phase::Postcopy => Err(HANDED_OVER.into()),
             }),
             Request::Continue => self.command(|progress| match progress.report().status {
                 Status::PreSwitchover => {
@@ -206,25 +272,43 @@ impl Server {
             }),
             Request::Postcopy => self.postcopy().map(|()| Value::Null),
             Request::Recover { uri } => self.recover(&uri).map(|()| Value::Null),
-            Request::Quit if self.state().in_postcopy() => Err(POSTCOPY_NEEDS_THIS.into()),
-            // Done once the answer is written.
-            Request::Quit => Ok(Value::Null),
+            Request::Quit { force } => {
+                let state = self.state();
+                match force {
+                    false if state.in_postcopy() => Err(POSTCOPY_NEEDS_THIS.into()),
+                    false if state.may_lose_guest() => Err(PAGES_ON_THEIR_WAY.into()),
+                    // Done once the answer is written.
+                    _ => Ok(Value::Null),
+                }
+            }
         }
     }
 
     fn status(&self) -> VmStatus {
         let machine = &self.shared.machine;
         let crash = machine.crash();
-        // A migration whose report is final is one whose guest's place is known: they are shown together.
-        let state = self.wait_while(self.state(), State::is_ending);
-        let crash = crash.or_else(|| state.lost.clone());
+        // A migration whose report is final is one whose guest's place is known: they are shown together, from one look.
+        let mut state = self.state();
+        let mut report = state.report();
+        if state.is_ending() {
+            state = self.wait_while(state, State::is_ending);
+            report = state.report();
+        }
+        let status = report.as_ref().map(|report| report.status);
+        let out = status.filter(|_| state.migrating);
+        let lost = (state.incoming() == Some(Status::PostcopyLost))
+            .then(|| report.as_ref().and_then(|report| report.error.clone()))
+            .map(|why| {
+                why.unwrap_or_else(|| "pages of the running guest were missing, and never came".into())
+            });
+        let crash = crash.or_else(|| state.lost.clone()).or(lost);
         VmStatus {
-            state: match crash {
-                Some(_) => RunState::Crashed,
-                None if state.asks() => RunState::Unknown,
-                None if state.migration() == Some(Status::PreSwitchover) => RunState::Paused,
-                None if state.in_postcopy() => RunState::Postcopy,
-                None => state.run,
+            state: match (&crash, out) {
+                (Some(_), _) => RunState::Crashed,
+                (None, Some(Status::Unknown)) => RunState::Unknown,
+                (None, Some(Status::PreSwitchover)) => RunState::Paused,
+                (None, Some(_)) if state.in_postcopy() => RunState::Postcopy,
+                (None, _) => state.run,
             },
             reason: crash,
             guest: machine.name.clone(),
@@ -238,14 +322,18 @@ impl Server {
             .then(|| machine.longest_gap_ms())
             .flatten(),
             listening: state.listening.clone(),
+            not_started: state.not_started && !state.migrating,
             trace: state.recording.status(),
-            migration: state.progress.as_ref().map(Progress::report),
+            migration: report,
         }
     }
 
     fn pause(&self) -> Result<(), String> {
         let mut state = self.state();
         match state.run {
+            _ if state.in_postcopy() => {
+                Err("the guest was handed over, and pages follow: pause it at the destination".into())
+            }
             _ if state.migrating => Err("a migration is under way: cancel it first".into()),
             RunState::Running => {
                 self.shared.machine.guest.pause().map_err(|e| explain(&e))?;
@@ -253,7 +341,7 @@ impl Server {
                 Ok(())
             }
             RunState::Paused => Ok(()),
-            other => Err(not_here(other)),
+            other => Err(not_here(other, false)),
         }
     }
 
@@ -269,7 +357,7 @@ impl Server {
             if state.run == RunState::Migrated {
                 return Err(format!(
                     "the destination has just confirmed the handover: {}",
-                    not_here(state.run)
+                    not_here(state.run, false)
                 ));
             }
         }
@@ -278,12 +366,12 @@ impl Server {
         }
         match state.run {
             _ if state.in_postcopy() => return Err(POSTCOPY_NEEDS_THIS.into()),
-            _ if state.asks() => return Err(not_here(RunState::Unknown)),
+            _ if state.asks() => return Err(not_here(RunState::Unknown, true)),
             _ if state.migrating => return Err("a migration is under way: cancel it first".into()),
             RunState::Paused => {}
             RunState::Migrated | RunState::Unknown if force => {}
             RunState::Running => return Ok(()),
-            other => return Err(not_here(other)),
+            other => return Err(not_here(other, true)),
         }
         self.shared.machine.guest.resume().map_err(|e| explain(&e))?;
         state.run = RunState::Running;
@@ -357,7 +445,7 @@ impl Server {
                 return Err("a migration or a dry run is under way".into());
             }
             RunState::Running | RunState::Paused => state.planning = true,
-            other => return Err(not_here(other)),
+            other => return Err(not_here(other, false)),
         }
         drop(state);
         let backend = self.shared.machine.backend(false);
@@ -403,7 +491,7 @@ impl Server {
         let paused = match state.run {
             RunState::Running => false,
             RunState::Paused => true,
-            other => return Err(not_here(other)),
+            other => return Err(not_here(other, false)),
         };
         if let Some(why) = self.shared.machine.crash() {
             return Err(format!("the guest has crashed ({why}); there is nothing to migrate"));
@@ -411,31 +499,56 @@ impl Server {
         self.shared.machine.forget_gap();
         let progress = Progress::new(request.tuning.tuning());
         state.progress = Some(progress.clone());
-        state.migrating = true;
+        (state.migrating, state.not_started, state.panicked) = (true, false, None);
         let server = self.clone();
         let backend = self.shared.machine.backend(paused);
         std::thread::Builder::new()
             .name("migration".into())
             .spawn(move || {
-                let result = migrate(&backend, &uri, &options, &progress);
-                let mut state = server.state();
-                state.migrating = false;
-                match result.map_err(|failure| failure.fate) {
-                    Ok(_) => state.run = RunState::Migrated,
-                    // Older than what ran at the destination: only by force.
-                    Err(Fate::Lost) => state.run = RunState::Migrated,
-                    Err(Fate::Unknown) => state.run = RunState::Unknown,
-                    Err(Fate::Stuck) => state.run = RunState::Paused,
-                    Err(Fate::RunsOn | Fate::StaysPaused | Fate::Unmoved) => {}
+                let result = catch_unwind(AssertUnwindSafe(|| migrate(&backend, &uri, &options, &progress)));
+                match result {
+                    Ok(result) => server.migrated(result.map(drop)),
+                    Err(_) => server.migration_panicked(paused),
                 }
-                drop(state);
-                server.shared.changed.notify_all();
+                sys::give_free_memory_back();
             })
             .map(drop)
             .map_err(|e| {
                 state.migrating = false;
                 format!("cannot start a thread: {e}")
             })
+    }
+
+    /// The migration has ended.
+    fn migrated(&self, result: Result<(), Failure>) {
+        let mut state = self.state();
+        state.migrating = false;
+        state.not_started = result.as_ref().is_err_and(is_not_started);
+        match result.map_err(|failure| failure.fate) {
+            Ok(()) => state.run = RunState::Migrated,
+            // Older than what ran at the destination: only by force.
+            Err(Fate::Lost) => state.run = RunState::Migrated,
+            Err(Fate::Unknown) => state.run = RunState::Unknown,
+            Err(Fate::Stuck) => state.run = RunState::Paused,
+            Err(Fate::RunsOn | Fate::StaysPaused | Fate::Unmoved) => {}
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+
+    /// It ended without telling how. Before GO the guest is this side's, whatever became of the rest.
+    fn migration_panicked(&self, paused: bool) {
+        let mut state = self.state();
+        if state.phase() == Some(Phase::Precopy) {
+            let runs = !paused && self.shared.machine.guest.resume().is_ok();
+            state.run = if runs { RunState::Running } else { RunState::Paused };
+        } else {
+            state.run = RunState::Unknown;
+        }
+        state.panicked = Some(PANICKED.into());
+        state.migrating = false;
+        drop(state);
+        self.shared.changed.notify_all();
     }
 
     /// The destination listens.
@@ -458,19 +571,79 @@ impl Server {
         if state.run == RunState::Incoming {
             drop(state);
             self.end(Err(error));
-        } else {
-            say(&error);
-            state.run = RunState::Paused;
-            state.lost = Some(error);
+            return;
+        }
+        state.run = RunState::Paused;
+        state.lost = Some(error.clone());
+        drop(state);
+        tracing::error!("{error}");
+        self.shared.changed.notify_all();
+    }
+
+    /// The thread that takes a guest in has panicked. A guest that has all its pages runs on.
+    pub(super) fn incoming_panicked(&self) {
+        let (waits, misses) = {
+            let state = self.state();
+            (state.run == RunState::Incoming, state.may_lose_guest())
+        };
+        if waits || misses {
+            self.not_arrived(PANICKED.into());
+        }
+        if misses {
+            // Its vCPUs may wait for pages that nobody brings in any more; this may wait for them as long as they do.
+            let _ = self.shared.machine.guest.stop_for_good(&|| Ok(()));
         }
     }
 
-    /// Ends the process, after whatever migration is under way was cancelled.
-    pub(super) fn quit(&self) {
-        if let Some(progress) = &self.state().progress {
+    /// Ends the process, after whatever migration is under way was cancelled or, in postcopy, has ended. By `force` at once.
+    pub(super) fn quit(&self, force: bool) {
+        let state = self.state();
+        let loses = state.in_postcopy() || state.may_lose_guest();
+        if force && loses {
+            drop(state);
+            self.end_at_once();
+            return;
+        }
+        if let Some(progress) = &state.progress {
             progress.cancel();
         }
+        let waits = state.in_postcopy();
+        drop(state);
+        if waits {
+            tracing::warn!("{POSTCOPY_NEEDS_THIS}; this process ends once the destination has them");
+        }
         self.end(Ok(()));
+    }
+
+    /// What a signal does: [`Self::quit`]; other than where that would lose a guest, and nobody has said so yet.
+    pub(super) fn signalled(&self) -> Heard {
+        let mut state = self.state();
+        if !state.may_lose_guest() {
+            drop(state);
+            stopping();
+            self.quit(false);
+            return Heard::Ending;
+        }
+        if std::mem::replace(&mut state.warned, true) {
+            drop(state);
+            self.end_at_once();
+            return Heard::Ending;
+        }
+        drop(state);
+        tracing::warn!(
+            "pages of the guest that runs here are still on their way; once more ends it, and the guest is lost"
+        );
+        Heard::Refused
+    }
+
+    /// Ends the process without waiting for a migration, and the guest with it that needs it.
+    fn end_at_once(&self) {
+        let mut state = self.state();
+        state.end =
+            Some(Err("ended while pages of the running guest were missing: the guest is lost".into()));
+        state.migrating = false;
+        drop(state);
+        self.shared.changed.notify_all();
     }
 
     /// Waits while something holds that a migration's thread will change, but not for ever.
@@ -506,12 +679,19 @@ impl Server {
     }
 }
 
-fn not_here(state: RunState) -> String {
+/// Why a guest does not do what it was asked; `forcible` where the request has a `--force`.
+fn not_here(state: RunState, forcible: bool) -> String {
     match state {
         RunState::Incoming => "no guest has come in yet",
-        RunState::Migrated => "the guest was migrated away and runs at the destination; --force overrides, and then it may run twice",
-        RunState::Unknown => {
+        RunState::Migrated if forcible => {
+            "the guest was migrated away and runs at the destination; --force overrides, and then it may run twice"
+        }
+        RunState::Migrated => "the guest was migrated away and runs at the destination",
+        RunState::Unknown if forcible => {
             "the last handover was not confirmed: make sure that the destination does not run the guest, then use --force"
+        }
+        RunState::Unknown => {
+            "the last handover was not confirmed: make sure that the destination does not run the guest, then `resume --force`"
         }
         _ => "the guest does not run",
     }

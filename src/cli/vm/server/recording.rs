@@ -63,7 +63,7 @@ impl Server {
         }
         match state.run {
             RunState::Running | RunState::Paused => {}
-            other => return Err(not_here(other)),
+            other => return Err(not_here(other, false)),
         }
         let machine = self.machine();
         let recorder = Recorder::create(&request.file, machine.ram.layout())
