@@ -260,6 +260,7 @@ pub fn migrate(
         paused_at: None,
         downtime: None,
         round_trip: None,
+        undialled: None,
         running: None,
     };
     let mut result = caught(|| attempt.run());
@@ -335,6 +336,8 @@ struct Attempt<'a> {
     downtime: Option<Duration>,
     /// The shortest that was seen: of opening a stream.
     round_trip: Option<Duration>,
+    /// Since when connections of postcopy could not be opened.
+    undialled: Option<Instant>,
     running: Option<Running>,
 }
 
@@ -361,6 +364,8 @@ struct Running {
     welcome: Welcome,
     /// What serves the pages that are missing at the destination.
     postcopy: Option<postcopy::Service>,
+    /// All pages that the destination was told, or is about to be told, are missing.
+    missing: Option<PageBitmap>,
 }
 
 impl Attempt<'_> {
@@ -384,7 +389,7 @@ impl Attempt<'_> {
         Spent::add(&source.counters().spent.scan, scanned);
         let feeder = Feeder::new(source.clone(), welcome.streams);
         watch.observe(source.clone());
-        self.running = Some(Running { watch, source, welcome, postcopy: None });
+        self.running = Some(Running { watch, source, welcome, postcopy: None, missing: None });
         self.progress.offer_postcopy(welcome.capabilities & capability::POSTCOPY != 0);
         self.leave.begin(Doing::OpeningStreams);
         self.open_streams(welcome.version, welcome.streams, &feeder)?;

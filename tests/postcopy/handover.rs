@@ -1,7 +1,7 @@
 //! Around the switch to postcopy: what can be asked for, what is refused, and what is lost with what.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use pageferry::transport::wire::control::Message;
@@ -142,9 +142,11 @@ fn a_stream_lost_in_the_first_pass_does_not_spoil_the_handover() {
     prove(&spec, &[&source, &destination]);
 }
 
+const BEFORE_GO: [&str; 6] = ["POSTCOPY", "POSTCOPY_READY", "MISSING", "STATE", "FINISH", "READY"];
+
 #[test]
-fn before_go_the_guest_stays_whatever_is_cut() {
-    for message in ["POSTCOPY", "POSTCOPY_READY", "MISSING", "STATE", "FINISH", "READY"] {
+fn before_go_the_guest_stays_whatever_is_cut_for_good() {
+    for message in BEFORE_GO {
         let world = World::new();
         let spec = Spec::counter().with(&["--memory", "memfd"]);
         let source = world.source("a", &spec);
@@ -155,11 +157,57 @@ fn before_go_the_guest_stays_whatever_is_cut() {
             }
             _ => Verdict::Pass,
         });
-        source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0}));
+        source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0, "reconnect_timeout_s": 0}));
         let report = source.wait_migration(PATIENCE);
         assert_eq!(report["status"], "failed", "{message}: {report}");
         assert_eq!(source.state(), "running", "{message}");
         prove(&spec, &[&source]);
         assert!(destination.serial().is_empty(), "{message}: it ran there, too");
     }
+}
+
+/// The handover is taken back, and with it what the destination has taken away; postcopy begins anew.
+#[test]
+fn before_go_everything_that_is_cut_is_made_anew() {
+    for message in BEFORE_GO {
+        let world = World::new();
+        let spec = Spec { mem_mib: 96, working_set: 32 << 20, ..Spec::counter() };
+        let spec = spec.with(&["--memory", "memfd"]);
+        let source = world.source("a", &spec);
+        let (destination, uri) = world.destination("b", &spec);
+        let cut = AtomicBool::new(false);
+        let proxy = Proxy::new(&uri, move |seen| match seen {
+            Seen::Message { message: seen, .. }
+                if seen.name() == message && !cut.swap(true, Ordering::Relaxed) =>
+            {
+                Verdict::Cut
+            }
+            _ => Verdict::Pass,
+        });
+        // Some of it is there by then, and is taken away again.
+        source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 1, "downtime_limit_ms": 0}));
+        let report = source.wait_migration(PATIENCE);
+        assert_eq!(report["status"], "completed", "{message}: {report}");
+        assert_eq!(report["reconnects"], 1, "{message}: {report}");
+        assert!(report["postcopy"]["pages"].as_u64() > Some(0), "{message}: {report}");
+        prove(&spec, &[&source, &destination]);
+    }
+}
+
+#[test]
+fn connections_of_postcopy_that_are_not_opened_at_once_are_tried_again() {
+    let world = World::new();
+    let spec = Spec::counter().with(&["--memory", "memfd"]);
+    let source = world.source("a", &spec);
+    let (destination, uri) = world.destination("b", &spec);
+    let tries = AtomicU32::new(0);
+    let proxy = Proxy::new(&uri, move |seen| match seen {
+        Seen::Open { role: Role::Postcopy, .. } if tries.fetch_add(1, Ordering::Relaxed) < 2 => Verdict::Cut,
+        _ => Verdict::Pass,
+    });
+    source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0}));
+    let report = source.wait_migration(PATIENCE);
+    assert_eq!(report["status"], "completed", "{report}");
+    assert!(report["reconnects"].as_u64() > Some(0), "{report}");
+    prove(&spec, &[&source, &destination]);
 }

@@ -26,7 +26,7 @@
 //! a GO of a handover that was taken back, and a RESUME that was long on its way takes back nothing.
 //!
 //! With postcopy POSTCOPY and POSTCOPY_READY come while pages are moving, and MISSING before FINISH. The guest is then handed over in
-//! the same way, and what is missing follows; SENT and ARRIVED end that.
+//! the same way, and what is missing follows; SENT and ARRIVED end that. Until GO it is taken back like any other handover.
 //!
 //! The machines hold rule 5: until [`SourceSession::go`] was called the source owns the guest, whatever happens; from that
 //! call on it never resumes it unless the destination says it abandoned the session. The destination owns it from the
@@ -263,21 +263,21 @@ impl SourceSession {
         Message::Go
     }
 
-    /// Whether [`resume`](Self::resume) may be called: pages have moved, and GO was not said. Nor POSTCOPY, after which the destination
-    /// has given up pages that it had.
+    /// Whether [`resume`](Self::resume) may be called: pages have moved, and GO was not said.
     pub fn may_resume(&self) -> bool {
         use SourceState as S;
-        let before_go = matches!(self.state, S::Moving | S::ExpectReady(_) | S::Ready | S::ExpectResumed);
-        before_go && !self.postcopy
+        matches!(self.state, S::Moving | S::ExpectReady(_) | S::Ready | S::ExpectResumed)
     }
 
-    /// Takes the session back to where pages move, over another control connection: the message that is the first on it.
+    /// Takes the session back to where pages move, over another control connection: the message that is the first on it. POSTCOPY is
+    /// taken back, too: the destination may have given up the pages that were said to be missing, and gets all of them anew.
     ///
     /// # Panics
     /// When GO was said, or pages never moved: the caller's order of steps is wrong.
     pub fn resume(&mut self) -> Message {
         assert!(self.may_resume(), "RESUME in state {}", self.state_name());
         self.state = SourceState::ExpectResumed;
+        self.postcopy = false;
         self.epoch += 1;
         Message::Resume { epoch: self.epoch }
     }
@@ -457,18 +457,18 @@ impl DestinationSession {
     }
 
     /// Goes back to where pages move, on the word of a source that lost its connections. Streams must have been stopped before the
-    /// message that this returns is sent, and the device state is to be dropped.
+    /// message that this returns is sent, and the device state is to be dropped; nothing is missing any more.
     ///
     /// # Errors
     /// When nothing has moved yet, when the guest is this side's or the session given up, and when an attempt with this number or
     /// a higher one was taken: that source has given this attempt up.
     pub fn resume(&mut self, epoch: u32) -> Result<Message, SessionError> {
         use DestinationState as S;
-        let may = matches!(self.state, S::Moving | S::Finishing | S::Ready) && !self.postcopy;
+        let may = matches!(self.state, S::Moving | S::Finishing | S::Ready);
         if epoch <= self.epoch || !may {
             return Err(SessionError::NoResume { epoch, last: self.epoch, state: self.state_name() });
         }
-        (self.state, self.have_state, self.epoch) = (S::Moving, false, epoch);
+        (self.state, self.have_state, self.postcopy, self.epoch) = (S::Moving, false, false, epoch);
         Ok(Message::Resumed { epoch })
     }
 
@@ -572,9 +572,6 @@ mod tests {
         assert!(source.clone().handle(Message::PostcopyReady { unit_chunks: 0 }).is_err());
         assert_eq!(destination.handle(source.postcopy()), Ok(DestinationEvent::Postcopy));
         assert!(destination.clone().handle(Message::Postcopy).is_err(), "once is enough");
-        // The destination gives up pages that it had: there is no way back to where they were.
-        assert!(!source.may_resume());
-        assert!(matches!(destination.clone().resume(1), Err(SessionError::NoResume { .. })));
         let ready = source.handle(Message::PostcopyReady { unit_chunks: 8 });
         assert_eq!(ready, Ok(SourceEvent::PostcopyReady { unit_chunks: 8 }));
         assert_eq!(destination.handle(missing.clone()), Ok(DestinationEvent::Missing(vec![run])));
@@ -688,6 +685,31 @@ mod tests {
         assert_eq!(source.handle(destination.ready(totals(4))), Ok(SourceEvent::Ready));
         let go = source.go();
         assert_eq!(destination.handle(go), Ok(DestinationEvent::Go));
+    }
+
+    #[test]
+    fn a_resumed_session_takes_postcopy_back() {
+        let (mut source, mut destination) = moving();
+        let missing = Message::Missing(vec![ChunkRun { first: 0, count: 1, pages: 1 }]);
+        for go in [false, true] {
+            destination.handle(source.postcopy()).unwrap();
+            source.handle(Message::PostcopyReady { unit_chunks: 0 }).unwrap();
+            destination.handle(missing.clone()).unwrap();
+            destination.handle(Message::State(vec![])).unwrap();
+            destination.handle(source.finish(totals(1))).unwrap();
+            source.handle(destination.ready(totals(1))).unwrap();
+            if go {
+                break;
+            }
+            resume(&mut source, &mut destination);
+            assert!(destination.clone().handle(missing.clone()).is_err(), "it was not announced anew");
+            assert!(
+                source.clone().handle(Message::PostcopyReady { unit_chunks: 0 }).is_err(),
+                "it comes late"
+            );
+        }
+        assert_eq!(destination.handle(source.go()), Ok(DestinationEvent::Go));
+        assert!(!source.may_resume() && destination.resume(9).is_err(), "the guest is the destination's");
     }
 
     #[test]

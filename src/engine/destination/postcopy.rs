@@ -82,9 +82,20 @@ impl Session {
         }
     }
 
+    /// The source takes the handover back: nothing is missing any more, for it sends anew what was taken away. The guest has not run.
+    pub(super) fn take_postcopy_back(&mut self) -> Result<(), IncomingError> {
+        self.end_postcopy();
+        match self.postcopy.take().and_then(|post| post.sink) {
+            Some(sink) => Ok(sink.end()?),
+            None => Ok(()),
+        }
+    }
+
     /// Something happened on the connections of postcopy.
     pub(super) fn on_postcopy(&mut self, event: PostcopyEvent) -> Result<(), IncomingError> {
         match event {
+            // Of a handover that was taken back.
+            PostcopyEvent::Ended(_) | PostcopyEvent::Faults(_) if self.postcopy.is_none() => Ok(()),
             PostcopyEvent::Opened { connection, stream } => self.open_postcopy(connection, stream),
             PostcopyEvent::Ended(error @ PostcopyError::Memory { .. }) => {
                 Err(IncomingError::PostcopyFailed { why: explain(&error) })

@@ -54,7 +54,7 @@ impl Session {
         self.outages.taking_up = None;
         let lost = matches!(error, LinkError::Io(_) | LinkError::Closed | LinkError::Timeout(_));
         // Before its first stream a source has nothing to lose: it begins anew.
-        if !lost || self.outages.patience.is_zero() || !self.streams.any() || self.postcopy.is_some() {
+        if !lost || self.outages.patience.is_zero() || !self.streams.any() {
             return Err(IncomingError::Link(error));
         }
         let outage = Outage::begin(&listening.progress, &explain(&error));
@@ -102,6 +102,7 @@ impl Session {
                     (self.link, self.generation) = (None, generation);
                     self.outages.taking_up = Some((link, resumed));
                     self.state.clear();
+                    self.take_postcopy_back()?;
                     for stream in self.streams.void() {
                         self.break_stream(stream);
                     }

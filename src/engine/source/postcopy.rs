@@ -108,7 +108,11 @@ impl Attempt<'_> {
         drop(feeder);
         let streams = running.watch.streams_ended()?;
         let given_up = || self.leave.is_over();
-        let connections = dial_all(uri, running.watch.session_id(), &welcome, timeout, &given_up)?;
+        let connections = dial_all(uri, running.watch.session_id(), &welcome, timeout, &given_up)
+            .inspect_err(|_| {
+                self.undialled.get_or_insert_with(Instant::now);
+            })?;
+        self.undialled = None;
         let hasher = running.source.hasher().clone();
         let options = server_options(running.source.options(), &welcome, connections.len());
         let (totals, server) = self.leave(&guest, streams, unit_chunks, hasher, options, rounds)?;
@@ -160,11 +164,17 @@ impl Attempt<'_> {
         self.paused_at = Some(Instant::now());
         guest.pause()?;
         let ram = self.backend.ram.clone();
-        let (watch, source) = self.parts();
+        let (_, source) = self.parts();
         source.dirty_sync()?;
         let (missing, holes) = missing_pages(&*ram, source.missing(), unit_chunks)?;
+        let all = PageBitmap::new(missing.chunks());
+        missing.iter().for_each(|(chunk, pages)| {
+            all.insert(chunk, pages);
+        });
         let pages = source.carried_pages_without(&missing);
         let server = PageServer::new(ram, hasher, missing, holes, unit_chunks, options);
+        self.running.as_mut().expect("set before any phase that needs it").missing = Some(all);
+        let (watch, _) = self.parts();
         for runs in server.runs().chunks(MISSING_RUNS_MAX) {
             watch.send(Message::Missing(runs.to_vec()));
         }
@@ -175,6 +185,15 @@ impl Attempt<'_> {
         check(&state)?;
         watch.send(state);
         Ok((totals, Arc::new(server)))
+    }
+
+    /// GO was not said, and will not be before pages have moved again: what the destination may have taken away waits like anything else.
+    pub(super) fn take_postcopy_back(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        running.postcopy = None;
+        if let Some(missing) = running.missing.take() {
+            running.source.give_back(&missing);
+        }
     }
 
     /// Serves pages until the destination misses none. After GO: it does not give up by itself, and nobody ends it. Where RUNNING was not

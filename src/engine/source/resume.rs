@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::unbounded;
 use transport::link::{Exchange, Link, LinkError};
+use transport::postcopy::PostcopyError;
 use transport::session::SourceEvent;
 use transport::socket::Connection;
 use transport::streams::StreamsError;
@@ -33,7 +34,17 @@ impl Attempt<'_> {
             Cause::Streams(StreamsError::AllLost { .. } | StreamsError::NotStopped { .. })
                 | Cause::Link(LinkError::Io(_) | LinkError::Closed | LinkError::Timeout(_))
         );
-        lost && self.running.as_ref().is_some_and(|running| running.watch.is_resumable())
+        // The control connection may break a moment later, or a path that carries nothing else may come to carry this as well.
+        let undialled =
+            matches!(
+                cause,
+                Cause::Postcopy(
+                    PostcopyError::Socket(_)
+                        | PostcopyError::Link(LinkError::Io(_) | LinkError::Closed | LinkError::Timeout(_))
+                        | PostcopyError::Io { .. }
+                )
+            ) && self.undialled.is_some_and(|since| since.elapsed() < self.options.reconnect_timeout);
+        (lost || undialled) && self.running.as_ref().is_some_and(|running| running.watch.is_resumable())
     }
 
     /// Takes the session up again. The guest comes first: it runs on, whether or not there will be connections.
@@ -51,6 +62,8 @@ impl Attempt<'_> {
         let (watch, _) = self.parts();
         let outage = Outage::begin(progress, &explain(cause));
         watch.lose_all()?;
+        self.take_postcopy_back();
+        let (watch, _) = self.parts();
         let mut pause = PAUSE_MIN;
         loop {
             let last = match watch.try_resume(uri) {

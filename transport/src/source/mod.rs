@@ -270,6 +270,18 @@ impl PageSource {
         missing
     }
 
+    /// Pages that were said to be missing are to be sent like any others: the destination may have taken away what it had of them. For
+    /// when no stream works.
+    pub fn give_back(&self, missing: &PageBitmap) {
+        for (chunk, pages) in missing.iter() {
+            self.shared.void(chunk, pages);
+            // A hole that no frame has carried is zero there as here, and is not read.
+            let data = self.initial.get(chunk) | self.carried.get(chunk) | self.pending.get(chunk);
+            self.pending.insert(chunk, pages & data);
+        }
+        self.notify();
+    }
+
     /// Adds what the dirty log holds to the pending pages; returns how many pages it held.
     pub fn dirty_sync(&self) -> Result<u64, BackendError> {
         let mut lap = Lap::start();
@@ -470,6 +482,23 @@ mod tests {
         };
         let (ram, log) = (Arc::new(Nowhere(layout)), Arc::new(StaticLog));
         PageSource::new(ram, log, PageHasher::new(1), options, pending)
+    }
+
+    #[test]
+    fn what_was_missing_is_given_back_without_its_holes() {
+        let (initial, missing) = (PageBitmap::new(4), PageBitmap::new(4));
+        initial.insert(1, 0b0110);
+        let source = nowhere(Layout::flat(4 * CHUNK_SIZE as u64).unwrap(), initial);
+        source.pending.take(1);
+        source.carried.insert(1, 0b0010);
+        source.carried.insert(2, 0b1000);
+        source.pending.insert(3, 1);
+        // With what comes in with them.
+        for chunk in 1..4 {
+            missing.insert(chunk, u64::MAX);
+        }
+        source.give_back(&missing);
+        assert_eq!([0, 1, 2, 3].map(|chunk| source.pending.get(chunk)), [0, 0b0110, 0b1000, 1]);
     }
 
     #[test]
