@@ -5,6 +5,7 @@
 //! a session has touched memory, its failure is the destination's end.
 
 mod front;
+mod populate;
 mod postcopy;
 mod resume;
 
@@ -12,25 +13,24 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
-use pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
+use pagecopy::backend::{BackendError, Guest, GuestRam, Room, StateBlob};
 use pagecopy::digest::PageHasher;
-use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
+use pagecopy::layout::{Layout, PAGE_SIZE};
 use transport::carrier::{Breaker, StreamRequest};
 use transport::destination::{PageSink, ReceiveError, receive_stream};
 use transport::host::Host;
 use transport::link::{Link, LinkError, LinkEvent};
+use transport::local::{check_headroom, destination_bytes, guarded, is_no_room};
 use transport::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
 use transport::socket::{Listener, SocketError};
-use transport::spent::Spent;
 use transport::streams::{DestinationStreams, Stop};
 use transport::uri::Uri;
 use transport::wire::control::{
-    ErrorCode, Hello, Message, PRESENCE_CHUNKS, SessionStatus, StreamEnd, Totals, Welcome, capability,
-    state_digest,
+    ErrorCode, Hello, Message, SessionStatus, StreamEnd, Totals, Welcome, capability, state_digest,
 };
 use transport::wire::{WireError, stream_number};
 
@@ -39,15 +39,17 @@ use super::report::{Report, Status};
 use super::source::RUN_STATE;
 use super::{Options, explain, usage};
 use front::{Event, Front};
+use populate::Enlarger;
 use resume::Outages;
 
 /// How often somebody who waits looks at everything that may have happened.
 const TICK: Duration = Duration::from_millis(20);
-/// Most pieces of 2 MiB that are brought in by one call: 32 MiB.
-const POPULATE_PIECES: usize = 16;
 
 /// How long a source has to take the last message.
 const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Panics that a destination which has the guest bears before it stops bringing pages in.
+const PANICS_MAX: u32 = 16;
 
 /// The VMM's side of a destination: makes the memory for a guest that is offered, or refuses it.
 pub trait Incoming {
@@ -91,6 +93,24 @@ pub enum IncomingError {
         /// How it was lost.
         #[source]
         source: LinkError,
+    },
+    /// Pages cannot be taken in, over whatever stream they come.
+    #[error("this host cannot take the guest's pages in")]
+    Receive(#[source] ReceiveError),
+    /// A thread cannot be started.
+    #[error("cannot start thread {name}: {}", usage::thread_limits())]
+    Thread {
+        /// Its name.
+        name: String,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// The destination panicked: pageferry or the VMM has a fault.
+    #[error("the destination panicked: {what}")]
+    Panicked {
+        /// What it said.
+        what: String,
     },
     /// A stream that should have ended in order did not.
     #[error("stream {stream} did not end in order")]
@@ -136,6 +156,8 @@ impl IncomingError {
             Self::Session(SessionError::TotalsDiffer { .. }) => ErrorCode::Integrity,
             Self::Session(_) => ErrorCode::Protocol,
             Self::Cancelled => ErrorCode::Cancelled,
+            Self::Receive(error) if error.is_no_room() => ErrorCode::NoRoom,
+            Self::Backend(error) if is_no_room(&error.source) => ErrorCode::NoRoom,
             _ => ErrorCode::Local,
         }
     }
@@ -171,7 +193,9 @@ impl Destination {
     ) -> Result<Self, IncomingError> {
         let listener = Listener::bind(uri)?;
         let (event_sender, events) = crossbeam_channel::unbounded();
-        let (front, uri) = Front::start(listener, uri, options.timeout, &event_sender)?;
+        // Its runtime panics where it cannot start a thread.
+        let start = || Front::start(listener, uri, options.timeout, &event_sender);
+        let (front, uri) = caught(start)?;
         Ok(Self {
             front,
             events,
@@ -194,18 +218,24 @@ impl Destination {
             let Some(opening) = self.opening()? else { continue };
             let Some(mut session) = self.accept(opening, incoming) else { continue };
             let cpu = usage::cpu_seconds();
-            let result = session.run(&self, incoming);
+            let result = caught(|| session.run(&self, incoming));
             if let Err(error) = &result {
                 if session.misses_pages() {
-                    session.stop_guest_for_good(&self.progress);
+                    // What panics here leaves a guest that waits for pages, and no other's to run.
+                    let _ = guarded(|| session.stop_guest_for_good(&self.progress));
                 }
-                session.fail(error);
+                let _ = guarded(|| session.fail(error));
             }
             session.report(&self.progress, cpu, result.as_ref().err());
             result?;
             let running = session.runs();
             return Ok(Arrival { report: self.progress.report(), running });
         }
+    }
+
+    /// Tells whoever started this destination; what it does with that is its own affair.
+    fn tell(&self, notice: &str) {
+        let _ = guarded(|| (self.notice)(notice));
     }
 
     /// Waits for a HELLO.
@@ -220,7 +250,7 @@ impl Destination {
                     return Ok(self.hello(link, &peer, version, generation));
                 }
                 Event::Refused { peer, reason } => {
-                    (self.notice)(&format!("refused a connection from {peer}: {reason}"));
+                    self.tell(&format!("refused a connection from {peer}: {reason}"));
                 }
                 // Of a session that is over.
                 Event::Link { .. }
@@ -238,7 +268,7 @@ impl Destination {
         let deadline = Instant::now() + self.options.timeout;
         let mut session = DestinationSession::new();
         let refuse = |code, reason: String| {
-            (self.notice)(&format!("refused a connection from {peer}: {reason}"));
+            self.tell(&format!("refused a connection from {peer}: {reason}"));
             // In this order: whoever hears of the refusal may come in at once.
             self.front.end_session();
             link.send(Message::Error { code, text: reason });
@@ -269,7 +299,7 @@ impl Destination {
                     }
                 },
                 Ok(Event::Refused { peer, reason }) => {
-                    (self.notice)(&format!("refused a connection from {peer}: {reason}"));
+                    self.tell(&format!("refused a connection from {peer}: {reason}"));
                 }
                 Ok(_) => {}
                 Err(_) => {
@@ -284,27 +314,18 @@ impl Destination {
     /// Decides on an offer; `None` when it was refused.
     fn accept(&mut self, opening: Opening, incoming: &mut dyn Incoming) -> Option<Session> {
         let Opening { link, peer, version, generation, session, hello } = opening;
-        let opened = Layout::new(hello.regions.clone())
-            .map_err(|e| e.to_string())
-            .and_then(|layout| check_presence(&hello, layout))
-            .and_then(|layout| incoming.open(&hello, layout))
-            .and_then(|ram| match (hello.live, incoming.guest()) {
-                (true, None) => Err(
-                    "this destination takes memory alone, not a running guest; use `pageferry vm --incoming`"
-                        .into(),
-                ),
-                (false, Some(_)) => Err(
-                    "this destination waits for a running guest, not for memory alone; use `pageferry recv`"
-                        .into(),
-                ),
-                (_, guest) => Ok((ram, guest)),
-            });
+        let opened = guarded(|| open(&hello, incoming)).unwrap_or_else(|what| {
+            Err((
+                ErrorCode::Local,
+                format!("this destination panicked as it made memory for the guest: {what}"),
+            ))
+        });
         let (ram, guest) = match opened {
             Ok(opened) => opened,
-            Err(reason) => {
-                (self.notice)(&format!("refused the guest offered by {peer}: {reason}"));
+            Err((code, reason)) => {
+                self.tell(&format!("refused the guest offered by {peer}: {reason}"));
                 self.front.end_session();
-                link.send(Message::Error { code: ErrorCode::Layout, text: reason });
+                link.send(Message::Error { code, text: reason });
                 return None;
             }
         };
@@ -347,6 +368,8 @@ impl Destination {
             setup: Duration::ZERO,
             event_sender: self.event_sender.clone(),
             outages,
+            resumed: false,
+            announced: false,
         })
     }
 }
@@ -360,11 +383,60 @@ impl Destination {
         match ram.missing_unit() {
             Ok(_) => capability::ENCODINGS | capability::POSTCOPY,
             Err(error) => {
-                (self.notice)(&format!("no postcopy here: {}", explain(&error)));
+                self.tell(&format!("no postcopy here: {}", explain(&error)));
                 capability::ENCODINGS
             }
         }
     }
+}
+
+/// Memory for the guest that is offered, and who is to run it; or why not.
+fn open(hello: &Hello, incoming: &mut dyn Incoming) -> Result<Opened, (ErrorCode, String)> {
+    let refused = |reason| (ErrorCode::Layout, reason);
+    let layout = Layout::new(hello.regions.clone()).map_err(|e| refused(e.to_string()))?;
+    let layout = check_presence(hello, layout).map_err(refused)?;
+    let ram = incoming.open(hello, layout).map_err(refused)?;
+    let guest = incoming.guest();
+    if hello.live != guest.is_some() {
+        return Err(refused(
+            if hello.live {
+                "this destination takes memory alone, not a running guest; use `pageferry vm --incoming`"
+            } else {
+                "this destination waits for a running guest, not for memory alone; use `pageferry recv`"
+            }
+            .into(),
+        ));
+    }
+    check_room(hello.data_bytes, ram.room()).map_err(|reason| (ErrorCode::NoRoom, reason))?;
+    check_headroom(destination_bytes(ram.layout(), hello.streams))
+        .map_err(|e| (ErrorCode::Local, e.to_string()))?;
+    Ok((ram, guest))
+}
+
+type Opened = (Arc<dyn GuestRam>, Option<Arc<dyn Guest>>);
+
+/// Refuses a guest whose pages have no room here, before the first of them comes.
+fn check_room(needed: u64, room: Option<Room>) -> Result<(), String> {
+    match room {
+        Some(Room { bytes, of, hint }) if bytes < needed => {
+            Err(format!("the guest brings {needed} bytes, but {of} has {bytes} left: {hint}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Does `work`; a panic in it is an error like another.
+fn caught<T>(work: impl FnOnce() -> Result<T, IncomingError>) -> Result<T, IncomingError> {
+    guarded(work).unwrap_or_else(|what| Err(IncomingError::Panicked { what }))
+}
+
+/// Starts a thread that serves a session.
+fn start_thread(
+    name: String,
+    work: impl FnOnce() + Send + 'static,
+) -> Result<std::thread::JoinHandle<()>, IncomingError> {
+    let started = std::thread::Builder::new().name(name.clone()).spawn(work);
+    started.map_err(|source| IncomingError::Thread { name, source })
 }
 
 /// Refuses maps that are not the layout's.
@@ -405,88 +477,6 @@ enum Handover {
     TakenBack,
 }
 
-/// The pieces of 2 MiB that are wanted, as runs of chunks for as many calls: a call for many pieces costs less, and enough calls keep
-/// all cores busy. Never more than this host has to spare.
-fn runs_of_pieces(chunks: u32, wanted: impl Fn(u32) -> bool) -> Vec<Range<u32>> {
-    let piece_bytes = u64::from(PRESENCE_CHUNKS) * CHUNK_SIZE as u64;
-    let spare = usage::available_memory_bytes() / 10 * 9;
-    let most = usize::try_from(spare / piece_bytes).unwrap_or(usize::MAX);
-    let pieces: Vec<u32> =
-        (0..chunks).step_by(PRESENCE_CHUNKS as usize).filter(|&chunk| wanted(chunk)).take(most).collect();
-    pieces
-        .chunk_by(|left, right| right - left == PRESENCE_CHUNKS)
-        .flat_map(|run| run.chunks(POPULATE_PIECES))
-        .map(|run| run[0]..(run[0] + run.len() as u32 * PRESENCE_CHUNKS).min(chunks))
-        .collect()
-}
-
-/// The same runs, of which the first are cut into pieces that double in size: what waits for the first waits a fraction of a
-/// millisecond, and the others are large by the time that calls are slow.
-fn ramped_up(runs: Vec<Range<u32>>) -> Vec<Range<u32>> {
-    let mut most = PRESENCE_CHUNKS;
-    let mut pieces = Vec::with_capacity(runs.len() + 8);
-    for run in runs {
-        let mut at = run.start;
-        while at < run.end {
-            let end = at.saturating_add(most).min(run.end);
-            pieces.push(at..end);
-            (at, most) = (end, most.saturating_mul(2));
-        }
-    }
-    pieces
-}
-
-/// Threads that bring memory in.
-fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from).min(16)
-}
-
-/// Brings dense memory in as large pages while pages come, and soon ahead of them: a link that is slow need not wait for it.
-struct Enlarger {
-    stop: Arc<AtomicBool>,
-    threads: Vec<std::thread::JoinHandle<()>>,
-}
-
-impl Enlarger {
-    /// What is left when it is through is placed, page by page.
-    fn start(sink: &Arc<PageSink>, runs: Vec<Range<u32>>) -> Self {
-        let (stop, runs) = (Arc::new(AtomicBool::new(false)), Arc::new(runs));
-        // The first to start the next run, and how many threads are through.
-        let (next, ended) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-        let count = cores();
-        let work = || {
-            let (sink, stop, runs, next, ended) =
-                (sink.clone(), stop.clone(), runs.clone(), next.clone(), ended.clone());
-            move || {
-                while !stop.load(Ordering::Relaxed)
-                    && let Some(run) = runs.get(next.fetch_add(1, Ordering::Relaxed))
-                {
-                    let begun = Instant::now();
-                    sink.enlarge(run.start, run.end - run.start);
-                    Spent::add(&sink.received().spent.fault_in, begun.elapsed());
-                }
-                if ended.fetch_add(1, Ordering::AcqRel) + 1 == count {
-                    sink.begin_placing();
-                }
-            }
-        };
-        // Without a thread memory comes in as its content does.
-        let spawn = |n| std::thread::Builder::new().name(format!("enlarge-{n}")).spawn(work()).ok();
-        let threads = (0..count).filter_map(spawn).collect();
-        Self { stop, threads }
-    }
-}
-
-impl Drop for Enlarger {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            // It does not panic; and if it had, memory would come in as its content does.
-            let _ = thread.join();
-        }
-    }
-}
-
 /// One session.
 struct Session {
     machine: DestinationSession,
@@ -512,12 +502,16 @@ struct Session {
     setup: Duration,
     event_sender: Sender<Event>,
     outages: Outages,
+    /// After GO: the guest was told to run, where there is one that is to.
+    resumed: bool,
+    /// After GO: the source and the VMM were told.
+    announced: bool,
 }
 
 impl Session {
     /// The phases: populate, move, finish, hand over.
     fn run(&mut self, listening: &Destination, incoming: &mut dyn Incoming) -> Result<(), IncomingError> {
-        self.populate()?;
+        self.populate(listening)?;
         let prepared = self.machine.prepared();
         self.send(prepared);
         self.setup = self.began.elapsed();
@@ -532,18 +526,49 @@ impl Session {
                 break;
             }
         }
-        // From here on the guest is this side's, whatever becomes of the source.
-        if let Some(guest) = &self.guest
-            && self.runs()
-        {
-            guest.resume()?;
+        self.hold(listening, incoming)
+    }
+
+    /// From GO on the guest is this side's, whatever becomes of the source, and whatever fails here: a panic ends neither the guest nor
+    /// the bringing of its pages.
+    fn hold(&mut self, listening: &Destination, incoming: &mut dyn Incoming) -> Result<(), IncomingError> {
+        let mut panics = 0;
+        loop {
+            match caught(|| self.own(listening, incoming)) {
+                Err(IncomingError::Panicked { what }) if panics < PANICS_MAX => {
+                    panics += 1;
+                    listening.tell(&format!("panicked, and goes on, for the guest is here: {what}"));
+                }
+                Err(IncomingError::Panicked { what }) if self.misses_pages() => {
+                    let why = format!("panicked {panics} times, and then: {what}");
+                    return Err(IncomingError::PostcopyFailed { why });
+                }
+                // It runs, and lacks nothing.
+                Err(IncomingError::Panicked { .. }) if self.resumed => return Ok(()),
+                ended => return ended,
+            }
         }
-        self.send(Message::Running);
-        if self.missing_left() != 0 {
-            // Before others hear of the guest, whose memory must not be read by whoever cannot wait.
-            listening.progress.update(|r| r.status = Status::PostcopyActive);
+    }
+
+    /// What is done after GO, from where it stands.
+    fn own(&mut self, listening: &Destination, incoming: &mut dyn Incoming) -> Result<(), IncomingError> {
+        if !self.resumed {
+            if let Some(guest) = &self.guest
+                && self.runs()
+            {
+                guest.resume()?;
+            }
+            self.resumed = true;
         }
-        incoming.arrived(self.runs());
+        if !self.announced {
+            self.announced = true;
+            self.send(Message::Running);
+            if self.missing_left() != 0 {
+                // Before others hear of the guest, whose memory must not be read by whoever cannot wait.
+                listening.progress.update(|r| r.status = Status::PostcopyActive);
+            }
+            incoming.arrived(self.runs());
+        }
         self.take_rest(listening)?;
         self.linger(listening);
         self.end_postcopy();
@@ -559,40 +584,6 @@ impl Session {
     /// Whether there is a guest that ran at the source when it was moved.
     fn runs(&self) -> bool {
         self.guest.is_some() && !self.state.iter().any(|blob| blob.name == RUN_STATE && blob.bytes == [0])
-    }
-
-    /// Brings in the memory that data will come for, with all cores: before it comes where the memory says so, else while it comes, as
-    /// large pages where those are worth it. Never more than this host has to spare, for nothing was sent yet and anything may be
-    /// announced.
-    fn populate(&mut self) -> Result<(), BackendError> {
-        let chunks = self.ram.layout().chunks();
-        if !self.ram.populates_ahead() {
-            if self.ram.enlarges() {
-                let dense = ramped_up(runs_of_pieces(chunks, |chunk| self.hello.is_dense(chunk)));
-                dense.iter().for_each(|run| self.sink.announce(run.clone()));
-                self.dense = Some(dense);
-            } else {
-                self.sink.begin_placing();
-            }
-            return Ok(());
-        }
-        let runs = runs_of_pieces(chunks, |chunk| self.hello.present(chunk));
-        let next = AtomicUsize::new(0);
-        std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..cores())
-                .map(|_| {
-                    scope.spawn(|| {
-                        while let Some(run) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                            let begun = Instant::now();
-                            self.ram.populate(run.start, run.end - run.start)?;
-                            Spent::add(&self.sink.received().spent.fault_in, begun.elapsed());
-                        }
-                        Ok(())
-                    })
-                })
-                .collect();
-            workers.into_iter().try_for_each(|w| w.join().expect("populate does not panic"))
-        })
     }
 
     /// Serves streams and messages until FINISH.
@@ -636,7 +627,7 @@ impl Session {
             Event::Resume { link, generation } => self.outages.knock(link, generation),
             Event::Stream { request, stream } => self.attach(request, stream, listening)?,
             Event::StreamEnded { stream, result } => {
-                self.stream_ended(stream, result);
+                self.stream_ended(stream, result)?;
                 self.take_up(listening);
                 if let Some(request) = self.outages.waiting.remove(&stream_number(stream)) {
                     self.attach(request.1, request.0, listening)?;
@@ -644,7 +635,7 @@ impl Session {
             }
             Event::Postcopy(event) => self.on_postcopy(event)?,
             Event::Refused { peer, reason } => {
-                (listening.notice)(&format!("refused a connection from {peer}: {reason}"));
+                listening.tell(&format!("refused a connection from {peer}: {reason}"));
             }
             Event::Query { link, generation } => {
                 // A source that lost its link and asks: this is its link from now on. Between READY and the end that holds also
@@ -688,7 +679,7 @@ impl Session {
         let Some(carrier) = request.accept(stream, &self.sink)? else { return Ok(()) };
         let breaker = carrier.breaker();
         let (sink, events, broken) = (self.sink.clone(), self.event_sender.clone(), breaker.clone());
-        let thread = std::thread::Builder::new().name(format!("recv-{stream}")).spawn(move || {
+        let thread = start_thread(format!("recv-{stream}"), move || {
             let result = receive_stream(&sink, carrier, stream);
             if result.is_err() {
                 broken.shutdown();
@@ -705,16 +696,26 @@ impl Session {
         Ok(())
     }
 
-    /// Nothing of the stream reaches memory any more; a connection that broke is no news to the source.
-    fn stream_ended(&mut self, stream: u16, result: Result<StreamEnd, ReceiveError>) {
+    /// Nothing of the stream reaches memory any more; a connection that broke is no news to the source. What this host lacks is: the
+    /// session ends by it, for on another stream it would lack the same.
+    fn stream_ended(
+        &mut self,
+        stream: u16,
+        result: Result<StreamEnd, ReceiveError>,
+    ) -> Result<(), IncomingError> {
         if self.streams.runs(stream)
             && let Some(worker) = self.workers.remove(&stream_number(stream))
         {
             let _ = worker.thread.join();
         }
+        let result = match result {
+            Err(error) if error.ends_session() => return Err(IncomingError::Receive(error)),
+            other => other,
+        };
         if let Some(stopped) = self.streams.ended(stream, result.map_err(|e| explain(&e))) {
             self.send(stopped);
         }
+        Ok(())
     }
 
     /// The source calls a stream dead. Its worker ends as soon as it sees the closed connection, which [`Event::StreamEnded`]
@@ -746,10 +747,14 @@ impl Session {
                     self.lose_link(listening, error)?;
                     self.wait_resumed(listening)?;
                 }
-                Some(LinkEvent::Message(error @ Message::Error { .. })) => {
-                    self.machine.handle(error)?;
+                Some(LinkEvent::Message(Message::Query)) => {
+                    self.send(Message::Status(self.machine.status()));
                 }
-                _ => {}
+                // Nothing else is said between FINISH and READY.
+                Some(LinkEvent::Message(message)) => {
+                    self.machine.handle(message)?;
+                }
+                None => {}
             }
             if self.machine.is_moving() {
                 return Ok(None);

@@ -98,16 +98,21 @@ pub fn content_digest(ram: &dyn GuestRam) -> Result<String, BackendError> {
     Ok(format!("{:032x}", hash.digest()))
 }
 
-/// The text of an error with all its causes.
+/// The text of an error with all its causes, and the limit that it met.
 pub fn explain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
+    let mut limit = None;
     let mut cause = error.source();
     while let Some(inner) = cause {
         let inner_text = inner.to_string();
         if !text.ends_with(&inner_text) {
             text = format!("{text}: {inner_text}");
         }
+        limit = limit.or_else(|| usage::limit_of(inner.downcast_ref()?));
         cause = inner.source();
     }
-    text
+    match limit {
+        Some(limit) => format!("{text}; {limit}"),
+        None => text,
+    }
 }

@@ -29,6 +29,7 @@ use pagecopy::zero::is_zero;
 use transport::carrier::OpenError;
 use transport::host::{Host, Side};
 use transport::link::LinkError;
+use transport::local::{check_headroom, source_bytes};
 use transport::panic_text;
 use transport::postcopy::PostcopyError;
 use transport::session::SessionError;
@@ -370,6 +371,8 @@ struct Running {
 
 impl Attempt<'_> {
     fn run(&mut self) -> Result<(), Cause> {
+        let layout = self.backend.ram.layout();
+        check_headroom(source_bytes(layout, self.options.streams, self.options.cache_bytes))?;
         transport::carrier::warm_up(self.uri);
         let mut watch = Watch::connect(self.uri, self.options, self.progress, &self.leave)?;
         self.backend.log.start()?;

@@ -1,6 +1,9 @@
 //! What this process used: CPU time and memory.
 
-use nix::sys::resource::{UsageWho, getrusage};
+use std::io;
+
+use nix::libc;
+use nix::sys::resource::{RLIM_INFINITY, Resource, UsageWho, getrlimit, getrusage};
 use nix::sys::time::TimeValLike;
 
 /// CPU seconds of the process so far, user and system.
@@ -15,16 +18,35 @@ pub(crate) fn max_rss_bytes() -> u64 {
     getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| usage.max_rss() as u64 * 1024)
 }
 
-/// Memory that this host can give without swapping, in bytes (`MemAvailable`, proc_meminfo(5)); as good as endless where
+/// Memory that this process can have without swapping, in bytes: what the host and its cgroups have left; as good as endless where
 /// the kernel does not say.
 pub fn available_memory_bytes() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    available(&text).unwrap_or(u64::MAX)
+    vmm_shim::room::spare_memory_bytes()
 }
 
-fn available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+/// What bounds the threads of a process.
+pub(crate) fn thread_limits() -> String {
+    let limit = |resource| match getrlimit(resource) {
+        Ok((soft, _)) if soft != RLIM_INFINITY => soft.to_string(),
+        _ => "unlimited".into(),
+    };
+    format!(
+        "RLIMIT_NPROC is {} and RLIMIT_AS is {}; raise what is short (`ulimit -u`, `ulimit -v`), or pids.max of its cgroup",
+        limit(Resource::RLIMIT_NPROC),
+        limit(Resource::RLIMIT_AS)
+    )
+}
+
+/// What to do about an error of the system that a limit of this process brings about.
+pub(crate) fn limit_of(error: &io::Error) -> Option<String> {
+    match error.raw_os_error()? {
+        libc::EMFILE => {
+            let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
+            Some(format!("RLIMIT_NOFILE is {soft}: raise it with `ulimit -n`"))
+        }
+        libc::ENFILE => Some("this host is out of descriptors: raise the sysctl fs.file-max".into()),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -32,10 +54,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_what_the_kernel_says() {
-        let text = "MemTotal:       24558080 kB\nMemAvailable:   20480000 kB\n";
-        assert_eq!(available(text), Some(20_480_000 << 10));
-        assert_eq!(available("MemTotal: 1 kB\n"), None);
+    fn limits_are_named() {
+        let text = limit_of(&io::Error::from_raw_os_error(libc::EMFILE)).unwrap();
+        assert!(text.contains("RLIMIT_NOFILE is ") && text.contains("ulimit -n"), "{text}");
+        assert_eq!(limit_of(&io::Error::from_raw_os_error(libc::EPIPE)), None);
+        assert!(thread_limits().contains("RLIMIT_NPROC is "), "{}", thread_limits());
         assert!(available_memory_bytes() > 1 << 20);
     }
 }

@@ -626,6 +626,10 @@ fn the_largest_guest_does_no_harm() {
             assert!(text.contains("to.img"), "{text}");
             assert_serves(&job, recv);
         }
+        Some(Message::Error { code: ErrorCode::Local, text }) => {
+            assert!(text.contains("bytes of memory"), "{text}");
+            assert_serves(&job, recv);
+        }
         Some(Message::Welcome(_)) => {
             assert_eq!(peer.receive(), Some(Message::Prepared));
             drop(peer);

@@ -1,10 +1,10 @@
 //! Errors of this host that trying again does not mend: they end a session at once, and are never taken for a connection that broke.
 
-use std::any::Any;
 use std::io;
 
 use pagecopy::layout::Layout;
 
+use crate::panic_text;
 use crate::wire::control::STATE_LEN_MAX;
 
 /// Errors of the system that say that this host lacks something: memory, room in a file system, descriptors, memory that may be
@@ -87,12 +87,6 @@ pub(crate) fn no_memory(bytes: usize) -> io::Error {
     let text =
         format!("this process cannot have {bytes} bytes of memory (its limit is RLIMIT_AS, or the host's)");
     io::Error::new(io::ErrorKind::OutOfMemory, text)
-}
-
-/// What a thread said as it panicked.
-pub fn panic_text(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it did not say why").to_owned()
 }
 
 /// Runs `work`; a panic in it becomes a text. What `work` shares with others must bear being left half done.

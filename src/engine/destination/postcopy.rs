@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use pagecopy::backend::BackendError;
 use pagecopy::digest::PageHasher;
 use transport::link::LinkEvent;
+use transport::local::guarded;
 use transport::postcopy::{MissingRuns, MissingSink, PostcopyError};
 use transport::session::DestinationEvent;
 use transport::socket::Connection;
@@ -19,7 +20,7 @@ use transport::wire::WireError;
 use transport::wire::control::{ChunkRun, ErrorCode, Message, STREAMS_PUSHING_MAX};
 
 use super::front::Event;
-use super::{Destination, IncomingError, Session};
+use super::{Destination, IncomingError, Session, start_thread};
 use crate::engine::explain;
 use crate::engine::progress::Progress;
 use crate::engine::report::{self, Status};
@@ -143,12 +144,16 @@ impl Session {
         post.threads.retain(|thread| !thread.is_finished());
         let (sink, events) = (sink.clone(), self.event_sender.clone());
         let worker = move || {
-            if let Err(error) = sink.receive(&connection, stream) {
+            let received = guarded(|| sink.receive(&connection, stream)).unwrap_or_else(|what| {
+                // The source opens another, which may fare better.
+                connection.shutdown();
+                Err(PostcopyError::Panicked { stream, what })
+            });
+            if let Err(error) = received {
                 let _ = events.send(Event::Postcopy(PostcopyEvent::Ended(error)));
             }
         };
-        let name = format!("postcopy-{stream}");
-        post.threads.push(std::thread::Builder::new().name(name).spawn(worker)?);
+        post.threads.push(start_thread(format!("postcopy-{stream}"), worker)?);
         Ok(())
     }
 
@@ -163,11 +168,16 @@ impl Session {
         post.sink = Some(sink.clone());
         let (serving, events) = (sink.clone(), self.event_sender.clone());
         let serve = move || {
-            if let Err(error) = serving.serve_faults() {
+            let served = guarded(|| serving.serve_faults()).unwrap_or_else(|what| {
+                // Who waits for a page that was told of and not asked for waits for ever.
+                let source = std::io::Error::other(format!("it panicked: {what}"));
+                Err(BackendError::new("ask for pages that somebody touches", source))
+            });
+            if let Err(error) = served {
                 let _ = events.send(Event::Postcopy(PostcopyEvent::Faults(error)));
             }
         };
-        post.threads.push(std::thread::Builder::new().name("faults".into()).spawn(serve)?);
+        post.threads.push(start_thread("faults".into(), serve)?);
         let early = std::mem::take(&mut post.early);
         early
             .into_iter()
