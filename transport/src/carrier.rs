@@ -242,7 +242,7 @@ impl StreamRequest {
                 DestinationEnd::socket(connection, sink.timeout()).map(Some)
             }
             #[cfg(feature = "rdma")]
-            Self::Queue(request) => Ok(crate::rdma::accept(request, sink)),
+            Self::Queue(request) => crate::rdma::accept(request, sink),
         }
     }
 }

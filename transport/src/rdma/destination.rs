@@ -12,6 +12,7 @@ use super::sys::{Access, Depth, Domain, Id, QueuePair, Region, Slot, wait_readab
 use super::{Cut, NotRegistered, POLLS, TICK, aborted, buffers_failed, is_over};
 use crate::carrier::{Breaker, DestinationEnd, FrameReceiver};
 use crate::destination::PageSink;
+use crate::local::is_local;
 use crate::sys::ReceiveList;
 use crate::wire::WireError;
 use crate::wire::control::ErrorCode;
@@ -37,6 +38,8 @@ struct Table {
     /// By adapter and range; with how often it was asked for.
     regions: HashMap<(usize, Range), (Arc<Region>, u32)>,
     pinned: u64,
+    /// As much as this process was allowed to pin, once it was refused more.
+    allowed: Option<u64>,
 }
 
 impl Registrar {
@@ -60,33 +63,25 @@ impl Registrar {
             }
             // A source that asks for overlapping ranges pins no more than twice its guest.
             let most = self.pinned_max.min(2 * sink.ram().layout().bytes());
+            let most = table.allowed.map_or(most, |allowed| most.min(allowed));
             if table.pinned + bytes > most {
                 return Ok(None);
             }
             table.pinned += bytes;
             table.domains[adapter].clone()
         };
-        // From here on anything may come to lie there, announced or not: none of it counts as fresh any more.
+        sink.ram().expect_filled(range.first, range.count);
         for chunk in range.first..range.first + range.count {
+            // What cannot be had is not touched either.
+            if let Err(error) = sink.bring_in(chunk) {
+                self.table().pinned -= bytes;
+                return Err(error);
+            }
+            // From here on anything may come to lie there, announced or not: none of it counts as fresh any more.
             sink.touch(chunk);
         }
-        sink.ram().expect_filled(range.first, range.count);
         let made = Region::guest(&domain, sink.ram(), region, offset, bytes, Access::RemoteWrite);
-        let mut table = self.table();
-        match made.map_err(|e| NotRegistered::of(&e, bytes)) {
-            Ok(made) => {
-                let (region, users) = table.regions.entry((adapter, range)).or_insert((made, 0));
-                *users += 1;
-                Ok(Some(region.remote()))
-            }
-            Err(refused) => {
-                table.pinned -= bytes;
-                match refused {
-                    NotRegistered::Unfit => Ok(None),
-                    NotRegistered::Fatal(error) => Err(error),
-                }
-            }
-        }
+        self.table().settle((adapter, range), bytes, made, |region| region.remote())
     }
 
     /// Lets a range go, if whoever asked for it last does.
@@ -105,6 +100,42 @@ impl Registrar {
     }
 }
 
+impl Table {
+    /// Takes note of what came of registering a range of `bytes`, which count as pinned already. `None`: it cannot be registered, and
+    /// its pages come in messages.
+    fn settle<T>(
+        &mut self,
+        key: (usize, Range),
+        bytes: u64,
+        made: io::Result<Arc<Region>>,
+        remote: impl Fn(&Region) -> T,
+    ) -> io::Result<Option<T>> {
+        match made.map_err(|e| NotRegistered::of(&e, bytes)) {
+            Ok(made) => {
+                if self.regions.contains_key(&key) {
+                    // Another stream asked at the same time, and was first: the memory is pinned once.
+                    self.pinned -= bytes;
+                }
+                let (region, users) = self.regions.entry(key).or_insert((made, 0));
+                *users += 1;
+                Ok(Some(remote(region)))
+            }
+            Err(refused) => {
+                self.pinned -= bytes;
+                match refused {
+                    // The limit of this process shows in mid transfer: what is pinned is as much as there may be.
+                    NotRegistered::Fatal(_) if self.pinned != 0 => {
+                        self.allowed = Some(self.pinned);
+                        Ok(None)
+                    }
+                    NotRegistered::Fatal(error) => Err(error),
+                    NotRegistered::Unfit => Ok(None),
+                }
+            }
+        }
+    }
+}
+
 /// The region that a range lies in, its offset there, and its bytes.
 fn place_of(sink: &PageSink, range: Range) -> Result<(usize, u64, u64), WireError> {
     let layout = sink.ram().layout();
@@ -116,17 +147,25 @@ fn place_of(sink: &PageSink, range: Range) -> Result<(usize, u64, u64), WireErro
     Ok((first.region, first.offset, bytes))
 }
 
-/// Accepts a stream. What fails here the source is told, whose other streams go on.
-pub(crate) fn accept(request: ConnectRequest, sink: &Arc<PageSink>) -> Option<DestinationEnd> {
+/// Accepts a stream. What fails here the source is told, whose other streams go on; but what this host lacks is an error of the
+/// session, for a source that tried again would be refused again.
+pub(crate) fn accept(request: ConnectRequest, sink: &Arc<PageSink>) -> io::Result<Option<DestinationEnd>> {
     let stream = request.preamble().stream;
-    let id = request.into_id().ok()?;
+    let id = match request.into_id() {
+        Ok(id) => id,
+        Err(error) if is_local(&error) => return Err(error),
+        Err(_) => return Ok(None),
+    };
     match attach(&id, stream, sink) {
-        Ok(end) => Some(end),
+        Ok(end) => Ok(Some(end)),
         Err(error) => {
             let cause = std::error::Error::source(&error).map(|e| format!(": {e}")).unwrap_or_default();
             // Whoever asks hears of the end in any case.
             let _ = id.reject(&Refusal::new(ErrorCode::Local, &format!("{error}{cause}")).encode());
-            None
+            match error {
+                RdmaError::System { source, .. } if is_local(&source) => Err(source),
+                _ => Ok(None),
+            }
         }
     }
 }

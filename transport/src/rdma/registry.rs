@@ -237,7 +237,10 @@ impl Registry {
         let region = match region.map_err(|e| NotRegistered::of(&e, bytes)) {
             Ok(region) => Some(region),
             Err(NotRegistered::Unfit) => None,
-            Err(NotRegistered::Fatal(error)) => return Err(error),
+            Err(NotRegistered::Fatal(error)) => {
+                self.lower(pair, run, bytes, error)?;
+                None
+            }
         };
         self.settle(pair, run, |state| {
             let State::Asked { local, .. } = state else { return };
@@ -246,6 +249,21 @@ impl Registry {
                 None => *state = State::Refused,
             }
         });
+        Ok(())
+    }
+
+    /// This process may pin no more. What it has pinned is as much as there may be from now on; where that is nothing, the user has to
+    /// do something about it.
+    fn lower(&self, pair: usize, run: usize, bytes: u64, error: io::Error) -> io::Result<()> {
+        let mut table = self.table();
+        let counted = matches!(table.pairs[pair].runs[run].state, State::Asked { .. });
+        let counts = counted && !table.pairs[pair].domain.on_demand();
+        let pinned = table.pinned - if counts { bytes } else { 0 };
+        let ready = |run: &Run| matches!(run.state, State::Ready { .. });
+        if pinned == 0 || !table.pairs.iter().any(|pair| pair.runs.iter().any(ready)) {
+            return Err(error);
+        }
+        table.pinned_max = table.pinned_max.min(pinned);
         Ok(())
     }
 

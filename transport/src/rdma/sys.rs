@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::ffi::CStr;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr::{self, NonNull};
@@ -367,7 +368,7 @@ pub(super) struct Region {
     base: u64,
     len: u64,
     _domain: Arc<Domain>,
-    _memory: Memory,
+    memory: ManuallyDrop<Memory>,
 }
 
 // SAFETY: a registration is a handle that never changes; its memory is accessed by the adapter only.
@@ -422,7 +423,7 @@ impl Region {
             base: base as u64,
             len: len as u64,
             _domain: domain.clone(),
-            _memory: memory,
+            memory: ManuallyDrop::new(memory),
         }))
     }
 
@@ -451,6 +452,10 @@ impl Drop for Region {
         // SAFETY: made by `register`; queue pairs hold the regions of what is posted, so no work request names it.
         let result = unsafe { ffi::ibv_dereg_mr(self.raw.as_ptr()) };
         debug_assert_eq!(result, 0, "ibv_dereg_mr");
+        if result == 0 {
+            // SAFETY: dropped once, here. Where the registration lives on, so does the memory, for ever: the adapter may write to it.
+            unsafe { ManuallyDrop::drop(&mut self.memory) };
+        }
     }
 }
 
@@ -759,9 +764,11 @@ impl QueuePair {
             }
             requests.push(request);
         }
+        // One pointer for all of them: the vector is not borrowed again until they are posted.
+        let list = requests.as_mut_ptr();
         for i in 1..count {
-            let next = &raw mut requests[i];
-            requests[i - 1].next = next;
+            // SAFETY: `count` requests lie there, and `i` is one of them.
+            unsafe { (*list.add(i - 1)).next = list.add(i) };
         }
         // Before they are posted: whatever is posted is kept.
         sends.posted.extend(writes.iter().map(|write| Posted::Write { _region: write.region.clone() }));
@@ -769,7 +776,7 @@ impl QueuePair {
         let mut bad = ptr::null_mut();
         // SAFETY: the list and its entries live through the call, which copies them. What they point at lies in registered memory
         // (Region::entry) that `posted` holds until the requests have completed or the queue pair is gone.
-        verbs(unsafe { ffi::ibv_post_send(self.raw.as_ptr(), requests.as_mut_ptr(), &raw mut bad) })
+        verbs(unsafe { ffi::ibv_post_send(self.raw.as_ptr(), list, &raw mut bad) })
     }
 
     /// Takes completions of sends; buffers that are free again go to `free`. Says whether there were any.
