@@ -79,7 +79,13 @@ impl Ferry {
     /// Starts the command under test.
     pub(crate) fn start<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry"));
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(args);
+        Self::of(command)
+    }
+
+    /// Starts a command that runs the one under test.
+    pub(crate) fn of(mut command: Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let what = format!("{command:?}");
         let mut child = command.spawn().unwrap();
         let stderr = Arc::new((Mutex::new(String::new()), Condvar::new()));
@@ -130,6 +136,11 @@ impl Ferry {
             assert!(Instant::now() < deadline, "{} neither refused nor ended: {stderr}", self.what);
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// The number of the process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends a signal to this child, by name (`STOP`).

@@ -1,0 +1,13 @@
+//! What a host lacks, and threads that panic: room in a file system, memory, threads. Each is an error of the migration, told to both
+//! sides at once, and never the silent end of a process.
+
+#[path = "common/mod.rs"]
+mod common;
+#[path = "common/ends.rs"]
+mod ends;
+#[path = "lacking/limits.rs"]
+mod limits;
+#[path = "lacking/panics.rs"]
+mod panics;
+#[path = "lacking/room.rs"]
+mod room;

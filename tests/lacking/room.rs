@@ -1,0 +1,174 @@
+//! File systems that are too small, or fill up while pages come.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::common::{Ended, Ferry, MIB, PAGE, PATIENCE, Recv, Rng, blocks, folder, send, turn};
+
+/// A tmpfs of its own size, gone in the end.
+struct Tmpfs(tempfile::TempDir);
+
+impl Tmpfs {
+    /// `None` where nobody may mount one; prints so.
+    fn new(mib: usize) -> Option<Self> {
+        let folder = folder();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={mib}M"), "pageferry-test"])
+            .arg(folder.path())
+            .stderr(Stdio::null())
+            .status();
+        if !mounted.is_ok_and(|status| status.success()) {
+            println!("skipped: no tmpfs can be mounted here (it takes root)");
+            return None;
+        }
+        Some(Self(folder))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Takes all the room that is left.
+    fn fill(&self) {
+        let file = File::create(self.path("filler")).unwrap();
+        let zeros = vec![0; MIB];
+        for at in 0.. {
+            match file.write_at(&zeros, at * MIB as u64) {
+                Ok(written) if written == MIB => {}
+                _ => break,
+            }
+        }
+        // The last pages.
+        let mut at = file.metadata().unwrap().len();
+        while file.write_at(&zeros[..PAGE], at).is_ok_and(|written| written == PAGE) {
+            at += PAGE as u64;
+        }
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+/// Random pages, with a hole every 2 MiB: no part of it may come as large pages, ahead of its content.
+fn image(path: &Path, mib: usize) {
+    let file = File::create(path).unwrap();
+    file.set_len((mib * MIB) as u64).unwrap();
+    let mut rng = Rng(11);
+    for at in (0..mib).step_by(2) {
+        file.write_all_at(&rng.bytes(2 * MIB - PAGE), (at * MIB) as u64).unwrap();
+    }
+}
+
+#[track_caller]
+fn ended_in_order(ended: &Ended, words: &[&str]) {
+    ended.code(1);
+    for word in words {
+        ended.says(&[word]);
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_the_first_page() {
+    let _turn = turn();
+    let Some(small) = Tmpfs::new(16) else { return };
+    let folder = folder();
+    let from = folder.path().join("from");
+    image(&from, 32);
+    let mut recv =
+        Recv::start("tcp:127.0.0.1:0", ["--json", "--ram-file", small.path("f").to_str().unwrap()]);
+    let sent = send(&recv.uri, &from, &["--streams", "1"]).wait();
+    let needed = format!("the guest brings {} bytes", 32 * MIB - 16 * PAGE);
+    let of = format!("the file system of {} has ", small.path("f").display());
+    ended_in_order(&sent, &[&needed, &of, "mount it larger"]);
+    // It listens on, and takes what fits.
+    assert!(recv.ferry.refused_or_ended(), "the destination ended");
+    let fits = folder.path().join("fits");
+    image(&fits, 8);
+    send(&recv.uri, &fits, &[]).wait().code(0);
+    recv.ferry.wait().code(0);
+    assert_eq!(std::fs::read(&fits).unwrap(), std::fs::read(small.path("f")).unwrap());
+}
+
+/// The room goes while pages come: by each way of bringing them in.
+#[test]
+fn room_that_vanishes_fails_both_sides_at_once() {
+    let folder = folder();
+    let from = folder.path().join("from");
+    image(&from, 32);
+    for (streams, codec) in [("1", "raw"), ("4", "raw"), ("2", "zstd")] {
+        let _turn = turn();
+        let Some(small) = Tmpfs::new(48) else { return };
+        let to = small.path("f");
+        let recv = Recv::start("tcp:127.0.0.1:0", ["--json", "--ram-file", to.to_str().unwrap()]);
+        let more = ["--streams", streams, "--codec", codec, "--bandwidth", "8MB/s"];
+        let sending = send(&recv.uri, &from, &more);
+        let deadline = Instant::now() + PATIENCE;
+        // It is made when the source has said what comes.
+        while !to.exists() || blocks(&to) < MIB as u64 {
+            assert!(Instant::now() < deadline, "nothing came");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        small.fill();
+        let (sent, received) = (sending.wait(), recv.ferry.wait());
+        let of = format!("the file system of {} has ", to.display());
+        for ended in [&sent, &received] {
+            ended_in_order(ended, &[&of, "No space left on device"]);
+        }
+        // Not after 300 s of trying.
+        let report = sent.report();
+        assert_eq!((report.reconnects, report.streams_reconnected), (0, 0), "{sent:?}");
+    }
+}
+
+#[test]
+fn a_vm_whose_memory_file_does_not_fit_does_not_start() {
+    let _turn = turn();
+    let Some(small) = Tmpfs::new(16) else { return };
+    let api = format!("unix:{}", small.path("api").display());
+    let memory = format!("file:{}", small.path("ram").display());
+    for incoming in [&[][..], &["--incoming", "tcp:127.0.0.1:0"]] {
+        let args = ["vm", "--no-kvm", "--mem", "64M", "--api", &api, "--memory", &memory];
+        let ended = Ferry::run(args.iter().chain(incoming));
+        ended.code(3).says(&["the guest's memory takes 67108864 bytes, but the file system of"]);
+        ended.says(&["mount it larger"]);
+    }
+}
+
+/// A guest without KVM is threads of the process: what they touch cannot be had.
+#[test]
+fn a_guest_whose_room_vanishes_does_not_end_silently() {
+    let _turn = turn();
+    let Some(small) = Tmpfs::new(80) else { return };
+    let folder = folder();
+    let api = format!("unix:{}", folder.path().join("api").display());
+    let ram = small.path("ram");
+    let memory = format!("file:{}", ram.display());
+    let vm = Command::new(env!("CARGO_BIN_EXE_pageferry"))
+        .args(["vm", "--no-kvm", "--mem", "64M", "--working-set", "48M", "--rate", "0", "--paused"])
+        .args(["--api", &api, "--memory", &memory])
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while Ferry::run(["ctl", &api, "status"]).code != Some(0) {
+        assert!(Instant::now() < deadline, "no control socket");
+    }
+    small.fill();
+    // The answer may not get out.
+    Ferry::run(["ctl", &api, "resume"]);
+    let ended = vm.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!((ended.status.code(), ended.status.signal()), (Some(5), None), "{said}");
+    assert!(
+        said.contains(&format!("a page of the memory file {} could not be had", ram.display())),
+        "{said}"
+    );
+}
