@@ -23,6 +23,7 @@ use super::window::Window;
 use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, ReceiptError, Span};
 use crate::carrier::{Breaker, FrameSender, Placement, SourceEnd};
 use crate::clock;
+use crate::local::is_local;
 use crate::panic_text;
 use crate::spent::Lap;
 use crate::sys::SendList;
@@ -44,15 +45,6 @@ pub enum LaneError {
         /// Which stream.
         stream: u16,
         /// The system's word.
-        #[source]
-        source: io::Error,
-    },
-    /// This host lacks memory for it, or may not use it.
-    #[error("stream {}", stream_number(*stream))]
-    Memory {
-        /// Which stream.
-        stream: u16,
-        /// What, and what to do.
         #[source]
         source: io::Error,
     },
@@ -256,7 +248,8 @@ impl Shared {
     pub(super) fn io_error(&self, source: io::Error) -> LaneError {
         match source.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.timeout(),
-            io::ErrorKind::OutOfMemory => LaneError::Memory { stream: self.stream, source },
+            // Another stream would lack the same.
+            _ if is_local(&source) => self.fatal(FatalError::Local { source }),
             _ => LaneError::Io { stream: self.stream, source },
         }
     }

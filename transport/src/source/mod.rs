@@ -416,6 +416,13 @@ pub enum FatalError {
         /// Pages that mismatched and are not what they were.
         count: u64,
     },
+    /// This host lacks something: memory that it may pin, memory at all, descriptors.
+    #[error("this host cannot send the guest's pages")]
+    Local {
+        /// What, and what to do.
+        #[source]
+        source: std::io::Error,
+    },
     /// A thread of a stream panicked.
     #[error("a thread of the migration panicked, which is a fault of pageferry's: please report it: {what}")]
     Panicked {
