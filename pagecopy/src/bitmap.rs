@@ -1,13 +1,14 @@
 //! Dirty bitmaps: one atomic word per chunk, shared between the dirty sync and the stream workers.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use crate::layout::Layout;
+use crate::sync::{AtomicU64, Ordering};
 
 /// A set of pages of one layout: word `i` holds the pages of chunk `i`.
 ///
-/// All operations are atomic per word and relaxed: the content of guest memory is ordered by the dirty log (the kernel)
-/// and by channels, never by these bits.
+/// All operations are atomic per word. Who takes a page out ([`take`](Self::take), [`remove`](Self::remove)) sees what those who put it
+/// in ([`insert`](Self::insert)) did before: a page that is pending because its receipt was wrong has no digest any more for whoever
+/// sends it next ([`DigestTable::void`](crate::table::DigestTable::void)). Looking at the set orders nothing, nor do these bits order
+/// the content of guest memory, which the dirty log (the kernel) does.
 #[derive(Debug)]
 pub struct PageBitmap {
     words: Box<[AtomicU64]>,
@@ -16,9 +17,7 @@ pub struct PageBitmap {
 impl PageBitmap {
     /// An empty set for a layout of `chunks` chunks.
     pub fn new(chunks: u32) -> Self {
-        // Zeroed by the allocator, without touching it: a layout that a peer only claims to have costs address space, not
-        // memory.
-        Self { words: bytemuck::zeroed_slice_box(chunks as usize) }
+        Self { words: crate::sync::zeros(chunks as usize) }
     }
 
     /// The set of all pages of a layout.
@@ -41,19 +40,19 @@ impl PageBitmap {
         if pages == 0 {
             return 0;
         }
-        pages & !self.words[chunk as usize].fetch_or(pages, Ordering::Relaxed)
+        pages & !self.words[chunk as usize].fetch_or(pages, Ordering::Release)
     }
 
     /// Removes pages; returns those that were in the set.
     pub fn remove(&self, chunk: u32, pages: u64) -> u64 {
-        pages & self.words[chunk as usize].fetch_and(!pages, Ordering::Relaxed)
+        pages & self.words[chunk as usize].fetch_and(!pages, Ordering::AcqRel)
     }
 
     /// Removes and returns all pages of a chunk.
     pub fn take(&self, chunk: u32) -> u64 {
         let word = &self.words[chunk as usize];
         // A plain load first: most words are empty, and a swap would own the cache line.
-        if word.load(Ordering::Relaxed) == 0 { 0 } else { word.swap(0, Ordering::Relaxed) }
+        if word.load(Ordering::Relaxed) == 0 { 0 } else { word.swap(0, Ordering::AcqRel) }
     }
 
     /// The first chunk at or after `from` that has a page in the set.

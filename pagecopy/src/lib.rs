@@ -26,6 +26,7 @@ pub mod postcopy;
 #[allow(unsafe_code)]
 pub mod simd;
 pub mod similar;
+mod sync;
 pub mod table;
 pub mod throttle;
 pub mod xbzrle;

@@ -18,6 +18,7 @@ const FOLD: usize = 256;
 
 /// What a level is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "portable", allow(dead_code))]
 pub(crate) enum Kind {
     Portable,
     #[cfg(target_arch = "x86_64")]
@@ -42,8 +43,9 @@ impl Level {
 
     /// Every level that this CPU has, narrowest first.
     pub fn all() -> Vec<Self> {
+        #[cfg_attr(any(feature = "portable", not(target_arch = "x86_64")), allow(unused_mut))]
         let mut levels = vec![Self::PORTABLE];
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(feature = "portable")))]
         {
             let avx2 = is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("popcnt")
@@ -298,6 +300,13 @@ fn compare_avx512(old: &[u8; PAGE_SIZE], new: &[u8; PAGE_SIZE], difference: &mut
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(feature = "portable")]
+    #[test]
+    fn the_portable_build_has_portable_kernels_only() {
+        assert_eq!((Level::all(), Level::best()), (vec![Level::PORTABLE], Level::PORTABLE));
+        assert_eq!(Level::best_to_hash().name(), "portable");
+    }
 
     /// What `compare` must find, byte by byte.
     fn expected(old: &[u8; PAGE_SIZE], new: &[u8; PAGE_SIZE]) -> Difference {

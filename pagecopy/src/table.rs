@@ -1,16 +1,18 @@
 //! What was last sent for every page: its digest, by which an untouched page is recognised and not sent again.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::bitmap::bits;
 use crate::digest::PageDigest;
 use crate::layout::CHUNK_PAGES;
+use crate::sync::{AtomicU64, Ordering};
 
 /// Digests of the content last *sent* for each page of a layout.
 ///
-/// Shared by all stream workers; only the worker that owns a chunk touches its entries at a time, so all accesses are
-/// relaxed and ownership itself orders them. Pages of zeros take one bit, and a chunk's digests (1 KiB) are allocated
+/// Shared by all stream workers. One thread at a time makes entries of a chunk: the sender of the stream that owns it. The thread that
+/// takes that stream's receipts forgets pages meanwhile ([`void`](Self::void)), never adds any. All accesses are relaxed: ownership
+/// orders senders among themselves, and a page that was forgotten is put into the set of pending pages after that, out of which the
+/// sender takes it before it looks here ([`PageBitmap`](crate::bitmap::PageBitmap) orders these two). Pages of zeros take one bit, and a chunk's digests (1 KiB) are allocated
 /// with its first page of another content: an empty chunk costs about 32 bytes.
 #[derive(Debug)]
 pub struct DigestTable {
@@ -37,8 +39,8 @@ struct Digests {
 impl Digests {
     fn new() -> Box<Self> {
         Box::new(Self {
-            low: [const { AtomicU64::new(0) }; CHUNK_PAGES],
-            high: [const { AtomicU64::new(0) }; CHUNK_PAGES],
+            low: std::array::from_fn(|_| AtomicU64::new(0)),
+            high: std::array::from_fn(|_| AtomicU64::new(0)),
         })
     }
 }
@@ -168,5 +170,88 @@ mod tests {
                 }
             }
         }
+    }
+}
+
+/// Every order in which two threads can see each other's accesses; see `tests/run` for how these are built.
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use loom::sync::Arc;
+    use loom::thread;
+
+    use super::*;
+    use crate::bitmap::PageBitmap;
+
+    const ZERO: PageDigest = 77;
+    const PAGE: u64 = 1;
+
+    /// A thread takes a receipt that is wrong; the sender takes what is pending and asks what it knows of it.
+    fn a_wrong_receipt(take: fn(&PageBitmap) -> u64) {
+        loom::model(move || {
+            let (table, pending) = (Arc::new(DigestTable::new(1, ZERO)), Arc::new(PageBitmap::new(1)));
+            table.set_zeros(0, PAGE);
+            let receipts = {
+                let (table, pending) = (table.clone(), pending.clone());
+                thread::spawn(move || {
+                    table.void(0, PAGE);
+                    pending.insert(0, PAGE);
+                })
+            };
+            if take(&pending) != 0 {
+                assert_eq!(
+                    (table.known(0), table.get(0, 0)),
+                    (0, None),
+                    "a damaged page counts as unchanged"
+                );
+            }
+            receipts.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn loom_pages_that_are_taken_have_no_old_digest() {
+        a_wrong_receipt(|pending| pending.take(0));
+    }
+
+    #[test]
+    fn loom_pages_that_are_removed_have_no_old_digest() {
+        a_wrong_receipt(|pending| pending.remove(0, PAGE));
+    }
+
+    /// The same where a dirty sync puts another page of the chunk in between.
+    #[test]
+    fn loom_another_page_comes_between() {
+        loom::model(|| {
+            let (table, pending) = (Arc::new(DigestTable::new(1, ZERO)), Arc::new(PageBitmap::new(1)));
+            table.set_zeros(0, PAGE);
+            let (of_receipts, of_sync) = ((table.clone(), pending.clone()), pending.clone());
+            let receipts = thread::spawn(move || {
+                of_receipts.0.void(0, PAGE);
+                of_receipts.1.insert(0, PAGE);
+            });
+            let sync = thread::spawn(move || of_sync.insert(0, PAGE << 1));
+            if pending.take(0) & PAGE != 0 {
+                assert_eq!(table.known(0), 0, "a damaged page counts as unchanged");
+            }
+            receipts.join().unwrap();
+            sync.join().unwrap();
+        });
+    }
+
+    /// Each page that is put in is taken out once.
+    #[test]
+    fn loom_no_page_is_lost_or_taken_twice() {
+        loom::model(|| {
+            let pending = Arc::new(PageBitmap::new(1));
+            let threads = [0b01, 0b10].map(|page| {
+                let pending = pending.clone();
+                thread::spawn(move || {
+                    pending.insert(0, page);
+                    pending.take(0)
+                })
+            });
+            let taken = threads.map(|thread| thread.join().unwrap());
+            assert_eq!((taken[0] & taken[1], taken[0] | taken[1], pending.get(0)), (0, 0b11, 0));
+        });
     }
 }
