@@ -16,13 +16,16 @@ fn demo(args: &[&str]) {
     let report = ended.json();
     assert_eq!(report["status"], "completed", "{all:?}: {report}");
     assert_eq!(report["verified"], true, "{all:?}: {report}");
-    assert!(report["rounds"].as_u64() >= Some(2), "{all:?}: {report}");
+    assert!(report["rounds"].as_u64().is_some_and(|n| n >= 2), "{all:?}: {report}");
     assert_eq!(report["mismatches"], 0, "{all:?}: {report}");
     let passes = report["passes"].as_array().unwrap();
     let cpus = all.iter().position(|&a| a == "--cpus").map_or("1", |at| all[at + 1]);
     assert_eq!(passes.len().to_string(), cpus, "{all:?}: {report}");
     for both in passes {
-        assert!(both[0].as_u64() >= Some(2) && both[1].as_u64() >= Some(2), "{all:?}: {report}");
+        assert!(
+            both[0].as_u64().is_some_and(|n| n >= 2) && both[1].as_u64().is_some_and(|n| n >= 2),
+            "{all:?}: {report}"
+        );
     }
 }
 

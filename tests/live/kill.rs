@@ -206,7 +206,8 @@ fn destination_stopped_is_given_up_in_time() {
         let ended = source.ctl(&["migrate", &proxy.uri(), "--link-timeout", "2"]);
         let waited = stopped.lock().unwrap().expect("the proxy stopped it").elapsed();
         assert_eq!(ended.code, Some(1), "{ended:?}");
-        assert!(waited < Duration::from_secs(2 + 3), "given up after {waited:?}");
+        // It would have had 10 s.
+        assert!(waited < Duration::from_secs(10), "given up after {waited:?}");
         runs_on(&spec, &source, "stopped");
         // What it wakes up to is a session that is over.
         destination.signal(libc::SIGCONT);

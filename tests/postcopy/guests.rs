@@ -33,7 +33,7 @@ fn wait_completed(destination: &Vm) -> Value {
 
 fn check(spec: &Spec, report: &Value) {
     let post = &report["postcopy"];
-    assert!(post["pages"].as_u64() > Some(0), "{spec:?}: {report}");
+    assert!(post["pages"].as_u64().is_some_and(|n| n > 0), "{spec:?}: {report}");
     assert_eq!(post["pages_left"], 0, "{spec:?}: {report}");
     assert_eq!(post["damaged"], 0, "{spec:?}: {report}");
     assert_eq!(post["resent"], 0, "{spec:?}: {report}");
@@ -103,7 +103,7 @@ fn after_some_rounds_only_the_rest_is_missing() {
     source.begin_migration(&uri, &json!({"downtime_limit_ms": 0, "postcopy_after_rounds": 3}));
     let report = source.wait_migration(PATIENCE);
     assert_eq!(report["status"], "completed", "{report}");
-    assert!(report["rounds"].as_u64() > Some(3), "{report}");
+    assert!(report["rounds"].as_u64().is_some_and(|n| n > 3), "{report}");
     check(&spec, &report);
     // What was not written again is not missing: the guest's page tables and code at least.
     let missing = report["postcopy"]["pages"].as_u64().unwrap();
@@ -153,8 +153,8 @@ fn the_demo_proves_it() {
     assert_eq!(ended.code, Some(0), "{ended:?}");
     let report = ended.json();
     assert_eq!((&report["status"], &report["verified"]), (&"completed".into(), &true.into()), "{report}");
-    assert!(report["postcopy"]["pages"].as_u64() > Some(0), "{report}");
-    assert!(report["downtime_ms"].as_f64() < Some(1000.0), "{report}");
+    assert!(report["postcopy"]["pages"].as_u64().is_some_and(|n| n > 0), "{report}");
+    assert!(report["downtime_ms"].as_f64().is_some_and(|n| n < 1000.0), "{report}");
 }
 
 /// Huge pages that the host keeps for a test.
@@ -177,7 +177,7 @@ impl HugePages {
             println!("skipped: no right to reserve huge pages ({error})");
             return None;
         }
-        if read() < Some(before + count) {
+        if read().is_none_or(|now| now < before + count) {
             println!("skipped: {count} huge pages cannot be had");
             return None;
         }

@@ -48,7 +48,7 @@ fn a_late_echo_of_running_is_not_the_end() {
     let report = source.wait_migration(PATIENCE);
     assert_eq!(report["status"], "completed", "{report}");
     // Without ARRIVED the source would have waited for its time-out.
-    assert!(report["total_ms"].as_f64() < Some(8000.0), "{report}");
+    assert!(report["total_ms"].as_f64().is_some_and(|n| n < 8000.0), "{report}");
     prove(&spec, &[&source, &destination]);
 }
 
@@ -66,9 +66,9 @@ fn it_cannot_be_cancelled_and_says_what_it_does() {
     destination.wait_state("running");
     let waited = wait_for("the guest waits for pages", PATIENCE, || {
         let post = destination.status()["migration"]["postcopy"].clone();
-        (post["faults"].as_u64() > Some(0)).then_some(post)
+        (post["faults"].as_u64().is_some_and(|n| n > 0)).then_some(post)
     });
-    assert!(waited["pages_left"].as_u64() > Some(0), "{waited}");
+    assert!(waited["pages_left"].as_u64().is_some_and(|n| n > 0), "{waited}");
     let status = source.status();
     assert_eq!(status["migration"]["status"], "postcopy-active", "{status}");
     for (vm, refused) in [
@@ -102,7 +102,7 @@ fn it_is_asked_for_while_pages_move() {
     wait_for("it takes the request", PATIENCE, || (source.ctl(&["postcopy"]).code == Some(0)).then_some(()));
     let report = source.wait_migration(PATIENCE);
     assert_eq!(report["status"], "completed", "{report}");
-    assert!(report["postcopy"]["pages"].as_u64() > Some(0), "{report}");
+    assert!(report["postcopy"]["pages"].as_u64().is_some_and(|n| n > 0), "{report}");
     prove(&spec, &[&source, &destination]);
 }
 

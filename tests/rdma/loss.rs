@@ -217,8 +217,9 @@ fn the_guest_runs_on_when_its_device_is_removed() {
     source.wait("running", |status| (status["state"] == "running").then_some(()));
     let uri = destination.wait("listening", |status| status["listening"].as_str().map(str::to_owned));
     source.ctl(&["migrate", &uri, "--detach", "--streams", "4", "--codec", "raw"]);
-    source
-        .wait("moving", |status| (status["migration"]["wire_bytes"].as_u64() > Some(4 << 20)).then_some(()));
+    source.wait("moving", |status| {
+        (status["migration"]["wire_bytes"].as_u64().is_some_and(|n| n > 4 << 20)).then_some(())
+    });
     // Dropped last: the removal is complete when nobody has the device open any more.
     let removal = Removal::begin();
     let (migration, state) = source.wait("an end", |status| {
