@@ -238,8 +238,6 @@ impl PageSink {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use pagecopy::layout::{CHUNK_SIZE, Layout};
 
     use super::*;
@@ -249,30 +247,32 @@ mod tests {
     fn what_is_announced_is_waited_for_and_not_for_ever() {
         let ram = Arc::new(Nowhere(Layout::flat(16 * CHUNK_SIZE as u64).unwrap()));
         let sink = PageSink::new(ram, PageHasher::new(1), 0, Duration::from_secs(1), u64::MAX);
-        let waited = |chunk| {
-            let begun = Instant::now();
-            sink.await_announced(chunk);
-            begun.elapsed()
-        };
-        let soon = Duration::from_millis(500);
-        assert!(waited(0) < soon, "nothing was announced");
+        let announced = |chunk| sink.coming.get(chunk) != 0;
+        sink.await_announced(0);
         sink.announce(0..8);
-        let later = Duration::from_millis(50);
+        // Who waits goes on when it is there, and not before; nobody's patience has ended, which would end it for all.
+        let there = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                std::thread::sleep(later);
-                sink.enlarge(0, 4);
+            let waiting = scope.spawn(|| {
+                sink.await_announced(3);
+                there.load(Ordering::Acquire)
             });
-            let waited = waited(3);
-            assert!(waited >= later && waited < soon, "{waited:?}");
+            // Time to go on too early in.
+            std::thread::sleep(Duration::from_millis(20));
+            there.store(true, Ordering::Release);
+            sink.enlarge(0, 4);
+            assert!(waiting.join().unwrap(), "it went on before the chunk was there");
         });
+        assert!(!announced(3) && announced(5), "the wait has ended by itself");
         // Nobody brings in the others: the first to wait finds out, for all.
-        assert!(waited(5) >= soon && waited(6) < soon && waited(7) < soon);
+        sink.await_announced(5);
+        assert!((0..16).all(|chunk| !announced(chunk)));
         sink.announce(8..16);
         sink.begin_placing();
-        assert!(waited(9) < soon);
+        assert!(!announced(9));
         sink.announce(8..16);
         sink.stop();
-        assert!(waited(9) < soon);
+        sink.await_announced(9);
+        assert!(announced(9), "the wait has ended by itself, and not because all is over");
     }
 }
