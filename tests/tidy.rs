@@ -32,6 +32,18 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
 ];
 /// Licences of packages that say theirs in a file instead of their manifest: read there.
 const LICENCES_IN_FILES: &[(&str, &str)] = &[("rdma-sys", "MIT")];
+/// Packages of which Cargo.lock may have several versions, each with its reason. All but the newest cost only time to build.
+const DUPLICATES: &[(&str, &str)] = &[
+    ("bitflags", "vmm-sys-util (kvm-ioctls) and rdma-sys's bindgen have 1"),
+    ("clap", "rdma-sys's bindgen, a build script of the feature rdma, has 2"),
+    ("linux-raw-sys", "of the two rustix"),
+    ("rustix", "rdma-sys's bindgen, through which, has 0.38"),
+    ("shlex", "rdma-sys's bindgen has 1"),
+    ("strsim", "of the two clap"),
+    ("syn", "a derive macro of proptest's random numbers has 2"),
+    ("unicode-width", "of the two clap"),
+    ("windows-sys", "of the two rustix; never built on Linux"),
+];
 /// The only place that packages come from.
 const REGISTRY: &str = "registry+https://github.com/rust-lang/crates.io-index";
 
@@ -515,6 +527,108 @@ fn dependencies_have_allowed_licences_and_sources() {
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
 }
 
+/// The values of a field of a Cargo.lock's packages, one a package; empty where a package has none.
+fn locked<'a>(lock: &'a str, field: &str) -> Vec<&'a str> {
+    let start = format!("{field} = \"");
+    let of = |package: &'a str| {
+        let line = package.lines().find_map(|line| line.strip_prefix(start.as_str()));
+        line.map_or("", |value| value.trim_end_matches('"'))
+    };
+    lock.split("[[package]]").skip(1).map(of).collect()
+}
+
+/// Packages of a Cargo.lock that are there in several versions without leave, come from elsewhere, or may be replaced by others.
+fn lock(path: &str, text: &str, leave: &[(&str, &str)]) -> Vec<String> {
+    let (names, sources) = (locked(text, "name"), locked(text, "source"));
+    let (versions, checksums) = (locked(text, "version"), locked(text, "checksum"));
+    let mut complaints = Vec::new();
+    for (at, name) in names.iter().enumerate() {
+        // Those of this workspace come by their path, and have neither.
+        if !sources[at].is_empty() && (sources[at] != REGISTRY || checksums[at].is_empty()) {
+            complaints.push(format!("{path}: {name} comes from {}, or has no checksum", sources[at]));
+        }
+        let first = names.iter().position(|other| other == name) == Some(at);
+        let all: Vec<_> =
+            (names.iter().zip(&versions)).filter(|(n, _)| *n == name).map(|(_, v)| *v).collect();
+        if first && all.len() > 1 && !leave.iter().any(|(known, _)| known == name) {
+            complaints
+                .push(format!("{path}: {name} is there as {}; DUPLICATES lacks a reason", all.join(" and ")));
+        }
+    }
+    for (name, _) in leave.iter().filter(|(known, _)| names.iter().filter(|name| name == &known).count() < 2)
+    {
+        complaints.push(format!("{path}: {name} is there once: take it off DUPLICATES"));
+    }
+    complaints
+}
+
+#[test]
+fn locked_packages_are_there_once_and_from_the_registry() {
+    let text = |path: &str| fs::read_to_string(root().join(path)).unwrap();
+    let ours = text("Cargo.lock");
+    assert!(locked(&ours, "name").len() > 20, "Cargo.lock is not read rightly");
+    assert_eq!(lock("Cargo.lock", &ours, DUPLICATES), Vec::<String>::new());
+    // The fuzzers' is of the same packages, and its duplicates nobody ships.
+    let fuzz = text("tests/fuzz/Cargo.lock");
+    let wrong: Vec<_> = lock("tests/fuzz/Cargo.lock", &fuzz, &[]);
+    assert_eq!(
+        wrong.into_iter().filter(|w| !w.contains("DUPLICATES")).collect::<Vec<_>>(),
+        Vec::<String>::new()
+    );
+}
+
+/// Comparisons of an `Option` with `Some(...)`: what is missing is less than anything, and passes for it.
+fn missing_passes(path: &str, text: &str) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for (at, code) in code_of(text).iter().enumerate() {
+        let compares = ["< Some(", "<= Some(", "> Some(", ">= Some("].iter().any(|sign| {
+            code.match_indices(sign).any(|(found, _)| !code[..found].ends_with(['=', '-', '<', '>']))
+        });
+        if compares || code.contains(").lt(&Some(") {
+            complaints.push(format!("{path}:{}: None is less than Some(x): use is_some_and", at + 1));
+        }
+    }
+    complaints
+}
+
+#[test]
+fn what_is_missing_is_not_compared() {
+    check(is_rust, missing_passes);
+}
+
+/// Fuzz targets without a program, a corpus, a body, or a unit test that replays it.
+fn unproven(manifest: &str, exists: impl Fn(&str) -> bool, sources: &str) -> Vec<String> {
+    let names =
+        manifest.split("[[bin]]").skip(1).filter_map(|bin| bin.split("name = \"").nth(1)?.split('"').next());
+    let mut complaints = Vec::new();
+    for name in names {
+        for file in [format!("tests/fuzz/fuzz_targets/{name}.rs"), format!("tests/fuzz/corpus/{name}")] {
+            if !exists(&file) {
+                complaints.push(format!("tests/fuzz/Cargo.toml: {name} has no {file}"));
+            }
+        }
+        if !sources.contains(&format!("pub fn {name}(bytes: &[u8])"))
+            || !sources.contains(&format!("replay(\"{name}\", "))
+        {
+            complaints.push(format!("tests/fuzz/Cargo.toml: {name} has no body that a unit test replays"));
+        }
+    }
+    complaints
+}
+
+#[test]
+fn every_fuzz_target_has_a_unit_test() {
+    let manifest = fs::read_to_string(root().join("tests/fuzz/Cargo.toml")).unwrap();
+    let sources: String = files(|path| path.ends_with("src/fuzz.rs") || path.ends_with("cli/fuzz.rs"))
+        .into_iter()
+        .map(|(_, text)| text)
+        .collect();
+    let programs = paths().iter().filter(|path| path.starts_with("tests/fuzz/fuzz_targets/")).count();
+    assert_eq!(manifest.matches("[[bin]]").count(), programs, "tests/fuzz/Cargo.toml lacks a target");
+    let exists = |file: &str| root().join(file).exists();
+    assert_eq!(unproven(&manifest, exists, &sources), Vec::<String>::new());
+}
+
 /// The rules complain about what they are there for, and about nothing else.
 mod rules {
     use super::*;
@@ -621,5 +735,48 @@ mod rules {
                 .is_some()
         );
         assert!(package(&json(r#"{"name": "a", "source": null, "license": null}"#), &allowed).is_some());
+    }
+
+    #[test]
+    fn locks() {
+        let package = |name: &str, version: &str, source: &str| {
+            format!(
+                "[[package]]\nname = \"{name}\"\nversion = \"{version}\"\nsource = \"{source}\"\nchecksum = \"1\"\n\n"
+            )
+        };
+        let one = package("a", "1", REGISTRY);
+        let two = one.clone() + &package("b", "1", REGISTRY) + &package("a", "2", REGISTRY);
+        assert_eq!(lock("l", &one, &[]), Vec::<String>::new());
+        assert_eq!(lock("l", &two, &[]), ["l: a is there as 1 and 2; DUPLICATES lacks a reason"]);
+        assert_eq!(lock("l", &two, &[("a", "why")]), Vec::<String>::new());
+        assert_eq!(lock("l", &one, &[("a", "why")]), ["l: a is there once: take it off DUPLICATES"]);
+        assert_eq!(lock("l", &package("a", "1", "git+https://x"), &[]).len(), 1);
+        assert_eq!(lock("l", &one.replace("checksum", "other"), &[]).len(), 1);
+    }
+
+    #[test]
+    fn comparisons_with_what_is_missing() {
+        for bad in ["x < Some(1)", "x.y() <= Some(1)", "assert!(x > Some(1))", "x >= Some(y)"] {
+            assert_eq!(missing_passes("a.rs", bad).len(), 1, "{bad}");
+        }
+        for good in [
+            "x => Some(1)",
+            "x == Some(1)",
+            "f::<u8>() -> Some(x)",
+            "x.is_some_and(|n| n < 1)",
+            "// < Some(1)",
+        ] {
+            assert_eq!(missing_passes("a.rs", good), Vec::<String>::new(), "{good}");
+        }
+    }
+
+    #[test]
+    fn fuzz_targets() {
+        let manifest = "[[bin]]\nname = \"a\"\n";
+        let sources = "pub fn a(bytes: &[u8]) {}\nreplay(\"a\", 1, a);";
+        assert_eq!(unproven(manifest, |_| true, sources), Vec::<String>::new());
+        assert_eq!(unproven(manifest, |_| false, sources).len(), 2);
+        assert_eq!(unproven(manifest, |_| true, "replay(\"a\", 1, a)").len(), 1);
+        assert_eq!(unproven(manifest, |_| true, "pub fn a(bytes: &[u8]) {}").len(), 1);
     }
 }
