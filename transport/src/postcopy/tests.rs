@@ -113,8 +113,7 @@ fn opened(stream: UnixStream) -> Connection {
 fn what_the_guest_asks_for_does_not_wait_for_the_limit_and_the_rest_does() {
     // The first frame that nobody asked for is sent ahead of its time, by hours.
     let pair = Pair::new(4, CodecMode::Raw, 1, Some(1));
-    let total = pair.sink.left();
-    wait_for("the first frame", || pair.sink.left() < total);
+    wait_for("the first frame", || pair.sink.left() < pair.server.total());
     let left = pair.sink.left();
     let asked = 128;
     for page in 0..asked {
