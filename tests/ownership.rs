@@ -2,8 +2,11 @@
 //! frozen, or connections are cut, at steps of the protocol that chance chooses. After each run exactly one side runs the guest,
 //! or none where that is impossible by nature, and the guest's own chain of sums says that its memory is whole.
 //!
-//! `PAGEFERRY_HARNESS_RUNS` says how many runs there are (24), `PAGEFERRY_HARNESS_SEED` which is the first. A run that fails says how to
-//! have it again: the faults are the same then, though the machine's own timing is not.
+//! Half of the runs hand the guest over before its pages (postcopy), and in some a process is starved instead: of descriptors, of address
+//! space, or of room for its guest's memory.
+//!
+//! `PAGEFERRY_HARNESS_RUNS` says how many runs there are (24), `PAGEFERRY_HARNESS_SEED` which is the first (1; `clock` for another one each
+//! time). A run that fails says how to have it again: the faults are the same then, though the machine's own timing is not.
 
 #[path = "common/rng.rs"]
 mod rng;
@@ -25,14 +28,25 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use serde_json::json;
+
 use faults::Plan;
 use vm::{Spec, World, have_kvm};
 
 /// Runs, unless `PAGEFERRY_HARNESS_RUNS` says otherwise.
 const RUNS: u64 = 24;
 
+/// The first seed, unless `PAGEFERRY_HARNESS_SEED` says otherwise.
+const FIRST_SEED: u64 = 1;
+/// How long a destination waits for its source while pages are missing: longer than all that one plan can do to their connections.
+const POSTCOPY_PATIENCE_S: &str = "15";
+
 fn from_environment(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
+    if text == "clock" {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970");
+        return Some(now.as_millis() as u64);
+    }
     Some(text.parse().unwrap_or_else(|e| panic!("{name}={text}: {e}")))
 }
 
@@ -47,6 +61,10 @@ fn guest(plan: &Plan) -> Spec {
         "2",
         "--reconnect-timeout",
         &seconds(plan.reconnect_s),
+        "--postcopy-timeout",
+        POSTCOPY_PATIENCE_S,
+        "--memory",
+        "memfd",
     ])
 }
 
@@ -58,18 +76,21 @@ fn run(plan: &Plan) -> String {
     let (destination, uri) = world.destination("b", &spec);
     let hand = faults::Hand::new(&uri, plan, source.pid(), destination.pid());
     // Without an answer, if it is killed at once.
-    let _ = source.ask(&serde_json::json!({
+    let mut request = json!({
         "execute": "migrate", "uri": hand.uri(), "streams": plan.streams, "link_timeout_s": 1,
         "reconnect_timeout_s": plan.reconnect_s,
-    }));
-    verdict::settle(&source, &hand);
+    });
+    if let Some(rounds) = plan.postcopy_after_rounds {
+        request["postcopy_after_rounds"] = rounds.into();
+    }
+    let _ = source.ask(&request);
+    verdict::settle(&source, &destination, &hand);
     verdict::judge(&spec, &source, &destination, &hand)
 }
 
 #[test]
 fn the_guest_has_one_owner_whatever_happens() {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    let first = from_environment("PAGEFERRY_HARNESS_SEED").unwrap_or(now.as_millis() as u64);
+    let first = from_environment("PAGEFERRY_HARNESS_SEED").unwrap_or(FIRST_SEED);
     let runs = from_environment("PAGEFERRY_HARNESS_RUNS").unwrap_or(RUNS);
     println!("{runs} runs from PAGEFERRY_HARNESS_SEED={first}");
     let (next, ends) = (AtomicU64::new(0), Mutex::new(BTreeMap::<String, u32>::new()));

@@ -17,6 +17,8 @@ pub(crate) enum Step {
     Message(By, &'static str),
     /// So many bytes of one stream.
     Data(By, u64),
+    /// So many bytes of a connection that carries pages, or asks for them, after the guest.
+    Pages(By, u64),
 }
 
 /// Every step of a migration to which nothing happens.
@@ -55,10 +57,40 @@ const RECOVERY: [Step; 9] = [
     Step::Message(By::Destination, "ERROR"),
 ];
 
+/// Steps of a handover before all pages are there, besides those of every migration.
+const POSTCOPY: [Step; 14] = [
+    Step::Message(By::Source, "POSTCOPY"),
+    Step::Message(By::Destination, "POSTCOPY_READY"),
+    Step::Message(By::Source, "MISSING"),
+    Step::Open(Role::Postcopy),
+    Step::Pages(By::Source, 1),
+    Step::Pages(By::Destination, 1),
+    Step::Pages(By::Source, 60 << 10),
+    Step::Pages(By::Source, 300 << 10),
+    Step::Message(By::Source, "SENT"),
+    Step::Message(By::Destination, "ARRIVED"),
+    // Twice as often as the others, as above.
+    Step::Message(By::Source, "MISSING"),
+    Step::Pages(By::Source, 60 << 10),
+    Step::Message(By::Destination, "READY"),
+    Step::Message(By::Source, "GO"),
+];
+
+/// What a process is starved of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Want {
+    /// Descriptors: none beyond those that it has.
+    Descriptors,
+    /// Address space: no more than so many MiB beyond what it has.
+    Memory(u64),
+}
+
 /// What happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Harm {
     Kill(By),
+    /// There is no more of something from here on.
+    Starve(By, Want),
     /// SIGSTOP, and SIGCONT after so many milliseconds.
     Freeze(By, u64),
     /// The control connection, and the streams of this mask.
@@ -87,6 +119,8 @@ pub(crate) struct Plan {
     pub(crate) seed: u64,
     pub(crate) streams: u16,
     pub(crate) reconnect_s: u64,
+    /// The guest is handed over before its pages, after so many rounds.
+    pub(crate) postcopy_after_rounds: Option<u32>,
     faults: Vec<Fault>,
 }
 
@@ -96,23 +130,33 @@ impl Plan {
         let rng = &mut Rng(seed);
         let streams = 1 + rng.below(3) as u16;
         let reconnect_s = [0, 1, 3, 3][rng.below(4)];
-        let faults = (0..1 + rng.below(3)).map(|i| Fault::any(rng, i != 0)).collect();
-        Self { seed, streams, reconnect_s, faults }
+        let postcopy_after_rounds = [None, None, Some(0), Some(1)][rng.below(4)];
+        let mut steps = STEPS.to_vec();
+        if postcopy_after_rounds.is_some() {
+            steps.extend(POSTCOPY);
+        }
+        let faults = (0..1 + rng.below(3))
+            .map(|i| {
+                if i == 1 {
+                    steps.extend(RECOVERY);
+                }
+                Fault::any(rng, &steps)
+            })
+            .collect();
+        Self { seed, streams, reconnect_s, postcopy_after_rounds, faults }
     }
 }
 
 impl Fault {
-    fn any(rng: &mut Rng, recovery: bool) -> Self {
-        let step = match rng.below(if recovery { STEPS.len() + RECOVERY.len() } else { STEPS.len() }) {
-            i if i < STEPS.len() => STEPS[i],
-            i => RECOVERY[i - STEPS.len()],
-        };
+    fn any(rng: &mut Rng, steps: &[Step]) -> Self {
+        let step = steps[rng.below(steps.len())];
         let side = if rng.below(2) == 0 { By::Source } else { By::Destination };
-        let harm = match rng.below(8) {
+        let harm = match rng.below(9) {
             0 | 1 => Harm::Kill(side),
             2 | 3 => Harm::Freeze(side, [100, 500, 1500, 3500][rng.below(4)]),
             4..7 => Harm::Cut { control: rng.below(3) != 0, streams: rng.below(8) as u16 },
-            _ => Harm::Down([200, 1500, 4000][rng.below(3)]),
+            7 => Harm::Down([200, 1500, 4000][rng.below(3)]),
+            _ => Harm::Starve(side, [Want::Descriptors, Want::Memory(0), Want::Memory(8)][rng.below(3)]),
         };
         Self { step, nth: 1 + rng.below(4) as u32 / 3, before: rng.below(2) == 0, harm }
     }
@@ -189,7 +233,8 @@ fn is(step: Step, seen: &Seen<'_>) -> bool {
         (Step::Message(from, name), Seen::Message { by, message, .. }) => {
             from == *by && message.name() == name
         }
-        (Step::Data(from, bytes), Seen::Data { by, total, len, .. }) => {
+        (Step::Data(from, bytes), Seen::Data { role: Role::Stream, by, total, len, .. })
+        | (Step::Pages(from, bytes), Seen::Data { role: Role::Postcopy, by, total, len, .. }) => {
             from == *by && *total >= bytes && *total - (*len as u64) < bytes
         }
         _ => false,
@@ -206,9 +251,9 @@ impl Deeds {
             let lost = match fault.harm {
                 // What a process has sent before it died may arrive, or not.
                 Harm::Kill(_) => fault.nth == 1,
-                Harm::Freeze(..) => false,
+                Harm::Freeze(..) | Harm::Starve(..) => false,
                 Harm::Cut { control, streams } => match seen {
-                    Seen::Open { role: Role::Stream, stream } | Seen::Data { stream, .. } => {
+                    Seen::Open { role: Role::Stream | Role::Postcopy, stream } | Seen::Data { stream, .. } => {
                         streams >> stream_number(*stream) & 1 != 0
                     }
                     _ => control,
@@ -243,13 +288,17 @@ impl Deeds {
                 send_signal(self.pid(side), libc::SIGKILL);
                 (0, Box::new(|_| {}))
             }
+            Harm::Starve(side, want) => {
+                starve(self.pid(side), want);
+                (0, Box::new(|_| {}))
+            }
             Harm::Freeze(side, ms) => {
                 stop_process(self.pid(side));
                 (ms, Box::new(move |deeds| send_signal(deeds.pid(side), libc::SIGCONT)))
             }
             Harm::Cut { control, streams } => {
                 cut(&|role, stream| match role {
-                    Role::Stream => streams >> stream & 1 != 0,
+                    Role::Stream | Role::Postcopy => streams >> stream & 1 != 0,
                     _ => control,
                 });
                 (0, Box::new(|_| {}))
@@ -267,4 +316,22 @@ impl Deeds {
             deeds.unfinished.fetch_sub(1, Ordering::AcqRel);
         });
     }
+}
+
+/// Takes away what a process has not got yet. It may have ended.
+fn starve(pid: i32, want: Want) {
+    let Some(process) = rustix::process::Pid::from_raw(pid) else { return };
+    let (resource, limit) = match want {
+        Want::Descriptors => {
+            let open = std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
+            (rustix::process::Resource::Nofile, open as u64)
+        }
+        Want::Memory(mib) => {
+            let pages = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+            let pages: u64 = pages.split(' ').next().and_then(|pages| pages.parse().ok()).unwrap_or(0);
+            (rustix::process::Resource::As, pages * 4096 + (mib << 20))
+        }
+    };
+    let limit = rustix::process::Rlimit { current: Some(limit), maximum: Some(limit) };
+    let _ = rustix::process::prlimit(Some(process), resource, limit);
 }

@@ -21,7 +21,7 @@ fn state(vm: &Vm) -> Option<String> {
 }
 
 /// Waits until the source knows what became of its migration, has given up asking for it, or is gone.
-pub(crate) fn settle(source: &Vm, hand: &Hand) {
+pub(crate) fn settle(source: &Vm, destination: &Vm, hand: &Hand) {
     let mut unknown = None;
     let mut told = Some(Instant::now() + PATIENCE - Duration::from_secs(1));
     wait_for("the source's migration settles", PATIENCE, || {
@@ -36,8 +36,13 @@ pub(crate) fn settle(source: &Vm, hand: &Hand) {
             println!("the source says, still: {status}");
         }
         match status["migration"]["status"].as_str().unwrap_or("none") {
-            "completed" | "failed" | "cancelled" => Some(()),
-            "unknown" => {
+            "completed" | "failed" | "cancelled" | "postcopy-lost" => Some(()),
+            // It keeps the pages of a guest that can never ask for them, for as long as nobody ends it.
+            "postcopy-active" | "postcopy-paused" if destination.exited().is_none() => {
+                unknown = None;
+                None
+            }
+            "unknown" | "postcopy-active" | "postcopy-paused" => {
                 let since: &Instant = unknown.get_or_insert_with(Instant::now);
                 (since.elapsed() > ASKING).then_some(())
             }
@@ -56,6 +61,7 @@ pub(crate) fn judge(spec: &Spec, source: &Vm, destination: &Vm, hand: &Hand) -> 
         Some("running") => at_source(spec, source, destination),
         Some("migrated") => at_destination(spec, source, destination, hand, "migrated"),
         Some("unknown") => unknown(spec, source, destination, hand),
+        Some("postcopy") => in_postcopy(source, destination, hand),
         None => without_source(spec, source, destination, hand),
         Some(other) => panic!("the source is {other} after {}", hand.deeds()),
     };
@@ -71,6 +77,13 @@ fn at_source(spec: &Spec, source: &Vm, destination: &Vm) -> String {
         assert_eq!(state, "incoming", "the destination has a guest that the source kept");
     }
     "runs on at the source".into()
+}
+
+/// It was handed over before its pages, which the source keeps: the destination is gone, and the guest with it.
+fn in_postcopy(source: &Vm, destination: &Vm, hand: &Hand) -> String {
+    assert!(hand.killed(By::Destination), "a destination with a guest ended: {}", destination.errors());
+    stands(source);
+    "killed with the destination before all its pages were there; the source keeps them".into()
 }
 
 /// It was handed over: the destination runs it, unless it was killed later.
@@ -119,17 +132,30 @@ fn unknown(spec: &Spec, source: &Vm, destination: &Vm, hand: &Hand) -> String {
 /// The source is gone: the destination runs the guest if it was told to, and else never does.
 fn without_source(spec: &Spec, source: &Vm, destination: &Vm, hand: &Hand) -> String {
     assert!(hand.killed(By::Source), "the source ended: {}", source.errors());
-    let running = wait_for("the destination runs it or does not", PATIENCE, || {
+    let became = wait_for("the destination runs it or does not", PATIENCE, || {
         let Ok(status) = destination.ask(&json!({"execute": "status"})) else {
-            return destination.exited().map(|_| false);
+            return destination.exited().map(|_| Became::Nothing);
         };
-        // It listens, since no session had begun, or still waits.
-        let listens = status["migration"]["status"] == "none";
-        if status["state"] == "running" { Some(true) } else { listens.then_some(false) }
+        match (status["state"].as_str(), status["migration"]["status"].as_str()) {
+            (Some("crashed"), _) => Some(Became::Lost),
+            // Pages are missing: it waits for a source that never comes, and then stops the guest for good.
+            (Some("running"), Some("postcopy-active" | "postcopy-paused" | "postcopy-lost")) => None,
+            (Some("running"), _) => Some(Became::Running),
+            // It listens, since no session had begun, or still waits.
+            (_, Some("none")) => Some(Became::Nothing),
+            _ => None,
+        }
     });
-    if running {
-        prove(spec, &[source, destination]);
-        return "runs at the destination; the source was killed".into();
+    match became {
+        Became::Running => {
+            prove(spec, &[source, destination]);
+            return "runs at the destination; the source was killed".into();
+        }
+        Became::Lost => {
+            stands(destination);
+            return "stopped for good at the destination; the source was killed with its pages".into();
+        }
+        Became::Nothing => {}
     }
     if hand.killed(By::Destination) {
         return "killed with both".into();
@@ -138,9 +164,17 @@ fn without_source(spec: &Spec, source: &Vm, destination: &Vm, hand: &Hand) -> St
     "killed with the source".into()
 }
 
+/// What became of a guest at a destination without a source.
+enum Became {
+    Running,
+    /// It ran before all its pages were there, and was stopped.
+    Lost,
+    Nothing,
+}
+
 /// The guest does not run here.
-fn stands(source: &Vm) {
-    let printed = source.serial().len();
+fn stands(vm: &Vm) {
+    let printed = vm.serial().len();
     std::thread::sleep(Duration::from_millis(100));
-    assert_eq!(source.serial().len(), printed, "the source runs a guest that it handed over");
+    assert_eq!(vm.serial().len(), printed, "a guest runs that must not");
 }
