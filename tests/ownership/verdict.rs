@@ -124,6 +124,9 @@ fn unknown(spec: &Spec, source: &Vm, destination: &Vm, hand: &Hand) -> String {
     }
     // Somebody has looked, and decides.
     let resumed = source.ctl(&["resume", "--force"]);
+    if resumed.err.contains("needs the pages that are still here") {
+        return in_postcopy(source, destination, hand);
+    }
     assert_eq!(resumed.code, Some(0), "{resumed:?}");
     prove(spec, &[source]);
     "unknown at the source, the destination gone without it; resumed by force".into()
