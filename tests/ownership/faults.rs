@@ -253,9 +253,8 @@ impl Deeds {
                 Harm::Kill(_) => fault.nth == 1,
                 Harm::Freeze(..) | Harm::Starve(..) => false,
                 Harm::Cut { control, streams } => match seen {
-                    Seen::Open { role: Role::Stream | Role::Postcopy, stream } | Seen::Data { stream, .. } => {
-                        streams >> stream_number(*stream) & 1 != 0
-                    }
+                    Seen::Open { role: Role::Stream | Role::Postcopy, stream }
+                    | Seen::Data { stream, .. } => streams >> stream_number(*stream) & 1 != 0,
                     _ => control,
                 },
                 Harm::Down(_) => true,

@@ -70,8 +70,10 @@ fn it_cannot_be_cancelled_and_says_what_it_does() {
         (post["faults"].as_u64().is_some_and(|n| n > 0)).then_some(post)
     });
     assert!(waited["pages_left"].as_u64().is_some_and(|n| n > 0), "{waited}");
-    let status = source.status();
-    assert_eq!(status["migration"]["status"], "postcopy-active", "{status}");
+    // It may run a moment before the source hears so.
+    wait_for("the source knows that it runs", PATIENCE, || {
+        (source.status()["migration"]["status"] == "postcopy-active").then_some(())
+    });
     for (vm, refused) in [
         (&source, vec!["cancel"]),
         (&source, vec!["resume", "--force"]),
