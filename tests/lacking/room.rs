@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use pageferry::vmm_shim::kvm;
+
 use crate::common::{Ended, Ferry, MIB, PAGE, PATIENCE, Recv, Rng, blocks, folder, send, turn};
 
 /// A tmpfs of its own size, gone in the end.
@@ -171,4 +173,51 @@ fn a_guest_whose_room_vanishes_does_not_end_silently() {
         said.contains(&format!("a page of the memory file {} could not be had", ram.display())),
         "{said}"
     );
+}
+
+/// KVM does not get the page, and says so.
+#[test]
+fn a_vcpu_whose_page_cannot_be_had_stops_with_the_file_systems_name() {
+    let _turn = turn();
+    if let Err(error) = kvm::open() {
+        return println!("skipped: no /dev/kvm ({error})");
+    }
+    let Some(small) = Tmpfs::new(80) else { return };
+    let folder = folder();
+    let api = format!("unix:{}", folder.path().join("api").display());
+    let ram = small.path("ram");
+    let memory = format!("file:{}", ram.display());
+    let args = [
+        "--mem",
+        "64M",
+        "--working-set",
+        "48M",
+        "--rate",
+        "0",
+        "--paused",
+        "--api",
+        &api,
+        "--memory",
+        &memory,
+    ];
+    let vm = Ferry::start(["vm"].iter().chain(&args));
+    let asked = |what: &[&str]| Ferry::run(["ctl", &api].iter().chain(what));
+    let deadline = Instant::now() + PATIENCE;
+    while asked(&["status"]).code != Some(0) {
+        assert!(Instant::now() < deadline, "no control socket");
+    }
+    small.fill();
+    asked(&["resume"]).code(0);
+    let of = format!("the file system of {} has ", ram.display());
+    loop {
+        let status = asked(&["status", "--json"]);
+        if status.stdout.contains("crashed") {
+            let said = status.stdout.contains("could not be had") && status.stdout.contains(&of);
+            assert!(said, "{status:?}");
+            break;
+        }
+        assert!(Instant::now() < deadline, "{status:?}");
+    }
+    asked(&["quit"]).code(0);
+    vm.wait();
 }

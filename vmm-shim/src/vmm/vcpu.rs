@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use pagecopy::backend::Room;
+use pagecopy::layout::Region;
 
 use super::serial::{self, Serial};
 use crate::kvm::kick::Kicker;
@@ -192,11 +193,8 @@ impl Machine {
                 Err(e) if e.errno() == libc::EAGAIN => {}
                 Err(e) => {
                     let error = io::Error::from(e);
-                    return Ended::Crashed(format!(
-                        "vCPU {}: KVM_RUN: {error}{}",
-                        vcpu.index,
-                        self.room(&error)
-                    ));
+                    let lost = if e.errno() == libc::EFAULT { self.lost_page() } else { String::new() };
+                    return Ended::Crashed(format!("vCPU {}: KVM_RUN: {error}{lost}", vcpu.index));
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
                     self.port_out(port, data);
@@ -217,7 +215,8 @@ impl Machine {
                     }
                 }
                 Ok(exit) => {
-                    let (what, internal) = (describe(&exit), matches!(exit, VcpuExit::InternalError));
+                    let internal = matches!(exit, VcpuExit::InternalError);
+                    let what = format!("{}{}", describe(&exit), self.lost_by(&exit));
                     let regs = fd.get_regs().map_or_else(
                         |_| String::new(),
                         |r| format!(" at rip {:#x}, rflags {:#x}", r.rip, r.rflags),
@@ -235,14 +234,25 @@ impl Machine {
         Ended::Stopped
     }
 
-    /// Where a page of the guest's memory could not be had, who has no room for it.
-    fn room(&self, error: &io::Error) -> String {
-        if error.raw_os_error() != Some(libc::EFAULT) {
+    /// A page of the guest's memory could not be had: who has no room for it.
+    fn lost_page(&self) -> String {
+        let room = self
+            .slots
+            .ram
+            .room()
+            .map_or_else(String::new, |Room { bytes, of, .. }| format!("; {of} has {bytes} bytes left"));
+        format!(": a page of the guest's memory could not be had{room}")
+    }
+
+    /// The same for an exit that says so: what KVM emulates and cannot read or write counts as no memory to it.
+    fn lost_by(&self, exit: &VcpuExit<'_>) -> String {
+        let (VcpuExit::MmioRead(gpa, _) | VcpuExit::MmioWrite(gpa, _) | VcpuExit::MemoryFault { gpa, .. }) =
+            exit
+        else {
             return String::new();
-        }
-        self.slots.ram.room().map_or_else(String::new, |Room { bytes, of, .. }| {
-            format!(": a page of the guest's memory could not be had; {of} has {bytes} bytes left")
-        })
+        };
+        let has = |region: &Region| (region.gpa..region.gpa.saturating_add(region.len)).contains(gpa);
+        if self.slots.ram.layout().regions().iter().any(has) { self.lost_page() } else { String::new() }
     }
 
     /// Sleeps so long that the time since `slice` is the share that throttling leaves.
@@ -291,10 +301,10 @@ fn describe(exit: &VcpuExit<'_>) -> String {
             "KVM could not run or emulate an instruction (KVM_EXIT_INTERNAL_ERROR)".into()
         }
         VcpuExit::MmioRead(gpa, data) => {
-            format!("read {} bytes at {gpa:#x}, outside its memory (KVM_EXIT_MMIO)", data.len())
+            format!("read {} bytes at {gpa:#x}, where KVM has no memory (KVM_EXIT_MMIO)", data.len())
         }
         VcpuExit::MmioWrite(gpa, data) => {
-            format!("wrote {} bytes at {gpa:#x}, outside its memory (KVM_EXIT_MMIO)", data.len())
+            format!("wrote {} bytes at {gpa:#x}, where KVM has no memory (KVM_EXIT_MMIO)", data.len())
         }
         VcpuExit::MemoryFault { flags, gpa, size } => {
             format!("KVM could not map {size} bytes at {gpa:#x} (KVM_EXIT_MEMORY_FAULT), flags {flags:#x}")
