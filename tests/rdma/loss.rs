@@ -162,6 +162,44 @@ fn too_little_memory_to_pin_is_named_with_what_to_do() {
     assert!(!destination.ended(), "recv takes nothing for a file");
 }
 
+/// The limit allows some of the memory: what is pinned is let go for what is needed next, and nothing is lost. Where it does not allow
+/// the first of it, it is named at once.
+#[test]
+fn a_limit_on_locked_memory_that_is_met_in_mid_transfer() {
+    let address = device_or_skip!();
+    let _turn = turn();
+    let folder = tempfile::tempdir().unwrap();
+    let (from, to) = (folder.path().join("random"), folder.path().join("copy"));
+    image(&from, 48, |_| Content::Random);
+    for (mib, moves) in [(20, true), (6, false)] {
+        let limit = format!("--memlock={0}:{0}", mib << 20);
+        let less = ["--bounding-set=-ipc_lock", "prlimit", limit.as_str()];
+        let tried = Command::new("setpriv").args(less).arg("true").output();
+        if !tried.as_ref().is_ok_and(|output| output.status.success()) {
+            return println!("skipped: setpriv and prlimit do not lower the limit: {tried:?}");
+        }
+        let destination = Recv::start(address, &to, &[]);
+        let output = Command::new("setpriv")
+            .args(less)
+            .args([env!("CARGO_BIN_EXE_pageferry"), "send", &destination.uri, "--streams", "1"])
+            .args(["--codec", "raw", "--json", "--ram-file"])
+            .arg(&from)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        let report = report(&output);
+        if moves {
+            assert_eq!(output.status.code(), Some(0), "{said}");
+            assert!(fs::read(&from).unwrap() == fs::read(&to).unwrap());
+        } else {
+            assert_eq!(output.status.code(), Some(1), "{said}");
+            assert!(said.contains(&format!("RLIMIT_MEMLOCK is {} bytes", mib << 20)), "{said}");
+        }
+        assert_eq!((&report["streams_lost"], &report["reconnects"]), (&0.into(), &0.into()), "{report}");
+    }
+}
+
 /// The lab's RDMA device, while it is being removed; there again in the end.
 struct Removal(std::process::Child);
 

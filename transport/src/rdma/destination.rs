@@ -81,7 +81,7 @@ impl Registrar {
             sink.touch(chunk);
         }
         let made = Region::guest(&domain, sink.ram(), region, offset, bytes, Access::RemoteWrite);
-        self.table().settle((adapter, range), bytes, made, |region| region.remote())
+        self.table().settle((adapter, range), bytes, made, Region::remote)
     }
 
     /// Lets a range go, if whoever asked for it last does.
@@ -365,5 +365,28 @@ impl FrameReceiver for Receiver {
 impl Drop for Receiver {
     fn drop(&mut self) {
         self.cut.shutdown();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_that_shows_in_mid_transfer_is_kept_to_and_one_that_allows_nothing_is_named() {
+        let key = (0, Range { first: 0, count: 2 });
+        let refused = || Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        let mut table = Table { pinned: 3 << 19, ..Table::default() };
+        assert_eq!(table.settle(key, 1 << 19, refused(), Region::remote).unwrap(), None);
+        assert_eq!((table.pinned, table.allowed), (2 << 19, Some(2 << 19)));
+        let mut table = Table { pinned: 1 << 19, ..Table::default() };
+        let error = table.settle(key, 1 << 19, refused(), Region::remote).unwrap_err();
+        assert!(is_local(&error) && error.to_string().contains("cannot pin 524288 bytes"), "{error}");
+        assert_eq!((table.pinned, table.allowed), (0, None));
+        // What the adapter does not take at all comes in messages.
+        let mut table = Table { pinned: 1 << 19, ..Table::default() };
+        let unfit = Err(io::Error::from_raw_os_error(libc::EPERM));
+        assert_eq!(table.settle(key, 1 << 19, unfit, Region::remote).unwrap(), None);
+        assert_eq!((table.pinned, table.allowed), (0, None));
     }
 }
