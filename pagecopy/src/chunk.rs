@@ -234,8 +234,8 @@ impl ChunkEncoder {
     }
 
     /// For one of several workers; see [`Chooser::sharing`].
-    pub fn sharing(self, workers: u16, crowding: f64) -> Self {
-        Self { chooser: self.chooser.sharing(workers, crowding), ..self }
+    pub fn sharing(self, workers: u16, cores: usize, near: bool) -> Self {
+        Self { chooser: self.chooser.sharing(workers, cores, near), ..self }
     }
 
     /// What chooses the codec, to be told what sending takes.

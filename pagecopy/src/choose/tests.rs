@@ -1,5 +1,7 @@
 //! The choice over simulated links.
 
+mod near;
+
 use super::*;
 use crate::layout::CHUNK_SIZE;
 
@@ -213,23 +215,23 @@ fn zeros_say_nothing_about_the_link() {
 /// Four workers on two cores, each with its part of 25 Gbit/s: compression that would pay for one of them alone does not.
 #[test]
 fn a_crowded_core_is_reckoned_with() {
-    let run = |sharing: (u16, f64), mbit: f64| {
+    let run = |(workers, cores): (u16, u16), mbit: f64| {
         let mut sim = Sim::new(CodecMode::Auto, mbit * 1e6 / 8.0);
-        sim.crowding = f64::from(sharing.0) / sharing.1;
-        sim.chooser = sim.chooser.sharing(sharing.0, sim.crowding);
+        sim.crowding = f64::from(workers) / f64::from(cores);
+        sim.chooser = sim.chooser.sharing(workers, cores.into(), false);
         sim.run(2000, 1);
         sim.last
     };
-    assert!(run((4, 4.0), 6250.0).is_some());
-    assert_eq!(run((4, 2.0), 6250.0), None);
-    assert!(run((4, 2.0), 250.0).is_some());
+    assert!(run((4, 4), 6250.0).is_some());
+    assert_eq!(run((4, 2), 6250.0), None);
+    assert!(run((4, 2), 250.0).is_some());
 }
 
 /// Two streams on 10 Gbit/s, of which now one and now the other gets most: what the one that waits sees is no slower link.
 #[test]
 fn streams_that_take_turns_see_one_link() {
     let compressed = |tells_all: bool| {
-        let mut chooser = Chooser::new(CodecMode::Auto).sharing(2, 1.0);
+        let mut chooser = Chooser::new(CodecMode::Auto).sharing(2, 2, false);
         let mut all = 0.0;
         let mut compressed = 0;
         for chunk in 0..4000u32 {
@@ -463,7 +465,7 @@ fn a_chunk_that_was_made_to_wait_is_no_dearer() {
 /// A stream that is connected while the others have sent for long.
 #[test]
 fn what_others_sent_before_is_not_counted() {
-    let mut chooser = Chooser::new(CodecMode::Auto).sharing(2, 1.0);
+    let mut chooser = Chooser::new(CodecMode::Auto).sharing(2, 2, false);
     for chunk in 0..20 {
         let own = chunk << 20;
         let delivered = Delivered { own, all: (1 << 40) + 2 * own };

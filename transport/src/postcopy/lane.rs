@@ -137,7 +137,6 @@ struct Worker {
     len: usize,
     /// Of this connection, for what chooses the codec: wire bytes sent, and receipted; when it was last told; and for how long there
     /// has been nothing to do since.
-    sent_bytes: u64,
     acked_bytes: u64,
     told_at: Option<u64>,
     idle_nanos: u64,
@@ -151,8 +150,7 @@ impl Worker {
             ChunkEncoder::new(CodecMode::Raw, CLOCKS)
         } else {
             let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-            let threads = f64::from(options.pushing) * if options.near { 2.0 } else { 1.0 };
-            ChunkEncoder::new(options.codec, CLOCKS).sharing(options.pushing, threads / cores as f64)
+            ChunkEncoder::new(options.codec, CLOCKS).sharing(options.pushing, cores, options.near)
         };
         Self {
             server,
@@ -167,7 +165,6 @@ impl Worker {
             out: Vec::new(),
             buffer: vec![0; BUFFER_BYTES].into(),
             len: 0,
-            sent_bytes: 0,
             acked_bytes: 0,
             told_at: None,
             idle_nanos: 0,
@@ -260,14 +257,8 @@ impl Worker {
         let idle = std::mem::take(&mut self.idle_nanos);
         let passed = self.told_at.map_or(0, |before| now.saturating_sub(before).saturating_sub(idle));
         self.told_at = Some(now);
-        self.sent_bytes += wire_bytes;
-        let (server, counters) = (&self.server, &self.server.counters);
-        let delivered = if server.options.near {
-            // A destination on this host that waits for a core is no slow link.
-            Delivered { own: self.sent_bytes, all: counters.wire.load(Ordering::Relaxed) }
-        } else {
-            Delivered { own: self.acked_bytes, all: counters.wire_acked.load(Ordering::Relaxed) }
-        };
+        let all = self.server.counters.wire_acked.load(Ordering::Relaxed);
+        let delivered = Delivered { own: self.acked_bytes, all };
         self.sealer.chooser().observe_link(wire_bytes, passed, delivered, clock::busy);
     }
 

@@ -167,7 +167,7 @@ impl Lane {
     ) -> io::Result<Self> {
         let SourceEnd { frames, receipts, breaker } = carrier;
         let chooses = matches!(source.options.codec, CodecMode::Auto | CodecMode::Zstd { level: None });
-        let window = Window::new(frames.window_min(), source.options.near || !chooses);
+        let window = Window::new(frames.window_min(), !chooses);
         let shared = Arc::new(Shared::new(source, stream, breaker, window));
         let sending = shared.clone();
         let sender = std::thread::Builder::new().name(format!("send-{stream}")).spawn(move || {
@@ -292,10 +292,9 @@ pub(super) struct LaneSender<'a> {
     seq: u64,
     /// Frames before this one may have pages whose content is not known for sure, as long as they are under way.
     doubtful_before: u64,
-    /// When the chooser was last told what sending takes; and for how long there has been nothing to do since, and what was sent in all.
+    /// When the chooser was last told what sending takes; and for how long there has been nothing to do since.
     told_at: Option<u64>,
     idle_nanos: u64,
-    sent_bytes: u64,
 }
 
 const CLOCKS: Clocks = Clocks { now: clock::nanos, worked: clock::worked_nanos };
@@ -304,10 +303,8 @@ impl<'a> LaneSender<'a> {
     pub(super) fn new(shared: &'a Shared, carrier: Box<dyn FrameSender>) -> Self {
         let source = &*shared.source;
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let streams = source.options.streams;
-        let threads = f64::from(streams) * if source.options.near { 2.0 } else { 1.0 };
         let encoder = ChunkEncoder::new(source.options.codec, CLOCKS)
-            .sharing(streams, threads / cores as f64)
+            .sharing(source.options.streams, cores, source.options.near)
             .referring(source.options.references);
         Self {
             shared,
@@ -320,7 +317,6 @@ impl<'a> LaneSender<'a> {
             doubtful_before: 0,
             told_at: None,
             idle_nanos: 0,
-            sent_bytes: 0,
         }
     }
 
@@ -517,15 +513,9 @@ impl<'a> LaneSender<'a> {
         let idle = std::mem::take(&mut self.idle_nanos);
         let passed = self.told_at.map_or(0, |before| now.saturating_sub(before).saturating_sub(idle));
         self.told_at = Some(now);
-        self.sent_bytes += wire_bytes;
-        let delivered = if source.options.near {
-            // A destination on this host that waits for a core is no slow link.
-            Delivered { own: self.sent_bytes, all: source.counters.wire_sent.load(Ordering::Relaxed) }
-        } else {
-            Delivered {
-                own: self.shared.delivered.load(Ordering::Relaxed),
-                all: source.counters.wire_acked.load(Ordering::Relaxed),
-            }
+        let delivered = Delivered {
+            own: self.shared.delivered.load(Ordering::Relaxed),
+            all: source.counters.wire_acked.load(Ordering::Relaxed),
         };
         self.encoder.chooser().observe_link(wire_bytes, passed, delivered, clock::busy);
         Ok(())
