@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::RecvTimeoutError;
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
-use crate::socket::{Connection, SocketError, resolve, tune_for_loopback};
+use crate::socket::{Connection, SocketError, leads_here, resolve, tune_for_loopback};
 use crate::sys::wait_writable;
 use crate::uri::Uri;
 
@@ -141,7 +141,7 @@ fn resolve_literal(host: &str, port: u16) -> Option<Vec<SocketAddr>> {
 /// As [`TcpStream::connect_timeout`], but in steps, and with what must be set before.
 fn connect_tcp(address: SocketAddr, limit: Limit<'_>) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    if address.ip().is_loopback() {
+    if leads_here(address) {
         tune_for_loopback(&SockRef::from(&socket));
     }
     socket.set_nonblocking(true)?;

@@ -2,7 +2,7 @@
 
 use std::fs::Permissions;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -58,7 +58,8 @@ impl Connection {
             stream.set_nodelay(true)?;
             let socket = SockRef::from(stream);
             socket.set_tcp_user_timeout(Some(timeout))?;
-            if stream.peer_addr()?.ip().is_loopback() {
+            let (own, peer) = (stream.local_addr()?.ip(), stream.peer_addr()?.ip());
+            if peer.is_loopback() || own == peer {
                 tune_for_loopback(&socket);
             }
         }
@@ -270,6 +271,20 @@ fn listen_unix(path: &Path, mode: Option<u32>) -> io::Result<UnixListener> {
     Ok(socket.into())
 }
 
+/// Whether packets to this address go over the loopback device: it is one of this host's own. That is the first hop of what may be a
+/// long path, through a forwarder, and says nothing about the rest of it.
+pub(crate) fn leads_here(address: SocketAddr) -> bool {
+    // Connecting a datagram socket sends nothing: the kernel looks for a route, and says what address it would send from.
+    let any: IpAddr =
+        if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let route = || {
+        let socket = UdpSocket::bind((any, 0))?;
+        socket.connect(address)?;
+        socket.local_addr()
+    };
+    address.ip().is_loopback() || route().is_ok_and(|own| own.ip() == address.ip())
+}
+
 fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
@@ -277,7 +292,7 @@ fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
         socket.set_only_v6(false)?;
     }
     if address.ip().is_loopback() {
-        // What is accepted takes after it.
+        // What is accepted takes after it. Of other addresses nobody knows yet who will connect: `tune` does what it can then.
         tune_for_loopback(&SockRef::from(&socket));
     }
     socket.bind(&address.into())?;
@@ -354,6 +369,25 @@ mod tests {
             end.tune(Duration::from_secs(10)).unwrap();
             let after = (end.socket().tcp_congestion().unwrap(), end.socket().tcp_notsent_lowat().unwrap());
             assert_eq!(before, after);
+        }
+    }
+
+    #[test]
+    fn own_addresses_lead_here_and_others_do_not() {
+        let at = |ip: &str| SocketAddr::new(ip.parse().unwrap(), 9);
+        assert!(leads_here(at("127.0.0.1")) && leads_here(at("127.3.2.1")));
+        // TEST-NET-3 is nobody's; whether there is a way to it or not, it does not end here.
+        assert!(!leads_here(at("203.0.113.77")));
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        match socket.connect(at("203.0.113.77")).and_then(|()| socket.local_addr()) {
+            Ok(own) => {
+                assert!(leads_here(SocketAddr::new(own.ip(), 9)), "{own}");
+                let listener = Listener::bind(&Uri::Tcp { host: own.ip().to_string(), port: 0 }).unwrap();
+                let connection =
+                    Connection::connect(&listener.uri(), Duration::from_secs(1), &|| false).unwrap();
+                assert_eq!(connection.socket().tcp_notsent_lowat().unwrap(), LOOPBACK_UNSENT);
+            }
+            Err(error) => eprintln!("skipped in part: this host has no way out ({error})"),
         }
     }
 
