@@ -1,8 +1,8 @@
 //! Postcopy from one seed: a guest that runs at the destination and touches pages that are not there, over connections that break.
 //!
 //! The bitmap that decides who sends a page, the order, requests, what makes frames and opens them, receipts and the sink that places
-//! pages are the real ones; the threads that carry them are not. What must hold: the guest never reads anything but what it left at the source
-//! or has written itself, no page is placed twice, none stays away, and it ends.
+//! pages are the real ones; the threads that carry them are not. What must hold: the guest never reads anything but what it left at
+//! the source or has written itself, no page is placed twice, none stays away, and it ends.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
