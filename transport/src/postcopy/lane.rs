@@ -22,7 +22,7 @@ use crate::clock;
 use crate::link::attach_stream;
 use crate::panic_text;
 use crate::socket::Connection;
-use crate::sys::{self, ReceiveList, SendList};
+use crate::sys::{self, ReceiveList, SendList, Soon};
 use crate::uri::Uri;
 use crate::wire::frame::{RECEIPT_HEADER_LEN, RECEIPT_MAGIC, check_receipt, decode_receipt_header};
 use crate::wire::postcopy::{PageRequest, REQUEST_MAGIC};
@@ -173,9 +173,7 @@ impl Worker {
 
     /// Works until the connection ends.
     fn run(&mut self) -> PostcopyError {
-        if self.stream == FAULTS {
-            sys::run_soon();
-        }
+        sys::run_soon(if self.stream == FAULTS { Soon::Urgent } else { Soon::Bulk });
         loop {
             let result = if self.stream == FAULTS { self.answer() } else { self.push() };
             if let Err(error) = result {

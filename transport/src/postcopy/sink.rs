@@ -17,7 +17,7 @@ use super::PostcopyError;
 use super::lane::FAULTS;
 use super::receiver;
 use crate::socket::Connection;
-use crate::sys;
+use crate::sys::{self, Soon};
 use crate::wire::control::{Arrived, capability};
 use crate::wire::frame::FrameHeader;
 use crate::wire::postcopy::PageRequest;
@@ -190,7 +190,7 @@ impl MissingSink {
 
     /// Asks for pages that somebody touches, until [`stop`](Self::stop). Blocks.
     pub fn serve_faults(&self) -> Result<(), BackendError> {
-        sys::run_soon();
+        sys::run_soon(Soon::Urgent);
         let mut faults = Vec::new();
         while !self.stopped() {
             faults.clear();
@@ -250,8 +250,8 @@ impl MissingSink {
     pub fn receive(&self, connection: &Arc<Connection>, stream: u16) -> Result<(), PostcopyError> {
         let failed = |source| PostcopyError::Io { stream, source };
         connection.set_timeouts(Some(TICK), Some(self.timeout)).map_err(failed)?;
+        sys::run_soon(if stream == FAULTS { Soon::Urgent } else { Soon::Bulk });
         if stream == FAULTS {
-            sys::run_soon();
             *self.writer() = Some(connection.clone());
             // What was asked for on one that is gone.
             let waiting: Vec<_> = self.waits().pages.keys().copied().collect();
