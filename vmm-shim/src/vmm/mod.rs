@@ -10,6 +10,7 @@
 
 mod boot;
 mod clock;
+mod last;
 mod serial;
 pub mod state;
 mod state_vcpu;

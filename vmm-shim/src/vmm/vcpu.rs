@@ -10,6 +10,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use pagecopy::backend::Room;
 use pagecopy::layout::Region;
 
+use super::last::Last;
 use super::serial::{self, Serial};
 use crate::kvm::kick::Kicker;
 use crate::kvm::sys::internal_error;
@@ -141,6 +142,7 @@ impl Machine {
     /// The body of a vCPU's thread.
     pub(crate) fn run_vcpu(&self, vcpu: &Vcpu) {
         vcpu.kicker.attach();
+        let mut last = Last::new(&self.slots.vm, &mut lock(&vcpu.fd));
         loop {
             let mut control = lock(&vcpu.control);
             while control.want == Want::Pause || (control.want == Want::Run && self.crashed.get().is_some()) {
@@ -155,7 +157,7 @@ impl Machine {
                 return;
             }
             drop(control);
-            let ended = self.run_until_stopped(vcpu, &mut lock(&vcpu.fd));
+            let ended = self.run_until_stopped(vcpu, &mut lock(&vcpu.fd), &mut last);
             if let Ended::Crashed(why) = ended {
                 self.crash(why);
             }
@@ -174,7 +176,7 @@ impl Machine {
 
     /// Runs the guest until the vCPU is asked to stop, and then what is needed for KVM to hold nothing back:
     /// the effects of an I/O exit reach registers and memory only on the next `KVM_RUN` (KVM API, section 5).
-    fn run_until_stopped(&self, vcpu: &Vcpu, fd: &mut VcpuFd) -> Ended {
+    fn run_until_stopped(&self, vcpu: &Vcpu, fd: &mut VcpuFd, last: &mut Last) -> Ended {
         let mut slice = Instant::now();
         let mut pending = false;
         while pending || !vcpu.kicker.stopping() {
@@ -216,6 +218,7 @@ impl Machine {
                 }
                 Ok(exit) => {
                     let internal = matches!(exit, VcpuExit::InternalError);
+                    let shutdown = matches!(exit, VcpuExit::Shutdown);
                     let what = format!("{}{}", describe(&exit), self.lost_by(&exit));
                     let regs = fd.get_regs().map_or_else(
                         |_| String::new(),
@@ -224,12 +227,15 @@ impl Machine {
                     let detail = if internal {
                         let (suberror, data) = internal_error(fd.get_kvm_run());
                         format!(", suberror {suberror}, data {data:x?}")
+                    } else if shutdown {
+                        last.tell(&*self.slots.ram)
                     } else {
                         String::new()
                     };
                     return Ended::Crashed(format!("vCPU {}: {what}{regs}{detail}", vcpu.index));
                 }
             }
+            last.note(fd);
         }
         Ended::Stopped
     }
