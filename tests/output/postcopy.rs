@@ -37,7 +37,7 @@ impl Halfway {
             }
             Verdict::Pass
         });
-        source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0}));
+        source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0, "codec": "raw"}));
         destination.wait_state("running");
         source.wait_state("postcopy");
         Self { source, destination, _proxy: proxy, goes, spec, _world: world }

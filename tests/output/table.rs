@@ -184,7 +184,7 @@ fn a_guest_in_postcopy_gets_its_pages_whatever_becomes_of_what_is_said() {
             }
             Verdict::Pass
         });
-        source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0}));
+        source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0, "codec": "raw"}));
         destination.wait_state("running");
         (0..3).for_each(|_| stranger(&uri));
         let status = destination.status();
