@@ -141,7 +141,7 @@ fn a_stream_lost_in_the_first_pass_does_not_spoil_the_handover() {
     let report = source.wait_migration(PATIENCE);
     assert_eq!(first_pass, 1, "{report}");
     assert_eq!(report["status"], "completed", "{report}");
-    assert!(report["postcopy"]["pages"].as_u64() > Some(0), "{report}");
+    assert!(report["postcopy"]["pages"].as_u64().is_some_and(|n| n > 0), "{report}");
     prove(&spec, &[&source, &destination]);
 }
 
@@ -192,7 +192,7 @@ fn before_go_everything_that_is_cut_is_made_anew() {
         let report = source.wait_migration(PATIENCE);
         assert_eq!(report["status"], "completed", "{message}: {report}");
         assert_eq!(report["reconnects"], 1, "{message}: {report}");
-        assert!(report["postcopy"]["pages"].as_u64() > Some(0), "{message}: {report}");
+        assert!(report["postcopy"]["pages"].as_u64().is_some_and(|n| n > 0), "{message}: {report}");
         prove(&spec, &[&source, &destination]);
     }
 }
@@ -211,6 +211,6 @@ fn connections_of_postcopy_that_are_not_opened_at_once_are_tried_again() {
     source.begin_migration(&proxy.uri(), &json!({"postcopy_after_rounds": 0}));
     let report = source.wait_migration(PATIENCE);
     assert_eq!(report["status"], "completed", "{report}");
-    assert!(report["reconnects"].as_u64() > Some(0), "{report}");
+    assert!(report["reconnects"].as_u64().is_some_and(|n| n > 0), "{report}");
     prove(&spec, &[&source, &destination]);
 }
