@@ -1,4 +1,4 @@
-//! Vectored socket I/O straight from and into memory, and how soon a thread runs: the only unsafe code of this crate besides RDMA's and that of simulated guests.
+//! Vectored socket I/O straight from and into memory, and how soon a thread runs: besides RDMA's, the only unsafe code of this crate.
 
 use std::io;
 use std::marker::PhantomData;
