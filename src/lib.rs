@@ -13,6 +13,7 @@ extern crate self as pageferry;
 pub mod cli;
 pub mod engine;
 pub mod measure;
+pub mod reserve;
 pub mod print;
 
 pub use pagecopy;

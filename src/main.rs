@@ -2,6 +2,9 @@
 
 use std::process::ExitCode;
 
+#[global_allocator]
+static ALLOCATOR: pageferry::reserve::Allocator = pageferry::reserve::Allocator;
+
 fn main() -> ExitCode {
     pageferry::cli::run()
 }

@@ -408,6 +408,7 @@ fn open(hello: &Hello, incoming: &mut dyn Incoming) -> Result<Opened, (ErrorCode
         ));
     }
     check_room(hello.data_bytes, ram.room()).map_err(|reason| (ErrorCode::NoRoom, reason))?;
+    crate::reserve::fill();
     check_headroom(destination_bytes(ram.layout(), hello.streams))
         .map_err(|e| (ErrorCode::Local, e.to_string()))?;
     Ok((ram, guest))
@@ -618,6 +619,10 @@ impl Session {
     fn next(&mut self, listening: &Destination) -> Result<Option<LinkEvent>, IncomingError> {
         if listening.progress.is_cancelled() && self.machine.status() != SessionStatus::Running {
             return Err(IncomingError::Cancelled);
+        }
+        // Before the guest is this side's; afterwards it is brought in with what there is.
+        if self.machine.status() != SessionStatus::Running {
+            usage::short_of_memory()?;
         }
         self.show(&listening.progress);
         let Ok(event) = listening.events.recv_timeout(TICK) else { return Ok(None) };

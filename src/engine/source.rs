@@ -372,6 +372,7 @@ struct Running {
 impl Attempt<'_> {
     fn run(&mut self) -> Result<(), Cause> {
         let layout = self.backend.ram.layout();
+        crate::reserve::fill();
         check_headroom(source_bytes(layout, self.options.streams, self.options.cache_bytes))?;
         transport::carrier::warm_up(self.uri);
         let mut watch = Watch::connect(self.uri, self.options, self.progress, &self.leave)?;

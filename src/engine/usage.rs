@@ -24,6 +24,15 @@ pub fn available_memory_bytes() -> u64 {
     vmm_shim::room::spare_memory_bytes()
 }
 
+/// Fails once an allocation had to take what was set aside for that: what is left is for ending in order.
+pub(crate) fn short_of_memory() -> io::Result<()> {
+    if !crate::reserve::is_short() {
+        return Ok(());
+    }
+    let text = "this process has no memory left: raise RLIMIT_AS (`ulimit -v`), or free memory on this host";
+    Err(io::Error::new(io::ErrorKind::OutOfMemory, text))
+}
+
 /// What bounds the threads of a process.
 pub(crate) fn thread_limits() -> String {
     let limit = |resource| match getrlimit(resource) {

@@ -89,8 +89,8 @@ pub(crate) enum Want {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Harm {
     Kill(By),
-    /// There is no more of something from here on.
-    Starve(By, Want),
+    /// There is no more of something for so many milliseconds.
+    Starve(By, Want, u64),
     /// SIGSTOP, and SIGCONT after so many milliseconds.
     Freeze(By, u64),
     /// The control connection, and the streams of this mask.
@@ -156,7 +156,10 @@ impl Fault {
             2 | 3 => Harm::Freeze(side, [100, 500, 1500, 3500][rng.below(4)]),
             4..7 => Harm::Cut { control: rng.below(3) != 0, streams: rng.below(8) as u16 },
             7 => Harm::Down([200, 1500, 4000][rng.below(3)]),
-            _ => Harm::Starve(side, [Want::Descriptors, Want::Memory(0), Want::Memory(8)][rng.below(3)]),
+            _ => {
+                let want = [Want::Descriptors, Want::Memory(0), Want::Memory(8)][rng.below(3)];
+                Harm::Starve(side, want, [300, 2000, 5000][rng.below(3)])
+            }
         };
         Self { step, nth: 1 + rng.below(4) as u32 / 3, before: rng.below(2) == 0, harm }
     }
@@ -287,10 +290,7 @@ impl Deeds {
                 send_signal(self.pid(side), libc::SIGKILL);
                 (0, Box::new(|_| {}))
             }
-            Harm::Starve(side, want) => {
-                starve(self.pid(side), want);
-                (0, Box::new(|_| {}))
-            }
+            Harm::Starve(side, want, ms) => (ms, starve(self.pid(side), want)),
             Harm::Freeze(side, ms) => {
                 stop_process(self.pid(side));
                 (ms, Box::new(move |deeds| send_signal(deeds.pid(side), libc::SIGCONT)))
@@ -317,9 +317,9 @@ impl Deeds {
     }
 }
 
-/// Takes away what a process has not got yet. It may have ended.
-fn starve(pid: i32, want: Want) {
-    let Some(process) = rustix::process::Pid::from_raw(pid) else { return };
+/// Takes away what a process has not got yet; returns what gives it back. It may have ended.
+fn starve(pid: i32, want: Want) -> Ending {
+    let Some(process) = rustix::process::Pid::from_raw(pid) else { return Box::new(|_| {}) };
     let (resource, limit) = match want {
         Want::Descriptors => {
             let open = std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
@@ -331,6 +331,13 @@ fn starve(pid: i32, want: Want) {
             (rustix::process::Resource::As, pages * 4096 + (mib << 20))
         }
     };
-    let limit = rustix::process::Rlimit { current: Some(limit), maximum: Some(limit) };
-    let _ = rustix::process::prlimit(Some(process), resource, limit);
+    let before = rustix::process::getrlimit(resource);
+    let limit = rustix::process::Rlimit { current: Some(limit), maximum: before.maximum };
+    if rustix::process::prlimit(Some(process), resource, limit).is_err() {
+        return Box::new(|_| {});
+    }
+    // Its limits are those of this process, which has started it.
+    Box::new(move |_| {
+        let _ = rustix::process::prlimit(Some(process), resource, before);
+    })
 }

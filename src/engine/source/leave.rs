@@ -11,6 +11,7 @@ use pagecopy::policy::OnTimeout;
 
 use super::Cause;
 use crate::engine::progress::Progress;
+use crate::engine::usage::short_of_memory;
 
 /// What a migration does, as far as its time is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +72,7 @@ impl Leave {
         if self.progress.is_cancelled() {
             return Err(Cause::Cancelled);
         }
+        short_of_memory()?;
         let limits = self.progress.tuning().limits;
         let ends = match doing {
             Doing::MovingPages => false,

@@ -1,0 +1,22 @@
+//! Memory for hard times. Where the system refuses an allocation, Rust ends the process, and with it the guest that lives in it. A
+//! program that installs [`Allocator`] has some address space set aside instead: an allocation that fails takes it, succeeds, and
+//! [`is_short`] says so from then on, so that a migration ends in order while there is still memory to do it with.
+//!
+//! This helps against limits of address space and strict overcommit. A cgroup that is full kills and refuses nothing.
+
+mod sys;
+
+pub use sys::Allocator;
+
+/// What is set aside, in bytes of address space; none of it is touched. Winding a session up takes a few messages and no large buffer.
+pub const RESERVE_BYTES: usize = 32 << 20;
+
+/// Sets memory aside, if that is not done; says whether there is any. Where [`Allocator`] is not installed nobody ever takes it.
+pub fn fill() -> bool {
+    sys::fill()
+}
+
+/// Whether the reserve had to be used since it was filled.
+pub fn is_short() -> bool {
+    sys::is_short()
+}
