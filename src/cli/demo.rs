@@ -89,7 +89,7 @@ pub(super) fn run(args: &DemoArgs) -> Result<(), CliError> {
     }
     let guest = Pair::start(args, process, &folder.path)?;
     let mut check = Checker::new(args.cpus, pages_of_each(args));
-    wait_passes(&guest.source.serial, &mut check, Side::Source)?;
+    wait_passes(&guest.source.serial, &mut check, Side::Source).map_err(|e| guest.source.explain(e))?;
     tell(args.json, "the guest runs at the source and keeps writing; moving it");
     let end = migrate(args, &guest.source, guest.uri.clone())?;
     let went = end.verdict().and_then(|()| guest.prove(&mut check));
@@ -227,6 +227,14 @@ impl VmProcess {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+
+    /// Adds why the guest crashed, if it did: a guest that is gone prints nothing.
+    fn explain(&self, mut error: CliError) -> CliError {
+        if let Ok(VmStatus { reason: Some(why), .. }) = api::status(&self.api) {
+            error.text = format!("{}: {why}", error.text);
+        }
+        error
+    }
 }
 
 impl Drop for VmProcess {
@@ -274,7 +282,7 @@ impl Pair {
 
     /// The guest's own word: what it printed at the source, then at the destination, is one unbroken chain.
     fn prove(&self, check: &mut Checker) -> Result<(), CliError> {
-        prove(&self.source.serial, &self.destination.serial, check)
+        prove(&self.source.serial, &self.destination.serial, check).map_err(|e| self.destination.explain(e))
     }
 }
 

@@ -35,7 +35,7 @@ pub(super) fn run(
         let uri = vm.wait(|status| status.listening.clone())?;
         publish(&address, uri.as_bytes())?;
         appear(&printed, "the source's output")?;
-        prove(&printed, &vm.serial, &mut check)?;
+        prove(&printed, &vm.serial, &mut check).map_err(|e| vm.explain(e))?;
         if args.json {
             print::line(serde_json::json!({ "passes": check.passes() }));
         } else {
@@ -45,7 +45,7 @@ pub(super) fn run(
     }
     let mut vm = VmProcess::start(args, process, folder, "source", None)?;
     vm.wait(|status| (status.state == RunState::Running).then_some(()))?;
-    wait_passes(&vm.serial, &mut check, Side::Source)?;
+    wait_passes(&vm.serial, &mut check, Side::Source).map_err(|e| vm.explain(e))?;
     appear(&address, "the destination's address")?;
     let uri = fs::read_to_string(&address).map_err(|e| CliError::cannot_start(&e))?;
     tell(args.json, "the guest runs at the source and keeps writing; moving it to the other host");
