@@ -5,6 +5,8 @@ mod common;
 
 #[path = "hostile/arguments.rs"]
 mod arguments;
+#[path = "hostile/floods.rs"]
+mod floods;
 #[path = "hostile/hosts.rs"]
 mod hosts;
 #[path = "hostile/processes.rs"]

@@ -5,6 +5,8 @@
 //! a session has touched memory, its failure is the destination's end.
 
 mod front;
+mod lobby;
+mod opening;
 mod populate;
 mod postcopy;
 mod resume;
@@ -39,6 +41,7 @@ use super::report::{Report, Status};
 use super::source::RUN_STATE;
 use super::{Options, explain, usage};
 use front::{Event, Front};
+use opening::{Caller, Opening};
 use populate::Enlarger;
 use resume::Outages;
 
@@ -181,6 +184,8 @@ pub struct Destination {
     options: Options,
     progress: Progress,
     notice: Box<dyn Fn(&str) + Send + Sync>,
+    /// Those who have not said HELLO yet.
+    callers: Vec<Caller>,
 }
 
 impl Destination {
@@ -204,6 +209,7 @@ impl Destination {
             options: options.clone(),
             progress: progress.clone(),
             notice: Box::new(notice),
+            callers: Vec::new(),
         })
     }
 
@@ -215,7 +221,7 @@ impl Destination {
     /// Takes a session in. Blocks until the guest is here and runs, or the session has failed.
     pub fn receive(mut self, incoming: &mut dyn Incoming) -> Result<Arrival, IncomingError> {
         loop {
-            let Some(opening) = self.opening()? else { continue };
+            let opening = self.opening()?;
             let Some(mut session) = self.accept(opening, incoming) else { continue };
             let cpu = usage::cpu_seconds();
             let result = caught(|| session.run(&self, incoming));
@@ -238,82 +244,10 @@ impl Destination {
         let _ = guarded(|| (self.notice)(notice));
     }
 
-    /// Waits for a HELLO.
-    fn opening(&self) -> Result<Option<Opening>, IncomingError> {
-        loop {
-            if self.progress.is_cancelled() {
-                return Err(IncomingError::Cancelled);
-            }
-            let Ok(event) = self.events.recv_timeout(TICK) else { continue };
-            match event {
-                Event::Control { link, peer, version, generation } => {
-                    return Ok(self.hello(link, &peer, version, generation));
-                }
-                Event::Refused { peer, reason } => {
-                    self.tell(&format!("refused a connection from {peer}: {reason}"));
-                }
-                // Of a session that is over.
-                Event::Link { .. }
-                | Event::Stream { .. }
-                | Event::Query { .. }
-                | Event::Postcopy(_)
-                | Event::Resume { .. }
-                | Event::StreamEnded { .. } => {}
-            }
-        }
-    }
-
-    /// The first message of a control connection must be HELLO, and soon.
-    fn hello(&self, link: Link, peer: &str, version: u16, generation: u64) -> Option<Opening> {
-        let deadline = Instant::now() + self.options.timeout;
-        let mut session = DestinationSession::new();
-        let refuse = |code, reason: String| {
-            self.tell(&format!("refused a connection from {peer}: {reason}"));
-            // In this order: whoever hears of the refusal may come in at once.
-            self.front.end_session();
-            link.send(Message::Error { code, text: reason });
-        };
-        loop {
-            match self.events.recv_deadline(deadline) {
-                Ok(Event::Link { generation: g, event }) if g == generation => match event {
-                    LinkEvent::Message(message) => match session.handle(message) {
-                        Ok(DestinationEvent::Hello(hello)) => {
-                            return Some(Opening {
-                                link,
-                                peer: peer.into(),
-                                version,
-                                generation,
-                                session,
-                                hello,
-                            });
-                        }
-                        Ok(_) => {}
-                        Err(error) => {
-                            refuse(ErrorCode::Protocol, explain(&error));
-                            return None;
-                        }
-                    },
-                    LinkEvent::Dead(error) => {
-                        refuse(ErrorCode::Protocol, format!("no HELLO came: {}", explain(&error)));
-                        return None;
-                    }
-                },
-                Ok(Event::Refused { peer, reason }) => {
-                    self.tell(&format!("refused a connection from {peer}: {reason}"));
-                }
-                Ok(_) => {}
-                Err(_) => {
-                    let text = format!("no HELLO came within {} s", self.options.timeout.as_secs());
-                    refuse(ErrorCode::Timeout, text);
-                    return None;
-                }
-            }
-        }
-    }
-
     /// Decides on an offer; `None` when it was refused.
     fn accept(&mut self, opening: Opening, incoming: &mut dyn Incoming) -> Option<Session> {
-        let Opening { link, peer, version, generation, session, hello } = opening;
+        let Opening { call, session, hello } = opening;
+        let (peer, version, generation) = (&call.peer, call.version, call.generation);
         let opened = guarded(|| open(&hello, incoming)).unwrap_or_else(|what| {
             Err((
                 ErrorCode::Local,
@@ -324,8 +258,7 @@ impl Destination {
             Ok(opened) => opened,
             Err((code, reason)) => {
                 self.tell(&format!("refused the guest offered by {peer}: {reason}"));
-                self.front.end_session();
-                link.send(Message::Error { code, text: reason });
+                call.link.send(Message::Error { code, text: reason });
                 return None;
             }
         };
@@ -337,6 +270,9 @@ impl Destination {
         let (hasher, options) = (PageHasher::new(hello.seed), &self.options);
         let pinned_max = options.rdma.pinned_max;
         let sink = PageSink::new(ram.clone(), hasher, capabilities, options.timeout, pinned_max);
+        self.front.give_to(&call);
+        self.refuse_callers();
+        let link = call.link;
         link.send(Message::Welcome(Welcome {
             version,
             capabilities,
@@ -451,16 +387,6 @@ fn check_presence(hello: &Hello, layout: Layout) -> Result<Layout, String> {
         len if len == expected => Ok(layout),
         len => Err(format!("field dense map has {len} bytes; the layout's presence map has {expected}")),
     }
-}
-
-/// A source that said HELLO.
-struct Opening {
-    link: Link,
-    peer: String,
-    version: u16,
-    generation: u64,
-    session: DestinationSession,
-    hello: Hello,
 }
 
 /// A data stream's worker.
@@ -630,7 +556,10 @@ impl Session {
             Event::Link { generation, event } if generation == self.generation => return Ok(Some(event)),
             Event::Link { generation, event } => return self.on_other_link(listening, generation, event),
             Event::Resume { link, generation } => self.outages.knock(link, generation),
-            Event::Stream { request, stream } => self.attach(request, stream, listening)?,
+            Event::Stream { request, stream, place } => {
+                drop(place);
+                self.attach(request, stream, listening)?;
+            }
             Event::StreamEnded { stream, result } => {
                 self.stream_ended(stream, result)?;
                 self.take_up(listening);
@@ -651,10 +580,8 @@ impl Session {
                     (self.link, self.generation) = (Some(link), generation);
                 }
             }
-            Event::Control { link, .. } => {
-                let text = "this destination already serves a session".into();
-                link.send(Message::Error { code: ErrorCode::Busy, text });
-            }
+            Event::Control(call) => opening::refuse_busy(&call.link),
+            Event::Notice(text) => listening.tell(&text),
         }
         Ok(None)
     }

@@ -83,6 +83,17 @@ impl Ferry {
         Self::of(command)
     }
 
+    /// Starts it with so few descriptors.
+    pub(crate) fn start_limited<S: AsRef<OsStr>>(
+        descriptors: u32,
+        args: impl IntoIterator<Item = S>,
+    ) -> Self {
+        let mut command = Command::new("sh");
+        let script = format!("ulimit -n {descriptors}; exec \"$0\" \"$@\"");
+        command.arg("-c").arg(script).arg(env!("CARGO_BIN_EXE_pageferry")).args(args);
+        Self::of(command)
+    }
+
     /// Starts a command that runs the one under test.
     pub(crate) fn of(mut command: Command) -> Self {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -141,6 +152,23 @@ impl Ferry {
     /// The number of the process.
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// Its `VmRSS`, in bytes.
+    pub(crate) fn resident(&self) -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().strip_suffix(" kB").unwrap().parse::<usize>().unwrap() << 10
+    }
+
+    /// Descriptors that it has open.
+    pub(crate) fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).map_or(0, Iterator::count)
     }
 
     /// Sends a signal to this child, by name (`STOP`).
@@ -234,7 +262,11 @@ impl Recv {
     pub(crate) fn start<S: AsRef<OsStr>>(uri: &str, args: impl IntoIterator<Item = S>) -> Self {
         let mut all = vec![OsStr::new("recv").to_owned(), uri.into()];
         all.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
-        let mut ferry = Ferry::start(all);
+        Self::of(Ferry::start(all))
+    }
+
+    /// One that is about to listen.
+    pub(crate) fn of(mut ferry: Ferry) -> Self {
         const SIGN: &str = "pageferry: listening on ";
         let seen = ferry.wait_stderr(SIGN);
         let uri = seen.lines().find_map(|line| line.strip_prefix(SIGN)).unwrap().to_owned();

@@ -64,7 +64,12 @@ fn a_flipped_bit_in_a_preamble_or_control_message_fails_cleanly() {
         let plan = flip(0, Way::ToSource, at);
         let (sent, recv, done) = harmed(&job, plan, &["--streams", "1"]);
         assert!(done, "{plan:?}");
-        sent.says(&["broke the control protocol", "nothing was heard", "has not sent WELCOME"]);
+        sent.says(&[
+            "broke the control protocol",
+            "nothing was heard",
+            "comes too slowly",
+            "has not sent WELCOME",
+        ]);
         assert_clean_failure(&job, plan, &sent, recv);
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::destination::PageSink;
-use crate::link::{LinkError, attach_stream};
+use crate::link::{LinkError, open_attached};
 use crate::socket::{Connection, SocketError};
 use crate::source::{PageSource, WINDOW_BYTES_MIN};
 use crate::sys::{ReceiveList, SendList};
@@ -151,9 +151,7 @@ impl SourceEnd {
             Uri::Tcp { .. } | Uri::Unix(_) => {
                 // Only RDMA registers the source's memory.
                 let _ = source;
-                let connection = Connection::connect(uri, timeout, cancelled)?;
-                connection.tune(timeout).map_err(LinkError::Io)?;
-                attach_stream(&connection, &preamble, timeout, cancelled)?;
+                let connection = open_attached::<OpenError>(uri, &preamble, timeout, cancelled)?;
                 Ok(Self::socket(connection, timeout).map_err(LinkError::Io)?)
             }
             #[cfg(feature = "rdma")]

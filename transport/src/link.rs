@@ -15,10 +15,12 @@ use crossbeam_channel::Sender;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::dial::{Limit, STEP, is_cancelled};
-use crate::socket::{Connection, Listener};
+use crate::socket::{Connection, Listener, SocketError};
+use crate::uri::Uri;
 use crate::wire::Preamble;
 use crate::wire::WireError;
 use crate::wire::control::{CHECKSUM_LEN, FIRST_LEN_MAX, HEADER_LEN, Message};
@@ -42,6 +44,8 @@ const OUTBOX_MAX: usize = 4 << 20;
 const SHORT_MAX: usize = 20 << 10;
 /// Bytes that are read or written at a time.
 const PIECE: usize = 64 << 10;
+/// Pause before a connection is opened again that was closed before an answer; doubled from one to the next, up to [`STEP`].
+const AGAIN_PAUSE_MIN: Duration = Duration::from_millis(5);
 /// How long a peer has to take the last message, and to close.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -85,6 +89,7 @@ pub enum LinkEvent {
 pub struct Link {
     outbox: mpsc::UnboundedSender<Outgoing>,
     waiting: Arc<Waiting>,
+    task: Option<AbortHandle>,
 }
 
 /// What waits to be written.
@@ -144,6 +149,16 @@ impl Link {
         self.waiting.bytes.load(Ordering::Relaxed) != 0
     }
 
+    /// What ends the link at once and without a word, also to the callback, when it is aborted.
+    pub fn task(&self) -> Option<AbortHandle> {
+        self.task.clone()
+    }
+
+    /// Whether the link is over.
+    pub fn is_closed(&self) -> bool {
+        self.outbox.is_closed()
+    }
+
     /// Waits until what is queued was given to the system, or the link is dead, at most `limit`. Due before a process ends or its
     /// runtime is dropped, or the reason why is never heard.
     pub fn flush(&self, limit: Duration) {
@@ -166,16 +181,17 @@ impl Link {
     ) -> io::Result<Self> {
         let _guard = runtime.enter();
         let socket = into_async(connection)?;
-        let (link, queue) = Self::new();
+        let (mut link, queue) = Self::new();
         let inbox = Inbox { events, wrap, unhandled_bytes: 0 };
-        runtime.spawn(run(socket, timeout, queue, link.waiting.clone(), inbox));
+        link.task =
+            Some(runtime.spawn(run(socket, timeout, queue, link.waiting.clone(), inbox)).abort_handle());
         Ok(link)
     }
 
     fn new() -> (Self, mpsc::UnboundedReceiver<Outgoing>) {
         // Unbounded for the senders' sake, who must not block; what waits is bounded all the same.
         let (outbox, queue) = mpsc::unbounded_channel();
-        (Self { outbox, waiting: Arc::default() }, queue)
+        (Self { outbox, waiting: Arc::default(), task: None }, queue)
     }
 }
 
@@ -306,7 +322,7 @@ async fn run<E, W: Fn(LinkEvent) -> E>(
     let (pong, pongs) = watch::channel(0);
     // Writing is its own task: a peer that does not read must not keep us from noticing that it is silent.
     let mut writing = tokio::spawn(write(writer, timeout, queue, waiting.clone(), pongs));
-    let abort = writing.abort_handle();
+    let _abort = AbortOnDrop(writing.abort_handle());
     let mut reader = MessageReader { reader, timeout, buffer: Vec::new(), opened: false };
     let (mut writes, mut answers) = (true, true);
     let error = loop {
@@ -363,7 +379,15 @@ async fn run<E, W: Fn(LinkEvent) -> E>(
     if answers {
         let _ = tokio::time::timeout(FAREWELL.min(timeout), farewell).await;
     }
-    abort.abort();
+}
+
+/// A task that ends with the one that began it.
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Writes what is queued, PONGs and PINGs, until the last [`Link`] is dropped. Fails when the peer takes none of it.
@@ -466,6 +490,7 @@ impl<R: AsyncRead + Unpin> MessageReader<R> {
 
     /// Reads until the buffer holds so many bytes.
     async fn fill(&mut self, want: usize, deadline: Instant) -> Result<(), LinkError> {
+        let mut heard = None;
         while self.buffer.len() < want {
             let until = deadline.min(Instant::now() + self.timeout);
             let room = (want - self.buffer.len()).min(self.buffer.len().max(PIECE));
@@ -473,9 +498,10 @@ impl<R: AsyncRead + Unpin> MessageReader<R> {
             let mut piece = (&mut self.reader).take(room as u64);
             match tokio::time::timeout_at(until, piece.read_buf(&mut self.buffer)).await {
                 Ok(Ok(0)) => return Err(LinkError::Closed),
-                Ok(Ok(_)) => {}
+                Ok(Ok(_)) => heard = Some(Instant::now()),
                 Ok(Err(error)) => return Err(LinkError::Io(error)),
-                Err(_) if until < deadline || self.buffer.is_empty() => {
+                // Not a byte.
+                Err(_) if heard.is_none_or(|at| at.elapsed() >= self.timeout) => {
                     return Err(LinkError::Timeout(self.timeout.as_secs()));
                 }
                 Err(_) => {
@@ -574,8 +600,48 @@ impl<'a> Exchange<'a> {
     }
 }
 
-/// Opens a data stream of a session, blocking: preamble out, ATTACHED back.
-pub(crate) fn attach_stream(
+/// Opens a connection that belongs to a session, blocking: preamble out, ATTACHED back. One that is closed before any answer, as by a
+/// destination that has more strangers than it bears, is opened again within the time-out.
+pub(crate) fn open_attached<E: From<SocketError> + From<LinkError>>(
+    uri: &Uri,
+    preamble: &Preamble,
+    timeout: Duration,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<Connection, E> {
+    let limit = Limit::new(timeout, cancelled);
+    let mut pause = AGAIN_PAUSE_MIN;
+    loop {
+        let connection = Connection::connect(uri, timeout, cancelled)?;
+        let attached = connection
+            .tune(timeout)
+            .map_err(LinkError::Io)
+            .and_then(|()| attach(&connection, preamble, timeout, cancelled));
+        let error = match attached {
+            Ok(()) => return Ok(connection),
+            Err(error) => error,
+        };
+        let step = match limit.step() {
+            Ok(step) if is_unanswered(&error) => step,
+            Err(over) if is_cancelled(&over) => return Err(LinkError::Cancelled.into()),
+            _ => return Err(error.into()),
+        };
+        std::thread::sleep(pause.min(step));
+        pause *= 2;
+    }
+}
+
+/// Whether a connection was closed without a word.
+fn is_unanswered(error: &LinkError) -> bool {
+    match error {
+        LinkError::Closed => true,
+        LinkError::Io(error) => {
+            matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+        }
+        _ => false,
+    }
+}
+
+fn attach(
     connection: &Connection,
     preamble: &Preamble,
     timeout: Duration,

@@ -16,6 +16,10 @@ use crate::uri::Uri;
 /// Bytes that may wait on loopback before they are sent: both sides take less time with few. Measured; docs/design.md has the series.
 const LOOPBACK_UNSENT: u32 = 128 << 10;
 
+/// Connections that may wait to be accepted; the system may allow fewer. A flood that comes faster than it is accepted costs others
+/// another try at connecting.
+const BACKLOG: i32 = 1024;
+
 /// A socket operation that failed, with the address and what can be done.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}")]
@@ -296,7 +300,7 @@ fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
         tune_for_loopback(&SockRef::from(&socket));
     }
     socket.bind(&address.into())?;
-    socket.listen(256)?;
+    socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
 

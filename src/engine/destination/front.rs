@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 #[cfg(feature = "rdma")]
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use tokio::runtime::{Handle, Runtime};
@@ -19,23 +19,28 @@ use transport::wire::control::{ErrorCode, Message, StreamEnd};
 use transport::wire::{Preamble, Role, SessionId, WireError};
 
 use super::IncomingError;
+use super::lobby::{Lobby, Place, Stage};
 use super::postcopy::PostcopyEvent;
-
-/// Connections whose preamble is awaited at a time; more are closed at once. Far fewer than the 1024 descriptors that a process
-/// usually may have, so that a session's own connections and files find some.
-const STRANGERS_MAX: usize = 512;
 
 /// Refusals are not told of while this many events wait.
 const REFUSALS_MAX: usize = 1024;
+/// Descriptors that are kept for when there are no others: for the control socket, and files.
+const SPARE_DESCRIPTORS: usize = 16;
+/// How often it is seen whether descriptors are free again.
+const SPARE_TICK: Duration = Duration::from_millis(250);
+/// A shortage that ended less than this ago is the same one.
+const TOLD_FOR: Duration = Duration::from_secs(60);
+/// Pause after another failure to accept.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// What the session's thread hears.
 pub(super) enum Event {
-    /// A control connection; its messages follow as [`Event::Link`] with this generation.
-    Control { link: Link, peer: String, version: u16, generation: u64 },
+    /// A control connection; its messages follow as [`Event::Link`] with its generation.
+    Control(Call),
     /// Something came over a link.
     Link { generation: u64, event: LinkEvent },
     /// A data stream of the session, unanswered yet.
-    Stream { request: StreamRequest, stream: u16 },
+    Stream { request: StreamRequest, stream: u16, place: Option<Arc<Place>> },
     /// Something about the pages that follow the guest.
     Postcopy(PostcopyEvent),
     /// A source asks what became of the session.
@@ -46,13 +51,50 @@ pub(super) enum Event {
     StreamEnded { stream: u16, result: Result<StreamEnd, ReceiveError> },
     /// A connection was refused.
     Refused { peer: String, reason: String },
+    /// The listening socket has something to say.
+    Notice(String),
+}
+
+/// A control connection that wants to open a session.
+pub(super) struct Call {
+    pub(super) link: Link,
+    pub(super) peer: String,
+    pub(super) version: u16,
+    pub(super) generation: u64,
+    pub(super) session: SessionId,
+    place: Arc<Place>,
 }
 
 /// What is known of the session, for those who knock.
+#[derive(Default)]
 struct Session {
-    id: Option<SessionId>,
-    version: u16,
+    /// And the version that both sides speak in it, once one has said HELLO and was not refused.
+    agreed: Option<(SessionId, u16)>,
     generation: u64,
+}
+
+impl Session {
+    fn next_generation(&mut self) -> u64 {
+        self.generation += 1;
+        self.generation
+    }
+
+    /// Whether a connection is of the session; if not, why.
+    fn check(&self, preamble: &Preamble) -> Result<(), (ErrorCode, String)> {
+        match self.agreed {
+            Some((id, version)) if id == preamble.session => {
+                if (preamble.version_min..=preamble.version_max).contains(&version) {
+                    return Ok(());
+                }
+                let Preamble { version_min, version_max, .. } = preamble;
+                let text = format!(
+                    "the session speaks version {version}; offered are {version_min} to {version_max}"
+                );
+                Err((ErrorCode::Version, text))
+            }
+            _ => Err((ErrorCode::UnknownSession, "there is no such session here".into())),
+        }
+    }
 }
 
 /// The running front; dropping it stops listening.
@@ -77,28 +119,12 @@ impl Front {
         #[cfg(not(feature = "rdma"))]
         let _ = uri;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let session = Arc::new(Mutex::new(Session { id: None, version: 0, generation: 0 }));
+        let session = Arc::new(Mutex::new(Session::default()));
         let listener = {
             let _guard = runtime.enter();
             AsyncListener::new(listener)?
         };
-        let (shared, events_of) = (session.clone(), events.clone());
-        runtime.spawn(async move {
-            let strangers = Arc::new(tokio::sync::Semaphore::new(STRANGERS_MAX));
-            loop {
-                let Ok((connection, peer)) = listener.accept().await else {
-                    // Out of descriptors, or a peer that went away while it waited: the others still want in.
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                    continue;
-                };
-                let Ok(permit) = strangers.clone().try_acquire_owned() else { continue };
-                let door = Door { session: shared.clone(), timeout, events: events_of.clone() };
-                tokio::spawn(async move {
-                    door.greet(connection, peer).await;
-                    drop(permit);
-                });
-            }
-        });
+        runtime.spawn(accept(listener, session.clone(), timeout, events.clone()));
         #[cfg(feature = "rdma")]
         let (rdma, listening) = match (uri, address, &listening) {
             (Uri::Rdma { .. }, Some(address), Uri::Tcp { host, port }) => {
@@ -116,9 +142,76 @@ impl Front {
         Ok((front, listening))
     }
 
-    /// The session is over before it began: another may open one.
-    pub(super) fn end_session(&self) {
-        lock(&self.session).id = None;
+    /// The session is this one's: connections of others are refused from here on.
+    pub(super) fn give_to(&self, call: &Call) {
+        call.place.become_stage(Stage::Own);
+        lock(&self.session).agreed = Some((call.session, call.version));
+    }
+}
+
+/// Descriptors that are given up when there are no others.
+struct Spare(Vec<std::fs::File>);
+
+impl Spare {
+    /// As many as there are to be; says whether there are.
+    fn fill(&mut self) -> bool {
+        while self.0.len() < SPARE_DESCRIPTORS {
+            let Ok(file) = std::fs::File::open("/dev/null") else {
+                self.0.clear();
+                return false;
+            };
+            self.0.push(file);
+        }
+        true
+    }
+}
+
+async fn accept(
+    listener: AsyncListener,
+    session: Arc<Mutex<Session>>,
+    timeout: Duration,
+    events: Sender<Event>,
+) {
+    let lobby = Arc::new(Lobby::default());
+    let mut spare = Spare(Vec::new());
+    spare.fill();
+    let mut told = None;
+    loop {
+        match listener.accept().await {
+            Ok((connection, peer)) => {
+                let (place, patience) = lobby.enter(&peer, timeout);
+                let door = Door {
+                    session: session.clone(),
+                    timeout,
+                    patience,
+                    events: events.clone(),
+                    place: Arc::new(place),
+                };
+                let place = door.place.clone();
+                place.set_task(tokio::spawn(door.greet(connection, peer)).abort_handle());
+                while lobby.is_clearing() {
+                    tokio::task::yield_now().await;
+                }
+            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+                // Others in this process get by with those that are given up: nobody else comes in until they are back.
+                spare.0.clear();
+                lobby.halve();
+                if told.is_none_or(|at: Instant| at.elapsed() > TOLD_FOR) {
+                    let text =
+                        format!("no connection is accepted for now: {error}; raise the limit (ulimit -n)");
+                    let _ = events.send(Event::Notice(text));
+                }
+                told = Some(Instant::now());
+                tokio::time::sleep(SPARE_TICK).await;
+                while !spare.fill() {
+                    lobby.halve();
+                    tokio::time::sleep(SPARE_TICK).await;
+                }
+            }
+            // A peer that went away while it waited, or no memory: the others still want in.
+            Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
+        }
     }
 }
 
@@ -177,15 +270,13 @@ fn admit(request: transport::rdma::ConnectRequest, session: &Mutex<Session>, eve
         Ok(_) if preamble.role != Role::Stream => {
             Some((ErrorCode::Protocol, "only streams come over RDMA; the rest over TCP".into()))
         }
-        Ok(_) if lock(session).id != Some(preamble.session) => {
-            Some((ErrorCode::UnknownSession, "there is no such session here".into()))
-        }
-        Ok(_) => None,
+        Ok(_) => lock(session).check(preamble).err(),
     };
     let stream = preamble.stream;
     match refusal {
         None => {
-            let _ = events.send(Event::Stream { request: StreamRequest::Queue(request), stream });
+            let _ =
+                events.send(Event::Stream { request: StreamRequest::Queue(request), stream, place: None });
         }
         Some((code, reason)) => {
             request.refuse(code, &reason);
@@ -200,7 +291,10 @@ fn admit(request: transport::rdma::ConnectRequest, session: &Mutex<Session>, eve
 struct Door {
     session: Arc<Mutex<Session>>,
     timeout: Duration,
+    /// For the preamble.
+    patience: Duration,
     events: Sender<Event>,
+    place: Arc<Place>,
 }
 
 impl Door {
@@ -231,26 +325,24 @@ impl Door {
         if let Err(e) = connection.tune(self.timeout) {
             return refuse(connection, ErrorCode::Local, &format!("its socket takes no options: {e}"));
         }
-        let known = {
-            let mut session = lock(&self.session);
+        let (stage, known) = {
+            let session = lock(&self.session);
             match preamble.role {
-                Role::Control if session.id.is_some() => {
+                Role::Control if session.agreed.is_some() => {
                     drop(session);
                     return refuse(connection, ErrorCode::Busy, "this destination already serves a session");
                 }
-                Role::Control => {
-                    session.id = Some(preamble.session);
-                    session.version = version;
-                    session.generation += 1;
-                    true
-                }
+                Role::Control => (Stage::Caller, Ok(())),
                 Role::Stream | Role::Query | Role::Resume | Role::Postcopy => {
-                    session.id == Some(preamble.session)
+                    (Stage::Known, session.check(&preamble))
                 }
             }
         };
-        if !known {
-            return refuse(connection, ErrorCode::UnknownSession, "there is no such session here");
+        if let Err((code, reason)) = known {
+            return refuse(connection, code, &reason);
+        }
+        if !self.place.become_stage(stage) {
+            return refuse(connection, ErrorCode::Busy, "too many connections wait here");
         }
         match preamble.role {
             Role::Stream | Role::Postcopy => {
@@ -259,30 +351,25 @@ impl Door {
                 if blocking.and(timeouts).is_err() {
                     return refuse(connection, ErrorCode::Local, "its socket takes no options");
                 }
-                let stream = preamble.stream;
+                let (stream, place) = (preamble.stream, self.place.clone());
                 let _ = self.events.send(if preamble.role == Role::Postcopy {
-                    Event::Postcopy(PostcopyEvent::Opened { connection, stream })
+                    Event::Postcopy(PostcopyEvent::Opened { connection, stream, place })
                 } else {
-                    Event::Stream { request: StreamRequest::Socket(connection), stream }
+                    let request = StreamRequest::Socket(connection);
+                    Event::Stream { request, stream, place: Some(place) }
                 });
             }
-            Role::Control => {
-                let generation = lock(&self.session).generation;
-                if let Some(link) = self.link(connection, generation) {
-                    let peer = peer.to_owned();
-                    let _ = self.events.send(Event::Control { link, peer, version, generation });
-                }
-            }
-            Role::Query | Role::Resume => {
-                let generation = {
-                    let mut session = lock(&self.session);
-                    session.generation += 1;
-                    session.generation
-                };
+            Role::Control | Role::Query | Role::Resume => {
+                let generation = lock(&self.session).next_generation();
                 if let Some(link) = self.link(connection, generation) {
                     let _ = self.events.send(match preamble.role {
                         Role::Resume => Event::Resume { link, generation },
-                        _ => Event::Query { link, generation },
+                        Role::Query => Event::Query { link, generation },
+                        _ => {
+                            let (peer, session, place) =
+                                (peer.to_owned(), preamble.session, self.place.clone());
+                            Event::Control(Call { link, peer, version, generation, session, place })
+                        }
                     });
                 }
             }
@@ -296,13 +383,13 @@ impl Door {
         mut connection: AsyncConnection,
     ) -> Result<(Connection, Preamble), (Option<Connection>, ErrorCode, String)> {
         let mut bytes = [0; Preamble::LEN];
-        let result = tokio::time::timeout(self.timeout, connection.read_exact(&mut bytes)).await;
+        let result = tokio::time::timeout(self.patience, connection.read_exact(&mut bytes)).await;
         let connection = connection
             .into_connection()
             .map_err(|e| (None, ErrorCode::Local, format!("its socket failed: {e}")))?;
         match result {
             Err(_) => {
-                let reason = format!("it said nothing for {} s", self.timeout.as_secs());
+                let reason = format!("it said nothing for {} s", self.patience.as_secs());
                 Err((Some(connection), ErrorCode::Timeout, reason))
             }
             Ok(Err(e)) => Err((None, ErrorCode::Protocol, format!("it closed the connection: {e}"))),
@@ -314,8 +401,19 @@ impl Door {
     }
 
     fn link(&self, connection: Connection, generation: u64) -> Option<Link> {
-        let wrap = move |event| Event::Link { generation, event };
-        Link::spawn(&Handle::current(), connection, self.timeout, self.events.clone(), wrap).ok()
+        let place = self.place.clone();
+        let wrap = move |event| {
+            // Held until the connection is closed.
+            let _ = &place;
+            Event::Link { generation, event }
+        };
+        let (runtime, events) = (Handle::current(), self.events.clone());
+        // Aborted with the link from here on; this task has nothing more to wait for.
+        let link = Link::spawn(&runtime, connection, self.timeout, events, wrap).ok()?;
+        if let Some(task) = link.task() {
+            self.place.set_task(task);
+        }
+        Some(link)
     }
 }
 

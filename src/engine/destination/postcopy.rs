@@ -20,6 +20,7 @@ use transport::wire::WireError;
 use transport::wire::control::{ChunkRun, ErrorCode, Message, STREAMS_PUSHING_MAX};
 
 use super::front::Event;
+use super::lobby::Place;
 use super::{Destination, IncomingError, Session, start_thread};
 use crate::engine::explain;
 use crate::engine::progress::Progress;
@@ -28,7 +29,7 @@ use crate::engine::report::{self, Status};
 /// What the session's thread hears of postcopy.
 pub(super) enum PostcopyEvent {
     /// A connection of the session, unanswered yet.
-    Opened { connection: Connection, stream: u16 },
+    Opened { connection: Connection, stream: u16, place: Arc<Place> },
     /// A connection has ended.
     Ended(PostcopyError),
     /// Faults cannot be served any more.
@@ -97,7 +98,10 @@ impl Session {
         match event {
             // Of a handover that was taken back.
             PostcopyEvent::Ended(_) | PostcopyEvent::Faults(_) if self.postcopy.is_none() => Ok(()),
-            PostcopyEvent::Opened { connection, stream } => self.open_postcopy(connection, stream),
+            PostcopyEvent::Opened { connection, stream, place } => {
+                drop(place);
+                self.open_postcopy(connection, stream)
+            }
             PostcopyEvent::Ended(error @ PostcopyError::Memory { .. }) => {
                 Err(IncomingError::PostcopyFailed { why: explain(&error) })
             }

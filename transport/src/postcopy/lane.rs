@@ -19,7 +19,7 @@ use super::pace::Pace;
 use super::sealed::Sealer;
 use super::{PageServer, PostcopyError};
 use crate::clock;
-use crate::link::attach_stream;
+use crate::link::open_attached;
 use crate::panic_text;
 use crate::socket::Connection;
 use crate::sys::{self, ReceiveList, SendList, Soon};
@@ -71,9 +71,7 @@ impl Lane {
         let io = |source| PostcopyError::Io { stream, source };
         let preamble =
             Preamble { version_min: version, version_max: version, role: Role::Postcopy, stream, session };
-        let connection = Connection::connect(uri, timeout, cancelled)?;
-        connection.tune(timeout).map_err(io)?;
-        attach_stream(&connection, &preamble, timeout, cancelled)?;
+        let connection = open_attached::<PostcopyError>(uri, &preamble, timeout, cancelled)?;
         connection.set_timeouts(Some(TICK), Some(timeout)).map_err(io)?;
         Ok(connection)
     }
