@@ -10,6 +10,7 @@ mod opening;
 mod populate;
 mod postcopy;
 mod resume;
+mod verdict;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -218,7 +219,9 @@ impl Destination {
         &self.uri
     }
 
-    /// Takes a session in. Blocks until the guest is here and runs, or the session has failed.
+    /// Takes a session in. Blocks until the guest is here and runs, or the session has failed. One that failed after READY is waited with
+    /// until its source has heard that the guest never ran here, for as long as a source is waited for: it may have said GO, and has no
+    /// other way to know. Cancelling ends that.
     pub fn receive(mut self, incoming: &mut dyn Incoming) -> Result<Arrival, IncomingError> {
         loop {
             let opening = self.opening()?;
@@ -233,6 +236,9 @@ impl Destination {
                 let _ = guarded(|| session.fail(error));
             }
             session.report(&self.progress, cpu, result.as_ref().err());
+            if let Err(error) = &result {
+                let _ = guarded(|| session.answer_late(&self, error));
+            }
             result?;
             let running = session.runs();
             return Ok(Arrival { report: self.progress.report(), running });
@@ -483,7 +489,8 @@ impl Session {
             if let Some(guest) = &self.guest
                 && self.runs()
             {
-                guest.resume()?;
+                // All or nothing: a guest that does not run here never did.
+                guest.resume().inspect_err(|_| self.machine.never_ran())?;
             }
             self.resumed = true;
         }

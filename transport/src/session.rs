@@ -381,6 +381,8 @@ pub struct DestinationSession {
     have_state: bool,
     /// The source said POSTCOPY.
     postcopy: bool,
+    /// READY was said and not taken back: the source may have said GO.
+    ready: bool,
     /// Number of the last attempt to resume that was taken.
     epoch: u32,
 }
@@ -388,7 +390,8 @@ pub struct DestinationSession {
 impl DestinationSession {
     /// A destination that waits for HELLO.
     pub fn new() -> Self {
-        Self { state: DestinationState::ExpectHello, have_state: false, postcopy: false, epoch: 0 }
+        let state = DestinationState::ExpectHello;
+        Self { state, have_state: false, postcopy: false, ready: false, epoch: 0 }
     }
 
     /// Takes a message from the source.
@@ -452,7 +455,7 @@ impl DestinationSession {
     /// Everything is applied and equal.
     pub fn ready(&mut self, totals: Totals) -> Message {
         assert_eq!(self.state, DestinationState::Finishing, "READY follows FINISH");
-        self.state = DestinationState::Ready;
+        (self.state, self.ready) = (DestinationState::Ready, true);
         Message::Ready(totals)
     }
 
@@ -468,7 +471,8 @@ impl DestinationSession {
         if epoch <= self.epoch || !may {
             return Err(SessionError::NoResume { epoch, last: self.epoch, state: self.state_name() });
         }
-        (self.state, self.have_state, self.postcopy, self.epoch) = (S::Moving, false, false, epoch);
+        (self.state, self.have_state, self.postcopy, self.ready, self.epoch) =
+            (S::Moving, false, false, false, epoch);
         Ok(Message::Resumed { epoch })
     }
 
@@ -484,6 +488,17 @@ impl DestinationSession {
             self.state = DestinationState::Abandoned;
         }
         self.state == DestinationState::Abandoned
+    }
+
+    /// GO was taken, and the guest could not be made to run: not an instruction of it has run here, nor ever will. As
+    /// [`abandon`](Self::abandon), which does not give up a guest that may have run.
+    pub fn never_ran(&mut self) {
+        self.state = DestinationState::Abandoned;
+    }
+
+    /// Whether the session is given up and its source may not know: it may have said GO, and asks.
+    pub fn may_be_asked(&self) -> bool {
+        self.ready && self.state == DestinationState::Abandoned
     }
 
     /// What a query is answered with.
@@ -610,6 +625,29 @@ mod tests {
         assert_eq!(destination.handle(go), Ok(DestinationEvent::Reply(Message::Running)));
         assert_eq!(source.handle(Message::Running), Ok(SourceEvent::Running));
         assert!(!source.owns_guest());
+    }
+
+    #[test]
+    fn a_destination_is_asked_only_after_ready() {
+        let totals = || Totals { streams: vec![], pages: 0, state: 0 };
+        let ready = || {
+            let mut d = DestinationSession::new();
+            d.state = DestinationState::Finishing;
+            let _ = d.ready(totals());
+            d
+        };
+        let mut d = ready();
+        assert!(!d.may_be_asked());
+        assert!(d.abandon() && d.may_be_asked());
+        let mut d = ready();
+        d.resume(1).unwrap();
+        assert!(d.abandon() && !d.may_be_asked(), "READY was taken back");
+        let mut d = ready();
+        d.handle(Message::Go).unwrap();
+        assert!(!d.abandon() && !d.may_be_asked(), "the guest may have run");
+        d.never_ran();
+        assert!(d.may_be_asked());
+        assert_eq!(d.status(), SessionStatus::Abandoned);
     }
 
     #[test]
