@@ -61,8 +61,9 @@ pub struct SourceStreams<F> {
     live: u32,
     ended: Vec<StreamEnd>,
     dead: BTreeMap<u16, Dead<F>>,
-    /// Streams whose worker the destination has stopped, with its reason.
-    stopped: BTreeMap<u16, String>,
+    /// By number, the last stream whose worker the destination has stopped, with its reason: more than that would be for a hostile one
+    /// to fill.
+    stopped: BTreeMap<u16, (u16, String)>,
     last_error: Option<String>,
     /// Streams that are dead on both sides, until [`take_buried`](SourceStreams::take_buried).
     buried: Vec<u16>,
@@ -97,7 +98,7 @@ impl<F> SourceStreams<F> {
     #[must_use = "the pages of these frames are pending again"]
     pub fn died(&mut self, stream: u16, error: String, frames: Vec<F>, now: Duration) -> Vec<F> {
         self.live -= 1;
-        let theirs = self.stopped.get(&stream).filter(|reason| !reason.is_empty());
+        let theirs = self.stopped_for(stream).filter(|reason| !reason.is_empty());
         self.last_error = Some(match theirs {
             Some(reason) => {
                 format!("{error}; the destination stopped stream {}: {reason}", stream_number(stream))
@@ -118,20 +119,26 @@ impl<F> SourceStreams<F> {
             let own = self.dead.get(&stream).map(|dead| format!("{}; ", dead.error));
             self.last_error = Some(own.unwrap_or_default() + &theirs);
         }
-        self.stopped.insert(stream, reason);
+        self.stopped.insert(stream_number(stream), (stream, reason));
         self.bury(stream)
+    }
+
+    /// Why the destination has stopped a stream's worker, if it has.
+    fn stopped_for(&self, stream: u16) -> Option<&str> {
+        let (id, reason) = self.stopped.get(&stream_number(stream))?;
+        (*id == stream).then_some(reason)
     }
 
     /// A stream that is dead on both sides gives its frames back; any stream may take their pages.
     fn bury(&mut self, stream: u16) -> Vec<F> {
-        let stopped = self.stopped.contains_key(&stream);
+        let stopped = self.stopped_for(stream).is_some();
         #[cfg(test)]
         let stopped = stopped || fault::is(fault::Fault::NoStopBeforeResend);
         if !stopped {
             return Vec::new();
         }
         let Some(dead) = self.dead.remove(&stream) else { return Vec::new() };
-        self.stopped.remove(&stream);
+        self.forget(stream);
         self.buried.push(stream);
         self.last_error.get_or_insert(dead.error);
         dead.frames
@@ -144,7 +151,9 @@ impl<F> SourceStreams<F> {
 
     /// An id is about to be used; the destination may have said something of a stream that had it long ago.
     pub fn forget(&mut self, stream: u16) {
-        self.stopped.remove(&stream);
+        if self.stopped_for(stream).is_some() {
+            self.stopped.remove(&stream_number(stream));
+        }
     }
 
     /// The destination has stopped all streams, and the source has ended its own: nothing that was said of any counts. Returns
@@ -196,7 +205,9 @@ impl<F> SourceStreams<F> {
 
     /// The accounts of those that ended in order, for FINISH; of none that the destination calls dead.
     pub fn take_accounts(&mut self) -> Vec<StreamEnd> {
-        self.ended.retain(|end| !self.stopped.contains_key(&end.stream));
+        let mut ended = std::mem::take(&mut self.ended);
+        ended.retain(|end| self.stopped_for(end.stream).is_none());
+        self.ended = ended;
         self.ended.sort_by_key(|end| stream_number(end.stream));
         std::mem::take(&mut self.ended)
     }
@@ -369,6 +380,20 @@ mod tests {
 
     fn stopped(stream: u16, reason: &str) -> Message {
         Message::StreamStopped { stream, reason: reason.into() }
+    }
+
+    /// What a destination says of streams that never were is kept for one of each number.
+    #[test]
+    fn words_of_streams_that_never_were_do_not_add_up() {
+        let mut streams = SourceStreams::<u8>::new();
+        for id in 0..=u16::MAX {
+            assert!(streams.stopped(id, "x".repeat(4096)).is_empty());
+        }
+        assert_eq!(streams.stopped.len(), 256);
+        // A stream that lives is still stopped by its own word.
+        streams.started();
+        assert!(streams.died(3, "cut".into(), vec![9], Duration::ZERO).is_empty());
+        assert_eq!(streams.stopped(3, String::new()), [9]);
     }
 
     #[test]

@@ -13,6 +13,12 @@ pub enum WireError {
         /// What stood there.
         found: u64,
     },
+    /// An answer in another protocol.
+    #[error("something else than pageferry answers there: its first bytes are {}", shown(.first))]
+    Foreign {
+        /// Them.
+        first: [u8; 8],
+    },
     /// The peer is too new or too old.
     #[error(
         "no common protocol version: the peer offers {min} to {max}, this side speaks {} to {}; use matching releases",
@@ -67,6 +73,11 @@ pub enum WireError {
         /// Checksum of what arrived.
         found: u64,
     },
+}
+
+/// Bytes as text, as far as they are.
+fn shown(bytes: &[u8]) -> String {
+    format!("\"{}\"", bytes.escape_ascii())
 }
 
 /// Reads fields from a byte slice.

@@ -1,5 +1,7 @@
 //! Control messages: kind, flags and length (8 bytes), the fields, and a checksum over both.
 
+use std::fmt;
+
 use pagecopy::backend::StateBlob;
 use pagecopy::layout::{Layout, REGION_NAME_MAX, REGIONS_MAX, Region};
 use xxhash_rust::xxh3::xxh3_64;
@@ -54,7 +56,7 @@ pub mod capability {
 }
 
 /// What a session is about, from the source.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Hello {
     /// Seed of every digest and checksum of the session's data.
     pub seed: u64,
@@ -81,6 +83,16 @@ pub struct Hello {
     pub data_bytes: u64,
     /// The machine, for the destination to compare with its own; opaque to the protocol.
     pub machine: String,
+}
+
+/// Without the seed, which the guest must not learn, and the maps, which are long.
+impl fmt::Debug for Hello {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = f.debug_struct("Hello");
+        f.field("capabilities", &self.capabilities).field("streams", &self.streams);
+        f.field("live", &self.live).field("regions", &self.regions).field("machine", &self.machine);
+        f.finish_non_exhaustive()
+    }
 }
 
 /// The destination's answer to [`Hello`].
@@ -431,6 +443,9 @@ impl Message {
     pub fn decode_header(bytes: &[u8; HEADER_LEN]) -> Result<(u16, usize), WireError> {
         let mut r = Reader::new(bytes);
         let (kind, flags, len) = (r.u16("kind")?, r.u16("flags")?, r.u32("length")?);
+        if kind_name(kind) == INVALID && bytes.iter().all(|b| b.is_ascii_graphic() || b" \r\n".contains(b)) {
+            return Err(WireError::Foreign { first: *bytes });
+        }
         if kind_name(kind) == INVALID {
             return Err(WireError::BadValue { field: "message kind", value: kind.into() });
         }
@@ -866,6 +881,12 @@ mod tests {
         assert_eq!(Message::decode(&longest.encode()), Ok(longest));
         let longest = hello(&|h| h.machine = "m".repeat(MACHINE_MAX));
         assert_eq!(Message::decode(&longest.encode()), Ok(longest));
+    }
+
+    #[test]
+    fn another_protocol_is_called_that() {
+        let error = Message::decode_header(b"HTTP/1.1").unwrap_err().to_string();
+        assert!(error.contains("something else than pageferry answers there") && error.contains("HTTP/1.1"));
     }
 
     #[test]

@@ -16,8 +16,8 @@ use super::{Reader, WireError};
 pub const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"PGF1");
 /// First word of a receipt, `PGR1`.
 pub const RECEIPT_MAGIC: u32 = u32::from_le_bytes(*b"PGR1");
-/// Longest encoded section: every page of a chunk as a delta of a whole page, with its length.
-pub const ENCODED_MAX: usize = CHUNK_SIZE + 64 * 2;
+/// Longest encoded section: as long as the pages in it are.
+pub const ENCODED_MAX: usize = CHUNK_SIZE;
 
 /// The flag of a frame whose raw pages were placed.
 const FLAG_PLACED: u16 = 1;
@@ -165,12 +165,9 @@ impl FrameHeader {
         if (self.kind == FrameKind::End) != (pages == 0) {
             return Err(WireError::BadValue { field: "page masks", value: self.pages() });
         }
-        if self.encoded_len as usize > ENCODED_MAX {
-            return Err(WireError::TooLong {
-                field: "encoded_len",
-                len: self.encoded_len.into(),
-                max: ENCODED_MAX as u64,
-            });
+        let max = u64::from((self.delta | self.zstd).count_ones()) * PAGE_SIZE as u64;
+        if max != 0 && u64::from(self.encoded_len) > max {
+            return Err(WireError::TooLong { field: "encoded_len", len: self.encoded_len.into(), max });
         }
         if (self.encoded_len == 0) != (self.delta | self.zstd == 0) {
             return Err(WireError::BadValue { field: "encoded_len", value: self.encoded_len.into() });
@@ -306,6 +303,9 @@ mod tests {
         assert!(bad(&|h| h.zero = 1));
         assert!(bad(&|h| h.encoded_len = 0));
         assert!(bad(&|h| h.encoded_len = u32::MAX));
+        // One page as a delta, one in the zstd frame: no longer than both.
+        assert!(bad(&|h| h.encoded_len = 2 * PAGE_SIZE as u32 + 1));
+        assert!(!bad(&|h| h.encoded_len = 2 * PAGE_SIZE as u32));
         assert!(bad(&|h| (h.delta, h.zstd) = (0, 0)));
         assert!(bad(&|h| h.kind = FrameKind::End));
         assert!(bad(&|h| (h.placed, h.raw) = (true, 0)));

@@ -4,6 +4,8 @@
 //! Three kinds of bytes, all little-endian: a [`Preamble`] opens every connection; [`control::Message`]s travel on the
 //! control connection (and answer the preamble on the others); [`frame`]s of pages travel on data streams, receipts back.
 
+use std::fmt;
+
 mod codec;
 pub mod control;
 pub mod frame;
@@ -61,7 +63,7 @@ pub enum Role {
 }
 
 /// First message on every connection, from the connecting side: 32 bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Preamble {
     /// Lowest version offered.
     pub version_min: u16,
@@ -73,6 +75,16 @@ pub struct Preamble {
     pub stream: u16,
     /// The session.
     pub session: SessionId,
+}
+
+/// Without the session's id, which lets whoever knows it into the session.
+impl fmt::Debug for Preamble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { version_min, version_max, role, stream, session: _ } = self;
+        let mut f = f.debug_struct("Preamble");
+        f.field("version_min", version_min).field("version_max", version_max);
+        f.field("role", role).field("stream", stream).finish_non_exhaustive()
+    }
 }
 
 impl Preamble {
@@ -149,6 +161,13 @@ mod tests {
             bad[at] = value;
             assert!(Preamble::decode(&bad).is_err(), "byte {at}");
         }
+    }
+
+    #[test]
+    fn what_is_secret_is_not_printed() {
+        let p = Preamble { version_min: 1, version_max: 1, role: Role::Query, stream: 0, session: [217; 16] };
+        let text = format!("{p:?}");
+        assert!(text.contains("Query") && !text.contains("217"), "{text}");
     }
 
     #[test]
