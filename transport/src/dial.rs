@@ -2,9 +2,11 @@
 //!
 //! Nothing here blocks for longer than [`STEP`], whatever the network or a name server does.
 
+use std::ffi::OsStr;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,7 +16,7 @@ use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use crate::socket::{Connection, SocketError, leads_here, resolve, tune_for_loopback};
 use crate::sys::wait_writable;
-use crate::uri::Uri;
+use crate::uri::{Uri, abstract_name};
 
 /// Longest time between two looks at whether to go on.
 pub(crate) const STEP: Duration = Duration::from_millis(50);
@@ -91,6 +93,10 @@ impl Connection {
                 for (address, left) in addresses.into_iter().zip((1..=count).rev()) {
                     match connect_tcp(address, limit.share(left)) {
                         Ok(stream) => return Ok(Self::Tcp(stream)),
+                        Err(e) if lacks_scope(&address) => {
+                            let hint = "a link-local address is one of an interface: add it, as in tcp:[fe80::1%eth0]:4444";
+                            return Err(SocketError::new(format!("cannot connect to {uri}: {hint}"), e));
+                        }
                         Err(e) if is_cancelled(&e) => return Err(fail(e)),
                         Err(e) => last = e,
                     }
@@ -99,6 +105,11 @@ impl Connection {
             }
         }
     }
+}
+
+/// Whether an address means nothing without the interface.
+fn lacks_scope(address: &SocketAddr) -> bool {
+    matches!(address, SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() && v6.scope_id() == 0)
 }
 
 fn hint(error: &io::Error) -> &'static str {
@@ -161,7 +172,7 @@ fn connect_tcp(address: SocketAddr, limit: Limit<'_>) -> io::Result<TcpStream> {
 
 /// A Unix socket connects at once, or not before there is room in its listener's queue, of which nothing tells.
 fn connect_unix(path: &Path, limit: Limit<'_>) -> io::Result<UnixStream> {
-    let address = SockAddr::unix(path)?;
+    let address = unix_address(path)?;
     loop {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
         socket.set_nonblocking(true)?;
@@ -178,14 +189,32 @@ fn connect_unix(path: &Path, limit: Limit<'_>) -> io::Result<UnixStream> {
     }
 }
 
+/// The address of a path, or of a name in the abstract namespace.
+pub(crate) fn unix_address(path: &Path) -> io::Result<SockAddr> {
+    match abstract_name(path) {
+        Some(name) => SockAddr::unix(OsStr::from_bytes(&[b"\0", name].concat())),
+        None => SockAddr::unix(path),
+    }
+}
+
 /// Whether nobody listens at a Unix socket's path. Does not wait for one whose queue is full.
 pub(crate) fn is_refused(path: &Path) -> bool {
     let refused = || {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
         socket.set_nonblocking(true)?;
-        socket.connect(&SockAddr::unix(path)?)
+        socket.connect(&unix_address(path)?)
     };
     refused().is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+/// Whether the socket at a path takes no connections of the kind that this crate makes, as one for datagrams does not.
+pub(crate) fn is_of_another_type(path: &Path) -> bool {
+    let connected = || {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        socket.set_nonblocking(true)?;
+        socket.connect(&SockAddr::unix(path)?)
+    };
+    connected().is_err_and(|e| e.raw_os_error() == Some(libc::EPROTOTYPE))
 }
 
 #[cfg(test)]
@@ -258,6 +287,13 @@ mod tests {
             drop(listener.accept().unwrap());
             waiting.join().unwrap().unwrap();
         });
+    }
+
+    #[test]
+    fn a_link_local_address_needs_its_interface() {
+        let uri = Uri::Tcp { host: "fe80::1".into(), port: 9 };
+        let error = Connection::connect(&uri, LONG, &|| false).unwrap_err().to_string();
+        assert!(error.contains("%eth0"), "{error}");
     }
 
     #[test]

@@ -4,14 +4,15 @@ use std::fs::Permissions;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use socket2::{SockRef, Socket};
 
-use crate::uri::Uri;
+use crate::dial::unix_address;
+use crate::uri::{Uri, abstract_name};
 
 /// Bytes that may wait on loopback before they are sent: both sides take less time with few. Measured; docs/design.md has the series.
 const LOOPBACK_UNSENT: u32 = 128 << 10;
@@ -151,8 +152,27 @@ impl io::Write for &Connection {
 pub enum Listener {
     /// On TCP.
     Tcp(TcpListener),
-    /// On a Unix socket; the path is removed when the listener is dropped.
-    Unix(UnixListener, PathBuf),
+    /// On a Unix socket; the path is removed when the listener is dropped, if it is still this one's.
+    Unix(UnixListener, UnixPath),
+}
+
+/// Where a Unix socket is, and which file it is there: none of a name in the abstract namespace.
+#[derive(Debug)]
+pub struct UnixPath {
+    path: PathBuf,
+    /// Device and inode.
+    file: Option<(u64, u64)>,
+}
+
+impl UnixPath {
+    fn of(path: &Path) -> Self {
+        let file = if abstract_name(path).is_none() { file_at(path) } else { None };
+        Self { path: path.into(), file }
+    }
+}
+
+fn file_at(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|file| (file.dev(), file.ino()))
 }
 
 impl Listener {
@@ -180,13 +200,19 @@ impl Listener {
         };
         match uri {
             Uri::Unix(path) => {
-                let stale = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket())
-                    && crate::dial::is_refused(path);
-                if stale {
+                let found = std::fs::symlink_metadata(path).ok().filter(|_| abstract_name(path).is_none());
+                if found.is_some_and(|file| file.file_type().is_socket()) && crate::dial::is_refused(path) {
                     std::fs::remove_file(path).map_err(|e| fail(": cannot replace the old socket", e))?;
                 }
-                let listener = listen_unix(path, mode).map_err(|e| fail(hint(&e), e))?;
-                Ok(Self::Unix(listener, path.clone()))
+                let listener = listen_unix(path, mode).map_err(|e| match what_is_at(path) {
+                    Some(what) if e.kind() == io::ErrorKind::AddrInUse => {
+                        let hint =
+                            format!(": {what} is there and is left alone; choose another path, or remove it");
+                        fail(&hint, e)
+                    }
+                    _ => fail(hint(&e), e),
+                })?;
+                Ok(Self::Unix(listener, UnixPath::of(path)))
             }
             Uri::Tcp { host, port } | Uri::Rdma { host, port } => {
                 let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
@@ -231,10 +257,10 @@ impl Listener {
     pub fn uri(&self) -> Uri {
         match self {
             Self::Tcp(listener) => match listener.local_addr() {
-                Ok(address) => Uri::Tcp { host: address.ip().to_string(), port: address.port() },
+                Ok(address) => Uri::Tcp { host: host_of(&address), port: address.port() },
                 Err(_) => Uri::Tcp { host: String::new(), port: 0 },
             },
-            Self::Unix(_, path) => Uri::Unix(path.clone()),
+            Self::Unix(_, at) => Uri::Unix(at.path.clone()),
         }
     }
 }
@@ -256,8 +282,11 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Self::Unix(_, path) = self {
-            let _ = std::fs::remove_file(path);
+        if let Self::Unix(_, at) = self
+            && at.file.is_some()
+            && file_at(&at.path) == at.file
+        {
+            let _ = std::fs::remove_file(&at.path);
         }
     }
 }
@@ -265,11 +294,18 @@ impl Drop for Listener {
 /// Listens at a path; with `mode`, that is the file's before anybody can connect.
 fn listen_unix(path: &Path, mode: Option<u32>) -> io::Result<UnixListener> {
     let socket = Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
-    socket.bind(&socket2::SockAddr::unix(path)?)?;
+    if mode.is_some() && abstract_name(path).is_some() {
+        let text =
+            "a name in the abstract namespace has no mode, and is open to everybody on this host: use a path";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    socket.bind(&unix_address(path)?)?;
     let ready = mode.map_or(Ok(()), |mode| std::fs::set_permissions(path, Permissions::from_mode(mode)));
-    if let Err(e) = ready.and_then(|()| socket.listen(256)) {
-        // Whatever it is, it is this socket's.
-        let _ = std::fs::remove_file(path);
+    if let Err(e) = ready.and_then(|()| socket.listen(BACKLOG)) {
+        if abstract_name(path).is_none() {
+            // Whatever it is, it is this socket's.
+            let _ = std::fs::remove_file(path);
+        }
         return Err(e);
     }
     Ok(socket.into())
@@ -287,6 +323,45 @@ pub(crate) fn leads_here(address: SocketAddr) -> bool {
         socket.local_addr()
     };
     address.ip().is_loopback() || route().is_ok_and(|own| own.ip() == address.ip())
+}
+
+/// What is in the way of a socket at a path, other than a socket that somebody listens on.
+fn what_is_at(path: &Path) -> Option<&'static str> {
+    let kind = std::fs::symlink_metadata(path).ok()?.file_type();
+    Some(if kind.is_symlink() {
+        "a symbolic link"
+    } else if kind.is_dir() {
+        "a folder"
+    } else if kind.is_file() {
+        "a file"
+    } else if !kind.is_socket() {
+        "a device or a pipe"
+    } else if crate::dial::is_of_another_type(path) {
+        "a socket of another type"
+    } else {
+        return None;
+    })
+}
+
+/// An address as a URI has it: with the interface, without which a link-local one cannot be reached.
+fn host_of(address: &SocketAddr) -> String {
+    match address {
+        SocketAddr::V6(v6) if v6.scope_id() != 0 => {
+            let scope = v6.scope_id();
+            let name = interface_name(scope).unwrap_or_else(|| scope.to_string());
+            format!("{}%{name}", v6.ip())
+        }
+        address => address.ip().to_string(),
+    }
+}
+
+/// An interface's name.
+fn interface_name(index: u32) -> Option<String> {
+    let interfaces = std::fs::read_dir("/sys/class/net").ok()?;
+    interfaces.flatten().find_map(|interface| {
+        let found = std::fs::read_to_string(interface.path().join("ifindex")).ok()?;
+        (found.trim().parse() == Ok(index)).then(|| interface.file_name().into_string().ok())?
+    })
 }
 
 fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
@@ -347,6 +422,63 @@ mod tests {
         std::fs::write(&path, "keep me").unwrap();
         assert!(Listener::bind(&uri).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"keep me");
+    }
+
+    #[test]
+    fn what_is_in_the_way_is_named_and_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::write(path("file"), "").unwrap();
+        std::fs::create_dir(path("folder")).unwrap();
+        std::os::unix::fs::symlink(path("nowhere"), path("link")).unwrap();
+        let _datagrams = std::os::unix::net::UnixDatagram::bind(path("datagrams")).unwrap();
+        for (name, what) in [
+            ("file", "a file is there"),
+            ("folder", "a folder is there"),
+            ("link", "a symbolic link is there"),
+            ("datagrams", "a socket of another type is there"),
+        ] {
+            let error = Listener::bind(&Uri::Unix(path(name))).unwrap_err().to_string();
+            assert!(error.contains(what) && !error.contains("stop what listens"), "{error}");
+            assert!(std::fs::symlink_metadata(path(name)).is_ok(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_listener_removes_its_own_path_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let uri = Uri::Unix(folder.path().join("s"));
+        let first = Listener::bind(&uri).unwrap();
+        std::fs::rename(folder.path().join("s"), folder.path().join("old")).unwrap();
+        let second = Listener::bind(&uri).unwrap();
+        drop(first);
+        Connection::connect(&uri, Duration::from_secs(1), &|| false).expect("the other's is there");
+        drop(second);
+        assert!(!folder.path().join("s").exists());
+    }
+
+    #[test]
+    fn abstract_names_are_no_files() {
+        let name = format!("@pageferry-test-{}", std::process::id());
+        let uri: Uri = format!("unix:{name}").parse().unwrap();
+        let listener = Listener::bind(&uri).unwrap();
+        assert_eq!(listener.uri(), uri);
+        assert!(!Path::new(&name).exists());
+        Connection::connect(&uri, Duration::from_secs(1), &|| false).unwrap();
+        assert!(Listener::bind(&uri).unwrap_err().to_string().contains("in use"));
+        drop(listener);
+        Listener::bind(&uri).unwrap();
+        let error = Listener::bind_private(Path::new(&name)).unwrap_err();
+        assert!(error.io().to_string().contains("use a path"), "{error}");
+    }
+
+    #[test]
+    fn a_link_local_address_is_told_with_its_interface() {
+        let scoped =
+            |scope| SocketAddr::V6(std::net::SocketAddrV6::new("fe80::1".parse().unwrap(), 1, 0, scope));
+        assert_eq!(host_of(&scoped(1)), "fe80::1%lo");
+        assert_eq!(host_of(&scoped(987_654)), "fe80::1%987654");
+        assert_eq!(host_of(&scoped(0)), "fe80::1");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Migration URIs, written as QEMU writes them: `tcp:HOST:PORT`, `unix:PATH`, `rdma:HOST:PORT`.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// Where a destination listens.
@@ -14,7 +15,7 @@ pub enum Uri {
         /// Port; 0 lets the system choose when listening.
         port: u16,
     },
-    /// `unix:PATH`.
+    /// `unix:PATH`, or `unix:@NAME` in the abstract namespace, of which [`abstract_name`] tells.
     Unix(PathBuf),
     /// `rdma:HOST:PORT`, written as for TCP: control over TCP, pages over queue pairs. The address is of an RDMA device.
     Rdma {
@@ -35,6 +36,12 @@ pub struct UriError {
     why: String,
 }
 
+/// The name of a Unix socket in Linux's abstract namespace: no file, and gone with its listener. Written with an `@` before it, as QEMU's
+/// users and ss(8) do; a file of that name is `./@NAME`.
+pub fn abstract_name(path: &Path) -> Option<&[u8]> {
+    path.as_os_str().as_bytes().strip_prefix(b"@")
+}
+
 /// Longest path of a Unix socket (`sun_path` less the final NUL).
 const UNIX_PATH_MAX: usize = 107;
 
@@ -47,6 +54,7 @@ impl FromStr for Uri {
         match scheme {
             "unix" if rest.is_empty() => fail("the path is empty"),
             "unix" if rest.len() > UNIX_PATH_MAX => fail("the path is longer than 107 bytes"),
+            "unix" if rest == "@" => fail("the abstract name is empty"),
             "unix" if rest.contains('\0') => fail("the path holds a NUL"),
             "unix" => Ok(Self::Unix(rest.into())),
             "rdma" if !cfg!(feature = "rdma") => fail(
@@ -133,6 +141,7 @@ mod tests {
             ("tcp:::1:80", "brackets"),
             ("tcp:[::1:80", "not closed"),
             ("unix:", "empty"),
+            ("unix:@", "empty"),
             ("vsock:2:1", "not built"),
             ("ftp:x", "unknown scheme"),
         ] {
