@@ -259,7 +259,8 @@ pub trait Guest: Send + Sync {
         let _ = release;
         self.pause()
     }
-    /// Lets the vCPUs run; nothing, where they do.
+    /// Lets the vCPUs run; nothing, where they do. All of them or, where it fails, none, not for one instruction: a destination whose guest
+    /// cannot be resumed gives it back to its source.
     fn resume(&self) -> Result<(), BackendError>;
     /// Takes `percent` (0..=99) of their time from the vCPUs; 0 ends throttling.
     fn throttle(&self, percent: u8) -> Result<(), BackendError>;

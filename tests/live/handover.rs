@@ -117,6 +117,39 @@ fn a_source_that_cannot_ask_waits_until_it_can() {
     prove(&spec, &[&source, &destination]);
 }
 
+/// GO is lost, and the destination gives up before anybody can ask it: the source hears so, and its guest runs on.
+#[test]
+fn a_guest_that_the_destination_gave_up_runs_on() {
+    let world = World::new();
+    let spec = Spec::counter();
+    let source = world.source("a", &spec);
+    let patient = ["--handover-timeout", "1", "--reconnect-timeout", "1", "--link-timeout", "60"];
+    let (destination, uri) = world.destination("b", &spec.clone().with(&patient));
+    let gone = Arc::new(AtomicBool::new(true));
+    let cut = gone.clone();
+    let proxy = Proxy::new(&uri, move |seen| match seen {
+        Seen::Open { role: Role::Query, .. } if cut.load(Ordering::Relaxed) => Verdict::Cut,
+        seen if is(seen, "GO") => Verdict::Cut,
+        _ => Verdict::Pass,
+    });
+    source.begin_migration(&proxy.uri(), &json!({}));
+    waits_unknown(&source);
+    wait_for("the destination gives up", PATIENCE, || {
+        destination.errors().contains("its source is answered").then_some(())
+    });
+    waits_unknown(&source);
+    gone.store(false, Ordering::Relaxed);
+    source.wait_state("running");
+    let status = source.status();
+    assert_eq!(status["migration"]["status"], "failed", "{status}");
+    let error = status["migration"]["error"].to_string();
+    assert!(error.contains("runs on at the source") && error.contains("gave the session up"), "{error}");
+    // Its purpose is over, long before it would answer no more.
+    assert!(!wait_for("the destination ends", PATIENCE, || destination.exited()).success());
+    assert!(destination.serial().is_empty());
+    prove(&spec, &[&source]);
+}
+
 #[test]
 fn destination_killed_before_go_reaches_it_leaves_the_choice_to_the_user() {
     let world = World::new();

@@ -29,6 +29,8 @@ enum Trouble {
     Stuck,
     /// The trial panics, with the guest paused.
     RehearsalPanics,
+    /// The destination's guest cannot be resumed.
+    NeverThere,
 }
 
 /// A machine that does nothing, and whose parts have trouble.
@@ -205,6 +207,9 @@ fn move_with(trouble: Trouble, options: &Options, tuning: Tuning) -> Moved {
         source.chunk(chunk).copy_from(&vec![chunk as u8 + 1; CHUNK_SIZE][..]);
     }
     let (uri, destination, arriving) = destination();
+    if trouble == Trouble::NeverThere {
+        *destination.trouble() = Trouble::Stuck;
+    }
     let backend = SourceBackend {
         ram: source.clone(),
         log: source.clone(),
@@ -266,6 +271,19 @@ fn a_guest_that_a_trial_left_paused_for_good_is_said_to_be_stuck() {
     let failure = result.expect_err("it stands still");
     assert_eq!(failure.fate, Fate::Stuck, "{report:?}");
     assert!(!source.runs() && !destination.runs());
+}
+
+/// GO has come, and the guest does not run there for one instruction: the source hears so, and has it again.
+#[test]
+fn a_guest_that_cannot_run_at_the_destination_runs_on_here() {
+    let Moved { source, destination, result, report, arrived } = moved(Trouble::NeverThere);
+    let failure = result.expect_err("it runs nowhere else");
+    assert_eq!(failure.fate, Fate::RunsOn, "{report:?}");
+    assert!(matches!(failure.cause, Cause::Abandoned), "{report:?}");
+    assert!(source.runs() && !destination.runs());
+    assert_eq!(report.status, Status::Failed, "{report:?}");
+    let text = crate::engine::explain(&arrived.expect_err("nothing arrived"));
+    assert!(text.contains("it does not resume"), "{text}");
 }
 
 /// A destination that cannot run a guest before its pages is found out at once, and not when the time has come.

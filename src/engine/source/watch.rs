@@ -379,7 +379,12 @@ impl Watch {
                     return Ok(());
                 }
                 Learnt::SayGoAgain => self.send(Message::Go),
-                Learnt::Abandoned => return Err(Cause::Abandoned),
+                Learnt::Abandoned => {
+                    // As above.
+                    self.send(Message::Status(SessionStatus::Abandoned));
+                    self.link.flush(FAREWELL);
+                    return Err(Cause::Abandoned);
+                }
                 Learnt::Unknown => return Err(self.overdue("that it runs the guest")),
             }
         }
