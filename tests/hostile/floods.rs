@@ -1,6 +1,5 @@
 //! What many strangers, or one who never stops, can do to a destination: cost it nothing that grows, and keep nobody out.
 
-use std::collections::VecDeque;
 use std::io::Write;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -81,30 +80,40 @@ fn pings_of_a_stranger_who_never_reads_take_no_memory() {
     job.assert_arrived();
 }
 
-/// Keeps so many connections up, each opened anew when it is the oldest, which say this much.
-fn keep_up(port: u16, count: usize, says: &[u8], over: &AtomicBool) {
-    let mut sockets = VecDeque::new();
+/// Keeps so many silent connections up: one that is closed is opened anew.
+fn keep_up(port: u16, count: usize, over: &AtomicBool) {
+    let connect = || {
+        let socket = TcpStream::connect(("127.0.0.1", port)).ok()?;
+        socket.set_nonblocking(true).ok()?;
+        Some(socket)
+    };
+    let is_open = |socket: &TcpStream| match socket.peek(&mut [0]) {
+        Ok(_) => false,
+        Err(error) => error.kind() == std::io::ErrorKind::WouldBlock,
+    };
+    let mut sockets: Vec<_> = (0..count).map(|_| connect()).collect();
     while !over.load(Ordering::Relaxed) {
-        if let Ok(mut socket) = TcpStream::connect(("127.0.0.1", port)) {
-            let _ = socket.write_all(says);
-            sockets.push_back(socket);
-        } else {
-            std::thread::sleep(Duration::from_millis(1));
+        for socket in &mut sockets {
+            if !socket.as_ref().is_some_and(is_open) {
+                // First the old one goes.
+                *socket = None;
+                *socket = connect();
+            }
         }
-        if sockets.len() > count {
-            sockets.pop_front();
-        }
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
-fn serves_besieged(count: usize, says: &[u8]) {
+#[test]
+fn silent_connections_kept_up_keep_nobody_out() {
+    const COUNT: usize = 640;
     const THREADS: usize = 4;
     const DESCRIPTORS_MAX: usize = 700;
     let _turn = turn();
     let job = Job::new(Image::Mixed, 64 * MIB);
     let recv = Recv::to_file(&job.to, 10);
     let port = recv.port();
-    let strangers = |over: &AtomicBool| keep_up(port, count / THREADS, says, over);
+    let strangers = |over: &AtomicBool| keep_up(port, COUNT / THREADS, over);
     besieged(strangers, THREADS, || {
         // All of them have come.
         std::thread::sleep(Duration::from_millis(500));
@@ -118,11 +127,6 @@ fn serves_besieged(count: usize, says: &[u8]) {
     });
     recv.ferry.wait().code(0);
     job.assert_arrived();
-}
-
-#[test]
-fn silent_connections_kept_up_keep_nobody_out() {
-    serves_besieged(640, &[]);
 }
 
 /// Whoever opens control connections and says no HELLO does not have the session.
