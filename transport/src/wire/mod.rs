@@ -6,6 +6,7 @@
 
 use std::fmt;
 
+mod check;
 mod codec;
 pub mod control;
 pub mod frame;
