@@ -13,8 +13,8 @@ extern crate self as pageferry;
 pub mod cli;
 pub mod engine;
 pub mod measure;
-pub mod reserve;
 pub mod print;
+pub mod reserve;
 
 pub use pagecopy;
 pub use transport;

@@ -553,8 +553,8 @@ impl Session {
         if listening.progress.is_cancelled() && self.machine.status() != SessionStatus::Running {
             return Err(IncomingError::Cancelled);
         }
-        // Before the guest is this side's; afterwards it is brought in with what there is.
-        if self.machine.status() != SessionStatus::Running {
+        // Once all is here, what is left to do takes next to nothing.
+        if self.machine.is_moving() {
             usage::short_of_memory()?;
         }
         self.show(&listening.progress);

@@ -538,7 +538,7 @@ impl Attempt<'_> {
         let result: Result<(), Cause> = std::thread::scope(|scope| {
             for first in 0..streams.min(OPENING_MAX) {
                 let (opened, opener, vain) = (opened.clone(), &opener, &vain);
-                scope.spawn(move || {
+                let open = move || {
                     for stream in (first..streams).step_by(OPENING_MAX.into()) {
                         let begun = Instant::now();
                         let end = opener.open(stream, vain);
@@ -547,7 +547,13 @@ impl Attempt<'_> {
                             return;
                         }
                     }
-                });
+                };
+                if let Err(error) =
+                    std::thread::Builder::new().name(format!("open-{first}")).spawn_scoped(scope, open)
+                {
+                    vain.store(true, Ordering::Relaxed);
+                    return Err(error.into());
+                }
             }
             drop(opened);
             let result = loop {

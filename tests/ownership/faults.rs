@@ -157,7 +157,7 @@ impl Fault {
             4..7 => Harm::Cut { control: rng.below(3) != 0, streams: rng.below(8) as u16 },
             7 => Harm::Down([200, 1500, 4000][rng.below(3)]),
             _ => {
-                let want = [Want::Descriptors, Want::Memory(0), Want::Memory(8)][rng.below(3)];
+                let want = [Want::Descriptors, Want::Memory(4), Want::Memory(16)][rng.below(3)];
                 Harm::Starve(side, want, [300, 2000, 5000][rng.below(3)])
             }
         };

@@ -127,7 +127,7 @@ pub fn warm_up(uri: &Uri) {
     #[cfg(feature = "rdma")]
     if matches!(uri, Uri::Rdma { .. }) {
         // Whatever fails here fails again, and is reported, where a stream is opened.
-        std::thread::spawn(crate::rdma::warm_up);
+        let _ = std::thread::Builder::new().name("rdma-warm-up".into()).spawn(crate::rdma::warm_up);
     }
     #[cfg(not(feature = "rdma"))]
     let _ = uri;
