@@ -136,6 +136,7 @@ impl Link {
     ///
     /// # Panics
     /// In builds with debug assertions, when the message is none that the peer may take ([`Message::check`]).
+    #[allow(clippy::needless_pass_by_value, reason = "a message that was sent is no longer the caller's")]
     pub fn send(&self, message: Message) {
         let bytes = message.encode();
         let len = bytes.len();
@@ -758,7 +759,7 @@ mod tests {
             assert!(matches!(next(&inbox).await, LinkEvent::Message(Message::Query)));
             match next(&inbox).await {
                 LinkEvent::Dead(LinkError::Io(error)) => {
-                    assert!(error.to_string().contains("slowly"), "{error}")
+                    assert!(error.to_string().contains("slowly"), "{error}");
                 }
                 other => panic!("{other:?}"),
             }

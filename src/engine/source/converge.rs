@@ -105,18 +105,18 @@ impl Brake<'_> {
             by_vcpu: by_vcpu.as_deref(),
         };
         let changed = self.throttle.on_round(round, percent_max);
-        self.set(changed)
+        self.set(changed.as_deref())
     }
 
     /// Takes no more than that from now on, or nothing.
     fn limit(&mut self, percent_max: Option<u8>) -> Result<(), Cause> {
         let Some(percent_max) = percent_max else { return self.release() };
         let changed = self.throttle.limit(percent_max);
-        self.set(changed)
+        self.set(changed.as_deref())
     }
 
-    fn set(&self, percents: Option<Vec<u8>>) -> Result<(), Cause> {
-        match percents.as_deref() {
+    fn set(&self, percents: Option<&[u8]>) -> Result<(), Cause> {
+        match percents {
             None => {}
             Some([percent]) => self.guest.throttle(*percent)?,
             Some(percents) => self.guest.throttle_each(percents)?,
