@@ -119,7 +119,12 @@ fn hello_fields(streams: u16, live: u16, page_size: u32, chunk_pages: u32, regio
     let mut fields = [SEED.to_le_bytes(), 3u64.to_le_bytes()].concat();
     fields.extend_from_slice(&streams.to_le_bytes());
     fields.extend_from_slice(&live.to_le_bytes());
-    for field in [1000, 0, page_size, chunk_pages, regions] {
+    for field in [1000u32, 0] {
+        fields.extend_from_slice(&field.to_le_bytes());
+    }
+    // The host.
+    fields.extend_from_slice(&[0; 8]);
+    for field in [page_size, chunk_pages, regions] {
         fields.extend_from_slice(&field.to_le_bytes());
     }
     fields
