@@ -360,7 +360,10 @@ impl<'a> LaneSender<'a> {
         Ok(())
     }
 
-    #[allow(clippy::needless_pass_by_value, reason = "a batch counts as outstanding until it is dropped, which is here")]
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "a batch counts as outstanding until it is dropped, which is here"
+    )]
     pub(super) fn work_off(&mut self, batch: Batch) -> Result<(), LaneError> {
         self.send_batch(batch.span)
     }
