@@ -166,7 +166,7 @@ fn malformed_first_messages_are_refused() {
         (one_region(&u32::MAX.to_le_bytes()), "presence map"),
         (one_region(&[4, 0, 0, 0, 1]), "ends inside field presence map"),
         (one_region(&[0, 0, 0, 0, 4, 0, 0, 0, 1]), "ends inside field dense map"),
-        (one_region(&[0; 13]), "after the last field"),
+        (one_region(&[0; 21]), "after the last field"),
         (Message::Go.encode(), "GO while this side was in state ExpectHello"),
         (Message::Prepared.encode(), "PREPARED while"),
         (Message::Query.encode(), "QUERY while"),
