@@ -70,6 +70,9 @@ impl FromStr for Uri {
                     None if host.contains(':') => return fail("an IPv6 address needs brackets"),
                     None => host,
                 };
+                if host.contains(['[', ']', '\0']) {
+                    return fail("the host holds a bracket or a NUL");
+                }
                 let host = host.into();
                 Ok(if scheme == "tcp" { Self::Tcp { host, port } } else { Self::Rdma { host, port } })
             }
@@ -140,6 +143,9 @@ mod tests {
             ("tcp:h:99999", "not a number"),
             ("tcp:::1:80", "brackets"),
             ("tcp:[::1:80", "not closed"),
+            ("tcp:[[::1]]:80", "holds a bracket"),
+            ("tcp:a]:80", "holds a bracket"),
+            ("tcp:a\0b:80", "or a NUL"),
             ("unix:", "empty"),
             ("unix:@", "empty"),
             ("vsock:2:1", "not built"),
