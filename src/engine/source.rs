@@ -61,6 +61,8 @@ const SAMPLE_BYTES: usize = 256;
 const MISMATCHES_MAX: u64 = 64;
 /// Streams that are opened at the same time.
 const OPENING_MAX: u16 = 16;
+/// How long the destination's last word may be under way after it was seen to be gone.
+const LAST_WORD: Duration = Duration::from_millis(250);
 /// How soon a migration that waits before its switchover notices that it may go on.
 const GO_ON_TICK: Duration = Duration::from_millis(2);
 /// Name of the piece of state that says whether the guest ran: one byte, 0 or 1.
@@ -563,7 +565,7 @@ impl Attempt<'_> {
                         round_trip = round_trip.min(took / 2);
                         watch.start(carrier, stream, feeder.work())
                     }
-                    Ok((stream, Err(source), _)) => Err(Cause::Stream { stream, source }),
+                    Ok((stream, Err(source), _)) => Err(last_word(watch, Cause::Stream { stream, source })),
                     Err(RecvTimeoutError::Timeout) => Ok(()),
                     // All of them are open.
                     Err(RecvTimeoutError::Disconnected) => break Ok(()),
@@ -727,6 +729,20 @@ impl Attempt<'_> {
         let _ = self.backend.log.stop();
         Failure { fate, cause }
     }
+}
+
+/// Why a stream could not be opened. Where the destination is ending, it has said why on the control connection, which is the better
+/// reason.
+fn last_word(watch: &mut Watch, cause: Cause) -> Cause {
+    let deadline = Instant::now() + LAST_WORD;
+    while Instant::now() < deadline {
+        match watch.check() {
+            Err(said @ (Cause::Session(_) | Cause::Cancelled)) => return said,
+            Err(_) => return cause,
+            Ok(()) => std::thread::sleep(GO_ON_TICK),
+        }
+    }
+    cause
 }
 
 /// Waits with a paused guest until somebody says that it may go on.
