@@ -12,8 +12,8 @@ use crate::sync::{AtomicU64, Ordering};
 /// Shared by all stream workers. One thread at a time makes entries of a chunk: the sender of the stream that owns it. The thread that
 /// takes that stream's receipts forgets pages meanwhile ([`void`](Self::void)), never adds any. All accesses are relaxed: ownership
 /// orders senders among themselves, and a page that was forgotten is put into the set of pending pages after that, out of which the
-/// sender takes it before it looks here ([`PageBitmap`](crate::bitmap::PageBitmap) orders these two). Pages of zeros take one bit, and a chunk's digests (1 KiB) are allocated
-/// with its first page of another content: an empty chunk costs about 32 bytes.
+/// sender takes it before it looks here ([`PageBitmap`](crate::bitmap::PageBitmap) orders these two). Pages of zeros take one bit, and
+/// a chunk's digests (1 KiB) are allocated with its first page of another content: an empty chunk costs about 32 bytes.
 #[derive(Debug)]
 pub struct DigestTable {
     chunks: Box<[Entry]>,

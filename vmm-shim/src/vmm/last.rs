@@ -1,7 +1,7 @@
 //! The last that was seen of a vCPU before its guest shut down.
 //!
-//! A triple fault leaves nothing to look at: KVM on AMD puts the vCPU into its reset state, so that the registers it then tells are those of
-//! a processor at power-on. So the registers of the exits before are kept, which KVM leaves in `kvm_run` at each exit without a further
+//! A triple fault leaves nothing to look at: KVM on AMD puts the vCPU into its reset state, so that the registers it then tells are those
+//! of a processor at power-on. So the registers of the exits before are kept, which KVM leaves in `kvm_run` at each exit without a further
 //! call (`KVM_CAP_SYNC_REGS`), and after a shutdown they are told with the code and the page tables that memory has there now: whether
 //! the guest's memory was damaged or its processor's state, this tells.
 
