@@ -221,7 +221,7 @@ fn without_go_a_ready_destination_never_runs() {
     let world = World::new();
     let spec = Spec::counter().with(NO_RESUME);
     let source = world.source("a", &spec);
-    let patient = spec.clone().with(&["--handover-timeout", "3"]);
+    let patient = spec.clone().with(&["--handover-timeout", "3", "--link-timeout", "3"]);
     let (destination, uri) = world.destination("b", &patient);
     static SOURCE: AtomicI32 = AtomicI32::new(0);
     SOURCE.store(source.pid(), Ordering::Relaxed);
@@ -234,7 +234,8 @@ fn without_go_a_ready_destination_never_runs() {
     });
     source.begin_migration(&proxy.uri(), &json!({}));
     source.wait_exit(PATIENCE);
-    let status = destination.wait_exit(Duration::from_secs(3 + 10));
+    // It waits for GO, and then for a source that asks.
+    let status = destination.wait_exit(PATIENCE);
     assert_eq!(status.code(), Some(1));
     assert!(destination.errors().contains("never run here"), "{}", destination.errors());
     assert!(destination.serial().is_empty());

@@ -44,8 +44,10 @@ const OUTBOX_MAX: usize = 4 << 20;
 const SHORT_MAX: usize = 20 << 10;
 /// Bytes that are read or written at a time.
 const PIECE: usize = 64 << 10;
-/// Pause before a connection is opened again that was closed before an answer; doubled from one to the next, up to [`STEP`].
+/// Pause before a connection is opened again that was closed before an answer; doubled from one to the next, up to [`AGAIN_PAUSE_MAX`].
 const AGAIN_PAUSE_MIN: Duration = Duration::from_millis(5);
+/// The longest such pause.
+const AGAIN_PAUSE_MAX: Duration = Duration::from_millis(50);
 /// How long a peer has to take the last message, and to close.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -627,7 +629,7 @@ pub(crate) fn open_attached<E: From<SocketError> + From<LinkError>>(
             _ => return Err(error.into()),
         };
         std::thread::sleep(pause.min(step));
-        pause *= 2;
+        pause = (pause * 2).min(AGAIN_PAUSE_MAX);
     }
 }
 

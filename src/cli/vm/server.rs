@@ -99,6 +99,17 @@ impl State {
         self.progress.as_ref().filter(|_| !self.migrating && !left).map(|progress| progress.report().status)
     }
 
+    /// Why the guest that ran here is lost, if it is. The report knows before the session's thread has entered it here.
+    fn lost(&self) -> Option<String> {
+        let reported = || {
+            let report = self.progress.as_ref()?.report();
+            let why =
+                "pages of the running guest were missing and never came: the guest was stopped, and is lost";
+            (self.incoming()? == Status::PostcopyLost).then(|| report.error.unwrap_or_else(|| why.into()))
+        };
+        self.lost.clone().or_else(reported)
+    }
+
     /// How far a migration out that is under way has come.
     fn phase(&self) -> Option<Phase> {
         self.progress.as_ref().filter(|_| self.migrating).map(Progress::phase)
@@ -296,12 +307,7 @@ impl Server {
         }
         let status = report.as_ref().map(|report| report.status);
         let out = status.filter(|_| state.migrating);
-        let lost = (state.incoming() == Some(Status::PostcopyLost))
-            .then(|| report.as_ref().and_then(|report| report.error.clone()))
-            .map(|why| {
-                why.unwrap_or_else(|| "pages of the running guest were missing, and never came".into())
-            });
-        let crash = crash.or_else(|| state.lost.clone()).or(lost);
+        let crash = crash.or_else(|| state.lost());
         VmStatus {
             state: match (&crash, out) {
                 (Some(_), _) => RunState::Crashed,
@@ -361,8 +367,8 @@ impl Server {
                 ));
             }
         }
-        if let Some(lost) = &state.lost {
-            return Err(lost.clone());
+        if let Some(lost) = state.lost() {
+            return Err(lost);
         }
         match state.run {
             _ if state.in_postcopy() => return Err(POSTCOPY_NEEDS_THIS.into()),
