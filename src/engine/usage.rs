@@ -53,6 +53,12 @@ pub(crate) fn limit_of(error: &io::Error) -> Option<String> {
             let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
             Some(format!("RLIMIT_NOFILE is {soft}: raise it with `ulimit -n`"))
         }
+        libc::ENOMEM => {
+            let (soft, _) = getrlimit(Resource::RLIMIT_AS).ok()?;
+            let bounded = soft != RLIM_INFINITY;
+            bounded
+                .then(|| format!("its limit is RLIMIT_AS, {soft} bytes of memory: raise it with `ulimit -v`"))
+        }
         libc::ENFILE => Some("this host is out of descriptors: raise the sysctl fs.file-max".into()),
         _ => None,
     }

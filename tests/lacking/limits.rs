@@ -61,7 +61,8 @@ fn a_destination_without_address_space_refuses() {
         assert!(set.unwrap().success());
     };
     limit(((size << 10) + 48 * MIB).to_string());
-    send(&recv.uri, &job.from, &[]).wait().code(1).says(&["bytes of memory (its limit is RLIMIT_AS"]);
+    // Whichever allocation is the first that finds no room.
+    send(&recv.uri, &job.from, &[]).wait().code(1).says(&["its limit is RLIMIT_AS"]);
     limit("unlimited".into());
     assert!(recv.ferry.refused_or_ended());
     send(&recv.uri, &job.from, &[]).wait().code(0);

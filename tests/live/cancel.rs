@@ -238,7 +238,7 @@ fn cancelled_at_random_moments() {
     let source = world.source("a", &spec);
     let hole = BlackHole::new();
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut longest = (Duration::ZERO, String::new());
+    let (mut longest, mut cancelled) = ((Duration::ZERO, String::new()), 0);
     for run in 0..count {
         let trouble = rng.below(8);
         let (before, after) = (rng.below(1200) as u64, rng.below(600) as u64);
@@ -276,8 +276,14 @@ fn cancelled_at_random_moments() {
             }
         }
         std::thread::sleep(Duration::from_millis(after));
+        // Before the streams are open, what happens to the connections may end it first.
+        if (4..=7).contains(&trouble) && source.status()["migration"]["status"] == "failed" {
+            continue;
+        }
         longest = longest.max((cancel(&source, &what), what));
+        cancelled += 1;
     }
-    println!("{count} cancels, the longest answer: {} ms ({})", longest.0.as_millis(), longest.1);
+    assert!(cancelled > count / 2, "{cancelled} of {count} were there to be cancelled");
+    println!("{cancelled} cancels, the longest answer: {} ms ({})", longest.0.as_millis(), longest.1);
     prove(&spec, &[&source]);
 }

@@ -2,6 +2,7 @@
 //! others, where it was.
 
 use std::io::Write;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::unbounded;
@@ -160,7 +161,9 @@ impl Watch {
         let (uri, id, timeout) = (uri.clone(), self.id, self.timeout);
         let until = Instant::now() + self.reconnect;
         // Without a thread it waits in vain, and then gives up by itself.
+        let Some(turn) = Farewell::turn() else { return };
         let _ = std::thread::Builder::new().name("farewell".into()).spawn(move || {
+            let _turn = turn;
             while Instant::now() < until {
                 match tell(&uri, id, timeout, &session.resume(), &message) {
                     // Somebody else is there, or it has given up by itself.
@@ -169,6 +172,27 @@ impl Watch {
                 }
             }
         });
+    }
+}
+
+/// The right to a thread that says farewell: sessions that fail one after the other must not gather threads without a bound.
+struct Farewell;
+
+/// Farewells under way.
+static FAREWELLS: AtomicUsize = AtomicUsize::new(0);
+/// Most of them, in all sessions of this process.
+const FAREWELLS_MAX: usize = 16;
+
+impl Farewell {
+    fn turn() -> Option<Self> {
+        let more = |count| (count < FAREWELLS_MAX).then_some(count + 1);
+        FAREWELLS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok().then_some(Self)
+    }
+}
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        FAREWELLS.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -206,4 +230,17 @@ pub(super) fn connect(
     let preamble = Preamble { version_min: VERSION_MIN, version_max: VERSION_MAX, role, stream: 0, session };
     (&connection).write_all(&preamble.encode())?;
     Ok(connection)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn farewells_are_bounded() {
+        let turns: Vec<_> = std::iter::from_fn(Farewell::turn).take(2 * FAREWELLS_MAX).collect();
+        assert_eq!(turns.len(), FAREWELLS_MAX);
+        drop(turns);
+        assert!(Farewell::turn().is_some());
+    }
 }
