@@ -399,10 +399,19 @@ pub(crate) fn send_signal(pid: i32, signal: i32) {
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal);
 }
 
-/// SIGSTOP; returns when all threads stand. The signal alone begins the stop, and a thread of a busy host may run on meanwhile.
+/// SIGSTOP; returns when all threads stand. The signal alone begins the stop, and a thread of a busy host may run on meanwhile. A vCPU for
+/// which KVM itself reads a page that is missing tries again and again until it comes, and stands only then: it runs no guest meanwhile.
 pub(crate) fn stop_process(pid: i32) {
     send_signal(pid, libc::SIGSTOP);
+    let begun = Instant::now();
+    let waits_for_a_page = |task: &std::fs::DirEntry| {
+        let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        begun.elapsed() > Duration::from_secs(2) && name.starts_with("vcpu-")
+    };
     let stands = |task: std::io::Result<std::fs::DirEntry>| {
+        if task.as_ref().is_ok_and(waits_for_a_page) {
+            return true;
+        }
         let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat")));
         // A thread that has gone meanwhile, or died before it was stopped, stands, too.
         stat.map_or(true, |stat| {
