@@ -9,6 +9,8 @@
 // The command line lives here rather than in the binary, so that its parsers can be fuzzed; it uses the public API only.
 extern crate self as pageferry;
 
+// Help texts are for terminals: brackets in them are no links.
+#[allow(rustdoc::broken_intra_doc_links)]
 #[doc(hidden)]
 pub mod cli;
 pub mod engine;

@@ -75,7 +75,7 @@ impl<'a> Limit<'a> {
 impl Connection {
     /// Connects to a destination within `timeout`, trying every address the name has. Of RDMA that is its control connection.
     ///
-    /// `cancelled` is asked several times a second; once it says yes the wait ends within [`STEP`], with an error that
+    /// `cancelled` is asked several times a second; once it says yes the wait ends within `STEP`, with an error that
     /// [says so](SocketError::is_cancelled).
     pub fn connect(uri: &Uri, timeout: Duration, cancelled: &dyn Fn() -> bool) -> Result<Self, SocketError> {
         let limit = Limit::new(timeout, cancelled);

@@ -3,8 +3,8 @@
 //! Runs on tokio. Messages that come in are handed to a callback; those that go out are queued. PING and PONG never show.
 //!
 //! Whatever a peer can make grow here is bounded. One PONG waits at a time, for the last PING. What waits to be written is bounded by
-//! [`OUTBOX_MAX`], and somebody who takes none of it for the time-out is left. What waits to be handled is bounded by
-//! [`UNHANDLED_MAX`] and [`UNHANDLED_BYTES_MAX`], and a message takes memory as its bytes come, not as it announces them.
+//! `OUTBOX_MAX`, and somebody who takes none of it for the time-out is left. What waits to be handled is bounded by
+//! `UNHANDLED_MAX` and `UNHANDLED_BYTES_MAX`, and a message takes memory as its bytes come, not as it announces them.
 
 use std::io;
 use std::sync::Arc;
