@@ -746,9 +746,13 @@ impl Session {
     /// The guest runs. Stays for a source that has not heard so yet: until it says that it has, for a while. A link that is
     /// closed says nothing: RUNNING may have been lost with it. Memory alone has nobody who waits paused for an answer.
     fn linger(&mut self, listening: &Destination) {
-        let options = &listening.options;
         let live = self.guest.is_some();
-        let deadline = Instant::now() + if live { options.handover_timeout } else { options.timeout };
+        let mut patience = self.patience_for_questions(listening, false);
+        if self.postcopy.is_some() {
+            // For as long as it would have waited for the source: that one asks without end.
+            patience = patience.max(listening.options.postcopy_timeout);
+        }
+        let deadline = Instant::now() + patience;
         // After postcopy the last word follows ARRIVED. One that comes before only says that the source knows who has the guest.
         let mut answered = self.postcopy.is_none();
         while Instant::now() < deadline {

@@ -45,7 +45,8 @@ impl Session {
         }
     }
 
-    fn patience_for_questions(&self, listening: &Destination, cancelled: bool) -> Duration {
+    /// How long a source may still ask what became of the session.
+    pub(super) fn patience_for_questions(&self, listening: &Destination, cancelled: bool) -> Duration {
         let options = &listening.options;
         // Who asks after memory alone does so for one time-out. Who cancels wants an end, and the source is there.
         if cancelled || self.guest.is_none() {
