@@ -161,7 +161,7 @@ impl Watch {
         let (uri, id, timeout) = (uri.clone(), self.id, self.timeout);
         let until = Instant::now() + self.reconnect;
         // Without a thread it waits in vain, and then gives up by itself.
-        let Some(turn) = Farewell::turn() else { return };
+        let Some(turn) = FAREWELLS.turn() else { return };
         let _ = std::thread::Builder::new().name("farewell".into()).spawn(move || {
             let _turn = turn;
             while Instant::now() < until {
@@ -175,24 +175,27 @@ impl Watch {
     }
 }
 
-/// The right to a thread that says farewell: sessions that fail one after the other must not gather threads without a bound.
-struct Farewell;
+/// How many threads say farewell: sessions that fail one after the other must not gather them without a bound.
+struct Farewells(AtomicUsize);
 
-/// Farewells under way.
-static FAREWELLS: AtomicUsize = AtomicUsize::new(0);
-/// Most of them, in all sessions of this process.
+/// Those of all sessions of this process.
+static FAREWELLS: Farewells = Farewells(AtomicUsize::new(0));
+/// Most of them.
 const FAREWELLS_MAX: usize = 16;
 
-impl Farewell {
-    fn turn() -> Option<Self> {
+/// The right to one.
+struct Farewell<'a>(&'a Farewells);
+
+impl Farewells {
+    fn turn(&self) -> Option<Farewell<'_>> {
         let more = |count| (count < FAREWELLS_MAX).then_some(count + 1);
-        FAREWELLS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok().then_some(Self)
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok().then(|| Farewell(self))
     }
 }
 
-impl Drop for Farewell {
+impl Drop for Farewell<'_> {
     fn drop(&mut self) {
-        FAREWELLS.fetch_sub(1, Ordering::Relaxed);
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -238,9 +241,10 @@ mod tests {
 
     #[test]
     fn farewells_are_bounded() {
-        let turns: Vec<_> = std::iter::from_fn(Farewell::turn).take(2 * FAREWELLS_MAX).collect();
+        let farewells = Farewells(AtomicUsize::new(0));
+        let turns: Vec<_> = std::iter::from_fn(|| farewells.turn()).take(2 * FAREWELLS_MAX).collect();
         assert_eq!(turns.len(), FAREWELLS_MAX);
         drop(turns);
-        assert!(Farewell::turn().is_some());
+        assert!(farewells.turn().is_some());
     }
 }
