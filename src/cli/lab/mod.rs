@@ -53,7 +53,8 @@ pageferry lab run --share /tmp/results -- sh -c 'ib_write_bw & sleep 1; ib_write
 pageferry lab run --hosts 2 -- sh -c 'ping -c 3 $PAGEFERRY_LAB_PEER'\n\n\
 The command sees the host's files; what it writes is gone afterwards, other than in --share folders. \
 The RDMA device is rxe0 on pferry0, which has the address 10.9.0.1 (the second of two hosts: 10.9.0.2). \
-With --hosts 2, PAGEFERRY_LAB_HOST is 0 or 1 and PAGEFERRY_LAB_PEER the other one's address.\n\n\
+With --hosts 2, PAGEFERRY_LAB_HOST is 0 or 1 and PAGEFERRY_LAB_PEER the other one's address.\n\
+With --parallel, QEMU's emulation damages virtual machines that run in the guest, and now and then the guest itself.\n\n\
 Exit codes: the command's own (with --hosts 2 the first that is not 0); 124 timed out; 125 the guest stopped or could not be set up; \
 2 wrong arguments; 3 could not start, something is missing; 130 cancelled.";
 
@@ -67,8 +68,11 @@ struct RunArgs {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
     hosts: u8,
     /// Without a guest: use this host's RDMA device, or (as root) make one for the time of the command
-    #[arg(long, conflicts_with_all = ["cpus", "mem", "hosts", "share", "console", "kernel", "install", "no_rdma", "ram_file"])]
+    #[arg(long, conflicts_with_all = ["cpus", "mem", "parallel", "hosts", "share", "console", "kernel", "install", "no_rdma", "ram_file"])]
     host: bool,
+    /// Emulate each CPU by a thread of its own: faster, and no place to run virtual machines
+    #[arg(long)]
+    parallel: bool,
     /// A guest without network and RDMA device
     #[arg(long, hide = true)]
     no_rdma: bool,
@@ -154,6 +158,7 @@ impl GuestArgs {
             command,
             hosts: usize::from(hosts),
             cpus: self.cpus,
+            parallel: false,
             memory: self.mem,
             ram_file: None,
             timeout: Duration::from_secs(self.timeout),
@@ -196,6 +201,7 @@ fn run_command(args: &RunArgs) -> Result<ExitCode, LabError> {
     let output = if args.hosts == 1 { Output::Through } else { Output::Prefixed };
     let mut plan = args.guest.plan(args.cmd.clone(), args.hosts, output);
     plan.rdma = !args.no_rdma;
+    plan.parallel = args.parallel;
     plan.ram_file.clone_from(&args.ram_file);
     Ok(first_failure(&run::run(&plan)?))
 }

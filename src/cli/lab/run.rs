@@ -25,6 +25,8 @@ pub(super) struct Plan {
     pub hosts: usize,
     /// CPUs of each.
     pub cpus: u8,
+    /// Whether each CPU has a thread of its own.
+    pub parallel: bool,
     /// Memory of each, in bytes.
     pub memory: u64,
     /// The file that is the (only) guest's memory; made new, and kept as the guest leaves it.
@@ -71,6 +73,7 @@ pub(super) fn run(plan: &Plan) -> Result<Vec<u8>, LabError> {
             kernel: &kernel,
             initramfs: &initramfs,
             cpus: plan.cpus,
+            parallel: plan.parallel,
             memory: plan.memory,
             ram_file: plan.ram_file.as_deref(),
             shares: &shares,

@@ -102,6 +102,8 @@ pub(super) fn run(args: &BenchArgs) -> Result<ExitCode, LabError> {
         command: command(args)?,
         hosts: 1,
         cpus: args.cpus,
+        // It runs no virtual machine, and both sides are to have a CPU.
+        parallel: true,
         memory: args.guest_mem,
         ram_file: None,
         timeout: Duration::from_secs(args.timeout),
