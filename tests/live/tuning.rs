@@ -29,8 +29,8 @@ fn wait_report(source: &Vm, what: &str, shows: impl Fn(&Value) -> bool) -> Value
     wait_for(what, PATIENCE, || Some(source.status()["migration"].clone()).filter(&shows))
 }
 
-/// Bytes a second on the wire, over three seconds.
-fn measure(source: &Vm) -> f64 {
+/// Bytes on the wire, and the seconds in which they were sent: three or a little more.
+fn measure(source: &Vm) -> (f64, f64) {
     // By the clock of the report: when the report was asked for says little of when it was made.
     let look = || {
         let report = source.status()["migration"].clone();
@@ -40,7 +40,7 @@ fn measure(source: &Vm) -> f64 {
     let (begun, before) = look();
     let (ended, after) =
         wait_for("three seconds pass", PATIENCE, || Some(look()).filter(|(now, _)| now - begun >= 3000.0));
-    (after - before) / (ended - begun) * 1e3
+    (after - before, (ended - begun) / 1e3)
 }
 
 #[test]
@@ -56,10 +56,12 @@ fn bandwidth_is_kept_and_changes_while_it_runs() {
         }
         // A host that is busy with other tests may lack the time for the rate, which is never exceeded. How exactly it is kept is
         // for the tests of the limiter, whose time is made up; here it is told from the limits before and after.
-        let share = wait_for("it is as fast as it may be", 2 * PATIENCE, || {
-            Some(measure(&source) / bytes_per_s).filter(|&share| share > 0.5)
+        let (bytes, seconds) = wait_for("it is as fast as it may be", 2 * PATIENCE, || {
+            Some(measure(&source)).filter(|(bytes, seconds)| bytes / seconds > 0.5 * bytes_per_s)
         });
-        assert!(share < 1.1, "{share} of {bytes_per_s} bytes/s");
+        // A stream that waited and was woken late makes up for a quarter of a second, and frames go whole: here up to 264 KiB.
+        let most = bytes_per_s * (seconds + 0.3) + 4.0 * 264.0 * 1024.0;
+        assert!(bytes < most, "{bytes} bytes in {seconds} s at {bytes_per_s} bytes/s");
     }
     // Without the limit, and with more time, it ends at once.
     ok(&source.ctl(&["set", "--bandwidth", "0", "--downtime-limit", "10000"]));
