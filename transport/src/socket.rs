@@ -14,7 +14,8 @@ use socket2::{SockRef, Socket};
 use crate::dial::unix_address;
 use crate::uri::{Uri, abstract_name};
 
-/// Bytes that may wait on loopback before they are sent: both sides take less time with few. Measured; docs/design.md has the series.
+/// Bytes that may wait on loopback before they are sent: both sides take less time with few. Measured:
+/// docs/adr/0019-loopback-sockets.md has the series.
 const LOOPBACK_UNSENT: u32 = 128 << 10;
 
 /// Connections that may wait to be accepted; the system may allow fewer. A flood that comes faster than it is accepted costs others
