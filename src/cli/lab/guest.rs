@@ -304,10 +304,10 @@ fn accept(listener: &UnixListener, child: &mut Running, errors: &Path) -> Result
 
 /// What runs the guest's CPUs: threads of their own, or one for all of them, by turns.
 ///
-/// With threads of their own QEMU (7.2 to 10, at least) damages virtual machines in the guest, and the guest as well. `FXRSTOR`, `XRSTOR` and
-/// `FLDENV` on any CPU clear a bit in a word of the first CPU, without a lock. That word also says whether that CPU is in a guest with nested
-/// paging. So entries to a guest and exits from it get lost on the first CPU. `tests/lab-race.c` shows it, in seconds. Also, until 8.1, a
-/// breakpoint that a kernel puts into its code for a moment, to patch it, can stay in translated code for ever.
+/// With threads of their own QEMU (7.2 to 10, at least) damages virtual machines in the guest, and the guest as well. `FXRSTOR`, `XRSTOR`
+/// and `FLDENV` on any CPU clear a bit in a word of the first CPU, without a lock. That word also says whether that CPU is in a guest with
+/// nested paging. So entries to a guest and exits from it get lost on the first CPU. `tests/lab-race.c` shows it, in seconds. Also, until
+/// 8.1, a breakpoint that a kernel puts into its code for a moment, to patch it, can stay in translated code for ever.
 fn accelerator(parallel: bool) -> &'static str {
     if parallel { "tcg,thread=multi" } else { "tcg,thread=single" }
 }

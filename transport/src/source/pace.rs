@@ -2,8 +2,8 @@
 //!
 //! A token bucket that may go into debt: a stream waits until the bucket holds something, sends a whole frame, and takes out
 //! what that came to. So the frame's size need not be known before it is encoded, a changed rate holds for those who wait, and over
-//! any longer time exactly the rate is kept; a burst is what the bucket holds and at most one frame a stream. Only a stream that had to wait,
-//! and was woken late, makes up for up to a quarter of a second.
+//! any longer time exactly the rate is kept; a burst is what the bucket holds and at most one frame a stream. Only a stream that had to
+//! wait, and was woken late, makes up for up to a quarter of a second.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
