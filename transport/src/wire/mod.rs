@@ -6,7 +6,6 @@
 
 use std::fmt;
 
-mod check;
 mod codec;
 pub mod control;
 pub mod frame;

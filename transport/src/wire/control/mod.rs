@@ -1,12 +1,25 @@
 //! Control messages: kind, flags and length (8 bytes), the fields, and a checksum over both.
 
-use std::fmt;
+pub mod capability;
+mod hello;
+mod limits;
+mod postcopy;
+mod state;
+mod status;
+mod totals;
 
 use pagecopy::backend::StateBlob;
-use pagecopy::layout::{Layout, REGION_NAME_MAX, REGIONS_MAX, Region};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Reader, STREAMS_MAX, WireError, Writer};
+pub use hello::{FIRST_LEN_MAX, Hello, MACHINE_MAX, PRESENCE_CHUNKS, PRESENCE_MAX, Welcome};
+pub use postcopy::{Arrived, ChunkRun, MISSING_RUNS_MAX, STREAMS_PUSHING_MAX};
+use postcopy::{check_runs, decode_runs, encode_runs};
+pub use state::{STATE_BLOBS_MAX, STATE_LEN_MAX, state_digest};
+use state::{check_state, decode_state, encode_state};
+pub use status::{ErrorCode, SessionStatus};
+pub use totals::{StreamEnd, Totals};
+
+use super::{Reader, WireError, Writer};
 
 /// Bytes before a message's fields.
 pub const HEADER_LEN: usize = 8;
@@ -14,221 +27,6 @@ pub const HEADER_LEN: usize = 8;
 pub const CHECKSUM_LEN: usize = 8;
 /// Longest text in a message, in bytes.
 pub const TEXT_MAX: usize = 4096;
-/// Longest description of a machine, in bytes.
-pub const MACHINE_MAX: usize = 64 << 10;
-/// Longest presence map: one bit for every 2 MiB of the largest guest.
-pub const PRESENCE_MAX: usize = 4 << 20;
-/// Most pieces of device state.
-pub const STATE_BLOBS_MAX: usize = 4096;
-/// Longest message that carries device state.
-pub const STATE_LEN_MAX: usize = 64 << 20;
-/// Longest HELLO; nothing that may come first is longer.
-pub const FIRST_LEN_MAX: usize = 2 * PRESENCE_MAX + MACHINE_MAX + REGIONS_MAX * (REGION_NAME_MAX + 32);
-/// Most connections of postcopy besides the one for requests.
-pub const STREAMS_PUSHING_MAX: u16 = 255;
-/// Most runs of missing pages in a message; more take several.
-pub const MISSING_RUNS_MAX: usize = 1 << 16;
-/// Chunks that one bit of a presence map stands for (2 MiB).
-pub const PRESENCE_CHUNKS: u32 = 8;
-
-/// What both sides can do beyond raw and zero pages; a bit each.
-pub mod capability {
-    /// XBZRLE deltas.
-    pub const DELTA: u64 = 1;
-    /// zstd frames.
-    pub const ZSTD: u64 = 2;
-    /// Lost streams are connected anew, and the session goes on over a new control connection.
-    pub const RESUME: u64 = 4;
-    /// Pages that follow a guest which runs at the destination already.
-    pub const POSTCOPY: u64 = 8;
-    /// zstd frames that refer to pages which were sent before.
-    pub const REFERENCES: u64 = 16;
-    /// zstd frames in the sealed frames of postcopy.
-    pub const POSTCOPY_ZSTD: u64 = 32;
-    /// What encoded pages in postcopy need.
-    pub const SEALED: u64 = ZSTD | POSTCOPY | POSTCOPY_ZSTD;
-    /// What `auto` chooses from.
-    pub const CODECS: u64 = DELTA | ZSTD;
-    /// What says how pages may be encoded.
-    pub const ENCODINGS: u64 = CODECS | REFERENCES | POSTCOPY_ZSTD;
-    /// All that this version knows.
-    pub const ALL: u64 = ENCODINGS | RESUME | POSTCOPY;
-}
-
-/// What a session is about, from the source.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Hello {
-    /// Seed of every digest and checksum of the session's data.
-    pub seed: u64,
-    /// What the source can do: [`capability`] bits; unknown bits are ignored.
-    pub capabilities: u64,
-    /// Data streams the source wants.
-    pub streams: u16,
-    /// The guest runs and will be handed over; else it is memory alone.
-    pub live: bool,
-    /// Silence after which the source gives its peer up, in milliseconds.
-    pub timeout_ms: u32,
-    /// How long the source tries to connect again what was lost, in milliseconds; means nothing without
-    /// [`capability::RESUME`].
-    pub reconnect_ms: u32,
-    /// What the source says of its host, see [`crate::host`]; 0: nothing.
-    pub host: u64,
-    /// Guest-physical layout.
-    pub regions: Vec<Region>,
-    /// One bit for every [`PRESENCE_CHUNKS`] chunks: the source may have data there.
-    pub presence: Vec<u8>,
-    /// The same bits: no page there is a hole, and most are no zeros. May be empty.
-    pub dense: Vec<u8>,
-    /// Bytes of all pages that are no holes at the source: what the destination needs room for.
-    pub data_bytes: u64,
-    /// The machine, for the destination to compare with its own; opaque to the protocol.
-    pub machine: String,
-}
-
-/// Without the seed, which the guest must not learn, and the maps, which are long.
-impl fmt::Debug for Hello {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut f = f.debug_struct("Hello");
-        f.field("capabilities", &self.capabilities).field("streams", &self.streams);
-        f.field("live", &self.live).field("regions", &self.regions).field("machine", &self.machine);
-        f.finish_non_exhaustive()
-    }
-}
-
-/// The destination's answer to [`Hello`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Welcome {
-    /// Version of the protocol from here on.
-    pub version: u16,
-    /// What both sides can do.
-    pub capabilities: u64,
-    /// Data streams the destination takes, 1 up to what was asked.
-    pub streams: u16,
-    /// Silence after which the destination gives its peer up, in milliseconds.
-    pub timeout_ms: u32,
-    /// How long both sides wait for what was lost to be connected again, in milliseconds: at most what the source said.
-    pub reconnect_ms: u32,
-    /// What the destination says of its host, to a source that is there as well; 0: nothing.
-    pub host: u64,
-}
-
-/// Where one stream ended: the source says what it sent, the destination what it applied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StreamEnd {
-    /// Which stream.
-    pub stream: u16,
-    /// Frames, without the end frame.
-    pub frames: u64,
-    /// [`super::frame::fold_receipt`] over all receipts.
-    pub fold: u64,
-}
-
-/// What a whole transfer came to; equal on both sides or the handover does not happen.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Totals {
-    /// Every stream that ended in order.
-    pub streams: Vec<StreamEnd>,
-    /// Distinct pages that were carried at least once.
-    pub pages: u64,
-    /// xxh3-64 of the encoded device state, 0 where there is none.
-    pub state: u64,
-}
-
-/// Why a side gives up, as a number that programs can act on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum ErrorCode {
-    /// Bytes that are not the protocol.
-    Protocol = 1,
-    /// No common version.
-    Version = 2,
-    /// The destination serves another session.
-    Busy = 3,
-    /// The destination cannot hold this guest.
-    Layout = 4,
-    /// Content did not arrive as it was sent.
-    Integrity = 5,
-    /// The sender of the message failed by itself: disk, memory, KVM.
-    Local = 6,
-    /// Somebody cancelled.
-    Cancelled = 7,
-    /// No such session here.
-    UnknownSession = 8,
-    /// Nothing was heard for too long.
-    Timeout = 9,
-    /// The sender of the message has no room for the guest's memory.
-    NoRoom = 10,
-}
-
-impl ErrorCode {
-    fn from_wire(value: u32) -> Result<Self, WireError> {
-        Ok(match value {
-            1 => Self::Protocol,
-            2 => Self::Version,
-            3 => Self::Busy,
-            4 => Self::Layout,
-            5 => Self::Integrity,
-            6 => Self::Local,
-            7 => Self::Cancelled,
-            8 => Self::UnknownSession,
-            9 => Self::Timeout,
-            10 => Self::NoRoom,
-            _ => return Err(WireError::BadValue { field: "error code", value: value.into() }),
-        })
-    }
-}
-
-/// What became of a session, from the destination's view.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u16)]
-pub enum SessionStatus {
-    /// Not complete: the destination cannot run the guest.
-    Moving = 1,
-    /// Complete and waiting for [`Message::Go`].
-    Ready = 2,
-    /// The destination was told to go: the guest is its own.
-    Running = 3,
-    /// Given up without having run the guest, for good.
-    Abandoned = 4,
-}
-
-impl SessionStatus {
-    fn from_wire(value: u16) -> Result<Self, WireError> {
-        Ok(match value {
-            1 => Self::Moving,
-            2 => Self::Ready,
-            3 => Self::Running,
-            4 => Self::Abandoned,
-            _ => return Err(WireError::BadValue { field: "session status", value: value.into() }),
-        })
-    }
-}
-
-/// The same pages of some chunks that follow each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ChunkRun {
-    /// First chunk.
-    pub first: u32,
-    /// Number of chunks, not 0.
-    pub count: u32,
-    /// The pages in each of them.
-    pub pages: u64,
-}
-
-/// How postcopy went, from the destination's view.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Arrived {
-    /// Pages that came after the guest.
-    pub pages: u64,
-    /// Times that a thread had to wait for one of them.
-    pub faults: u64,
-    /// Microseconds that half of these waits did not exceed.
-    pub p50_us: u64,
-    /// Microseconds that all but one in a hundred did not exceed.
-    pub p99_us: u64,
-    /// Microseconds that threads waited, all of them together.
-    pub blocked_us: u64,
-}
 
 /// A control message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -372,14 +170,7 @@ impl Message {
     fn encode_fields(&self, w: &mut Writer) {
         match self {
             Self::Hello(hello) => hello.encode(w),
-            Self::Welcome(welcome) => {
-                w.u16(welcome.version);
-                w.u16(welcome.streams);
-                w.u32(welcome.timeout_ms);
-                w.u32(welcome.reconnect_ms);
-                w.u64(welcome.capabilities);
-                w.u64(welcome.host);
-            }
+            Self::Welcome(welcome) => welcome.encode(w),
             Self::Error { code, text } => {
                 w.u32(*code as u32);
                 w.blob(shorten(text).as_bytes());
@@ -396,19 +187,9 @@ impl Message {
             Self::Resume { epoch } | Self::Resumed { epoch } => w.u32(*epoch),
             Self::Resent { bytes } => w.u64(*bytes),
             Self::PostcopyReady { unit_chunks } => w.u32(*unit_chunks),
-            Self::Missing(runs) => {
-                w.u32(runs.len() as u32);
-                for run in runs {
-                    w.u32(run.first);
-                    w.u32(run.count);
-                    w.u64(run.pages);
-                }
-            }
+            Self::Missing(runs) => encode_runs(runs, w),
             Self::Sent { pages } => w.u64(*pages),
-            Self::Arrived(arrived) => {
-                let Arrived { pages, faults, p50_us, p99_us, blocked_us } = *arrived;
-                [pages, faults, p50_us, p99_us, blocked_us].into_iter().for_each(|value| w.u64(value));
-            }
+            Self::Arrived(arrived) => arrived.encode(w),
             Self::Prepared | Self::Go | Self::Running | Self::Query | Self::Postcopy => {}
         }
     }
@@ -460,20 +241,24 @@ impl Message {
         Ok(message)
     }
 
+    /// Whether the message keeps within the protocol's limits. Both sides ask: who sends before it does, who receives after it has read.
+    ///
+    /// # Errors
+    /// The field that does not, by name.
+    pub fn check(&self) -> Result<(), WireError> {
+        match self {
+            Self::Hello(hello) => hello.check(),
+            Self::State(blobs) => check_state(blobs),
+            Self::Finish(totals) | Self::Ready(totals) => totals.check(),
+            Self::Missing(runs) => check_runs(runs),
+            _ => Ok(()),
+        }
+    }
+
     fn decode_fields(kind: u16, r: &mut Reader<'_>) -> Result<Self, WireError> {
         Ok(match kind {
             1 => Self::Hello(Hello::decode(r)?),
-            2 => {
-                let (version, streams) = (r.u16("version")?, r.u16("streams")?);
-                Self::Welcome(Welcome {
-                    version,
-                    streams,
-                    timeout_ms: timeout_ms(r)?,
-                    reconnect_ms: r.u32("reconnect_ms")?,
-                    capabilities: r.u64("capabilities")?,
-                    host: r.u64("host")?,
-                })
-            }
+            2 => Self::Welcome(Welcome::decode(r)?),
             3 => Self::Error {
                 code: ErrorCode::from_wire(r.u32("error code")?)?,
                 text: r.string(TEXT_MAX, "error text")?,
@@ -498,174 +283,10 @@ impl Message {
             25 => Self::PostcopyReady { unit_chunks: r.u32("unit")? },
             26 => Self::Missing(decode_runs(r)?),
             27 => Self::Sent { pages: r.u64("pages")? },
-            28 => Self::Arrived(Arrived {
-                pages: r.u64("pages")?,
-                faults: r.u64("faults")?,
-                p50_us: r.u64("p50")?,
-                p99_us: r.u64("p99")?,
-                blocked_us: r.u64("blocked")?,
-            }),
+            28 => Self::Arrived(Arrived::decode(r)?),
             _ => return Err(WireError::BadValue { field: "message kind", value: kind.into() }),
         })
     }
-}
-
-/// The bit of a map for a chunk, where the map goes so far.
-fn bit_of(map: &[u8], chunk: u32) -> Option<bool> {
-    let bit = chunk / PRESENCE_CHUNKS;
-    map.get(bit as usize / 8).map(|byte| byte & (1 << (bit % 8)) != 0)
-}
-
-impl Hello {
-    fn encode(&self, w: &mut Writer) {
-        w.u64(self.seed);
-        w.u64(self.capabilities);
-        w.u16(self.streams);
-        w.u16(u16::from(self.live));
-        w.u32(self.timeout_ms);
-        w.u32(self.reconnect_ms);
-        w.u64(self.host);
-        w.u32(pagecopy::layout::PAGE_SIZE as u32);
-        w.u32(pagecopy::layout::CHUNK_PAGES as u32);
-        w.u32(self.regions.len() as u32);
-        for region in &self.regions {
-            w.u64(region.gpa);
-            w.u64(region.len);
-            w.blob(region.name.as_bytes());
-        }
-        w.blob(&self.presence);
-        w.blob(&self.dense);
-        w.u64(self.data_bytes);
-        w.blob(self.machine.as_bytes());
-    }
-
-    fn decode(r: &mut Reader<'_>) -> Result<Self, WireError> {
-        let (seed, capabilities, streams) = (r.u64("seed")?, r.u64("capabilities")?, r.u16("streams")?);
-        super::check::streams(streams)?;
-        let live = match r.u16("live")? {
-            0 => false,
-            1 => true,
-            value => return Err(WireError::BadValue { field: "live", value: value.into() }),
-        };
-        let (timeout_ms, reconnect_ms) = (timeout_ms(r)?, r.u32("reconnect_ms")?);
-        let host = r.u64("host")?;
-        for (field, expected) in
-            [("page_size", pagecopy::layout::PAGE_SIZE), ("chunk_pages", pagecopy::layout::CHUNK_PAGES)]
-        {
-            let value = r.u32(field)?;
-            if value as usize != expected {
-                return Err(WireError::BadValue { field, value: value.into() });
-            }
-        }
-        let mut regions = Vec::new();
-        for _ in 0..r.count(REGIONS_MAX, "regions")? {
-            let (gpa, len) = (r.u64("region gpa")?, r.u64("region length")?);
-            regions.push(Region { gpa, len, name: r.string(REGION_NAME_MAX, "region name")? });
-        }
-        let presence = r.blob(PRESENCE_MAX, "presence map")?.to_vec();
-        let dense = r.blob(PRESENCE_MAX, "dense map")?.to_vec();
-        let data_bytes = r.u64("data_bytes")?;
-        let machine = r.string(MACHINE_MAX, "machine")?;
-        Ok(Self {
-            seed,
-            capabilities,
-            streams,
-            live,
-            timeout_ms,
-            reconnect_ms,
-            host,
-            regions,
-            presence,
-            dense,
-            data_bytes,
-            machine,
-        })
-    }
-
-    /// Whether the source may have data in a chunk, by the presence map; chunks beyond the map count as present.
-    pub fn present(&self, chunk: u32) -> bool {
-        bit_of(&self.presence, chunk).unwrap_or(true)
-    }
-
-    /// Whether memory around a chunk is full of data, by the dense map.
-    pub fn is_dense(&self, chunk: u32) -> bool {
-        bit_of(&self.dense, chunk).unwrap_or(false)
-    }
-
-    /// The bytes a presence map of this layout has.
-    pub fn presence_len(layout: &Layout) -> usize {
-        layout.chunks().div_ceil(PRESENCE_CHUNKS).div_ceil(8) as usize
-    }
-}
-
-impl Totals {
-    fn encode(&self, w: &mut Writer) {
-        w.u32(self.streams.len() as u32);
-        for end in &self.streams {
-            w.u16(end.stream);
-            w.u64(end.frames);
-            w.u64(end.fold);
-        }
-        w.u64(self.pages);
-        w.u64(self.state);
-    }
-
-    fn decode(r: &mut Reader<'_>) -> Result<Self, WireError> {
-        let mut streams = Vec::new();
-        for _ in 0..r.count(STREAMS_MAX.into(), "streams")? {
-            streams.push(StreamEnd {
-                stream: r.u16("stream")?,
-                frames: r.u64("frames")?,
-                fold: r.u64("fold")?,
-            });
-        }
-        Ok(Self { streams, pages: r.u64("pages")?, state: r.u64("state digest")? })
-    }
-}
-
-/// A peer's time-out; one below a second would call this side dead between two of its pings.
-fn timeout_ms(r: &mut Reader<'_>) -> Result<u32, WireError> {
-    match r.u32("timeout_ms")? {
-        short @ 0..1000 => Err(WireError::BadValue { field: "timeout_ms", value: short.into() }),
-        timeout => Ok(timeout),
-    }
-}
-
-/// Digest of device state as it travels; 0 for none.
-pub fn state_digest(blobs: &[StateBlob]) -> u64 {
-    if blobs.is_empty() {
-        return 0;
-    }
-    let mut w = Writer::default();
-    encode_state(blobs, &mut w);
-    xxh3_64(&w.into_vec())
-}
-
-fn encode_state(blobs: &[StateBlob], w: &mut Writer) {
-    w.u32(blobs.len() as u32);
-    for blob in blobs {
-        w.blob(blob.name.as_bytes());
-        w.u32(blob.version);
-        w.blob(&blob.bytes);
-    }
-}
-
-fn decode_state(r: &mut Reader<'_>) -> Result<Vec<StateBlob>, WireError> {
-    let mut blobs = Vec::new();
-    for _ in 0..r.count(STATE_BLOBS_MAX, "state blobs")? {
-        let name = r.string(REGION_NAME_MAX, "state name")?;
-        let version = r.u32("state version")?;
-        blobs.push(StateBlob { name, version, bytes: r.blob(STATE_LEN_MAX, "state bytes")?.to_vec() });
-    }
-    Ok(blobs)
-}
-
-fn decode_runs(r: &mut Reader<'_>) -> Result<Vec<ChunkRun>, WireError> {
-    let mut runs = Vec::new();
-    for _ in 0..r.count(MISSING_RUNS_MAX, "runs of missing pages")? {
-        runs.push(ChunkRun { first: r.u32("first chunk")?, count: r.u32("chunks")?, pages: r.u64("pages")? });
-    }
-    Ok(runs)
 }
 
 /// Cuts an error text at the protocol's limit, on a character's border.
@@ -712,8 +333,10 @@ fn kind_name(kind: u16) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use pagecopy::layout::{REGION_NAME_MAX, REGIONS_MAX, Region};
     use proptest::prelude::*;
+
+    use super::*;
 
     fn samples() -> Vec<Message> {
         let totals =
