@@ -2,6 +2,7 @@
 
 pub mod capability;
 mod hello;
+mod kind;
 mod limits;
 mod postcopy;
 mod state;
@@ -12,6 +13,7 @@ use pagecopy::backend::StateBlob;
 use xxhash_rust::xxh3::xxh3_64;
 
 pub use hello::{FIRST_LEN_MAX, Hello, MACHINE_MAX, PRESENCE_CHUNKS, PRESENCE_MAX, Welcome};
+use kind::Kind;
 pub use postcopy::{Arrived, ChunkRun, MISSING_RUNS_MAX, STREAMS_PUSHING_MAX};
 use postcopy::{check_runs, decode_runs, encode_runs};
 pub use state::{STATE_BLOBS_MAX, STATE_LEN_MAX, state_digest};
@@ -116,37 +118,12 @@ pub enum Message {
 impl Message {
     /// The number that stands for the message's kind.
     pub fn kind(&self) -> u16 {
-        match self {
-            Self::Hello(_) => 1,
-            Self::Welcome(_) => 2,
-            Self::Error { .. } => 3,
-            Self::Ping(_) => 4,
-            Self::Pong(_) => 5,
-            Self::Prepared => 6,
-            Self::Attached { .. } => 7,
-            Self::StreamLost { .. } => 8,
-            Self::StreamStopped { .. } => 9,
-            Self::State(_) => 10,
-            Self::Finish(_) => 11,
-            Self::Ready(_) => 12,
-            Self::Go => 13,
-            Self::Running => 14,
-            Self::Query => 15,
-            Self::Status(_) => 16,
-            Self::Resume { .. } => 17,
-            Self::Resumed { .. } => 18,
-            Self::Resent { .. } => 19,
-            Self::Postcopy => 24,
-            Self::PostcopyReady { .. } => 25,
-            Self::Missing(_) => 26,
-            Self::Sent { .. } => 27,
-            Self::Arrived(_) => 28,
-        }
+        Kind::from(self) as u16
     }
 
     /// The message's name, for errors.
     pub fn name(&self) -> &'static str {
-        kind_name(self.kind())
+        Kind::from(self).name()
     }
 
     /// Header, fields and checksum. Of a message that keeps within [its limits](Self::check): whoever takes content from elsewhere, such
@@ -197,25 +174,22 @@ impl Message {
     /// Reads the header: kind, and how many bytes of fields follow (checked against the kind's limit, so that they
     /// can be allocated).
     pub fn decode_header(bytes: &[u8; HEADER_LEN]) -> Result<(u16, usize), WireError> {
+        Self::header(bytes).map(|(kind, len)| (kind as u16, len))
+    }
+
+    fn header(bytes: &[u8; HEADER_LEN]) -> Result<(Kind, usize), WireError> {
         let mut r = Reader::new(bytes);
         let (kind, flags, len) = (r.u16("kind")?, r.u16("flags")?, r.u32("length")?);
-        if kind_name(kind) == INVALID && bytes.iter().all(|b| b.is_ascii_graphic() || b" \r\n".contains(b)) {
-            return Err(WireError::Foreign { first: *bytes });
-        }
-        if kind_name(kind) == INVALID {
-            return Err(WireError::BadValue { field: "message kind", value: kind.into() });
-        }
+        let kind = Kind::try_from(kind).map_err(|error| {
+            let is_text = bytes.iter().all(|b| b.is_ascii_graphic() || b" \r\n".contains(b));
+            if is_text { WireError::Foreign { first: *bytes } } else { error }
+        })?;
         if flags != 0 {
             return Err(WireError::BadValue { field: "message flags", value: flags.into() });
         }
-        let max = match kind {
-            1 => FIRST_LEN_MAX,
-            10 => STATE_LEN_MAX,
-            26 => 4 + MISSING_RUNS_MAX * 16,
-            _ => 16 << 10,
-        };
-        if len as usize > max {
-            return Err(WireError::TooLong { field: kind_name(kind), len: len.into(), max: max as u64 });
+        if len as usize > kind.limit() {
+            let max = kind.limit() as u64;
+            return Err(WireError::TooLong { field: kind.name(), len: len.into(), max });
         }
         Ok((kind, len as usize))
     }
@@ -226,17 +200,17 @@ impl Message {
             bytes.split_last_chunk::<CHECKSUM_LEN>().ok_or(WireError::Truncated { field: "checksum" })?;
         let (header, fields) =
             body.split_first_chunk::<HEADER_LEN>().ok_or(WireError::Truncated { field: "message header" })?;
-        let (kind, len) = Self::decode_header(header)?;
+        let (kind, len) = Self::header(header)?;
         if fields.len() != len {
-            return Err(WireError::Truncated { field: kind_name(kind) });
+            return Err(WireError::Truncated { field: kind.name() });
         }
         let (expected, found) = (u64::from_le_bytes(*checksum), xxh3_64(body));
         if expected != found {
-            return Err(WireError::Checksum { what: kind_name(kind), expected, found });
+            return Err(WireError::Checksum { what: kind.name(), expected, found });
         }
         let mut r = Reader::new(fields);
         let message = Self::decode_fields(kind, &mut r)?;
-        r.end(kind_name(kind))?;
+        r.end(kind.name())?;
         message.check()?;
         Ok(message)
     }
@@ -255,36 +229,37 @@ impl Message {
         }
     }
 
-    fn decode_fields(kind: u16, r: &mut Reader<'_>) -> Result<Self, WireError> {
+    fn decode_fields(kind: Kind, r: &mut Reader<'_>) -> Result<Self, WireError> {
         Ok(match kind {
-            1 => Self::Hello(Hello::decode(r)?),
-            2 => Self::Welcome(Welcome::decode(r)?),
-            3 => Self::Error {
+            Kind::Hello => Self::Hello(Hello::decode(r)?),
+            Kind::Welcome => Self::Welcome(Welcome::decode(r)?),
+            Kind::Error => Self::Error {
                 code: ErrorCode::from_wire(r.u32("error code")?)?,
                 text: r.string(TEXT_MAX, "error text")?,
             },
-            4 => Self::Ping(r.u64("nonce")?),
-            5 => Self::Pong(r.u64("nonce")?),
-            6 => Self::Prepared,
-            7 => Self::Attached { stream: r.u16("stream")? },
-            8 => Self::StreamLost { stream: r.u16("stream")? },
-            9 => Self::StreamStopped { stream: r.u16("stream")?, reason: r.string(TEXT_MAX, "reason")? },
-            10 => Self::State(decode_state(r)?),
-            11 => Self::Finish(Totals::decode(r)?),
-            12 => Self::Ready(Totals::decode(r)?),
-            13 => Self::Go,
-            14 => Self::Running,
-            15 => Self::Query,
-            16 => Self::Status(SessionStatus::from_wire(r.u16("session status")?)?),
-            17 => Self::Resume { epoch: r.u32("epoch")? },
-            18 => Self::Resumed { epoch: r.u32("epoch")? },
-            19 => Self::Resent { bytes: r.u64("bytes")? },
-            24 => Self::Postcopy,
-            25 => Self::PostcopyReady { unit_chunks: r.u32("unit")? },
-            26 => Self::Missing(decode_runs(r)?),
-            27 => Self::Sent { pages: r.u64("pages")? },
-            28 => Self::Arrived(Arrived::decode(r)?),
-            _ => return Err(WireError::BadValue { field: "message kind", value: kind.into() }),
+            Kind::Ping => Self::Ping(r.u64("nonce")?),
+            Kind::Pong => Self::Pong(r.u64("nonce")?),
+            Kind::Prepared => Self::Prepared,
+            Kind::Attached => Self::Attached { stream: r.u16("stream")? },
+            Kind::StreamLost => Self::StreamLost { stream: r.u16("stream")? },
+            Kind::StreamStopped => {
+                Self::StreamStopped { stream: r.u16("stream")?, reason: r.string(TEXT_MAX, "reason")? }
+            }
+            Kind::State => Self::State(decode_state(r)?),
+            Kind::Finish => Self::Finish(Totals::decode(r)?),
+            Kind::Ready => Self::Ready(Totals::decode(r)?),
+            Kind::Go => Self::Go,
+            Kind::Running => Self::Running,
+            Kind::Query => Self::Query,
+            Kind::Status => Self::Status(SessionStatus::from_wire(r.u16("session status")?)?),
+            Kind::Resume => Self::Resume { epoch: r.u32("epoch")? },
+            Kind::Resumed => Self::Resumed { epoch: r.u32("epoch")? },
+            Kind::Resent => Self::Resent { bytes: r.u64("bytes")? },
+            Kind::Postcopy => Self::Postcopy,
+            Kind::PostcopyReady => Self::PostcopyReady { unit_chunks: r.u32("unit")? },
+            Kind::Missing => Self::Missing(decode_runs(r)?),
+            Kind::Sent => Self::Sent { pages: r.u64("pages")? },
+            Kind::Arrived => Self::Arrived(Arrived::decode(r)?),
         })
     }
 }
@@ -296,39 +271,6 @@ fn shorten(text: &str) -> &str {
         end -= 1;
     }
     &text[..end]
-}
-
-/// Name of a kind that does not exist.
-const INVALID: &str = "INVALID";
-
-fn kind_name(kind: u16) -> &'static str {
-    match kind {
-        1 => "HELLO",
-        2 => "WELCOME",
-        3 => "ERROR",
-        4 => "PING",
-        5 => "PONG",
-        6 => "PREPARED",
-        7 => "ATTACHED",
-        8 => "STREAM_LOST",
-        9 => "STREAM_STOPPED",
-        10 => "STATE",
-        11 => "FINISH",
-        12 => "READY",
-        13 => "GO",
-        14 => "RUNNING",
-        15 => "QUERY",
-        16 => "STATUS",
-        17 => "RESUME",
-        18 => "RESUMED",
-        19 => "RESENT",
-        24 => "POSTCOPY",
-        25 => "POSTCOPY_READY",
-        26 => "MISSING",
-        27 => "SENT",
-        28 => "ARRIVED",
-        _ => INVALID,
-    }
 }
 
 #[cfg(test)]
@@ -407,9 +349,9 @@ mod tests {
 
     #[test]
     fn hostile_lengths_are_refused_before_allocation() {
-        for kind in (1..=19).chain(24..=28u16) {
+        for &kind in Kind::ALL {
             let mut header = [0; 8];
-            header[..2].copy_from_slice(&kind.to_le_bytes());
+            header[..2].copy_from_slice(&(kind as u16).to_le_bytes());
             header[4..].copy_from_slice(&u32::MAX.to_le_bytes());
             assert!(matches!(Message::decode_header(&header), Err(WireError::TooLong { .. })));
         }
