@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::destination::PageSink;
-use crate::link::{LinkError, open_attached};
+use crate::dial::open_attached;
+use crate::link::LinkError;
 use crate::socket::{Connection, SocketError};
 use crate::source::{PageSource, WINDOW_BYTES_MIN};
 use crate::sys::{ReceiveList, SendList};

@@ -15,6 +15,7 @@ pub mod fuzz;
 #[cfg(any(test, fuzzing))]
 mod guest_memory;
 pub mod host;
+mod limit;
 pub mod link;
 pub mod local;
 #[cfg(test)]

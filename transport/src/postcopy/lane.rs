@@ -19,7 +19,7 @@ use super::pace::Pace;
 use super::sealed::Sealer;
 use super::{PageServer, PostcopyError};
 use crate::clock;
-use crate::link::open_attached;
+use crate::dial::open_attached;
 use crate::panic_text;
 use crate::socket::Connection;
 use crate::sys::{self, ReceiveList, SendList, Soon};

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use super::TICK;
 use super::sys::{Domain, Event, EventChannel, EventKind, Id, QueuePair, wait_readable};
-use crate::dial::{Limit, find, is_cancelled};
+use crate::limit::{Limit, is_cancelled};
+use crate::socket::find;
 use crate::wire::control::ErrorCode;
 use crate::wire::queue::{Accept, Refusal, Request};
 use crate::wire::{Preamble, WireError};
