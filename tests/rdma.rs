@@ -348,10 +348,11 @@ fn connections_leave_nothing_behind() {
     use pageferry::pagecopy::choose::CodecMode;
     use pageferry::pagecopy::digest::PageHasher;
     use pageferry::pagecopy::layout::Layout;
-    use pageferry::transport::carrier::{SourceEnd, StreamRequest};
+    use pageferry::transport::accept::{Acceptor, StreamRequest};
     use pageferry::transport::destination::PageSink;
-    use pageferry::transport::rdma::Listener;
-    use pageferry::transport::source::{PageSource, RdmaOptions, SourceOptions};
+    use pageferry::transport::dial::Dialler;
+    use pageferry::transport::rdma::{Listener, RdmaOptions};
+    use pageferry::transport::source::{PageSource, SourceOptions};
     use pageferry::transport::uri::Uri;
     use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 
@@ -370,16 +371,17 @@ fn connections_leave_nothing_behind() {
         cache_bytes: 0,
         timeout,
         mismatches_max: 0,
-        rdma: RdmaOptions::default(),
     };
     let memory = ram();
     let pending = PageBitmap::full(memory.layout());
-    let source = Arc::new(PageSource::new(memory, Arc::new(StaticLog), PageHasher::new(1), options, pending));
-    let sink = Arc::new(PageSink::new(ram(), PageHasher::new(1), 0, timeout, u64::MAX));
+    let source = PageSource::new(memory, Arc::new(StaticLog), PageHasher::new(1), options, pending);
+    let sink = Arc::new(PageSink::new(ram(), PageHasher::new(1), 0, timeout));
+    let acceptor = Acceptor::new(sink, u64::MAX);
     // A port that is free for TCP, too, as for a destination.
     let tcp = std::net::TcpListener::bind((address, 0)).unwrap();
     let listener = Listener::bind(tcp.local_addr().unwrap()).unwrap();
     let uri = Uri::Rdma { host: address.to_string(), port: tcp.local_addr().unwrap().port() };
+    let dialler = Dialler::new(&source, &uri, [7; 16], 1, timeout, RdmaOptions::default());
     let connect = |count: u32| {
         for _ in 0..count {
             let attached = std::thread::scope(|scope| {
@@ -387,13 +389,12 @@ fn connections_leave_nothing_behind() {
                     let deadline = Instant::now() + timeout;
                     while Instant::now() < deadline {
                         if let Some(request) = listener.accept().unwrap() {
-                            return StreamRequest::Queue(request).accept(0, &sink).unwrap();
+                            return acceptor.accept(StreamRequest::Queue(request), 0).unwrap();
                         }
                     }
                     None
                 });
-                let opened =
-                    SourceEnd::open(&source, &uri, [7; 16], 1, 0, timeout, &|| false).expect("connected");
+                let opened = dialler.open(0, &|| false).expect("connected");
                 (opened, accepting.join().unwrap().expect("accepted"))
             });
             drop(attached);

@@ -31,7 +31,7 @@ use pageferry::engine::Options;
 use pageferry::engine::report::Status;
 use pageferry::pagecopy::choose::CodecMode;
 use pageferry::print;
-use pageferry::transport::source::RdmaOptions;
+use pageferry::transport::rdma::RdmaOptions;
 use pageferry::vmm_shim::lost_room;
 
 /// Moves the RAM of a running virtual machine between hosts.

@@ -23,7 +23,8 @@ use crossbeam_channel::{Receiver, Sender};
 use pagecopy::backend::{BackendError, Guest, GuestRam, Room, StateBlob};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{Layout, PAGE_SIZE};
-use transport::carrier::{Breaker, StreamRequest};
+use transport::accept::{Acceptor, StreamRequest};
+use transport::carrier::Breaker;
 use transport::destination::{PageSink, ReceiveError, receive_stream};
 use transport::host::Host;
 use transport::link::{Link, LinkError, LinkEvent};
@@ -273,9 +274,8 @@ impl Destination {
         let capabilities = hello.capabilities & (self.capabilities(&hello, &*ram) | resume);
         let agreed = capabilities & capability::RESUME != 0;
         let outages = Outages::new(if agreed { reconnect } else { Duration::ZERO });
-        let (hasher, options) = (PageHasher::new(hello.seed), &self.options);
-        let pinned_max = options.rdma.pinned_max;
-        let sink = PageSink::new(ram.clone(), hasher, capabilities, options.timeout, pinned_max);
+        let (hasher, timeout) = (PageHasher::new(hello.seed), self.options.timeout);
+        let sink = Arc::new(PageSink::new(ram.clone(), hasher, capabilities, timeout));
         self.front.give_to(&call);
         self.refuse_callers();
         let link = call.link;
@@ -299,7 +299,8 @@ impl Destination {
             hello,
             ram,
             guest,
-            sink: Arc::new(sink),
+            acceptor: Acceptor::new(sink.clone(), self.options.rdma.pinned_max),
+            sink,
             dense: None,
             enlarger: None,
             streams: DestinationStreams::new(),
@@ -420,6 +421,7 @@ struct Session {
     ram: Arc<dyn GuestRam>,
     guest: Option<Arc<dyn Guest>>,
     sink: Arc<PageSink>,
+    acceptor: Acceptor,
     /// What is to be brought in as large pages, once all streams are open: all cores are then busy, and opening them would take
     /// longer than the memory.
     dense: Option<Vec<Range<u32>>>,
@@ -615,7 +617,7 @@ impl Session {
         if again {
             listening.progress.update(|r| r.streams_reconnected += 1);
         }
-        let Some(carrier) = request.accept(stream, &self.sink)? else { return Ok(()) };
+        let Some(carrier) = self.acceptor.accept(request, stream)? else { return Ok(()) };
         let breaker = carrier.breaker();
         let (sink, events, broken) = (self.sink.clone(), self.event_sender.clone(), breaker.clone());
         let thread = start_thread(format!("recv-{stream}"), move || {

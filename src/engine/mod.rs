@@ -17,7 +17,7 @@ use pagecopy::bitmap::{PageBitmap, runs};
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::ContentHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
-use transport::source::RdmaOptions;
+use transport::rdma::RdmaOptions;
 
 /// Chunks that are scanned for holes at a time (64 GiB): each scan of a full file walks it to its end, so there should be few.
 const SCAN_CHUNKS: u32 = 1 << 18;

@@ -26,7 +26,7 @@ use pagecopy::digest::PageHasher;
 use pagecopy::layout::PAGE_SIZE;
 use pagecopy::policy::OnTimeout;
 use pagecopy::zero::is_zero;
-use transport::carrier::OpenError;
+use transport::dial::{Dialler, OpenError, warm_up};
 use transport::host::{Host, Side};
 use transport::link::LinkError;
 use transport::local::{check_headroom, source_bytes};
@@ -376,7 +376,7 @@ impl Attempt<'_> {
         let layout = self.backend.ram.layout();
         crate::reserve::fill();
         check_headroom(source_bytes(layout, self.options.streams, self.options.cache_bytes))?;
-        transport::carrier::warm_up(self.uri);
+        warm_up(self.uri);
         let mut watch = Watch::connect(self.uri, self.options, self.progress, &self.leave)?;
         self.backend.log.start()?;
         // After the log was started, so that no page falls between the two.
@@ -519,7 +519,6 @@ impl Attempt<'_> {
             cache_bytes: self.options.cache_bytes,
             timeout: self.options.timeout,
             mismatches_max: MISMATCHES_MAX,
-            rdma: self.options.rdma,
         };
         let (ram, log) = (self.backend.ram.clone(), self.backend.log.clone());
         self.progress.update(|r| r.pages.hole = ram.layout().pages() - populated.count());
@@ -528,10 +527,11 @@ impl Attempt<'_> {
 
     /// Opens all streams at the same time: what takes long is the way there and back.
     fn open_streams(&mut self, version: u16, streams: u16, feeder: &Feeder) -> Result<(), Cause> {
-        let (uri, timeout, leave) = (self.uri.clone(), self.options.timeout, self.leave.clone());
+        let (uri, options, leave) = (self.uri, self.options, self.leave.clone());
         let (watch, source) = self.parts();
-        let (session, source) = (watch.session_id(), source.clone());
-        let opener = Arc::new(Opener { source, uri, session, version, timeout, leave });
+        let session = watch.session_id();
+        let dialler = Dialler::new(source, uri, session, version, options.timeout, options.rdma);
+        let opener = Arc::new(Opener { dialler, leave });
         watch.keep_open(opener.clone(), streams);
         let (opened, ends) = crossbeam_channel::unbounded();
         let mut round_trip = Duration::MAX;

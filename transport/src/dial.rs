@@ -3,17 +3,96 @@
 use std::io;
 use std::time::Duration;
 
+use crate::carrier::SourceEnd;
 use crate::limit::{Limit, is_cancelled};
 use crate::link::{Exchange, LinkError};
+use crate::rdma::{self, RdmaError, RdmaOptions, SourceContext};
 use crate::socket::{Connection, SocketError};
+use crate::source::PageSource;
 use crate::uri::Uri;
 use crate::wire::control::Message;
-use crate::wire::{Preamble, WireError};
+use crate::wire::{Preamble, Role, SessionId, WireError};
 
 /// Pause before a connection is opened again that was closed before an answer; doubled from one to the next, up to [`AGAIN_PAUSE_MAX`].
 const AGAIN_PAUSE_MIN: Duration = Duration::from_millis(5);
 /// The longest such pause.
 const AGAIN_PAUSE_MAX: Duration = Duration::from_millis(50);
+
+/// A stream that could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No connection.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The destination refused, or did not answer.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// No connection over RDMA.
+    #[error(transparent)]
+    Rdma(#[from] RdmaError),
+}
+
+impl OpenError {
+    /// Whether whoever waited asked to wait no longer.
+    pub fn is_cancelled(&self) -> bool {
+        match self {
+            Self::Socket(error) => error.is_cancelled(),
+            Self::Link(error) => matches!(error, LinkError::Cancelled),
+            Self::Rdma(error) => error.is_cancelled(),
+        }
+    }
+}
+
+/// Begins, in the background, what opening the first stream to `uri` would otherwise wait for: the RDMA libraries look for devices
+/// and load their drivers.
+pub fn warm_up(uri: &Uri) {
+    if matches!(uri, Uri::Rdma { .. }) {
+        // Whatever fails here fails again, and is reported, where a stream is opened.
+        let _ = std::thread::Builder::new().name("rdma-warm-up".into()).spawn(rdma::warm_up);
+    }
+}
+
+/// Opens the streams of a session.
+pub struct Dialler {
+    uri: Uri,
+    session: SessionId,
+    version: u16,
+    timeout: Duration,
+    rdma: Option<SourceContext>,
+}
+
+impl Dialler {
+    /// For streams that carry the pages of `source` to the destination at `uri`, which speaks `version`; each step of opening one takes
+    /// at most `timeout`.
+    pub fn new(
+        source: &PageSource,
+        uri: &Uri,
+        session: SessionId,
+        version: u16,
+        timeout: Duration,
+        rdma: RdmaOptions,
+    ) -> Self {
+        let context = || SourceContext::new(source.ram(), source.hasher(), rdma, source.initial());
+        let rdma = matches!(uri, Uri::Rdma { .. }).then(context);
+        Self { uri: uri.clone(), session, version, timeout, rdma }
+    }
+
+    /// Opens the stream with the id `stream`. Ends soon once `cancelled`, which is asked several times a second, says yes.
+    pub fn open(&self, stream: u16, cancelled: &dyn Fn() -> bool) -> Result<SourceEnd, OpenError> {
+        let Self { version, session, timeout, .. } = *self;
+        let preamble =
+            Preamble { version_min: version, version_max: version, role: Role::Stream, stream, session };
+        match (&self.uri, &self.rdma) {
+            (Uri::Rdma { host, port }, Some(context)) => {
+                Ok(rdma::connect(context, (host, *port), preamble, timeout, cancelled)?)
+            }
+            (uri, _) => {
+                let connection = open_attached::<OpenError>(uri, &preamble, timeout, cancelled)?;
+                Ok(connection.into_source_end(timeout).map_err(LinkError::Io)?)
+            }
+        }
+    }
+}
 
 /// Opens a connection that belongs to a session, blocking: preamble out, ATTACHED back. One that is closed before any answer, as by a
 /// destination that has more strangers than it bears, is opened again within the time-out.

@@ -263,7 +263,7 @@ pub fn frames(bytes: &[u8]) {
     }
     // Some codecs are not agreed on.
     let capabilities = if how & 4 == 0 { u64::MAX } else { u64::from(how >> 3) };
-    let sink = PageSink::new(ram.clone(), hasher.clone(), capabilities, TIMEOUT, u64::MAX);
+    let sink = PageSink::new(ram.clone(), hasher.clone(), capabilities, TIMEOUT);
     if how & 2 != 0 {
         sink.begin_placing();
     }

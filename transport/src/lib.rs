@@ -5,10 +5,11 @@
 //! addresses of pages; it refuses to know guests, KVM, or where a dirty log comes from: those come in through the traits of
 //! [`pagecopy::backend`].
 
+pub mod accept;
 pub mod carrier;
 mod clock;
 pub mod destination;
-mod dial;
+pub mod dial;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
@@ -22,6 +23,9 @@ pub mod local;
 mod nowhere;
 pub mod postcopy;
 #[cfg(feature = "rdma")]
+pub mod rdma;
+#[cfg(not(feature = "rdma"))]
+#[path = "rdma/absent.rs"]
 pub mod rdma;
 pub mod session;
 #[cfg(test)]

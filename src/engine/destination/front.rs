@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use tokio::runtime::{Handle, Runtime};
-use transport::carrier::StreamRequest;
+use transport::accept::StreamRequest;
 use transport::destination::ReceiveError;
 use transport::link::{Link, LinkEvent};
 use transport::socket::{AsyncConnection, AsyncListener, Connection, Listener};

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use transport::carrier::StreamRequest;
+use transport::accept::StreamRequest;
 use transport::link::{Link, LinkError, LinkEvent};
 use transport::session::SessionError;
 use transport::wire::control::{ErrorCode, Message};

@@ -6,12 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use transport::carrier::{OpenError, SourceEnd};
+use transport::carrier::SourceEnd;
+use transport::dial::{Dialler, OpenError};
 use transport::link::LinkError;
 use transport::panic_text;
-use transport::source::PageSource;
-use transport::uri::Uri;
-use transport::wire::{SessionId, next_incarnation, stream_number};
+use transport::wire::{next_incarnation, stream_number};
 
 use super::leave::Leave;
 
@@ -24,11 +23,7 @@ const STEADY: Duration = Duration::from_millis(250);
 
 /// What all streams of a session are opened with.
 pub(super) struct Opener {
-    pub(super) source: Arc<PageSource>,
-    pub(super) uri: Uri,
-    pub(super) session: SessionId,
-    pub(super) version: u16,
-    pub(super) timeout: Duration,
+    pub(super) dialler: Dialler,
     pub(super) leave: Leave,
 }
 
@@ -36,7 +31,7 @@ impl Opener {
     /// Opens the stream with this id, unless that comes to be in vain meanwhile.
     pub(super) fn open(&self, id: u16, vain: &AtomicBool) -> Result<SourceEnd, OpenError> {
         let given_up = || vain.load(Ordering::Relaxed) || self.leave.is_over();
-        SourceEnd::open(&self.source, &self.uri, self.session, self.version, id, self.timeout, &given_up)
+        self.dialler.open(id, &given_up)
     }
 }
 

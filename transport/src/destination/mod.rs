@@ -4,6 +4,7 @@ mod receiver;
 #[cfg(test)]
 pub(crate) mod stepped;
 
+use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -17,6 +18,7 @@ use pagecopy::xbzrle::Page;
 
 pub use receiver::{ReceiveError, receive_stream};
 
+use crate::carrier::Landing;
 use crate::spent::Spent;
 
 /// What arrived so far; all counters only rise.
@@ -59,22 +61,11 @@ pub struct PageSink {
     carried: PageBitmap,
     received: Received,
     stop: AtomicBool,
-    #[cfg(feature = "rdma")]
-    registrar: crate::rdma::Registrar,
 }
 
 impl PageSink {
     /// A sink over fresh memory. `capabilities` is what both sides agreed on: other encodings are refused.
-    /// `pinned_max` bounds the bytes that are registered for RDMA at a time.
-    pub fn new(
-        ram: Arc<dyn GuestRam>,
-        hasher: PageHasher,
-        capabilities: u64,
-        timeout: Duration,
-        pinned_max: u64,
-    ) -> Self {
-        #[cfg(not(feature = "rdma"))]
-        let _ = pinned_max;
+    pub fn new(ram: Arc<dyn GuestRam>, hasher: PageHasher, capabilities: u64, timeout: Duration) -> Self {
         let chunks = ram.layout().chunks();
         Self {
             touched: PageBitmap::new(chunks),
@@ -85,8 +76,6 @@ impl PageSink {
             there: PageBitmap::new(chunks),
             coming: PageBitmap::new(chunks),
             came: (Mutex::new(()), Condvar::new()),
-            #[cfg(feature = "rdma")]
-            registrar: crate::rdma::Registrar::new(pinned_max),
             ram,
             hasher,
             capabilities,
@@ -117,39 +106,6 @@ impl PageSink {
     /// Silence after which the rest of a frame is given up.
     pub fn timeout(&self) -> Duration {
         self.timeout
-    }
-
-    #[cfg(feature = "rdma")]
-    pub(crate) fn ram(&self) -> &Arc<dyn GuestRam> {
-        &self.ram
-    }
-
-    #[cfg(feature = "rdma")]
-    pub(crate) fn hasher(&self) -> &PageHasher {
-        &self.hasher
-    }
-
-    #[cfg(feature = "rdma")]
-    pub(crate) fn registrar(&self) -> &crate::rdma::Registrar {
-        &self.registrar
-    }
-
-    /// The chunk's memory may be written to by others than the workers: it is not known to be zero any more.
-    #[cfg(feature = "rdma")]
-    pub(crate) fn touch(&self, chunk: u32) {
-        self.touched.insert(chunk, self.ram.layout().valid(chunk));
-    }
-
-    /// Brings the pages of a chunk in that are not there, before others than the workers write to them.
-    #[cfg(feature = "rdma")]
-    pub(crate) fn bring_in(&self, chunk: u32) -> std::io::Result<()> {
-        let fresh = self.ram.layout().valid(chunk) & !self.touched.get(chunk) & !self.there.get(chunk);
-        if fresh == 0 {
-            return Ok(());
-        }
-        self.ram
-            .bring_in(chunk, fresh)
-            .map_err(|error| std::io::Error::new(error.source.kind(), format!("{error}: {}", error.source)))
     }
 
     /// Copies pages that a frame refers to; false when they are not all pages that were sent and hold something.
@@ -236,6 +192,30 @@ impl PageSink {
     }
 }
 
+impl Landing for PageSink {
+    fn ram(&self) -> &Arc<dyn GuestRam> {
+        &self.ram
+    }
+
+    fn hasher(&self) -> &PageHasher {
+        &self.hasher
+    }
+
+    fn bring_in(&self, chunk: u32) -> io::Result<()> {
+        let fresh = self.ram.layout().valid(chunk) & !self.touched.get(chunk) & !self.there.get(chunk);
+        if fresh == 0 {
+            return Ok(());
+        }
+        self.ram
+            .bring_in(chunk, fresh)
+            .map_err(|error| io::Error::new(error.source.kind(), format!("{error}: {}", error.source)))
+    }
+
+    fn touch(&self, chunk: u32) {
+        self.touched.insert(chunk, self.ram.layout().valid(chunk));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use pagecopy::layout::{CHUNK_SIZE, Layout};
@@ -246,7 +226,7 @@ mod tests {
     #[test]
     fn what_is_announced_is_waited_for_and_not_for_ever() {
         let ram = Arc::new(Nowhere(Layout::flat(16 * CHUNK_SIZE as u64).unwrap()));
-        let sink = PageSink::new(ram, PageHasher::new(1), 0, Duration::from_secs(1), u64::MAX);
+        let sink = PageSink::new(ram, PageHasher::new(1), 0, Duration::from_secs(1));
         let announced = |chunk| sink.coming.get(chunk) != 0;
         sink.await_announced(0);
         sink.announce(0..8);

@@ -60,6 +60,13 @@ pub enum RdmaError {
     },
 }
 
+impl RdmaError {
+    /// Whether whoever waited asked to wait no longer.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Cancelled)
+    }
+}
+
 pub(super) fn failed(what: &'static str) -> impl FnOnce(io::Error) -> RdmaError {
     move |source| RdmaError::System { what, source }
 }

@@ -3,15 +3,14 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 
 use super::connect::{ConnectRequest, RdmaError, domain_of, failed};
 use super::sys::{Access, Depth, Domain, Id, QueuePair, Region, Slot, wait_readable};
 use super::{Cut, NotRegistered, POLLS, TICK, aborted, buffers_failed, is_over};
-use crate::carrier::{Breaker, DestinationEnd, FrameReceiver};
-use crate::destination::PageSink;
+use crate::carrier::{Breaker, DestinationEnd, FrameReceiver, Landing};
 use crate::local::is_local;
 use crate::sys::ReceiveList;
 use crate::wire::WireError;
@@ -25,8 +24,23 @@ const RECEIVES: u32 = 16;
 /// Buffers for messages to the source.
 const ANSWERS: u32 = 32;
 
+/// What the streams of a session share.
+#[derive(Clone)]
+pub(crate) struct DestinationContext {
+    landing: Arc<dyn Landing>,
+    registrar: Arc<Registrar>,
+    timeout: Duration,
+}
+
+impl DestinationContext {
+    /// For streams that place pages in `landing`, of which at most `pinned_max` bytes are registered at a time.
+    pub(crate) fn new(landing: Arc<dyn Landing>, timeout: Duration, pinned_max: u64) -> Self {
+        Self { landing, registrar: Arc::new(Registrar::new(pinned_max)), timeout }
+    }
+}
+
 /// What the destination has registered, for all streams of a session.
-pub(crate) struct Registrar {
+struct Registrar {
     pinned_max: u64,
     table: Mutex<Table>,
 }
@@ -44,7 +58,7 @@ struct Table {
 
 impl Registrar {
     /// Registers at most `pinned_max` bytes at a time.
-    pub(crate) fn new(pinned_max: u64) -> Self {
+    fn new(pinned_max: u64) -> Self {
         Self { pinned_max, table: Mutex::default() }
     }
 
@@ -53,8 +67,13 @@ impl Registrar {
     }
 
     /// Registers a range for the source to write to; `None` if it cannot be.
-    fn register(&self, sink: &PageSink, adapter: usize, range: Range) -> io::Result<Option<(u64, u32)>> {
-        let (region, offset, bytes) = place_of(sink, range).map_err(io::Error::other)?;
+    fn register(
+        &self,
+        landing: &dyn Landing,
+        adapter: usize,
+        range: Range,
+    ) -> io::Result<Option<(u64, u32)>> {
+        let (region, offset, bytes) = place_of(landing, range).map_err(io::Error::other)?;
         let domain = {
             let mut table = self.table();
             if let Some((known, users)) = table.regions.get_mut(&(adapter, range)) {
@@ -62,7 +81,7 @@ impl Registrar {
                 return Ok(Some(known.remote()));
             }
             // A source that asks for overlapping ranges pins no more than twice its guest.
-            let most = self.pinned_max.min(2 * sink.ram().layout().bytes());
+            let most = self.pinned_max.min(2 * landing.ram().layout().bytes());
             let most = table.allowed.map_or(most, |allowed| most.min(allowed));
             if table.pinned + bytes > most {
                 return Ok(None);
@@ -70,23 +89,23 @@ impl Registrar {
             table.pinned += bytes;
             table.domains[adapter].clone()
         };
-        sink.ram().expect_filled(range.first, range.count);
+        landing.ram().expect_filled(range.first, range.count);
         for chunk in range.first..range.first + range.count {
             // What cannot be had is not touched either.
-            if let Err(error) = sink.bring_in(chunk) {
+            if let Err(error) = landing.bring_in(chunk) {
                 self.table().pinned -= bytes;
                 return Err(error);
             }
             // From here on anything may come to lie there, announced or not: none of it counts as fresh any more.
-            sink.touch(chunk);
+            landing.touch(chunk);
         }
-        let made = Region::guest(&domain, sink.ram(), region, offset, bytes, Access::RemoteWrite);
+        let made = Region::guest(&domain, landing.ram(), region, offset, bytes, Access::RemoteWrite);
         self.table().settle((adapter, range), bytes, made, Region::remote)
     }
 
     /// Lets a range go, if whoever asked for it last does.
-    fn release(&self, sink: &PageSink, adapter: usize, range: Range) -> Result<(), WireError> {
-        let (_, _, bytes) = place_of(sink, range)?;
+    fn release(&self, landing: &dyn Landing, adapter: usize, range: Range) -> Result<(), WireError> {
+        let (_, _, bytes) = place_of(landing, range)?;
         let mut table = self.table();
         let Some((_, users)) = table.regions.get_mut(&(adapter, range)) else {
             return Err(WireError::BadValue { field: "first chunk", value: range.first.into() });
@@ -137,8 +156,8 @@ impl Table {
 }
 
 /// The region that a range lies in, its offset there, and its bytes.
-fn place_of(sink: &PageSink, range: Range) -> Result<(usize, u64, u64), WireError> {
-    let layout = sink.ram().layout();
+fn place_of(landing: &dyn Landing, range: Range) -> Result<(usize, u64, u64), WireError> {
+    let layout = landing.ram().layout();
     let bad = |field, value: u32| WireError::BadValue { field, value: value.into() };
     let first = layout.locate(range.first).ok_or(bad("first chunk", range.first))?;
     let last = range.first.checked_add(range.count - 1).and_then(|chunk| layout.locate(chunk));
@@ -149,14 +168,17 @@ fn place_of(sink: &PageSink, range: Range) -> Result<(usize, u64, u64), WireErro
 
 /// Accepts a stream. What fails here the source is told, whose other streams go on; but what this host lacks is an error of the
 /// session, for a source that tried again would be refused again.
-pub(crate) fn accept(request: ConnectRequest, sink: &Arc<PageSink>) -> io::Result<Option<DestinationEnd>> {
+pub(crate) fn accept(
+    request: ConnectRequest,
+    context: &DestinationContext,
+) -> io::Result<Option<DestinationEnd>> {
     let stream = request.preamble().stream;
     let id = match request.into_id() {
         Ok(id) => id,
         Err(error) if is_local(&error) => return Err(error),
         Err(_) => return Ok(None),
     };
-    match attach(&id, stream, sink) {
+    match attach(&id, stream, context) {
         Ok(end) => Ok(Some(end)),
         Err(error) => {
             let cause = std::error::Error::source(&error).map(|e| format!(": {e}")).unwrap_or_default();
@@ -170,8 +192,8 @@ pub(crate) fn accept(request: ConnectRequest, sink: &Arc<PageSink>) -> io::Resul
     }
 }
 
-fn attach(id: &Arc<Id>, stream: u16, sink: &Arc<PageSink>) -> Result<DestinationEnd, RdmaError> {
-    let registrar = sink.registrar();
+fn attach(id: &Arc<Id>, stream: u16, context: &DestinationContext) -> Result<DestinationEnd, RdmaError> {
+    let registrar = &context.registrar;
     let device = failed("use the RDMA device");
     let (adapter, domain) = {
         let mut table = registrar.table();
@@ -199,7 +221,7 @@ fn attach(id: &Arc<Id>, stream: u16, sink: &Arc<PageSink>) -> Result<Destination
     let receiver = Receiver {
         pair,
         cut: cut.clone(),
-        sink: sink.clone(),
+        context: context.clone(),
         adapter,
         came: VecDeque::new(),
         rest: None,
@@ -213,7 +235,7 @@ fn attach(id: &Arc<Id>, stream: u16, sink: &Arc<PageSink>) -> Result<Destination
 struct Receiver {
     pair: QueuePair,
     cut: Arc<Cut>,
-    sink: Arc<PageSink>,
+    context: DestinationContext,
     adapter: usize,
     came: VecDeque<(Slot, usize)>,
     /// A message whose bytes are read in part: from here to there.
@@ -256,23 +278,24 @@ impl Receiver {
 
     /// Takes a message; bytes of the stream are left in `rest`.
     fn take(&mut self, slot: Slot, len: usize) -> io::Result<()> {
-        let sink = self.sink.clone();
+        let DestinationContext { landing, registrar, .. } = self.context.clone();
+        let hasher = landing.hasher();
         let (header, payload) =
-            MessageHeader::decode(&slot.bytes()[..len], sink.hasher()).map_err(io::Error::other)?;
+            MessageHeader::decode(&slot.bytes()[..len], hasher).map_err(io::Error::other)?;
         match header.kind {
             Kind::Data => {
                 self.rest = Some((slot, MessageHeader::LEN, len));
                 Ok(())
             }
             Kind::Register => {
-                let range = Range::decode(payload, sink.hasher()).map_err(io::Error::other)?;
+                let range = Range::decode(payload, hasher).map_err(io::Error::other)?;
                 self.give_back(slot)?;
-                let place = sink.registrar().register(&sink, self.adapter, range)?;
-                self.answer(Kind::Register, &Registered { range, place }.encode(sink.hasher()))
+                let place = registrar.register(&*landing, self.adapter, range)?;
+                self.answer(Kind::Register, &Registered { range, place }.encode(hasher))
             }
             Kind::Release => {
-                let range = Range::decode(payload, sink.hasher()).map_err(io::Error::other)?;
-                sink.registrar().release(&sink, self.adapter, range).map_err(io::Error::other)?;
+                let range = Range::decode(payload, hasher).map_err(io::Error::other)?;
+                registrar.release(&*landing, self.adapter, range).map_err(io::Error::other)?;
                 self.give_back(slot)
             }
             Kind::End => Err(io::Error::other("the source sent a message of the destination's")),
@@ -284,14 +307,14 @@ impl Receiver {
         let mut slot = self.free.pop().expect("waited for");
         let end = MessageHeader::LEN + payload.len();
         let header = MessageHeader { kind, len: payload.len() as u32, taken: self.taken };
-        slot.bytes_mut()[..MessageHeader::LEN].copy_from_slice(&header.encode(self.sink.hasher()));
+        slot.bytes_mut()[..MessageHeader::LEN].copy_from_slice(&header.encode(self.context.landing.hasher()));
         slot.bytes_mut()[MessageHeader::LEN..end].copy_from_slice(payload);
         self.pair.post(&[], Some((slot, end)))
     }
 
     /// Takes completions of answers until `ready` says yes.
     fn wait_sends(&mut self, ready: impl Fn(&Self) -> bool) -> io::Result<()> {
-        let deadline = Instant::now() + self.sink.timeout();
+        let deadline = Instant::now() + self.context.timeout;
         loop {
             self.pair.poll_sends(&mut self.free)?;
             if ready(self) {

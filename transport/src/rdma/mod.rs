@@ -7,6 +7,7 @@
 
 mod connect;
 mod destination;
+mod options;
 mod registry;
 mod source;
 mod sys;
@@ -17,9 +18,9 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 pub use connect::{ConnectRequest, Listener, RdmaError};
-pub(crate) use destination::{Registrar, accept};
-pub(crate) use registry::Registry;
-pub(crate) use source::connect;
+pub(crate) use destination::{DestinationContext, accept};
+pub use options::RdmaOptions;
+pub(crate) use source::{SourceContext, connect};
 
 use crate::carrier::Breaker;
 use sys::{EventKind, Id};

@@ -9,8 +9,7 @@ use pagecopy::bitmap::PageBitmap;
 use pagecopy::layout::{CHUNK_SIZE, Layout};
 
 use super::sys::{Access, Domain, Id, Region};
-use super::{NotRegistered, TICK, connect};
-use crate::source::RdmaOptions;
+use super::{NotRegistered, RdmaOptions, TICK, connect};
 use crate::wire::queue::{REGISTER_CHUNKS_MAX, Range, Registered};
 
 const _: () = assert!(RUN_CHUNKS_MAX <= REGISTER_CHUNKS_MAX);

@@ -6,15 +6,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use pagecopy::bitmap::runs;
+use pagecopy::backend::GuestRam;
+use pagecopy::bitmap::{PageBitmap, runs};
+use pagecopy::digest::PageHasher;
 use pagecopy::layout::PAGE_SIZE;
 
 use super::connect::{RdmaError, ask, failed, reach};
 use super::registry::{Next, Registry, Target};
 use super::sys::{Access, Depth, QueuePair, Slot, Write, wait_readable};
-use super::{Cut, POLLS, TICK, aborted, buffers_failed, is_over};
+use super::{Cut, POLLS, RdmaOptions, TICK, aborted, buffers_failed, is_over};
 use crate::carrier::{Breaker, FrameSender, Placement, ReceiptReader, SourceEnd};
-use crate::source::PageSource;
 use crate::sys::SendList;
 use crate::wire::queue::{ANSWER_BYTES, Kind, MESSAGE_BYTES, MessageHeader, Range, Registered};
 use crate::wire::{Preamble, WireError};
@@ -39,11 +40,30 @@ const WINDOW_BYTES_MIN: u64 = 4 << 20;
 /// Runs that are asked for ahead of the writes.
 const AHEAD: usize = 1;
 
+/// What the streams of a session share.
+pub(crate) struct SourceContext {
+    hasher: PageHasher,
+    registry: Arc<Registry>,
+}
+
+impl SourceContext {
+    /// For memory in which `populated` is no hole, and whose pages `hasher` hashes.
+    pub(crate) fn new(
+        ram: &Arc<dyn GuestRam>,
+        hasher: &PageHasher,
+        options: RdmaOptions,
+        populated: &PageBitmap,
+    ) -> Self {
+        let registry = Arc::new(Registry::new(ram.clone(), options, populated));
+        Self { hasher: hasher.clone(), registry }
+    }
+}
+
 /// What both threads of a stream share.
 struct Stream {
     pair: QueuePair,
     cut: Arc<Cut>,
-    source: Arc<PageSource>,
+    hasher: PageHasher,
     registry: Arc<Registry>,
     /// The pair of adapters.
     adapters: usize,
@@ -73,13 +93,13 @@ impl Drop for Stream {
 
 /// Opens a stream of a session: connects a queue pair and waits for the destination's word.
 pub(crate) fn connect(
-    source: &Arc<PageSource>,
+    context: &SourceContext,
     (host, port): (&str, u16),
     preamble: Preamble,
     timeout: Duration,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<SourceEnd, RdmaError> {
-    let registry = source.registry().clone();
+    let registry = context.registry.clone();
     let (id, address) = reach(host, port, timeout, cancelled)?;
     let domain = registry.domain(&id).map_err(failed("use the RDMA device"))?;
     let depth = Depth { sends: SENDS, receives: RECEIVES };
@@ -102,7 +122,7 @@ pub(crate) fn connect(
     let stream = Arc::new(Stream {
         pair,
         cut: cut.clone(),
-        source: source.clone(),
+        hasher: context.hasher.clone(),
         registry,
         adapters,
         taken: AtomicU64::new(0),
@@ -197,7 +217,7 @@ impl Sender {
         let len = (end - MessageHeader::LEN) as u32;
         // What the source has taken the destination knows from frames: it is not told.
         let header = MessageHeader { kind, len, taken: 0 };
-        slot.bytes_mut()[..MessageHeader::LEN].copy_from_slice(&header.encode(self.stream.source.hasher()));
+        slot.bytes_mut()[..MessageHeader::LEN].copy_from_slice(&header.encode(&self.stream.hasher));
         let (buffers, sent) = (self.buffers, self.sent);
         if self.writes.len() >= SENDS as usize / 2 {
             self.post_writes()?;
@@ -223,7 +243,7 @@ impl Sender {
         self.send_message()?;
         let mut slot = self.slot()?;
         let end = MessageHeader::LEN + Range::LEN;
-        slot.bytes_mut()[MessageHeader::LEN..end].copy_from_slice(&range.encode(self.stream.source.hasher()));
+        slot.bytes_mut()[MessageHeader::LEN..end].copy_from_slice(&range.encode(&self.stream.hasher));
         self.send_as(kind, slot, end)
     }
 
@@ -410,7 +430,7 @@ impl Reader {
 
     /// Takes a message; receipts are left in `rest`.
     fn take(&mut self, slot: Slot, len: usize) -> io::Result<()> {
-        let hasher = self.stream.source.hasher();
+        let hasher = &self.stream.hasher;
         let (header, payload) =
             MessageHeader::decode(&slot.bytes()[..len], hasher).map_err(io::Error::other)?;
         self.stream.taken.fetch_max(header.taken, Ordering::AcqRel);

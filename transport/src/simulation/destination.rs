@@ -365,7 +365,7 @@ impl<'a> DestinationHost<'a> {
                 if capabilities & capability::RESUME == 0 {
                     self.patience = 0;
                 }
-                let sink = PageSink::new(self.guest.clone(), hasher, capabilities, timeout, u64::MAX);
+                let sink = PageSink::new(self.guest.clone(), hasher, capabilities, timeout);
                 assert!(self.sink_slot.set(sink).is_ok(), "a destination serves one session");
                 self.streams_agreed = hello.streams;
                 let timeout_ms = (TIMEOUT / 1000) as u32;

@@ -20,7 +20,7 @@ use super::world::{Event, Link, Micros, World};
 use super::{HANDOVER_TIMEOUT, SESSION, TIMEOUT};
 use crate::session::{Learnt, SourceEvent, SourceSession, check_welcome};
 use crate::source::stepped::{LaneSlot, SteppedLane};
-use crate::source::{Batch, LaneError, PageSource, RdmaOptions, SourceOptions, Unreceipted};
+use crate::source::{Batch, LaneError, PageSource, SourceOptions, Unreceipted};
 use crate::streams::{SourceStreams, StreamsError};
 use crate::wire::control::{ErrorCode, Hello, Message, Totals, capability, state_digest};
 use crate::wire::{Role, stream_number};
@@ -361,7 +361,6 @@ impl<'a> SourceHost<'a> {
             cache_bytes: self.attempt.cache_bytes,
             timeout: Duration::from_micros(TIMEOUT),
             mismatches_max: 64,
-            rdma: RdmaOptions::default(),
         };
         let (ram, log) = (self.guest.clone(), self.guest.clone());
         self.pages = Some(Arc::new(PageSource::new(ram, log, self.hasher.clone(), options, pending)));

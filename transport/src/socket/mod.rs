@@ -3,6 +3,7 @@
 mod address;
 mod connect;
 mod connection;
+mod ends;
 mod listener;
 mod loopback;
 mod on_tokio;

@@ -28,7 +28,6 @@ pub use feeder::Feeder;
 pub use lane::{Lane, LaneEnd, LaneError, Unreceipted};
 use owners::Owners;
 pub(crate) use pace::Pace;
-pub(crate) use window::BYTES_MIN as WINDOW_BYTES_MIN;
 
 use crate::clock;
 #[cfg(test)]
@@ -83,23 +82,6 @@ pub struct SourceOptions {
     pub timeout: Duration,
     /// Receipts that may mismatch before the migration fails.
     pub mismatches_max: u64,
-    /// How memory is registered for RDMA.
-    pub rdma: RdmaOptions,
-}
-
-/// How memory is registered for RDMA.
-#[derive(Clone, Copy, Debug)]
-pub struct RdmaOptions {
-    /// Register all that is no hole before the first page is sent.
-    pub pin_all: bool,
-    /// Bytes of guest memory that are registered at most at a time.
-    pub pinned_max: u64,
-}
-
-impl Default for RdmaOptions {
-    fn default() -> Self {
-        Self { pin_all: false, pinned_max: u64::MAX }
-    }
 }
 
 /// What was sent and delivered so far; all counters only rise.
@@ -178,8 +160,6 @@ pub struct PageSource {
     /// Batches given out and not yet dropped.
     outstanding: AtomicU64,
     stop: AtomicBool,
-    #[cfg(feature = "rdma")]
-    registry: Arc<crate::rdma::Registry>,
 }
 
 impl PageSource {
@@ -203,8 +183,6 @@ impl PageSource {
             progress: (Mutex::new(()), Condvar::new()),
             outstanding: AtomicU64::new(0),
             stop: AtomicBool::new(false),
-            #[cfg(feature = "rdma")]
-            registry: Arc::new(crate::rdma::Registry::new(ram.clone(), options.rdma, &pending)),
             pending,
             ram,
             log,
@@ -212,9 +190,13 @@ impl PageSource {
         }
     }
 
-    #[cfg(feature = "rdma")]
-    pub(crate) fn registry(&self) -> &Arc<crate::rdma::Registry> {
-        &self.registry
+    pub(crate) fn ram(&self) -> &Arc<dyn GuestRam> {
+        &self.ram
+    }
+
+    /// Pages that were no holes at the start.
+    pub(crate) fn initial(&self) -> &PageBitmap {
+        &self.initial
     }
 
     /// How it sends.
@@ -485,7 +467,6 @@ mod tests {
             cache_bytes: 0,
             timeout: Duration::from_secs(1),
             mismatches_max: 0,
-            rdma: RdmaOptions::default(),
         };
         let (ram, log) = (Arc::new(Nowhere(layout)), Arc::new(StaticLog));
         PageSource::new(ram, log, PageHasher::new(1), options, pending)

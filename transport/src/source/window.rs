@@ -4,8 +4,6 @@ use std::time::Duration;
 
 /// Data under way is bounded to what the stream delivers in this time.
 const BUFFERED: Duration = Duration::from_millis(50);
-/// Never less than this: two whole chunks, so that one can be built while the other travels.
-pub(crate) const BYTES_MIN: u64 = 768 << 10;
 /// Until the rate is known, but for no longer than this ...
 const FIRST: Duration = Duration::from_millis(30);
 /// ... only so much is under way, so that little was sent as it is when the link turns out to be worth compression, ...
@@ -95,6 +93,7 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::carrier::WINDOW_BYTES_MIN;
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -103,7 +102,7 @@ mod tests {
     }
 
     fn steady(bytes_per_ms: u64) -> Window {
-        let mut window = Window::new(BYTES_MIN, false);
+        let mut window = Window::new(WINDOW_BYTES_MIN, false);
         for ms in 1..1000 {
             window.on_receipt(Duration::from_millis(ms), bytes_per_ms, Duration::from_millis(1), false);
         }
@@ -114,13 +113,13 @@ mod tests {
     fn bounded_by_time_at_every_rate() {
         // 1 Gbit/s: 125 kB a millisecond, so 50 ms are 6.25 MB.
         assert!((6_000_000..6_600_000).contains(&limit(&steady(125_000))), "{}", limit(&steady(125_000)));
-        assert_eq!(limit(&steady(10)), BYTES_MIN);
+        assert_eq!(limit(&steady(10)), WINDOW_BYTES_MIN);
         assert_eq!(limit(&steady(10_000_000)), BYTES_MAX);
     }
 
     #[test]
     fn a_long_path_gets_two_round_trips() {
-        let mut window = Window::new(BYTES_MIN, false);
+        let mut window = Window::new(WINDOW_BYTES_MIN, false);
         for ms in 1..1000 {
             window.on_receipt(Duration::from_millis(ms), 125_000, Duration::from_millis(100), false);
         }
@@ -130,7 +129,7 @@ mod tests {
     #[test]
     fn little_is_under_way_before_anything_is_known_but_not_for_long() {
         let at = Duration::from_millis;
-        let mut window = Window::new(BYTES_MIN, false);
+        let mut window = Window::new(WINDOW_BYTES_MIN, false);
         assert_eq!(window.limit(at(5)), FIRST_BYTES);
         window.restart(at(5));
         window.restart(at(20));
@@ -140,7 +139,7 @@ mod tests {
         window.on_receipt(at(30), 20 << 20, at(1), false);
         assert_eq!((window.limit(at(31)), window.opens_in(at(31))), (BYTES_MAX, None));
         // A carrier that needs more has it, and so has a stream that need not be careful.
-        assert_eq!(Window::new(BYTES_MIN, true).limit(at(0)), UNKNOWN_BYTES);
+        assert_eq!(Window::new(WINDOW_BYTES_MIN, true).limit(at(0)), UNKNOWN_BYTES);
         assert_eq!(Window::new(2 << 20, false).limit(at(0)), 2 << 20);
     }
 }
