@@ -5,6 +5,7 @@
 //! other retransmission.
 
 mod feeder;
+mod flight;
 mod lane;
 mod owners;
 mod pace;
@@ -25,7 +26,8 @@ use pagecopy::digest::{PageHasher, receipt};
 use pagecopy::layout::PAGE_SIZE;
 
 pub use feeder::Feeder;
-pub use lane::{Lane, LaneEnd, LaneError, Unreceipted};
+pub use flight::{LaneEnd, LaneError, Unreceipted};
+pub use lane::Lane;
 use owners::Owners;
 pub(crate) use pace::Pace;
 

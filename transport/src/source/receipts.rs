@@ -6,14 +6,14 @@ use std::sync::atomic::Ordering;
 use pagecopy::bitmap::bits;
 use pagecopy::layout::PAGE_SIZE;
 
-use super::lane::{LaneError, Shared};
+use super::flight::{LaneError, StreamState};
 use super::{Counters, FatalError, ReceiptError};
 use crate::carrier::ReceiptReader;
 use crate::wire::frame::{self, RECEIPT_HEADER_LEN};
 
 /// The thread that takes receipts.
 pub(super) struct Receipts<'a> {
-    shared: &'a Shared,
+    stream: &'a StreamState,
     carrier: Box<dyn ReceiptReader>,
     pub(super) fold: u64,
     buffer: Vec<u8>,
@@ -21,8 +21,8 @@ pub(super) struct Receipts<'a> {
 }
 
 impl<'a> Receipts<'a> {
-    pub(super) fn new(shared: &'a Shared, carrier: Box<dyn ReceiptReader>) -> Self {
-        Self { shared, carrier, fold: 0, buffer: vec![0; 64 << 10], len: 0 }
+    pub(super) fn new(stream: &'a StreamState, carrier: Box<dyn ReceiptReader>) -> Self {
+        Self { stream, carrier, fold: 0, buffer: vec![0; 64 << 10], len: 0 }
     }
 
     /// Takes receipts until the stream ends, in order or not; returns the fold of those that came.
@@ -39,27 +39,17 @@ impl<'a> Receipts<'a> {
     /// Settles what came and waits a moment for more; says whether the stream is over.
     pub(super) fn turn(&mut self) -> Result<bool, LaneError> {
         self.consume()?;
-        {
-            let flight = self.shared.flight();
-            if flight.error.is_some() {
-                return Ok(true);
-            }
-            let waited = self.shared.source.now().saturating_sub(flight.waiting_since);
-            if (!flight.frames.is_empty() || flight.ended) && waited > self.shared.source.options.timeout {
-                return Err(self.shared.timeout());
-            }
+        if self.stream.check()? {
+            return Ok(true);
         }
-        if self.shared.source.stopped() {
-            return Err(LaneError::Stopped { stream: self.shared.stream });
+        if self.stream.source().stopped() {
+            return Err(self.stream.stopped());
         }
         match self.carrier.read(&mut self.buffer[self.len..]) {
             Ok(0) => {
                 // After END and the last receipt the destination closes the stream.
-                let flight = self.shared.flight();
-                let in_order = flight.ended && flight.frames.is_empty();
-                drop(flight);
-                let closed = LaneError::Closed { stream: self.shared.stream };
-                if in_order { Ok(true) } else { Err(closed) }
+                let closed = LaneError::Closed { stream: self.stream.id() };
+                if self.stream.is_settled() { Ok(true) } else { Err(closed) }
             }
             Ok(read) => {
                 self.len += read;
@@ -67,7 +57,7 @@ impl<'a> Receipts<'a> {
             }
             // The carrier's time-out is the tick at which the conditions above are looked at.
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(false),
-            Err(e) => Err(self.shared.io_error(e)),
+            Err(e) => Err(self.stream.io_error(e)),
         }
     }
 
@@ -94,38 +84,25 @@ impl<'a> Receipts<'a> {
         self.buffer.copy_within(at..self.len, 0);
         self.len -= at;
         if at != 0 {
-            self.shared.room.notify_all();
-            self.shared.source.notify();
+            self.stream.made_room();
         }
-        result.map_err(|source| LaneError::Receipt { stream: self.shared.stream, source })?;
-        let mismatches = self.shared.source.counters.mismatches.load(Ordering::Relaxed);
-        if mismatches > self.shared.source.options.mismatches_max {
-            let written = self.shared.source.counters.written.load(Ordering::Relaxed);
+        result.map_err(|source| LaneError::Receipt { stream: self.stream.id(), source })?;
+        let source = self.stream.source();
+        let mismatches = source.counters.mismatches.load(Ordering::Relaxed);
+        if mismatches > source.options.mismatches_max {
+            let written = source.counters.written.load(Ordering::Relaxed);
             let written = (written != 0).then_some(FatalError::Written { count: written });
-            return Err(self.shared.fatal(written.unwrap_or(FatalError::Integrity { count: mismatches })));
+            return Err(self.stream.fatal(written.unwrap_or(FatalError::Integrity { count: mismatches })));
         }
         Ok(())
     }
 
     fn settle(&mut self, bytes: &[u8], count: usize, seq: u64) -> Result<(), ReceiptError> {
-        let source = &self.shared.source;
+        let source = self.stream.source();
         let hasher = &source.shared.hasher;
         let digests = frame::check_receipt(bytes, hasher)?;
         self.fold = frame::fold_receipt(self.fold, bytes, hasher);
-        let now = source.now();
-        let mut flight = self.shared.flight();
-        let expected = flight.frames.front().map(|f| f.seq);
-        let Some(sent) = (if expected == Some(seq) { flight.frames.pop_front() } else { None }) else {
-            return Err(ReceiptError::OutOfOrder { found: seq, expected });
-        };
-        flight.bytes -= sent.wire_bytes;
-        flight.waiting_since = now;
-        let idle = flight.frames.is_empty();
-        let travelled = now.saturating_sub(sent.sent_at);
-        flight.window.on_receipt(now, sent.wire_bytes, travelled, idle);
-        drop(flight);
-        Counters::add(&self.shared.delivered, sent.wire_bytes);
-        source.counters.travelled(travelled);
+        let sent = self.stream.receipted(seq, source.now())?;
         let pages = sent.pages.count_ones() as usize;
         let mut wrong = if count == pages { 0 } else { sent.pages };
         for ((theirs, ours), bit) in digests.as_chunks::<8>().0.iter().zip(sent.digests).zip(bits(sent.pages))

@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, OnceLock};
 
-use super::lane::{LaneSender, Shared};
+use super::flight::StreamState;
+use super::lane::LaneSender;
 use super::receipts::Receipts;
 use super::window::Window;
 use super::{Batch, LaneEnd, LaneError, PageSource};
@@ -10,11 +11,11 @@ use crate::carrier::SourceEnd;
 
 /// Where what a stream's threads share lives for as long as either of them.
 #[derive(Default)]
-pub(crate) struct LaneSlot(OnceLock<Shared>);
+pub(crate) struct LaneSlot(OnceLock<StreamState>);
 
 /// A stream at the source, whose two threads take turns when they are told to.
 pub(crate) struct SteppedLane<'a> {
-    shared: &'a Shared,
+    state: &'a StreamState,
     sender: LaneSender<'a>,
     receipts: Receipts<'a>,
     ended: bool,
@@ -28,22 +29,21 @@ impl<'a> SteppedLane<'a> {
         stream: u16,
     ) -> SteppedLane<'a> {
         let SourceEnd { frames, receipts, breaker } = carrier;
-        let shared = slot.0.get_or_init(|| {
-            Shared::new(source.clone(), stream, breaker, Window::new(frames.window_min(), true))
+        let state = slot.0.get_or_init(|| {
+            StreamState::new(source.clone(), stream, breaker, Window::new(frames.window_min(), true))
         });
-        assert!(Arc::ptr_eq(&shared.source, source) && shared.stream == stream, "a slot serves one lane");
+        assert!(Arc::ptr_eq(state.source(), source) && state.id() == stream, "a slot serves one lane");
         SteppedLane {
-            shared,
-            sender: LaneSender::new(shared, frames),
-            receipts: Receipts::new(shared, receipts),
+            state,
+            sender: LaneSender::new(state, frames),
+            receipts: Receipts::new(state, receipts),
             ended: false,
         }
     }
 
     /// Whether a whole batch may be sent without a wait for receipts.
     pub(crate) fn has_room(&self, bytes: u64) -> bool {
-        let flight = self.shared.flight();
-        flight.bytes + bytes <= flight.window.limit(self.shared.source.now())
+        self.state.has_room(bytes)
     }
 
     /// The sending thread's turn: works a batch off and, with `flush`, sends what was gathered. False when the stream is dead.
@@ -79,16 +79,16 @@ impl<'a> SteppedLane<'a> {
 
     /// Breaks the stream.
     pub(crate) fn abort(&self) {
-        self.shared.fail(LaneError::Stopped { stream: self.shared.stream });
+        self.state.fail(self.state.stopped());
     }
 
     /// How the stream ended, once either thread has.
     pub(crate) fn into_end(self) -> LaneEnd {
-        self.shared.end(self.receipts.fold)
+        self.state.end(self.receipts.fold)
     }
 
     fn note(&self, result: Result<(), LaneError>) -> bool {
-        result.map_err(|error| self.shared.fail(error)).is_ok()
+        result.map_err(|error| self.state.fail(error)).is_ok()
     }
 }
 
