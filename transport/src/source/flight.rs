@@ -78,8 +78,7 @@ pub struct Unreceipted {
     pub(super) wire_bytes: u64,
     pub(super) sent_at: Duration,
     pub(super) digests: [u64; 64],
-    /// Pages whose receipt may differ without damage: they were sent from memory that is written meanwhile, so that they may be
-    /// newer than what was hashed; or as a delta whose base may have been such a page.
+    /// Pages whose receipt may differ without damage: see [`super::doubt`].
     pub(super) doubtful: u64,
     /// Chunks with pages that it refers to.
     pub(super) references: Box<[u32]>,
@@ -211,9 +210,9 @@ impl StreamState {
         flight.bytes + bytes <= flight.window.limit(self.source.now())
     }
 
-    /// Whether a frame is under way whose number is below this one.
-    pub(super) fn is_under_way_before(&self, seq: u64) -> bool {
-        self.flight().frames.front().is_some_and(|oldest| oldest.seq < seq)
+    /// The number of the oldest frame under way.
+    pub(super) fn oldest(&self) -> Option<u64> {
+        self.flight().frames.front().map(|oldest| oldest.seq)
     }
 
     /// No frame follows the `total` that were sent.

@@ -10,13 +10,14 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use pagecopy::backend::BackendError;
 use pagecopy::bitmap::{bits, runs};
-use pagecopy::choose::{CodecMode, Delivered};
+use pagecopy::choose::{CodecMode, Delivered, Plan};
 use pagecopy::chunk::{ChunkEncoder, Clocks, EncodedChunk, Job, Reference};
-use pagecopy::digest::{PageDigest, receipt};
+use pagecopy::digest::{PageDigest, PageHasher, receipt};
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::xbzrle::Page;
 use vm_memory::volatile_memory::VolatileSlice;
 
+use super::doubt::{Doubts, LastDoubt, Leaves};
 use super::flight::{LaneEnd, LaneError, StreamState, Unreceipted};
 use super::receipts::Receipts;
 use super::window::Window;
@@ -112,8 +113,7 @@ pub(super) struct LaneSender<'a> {
     /// Headers and encoded sections that are not written yet.
     out: Vec<u8>,
     seq: u64,
-    /// Frames before this one may have pages whose content is not known for sure, as long as they are under way.
-    doubtful_before: u64,
+    last_doubt: LastDoubt,
     /// When the chooser was last told what sending takes; and for how long there has been nothing to do since.
     told_at: Option<u64>,
     idle_nanos: u64,
@@ -136,7 +136,7 @@ impl<'a> LaneSender<'a> {
             snapshot: vec![0; CHUNK_SIZE].into(),
             out: Vec::with_capacity(2 * GATHER_BYTES + CHUNK_SIZE),
             seq: 0,
-            doubtful_before: 0,
+            last_doubt: LastDoubt::default(),
             told_at: None,
             idle_nanos: 0,
         }
@@ -239,75 +239,40 @@ impl<'a> LaneSender<'a> {
         let source = self.source;
         let first_pass = source.carried.get(chunk) & pages == 0;
         let plan = self.encoder.plan(chunk);
-        // A page that was torn by being sent from where it lies is not in its first pass any more: it goes from a copy.
-        let in_place = plan.in_place(first_pass);
-        let (spent, mut lap) = (&source.counters.spent, Lap::start());
-        let mut lent = Vec::new();
+        let in_place = Doubts::in_place(plan, first_pass);
+        let mut lap = Lap::start();
         // What this stream has under way is what the destination will have, unless it was sent from where it lies.
-        let own = plan.references && !self.stream.is_under_way_before(self.doubtful_before);
-        let encoded = if in_place {
+        let own = plan.references && !self.last_doubt.is_under_way(self.stream.oldest());
+        let (encoded, lent) = if in_place {
             let encoded = self.encoder.survey(&source.shared, chunk, &source.ram.chunk(chunk), pages);
-            lap.to(&spent.scan);
-            encoded
+            lap.to(&source.counters.spent.scan);
+            (encoded, Vec::new())
         } else {
             take_snapshot(&source.ram.chunk(chunk), pages, &mut self.snapshot);
-            lap.to(&spent.copy);
+            lap.to(&source.counters.spent.copy);
             let job = Job { chunk, snapshot: &self.snapshot, pages, first_pass };
-            let stream = self.stream.id();
-            let encoded = self.encoder.encode_as(plan, &source.shared, job, &mut |reference, pages| {
-                let lends = lend(source, stream, own, reference, pages);
-                lent.extend(lends.then_some(reference.chunk));
-                lends
-            });
-            // What was written since it was sent is of no use.
-            lent.retain(|&chunk| {
-                let used = encoded.references.iter().any(|reference| reference.chunk == chunk);
-                if !used {
-                    source.return_lent(chunk);
-                }
-                used
-            });
-            lap.to(&spent.encode);
+            let encoded = encode(source, &mut self.encoder, plan, job, (self.stream.id(), own));
+            lap.to(&source.counters.spent.encode);
             encoded
         };
-        count_pages(&self.source.counters, &encoded);
+        count_pages(&source.counters, &encoded);
         let sent = pages & !encoded.unchanged;
         if sent == 0 {
-            self.source.owners.release(chunk);
+            source.owners.release(chunk);
             return Ok(());
         }
-        let placement = match place(self.stream, &mut *self.carrier, chunk, encoded.raw, sent) {
-            Ok(placement) => placement,
-            Err(e) => {
-                lent.iter().for_each(|&chunk| source.return_lent(chunk));
-                return Err(e);
-            }
-        };
-        let header = FrameHeader {
-            kind: FrameKind::Pages,
-            seq: self.seq,
-            chunk,
-            encoded_len: encoded.encoded.len() as u32,
-            raw: encoded.raw,
-            zero: encoded.zero,
-            delta: encoded.delta,
-            zstd: encoded.zstd,
-            encoded_checksum: checksum_of(&self.source.shared, encoded.encoded),
-            placed: placement.is_some(),
-            references: !encoded.references.is_empty(),
-        };
+        let placement = place(self.stream, &mut *self.carrier, chunk, encoded.raw, sent);
+        let placement =
+            placement.inspect_err(|_| lent.iter().for_each(|&chunk| source.return_lent(chunk)))?;
+        let header = header_of(&encoded, chunk, self.seq, placement.is_some(), &source.shared.hasher);
         self.seq += 1;
-        self.out.extend_from_slice(&header.encode(&self.source.shared.hasher));
+        self.out.extend_from_slice(&header.encode(&source.shared.hasher));
         self.out.extend_from_slice(encoded.encoded);
         let placed = if header.placed { header.raw } else { 0 };
-        let doubtful = if !source.log.expects_writes() {
-            0
-        } else if in_place {
-            header.raw
-        } else if self.carrier.places() {
-            placed | header.delta
-        } else {
-            0
+        let leaves = match in_place {
+            true => Leaves::InPlace,
+            false if self.carrier.places() => Leaves::Placed(placed),
+            false => Leaves::Copied,
         };
         let frame = Unreceipted {
             chunk,
@@ -316,32 +281,35 @@ impl<'a> LaneSender<'a> {
             wire_bytes: header.wire_bytes(),
             sent_at: source.now(),
             digests: receipts_of(sent, encoded.digests),
-            doubtful,
+            doubtful: source.doubts.of_frame(leaves, header.raw, header.delta),
             references: lent.into(),
             _placement: placement,
         };
-        if doubtful != 0 {
-            self.doubtful_before = self.seq;
-        }
+        self.last_doubt.note(frame.seq, frame.doubtful);
         let wire_bytes = frame.wire_bytes();
-        self.source.carried.insert(chunk, sent);
+        source.carried.insert(chunk, sent);
         source.pace.spend(wire_bytes);
         self.launch(frame)?;
         // A carrier that places gathers by itself, so that it knows what it has to send before it waits for room to place.
         if header.raw != 0 || self.carrier.places() || self.out.len() >= GATHER_BYTES {
             self.write(header.raw & !placed, in_place.then_some(chunk))?;
         }
-        lap.to(&spent.send);
+        lap.to(&source.counters.spent.send);
+        self.tell(wire_bytes);
+        Ok(())
+    }
+
+    /// Tells what chooses the codec how a frame went.
+    fn tell(&mut self, wire_bytes: u64) {
         let now = clock::nanos();
         let idle = std::mem::take(&mut self.idle_nanos);
         let passed = self.told_at.map_or(0, |before| now.saturating_sub(before).saturating_sub(idle));
         self.told_at = Some(now);
         let delivered = Delivered {
             own: self.stream.delivered_bytes(),
-            all: source.counters.wire_acked.load(Ordering::Relaxed),
+            all: self.source.counters.wire_acked.load(Ordering::Relaxed),
         };
         self.encoder.chooser().observe_link(wire_bytes, passed, delivered, clock::busy);
-        Ok(())
     }
 
     /// Puts a frame among those under way, and waits until the window has room for it.
@@ -388,6 +356,55 @@ impl<'a> LaneSender<'a> {
     }
 }
 
+/// Encodes pages of a chunk for a stream, which may refer to what it has under way itself only where `own` allows it. Returns besides
+/// which chunks are held for it.
+fn encode<'a>(
+    source: &PageSource,
+    encoder: &'a mut ChunkEncoder,
+    plan: Plan,
+    job: Job<'_>,
+    (stream, own): (u16, bool),
+) -> (EncodedChunk<'a>, Vec<u32>) {
+    let mut lent = Vec::new();
+    let encoded = encoder.encode_as(plan, &source.shared, job, &mut |reference, pages| {
+        let lends = lend(source, stream, own, reference, pages);
+        lent.extend(lends.then_some(reference.chunk));
+        lends
+    });
+    // What was written since it was sent is of no use.
+    lent.retain(|&chunk| {
+        let used = encoded.references.iter().any(|reference| reference.chunk == chunk);
+        if !used {
+            source.return_lent(chunk);
+        }
+        used
+    });
+    (encoded, lent)
+}
+
+/// The header of a frame.
+fn header_of(
+    encoded: &EncodedChunk<'_>,
+    chunk: u32,
+    seq: u64,
+    placed: bool,
+    hasher: &PageHasher,
+) -> FrameHeader {
+    FrameHeader {
+        kind: FrameKind::Pages,
+        seq,
+        chunk,
+        encoded_len: encoded.encoded.len() as u32,
+        raw: encoded.raw,
+        zero: encoded.zero,
+        delta: encoded.delta,
+        zstd: encoded.zstd,
+        encoded_checksum: if encoded.encoded.is_empty() { 0 } else { hasher.checksum(encoded.encoded) },
+        placed,
+        references: !encoded.references.is_empty(),
+    }
+}
+
 /// Has the carrier place these raw pages, of those that a frame is to carry. Pages whose receipt differed when they were placed
 /// last time are sent from the snapshot.
 fn place(
@@ -398,7 +415,7 @@ fn place(
     sent: u64,
 ) -> Result<Option<Placement>, LaneError> {
     let source = stream.source();
-    if raw == 0 || source.by_copy.get(chunk) & raw != 0 {
+    if raw == 0 || !source.doubts.may_place(chunk, raw) {
         return Ok(None);
     }
     carrier.place(chunk, raw).map_err(|e| {
@@ -437,10 +454,6 @@ fn receipts_of(pages: u64, digests: &[PageDigest; 64]) -> [u64; 64] {
         *slot = receipt(digests[bit as usize]);
     }
     receipts
-}
-
-fn checksum_of(shared: &pagecopy::chunk::Shared, encoded: &[u8]) -> u64 {
-    if encoded.is_empty() { 0 } else { shared.hasher.checksum(encoded) }
 }
 
 fn count_pages(counters: &Counters, encoded: &EncodedChunk<'_>) {

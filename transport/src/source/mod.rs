@@ -4,6 +4,7 @@
 //! receipted when its stream dies makes its pages pending again, and so does a receipt that does not match. There is no
 //! other retransmission.
 
+mod doubt;
 mod feeder;
 mod flight;
 mod lane;
@@ -25,6 +26,7 @@ use pagecopy::chunk::Shared;
 use pagecopy::digest::{PageHasher, receipt};
 use pagecopy::layout::PAGE_SIZE;
 
+use doubt::Doubts;
 pub use feeder::Feeder;
 pub use flight::{LaneEnd, LaneError, Unreceipted};
 pub use lane::Lane;
@@ -153,8 +155,7 @@ pub struct PageSource {
     carried: PageBitmap,
     /// Pages that were no holes at the start.
     initial: PageBitmap,
-    /// Pages to be sent from a copy the next time, not placed from where they lie.
-    by_copy: PageBitmap,
+    doubts: Doubts,
     owners: Owners,
     pace: Pace,
     counters: Counters,
@@ -178,7 +179,7 @@ impl PageSource {
             shared: Shared::new(hasher, chunks, options.cache_bytes),
             carried: PageBitmap::new(chunks),
             initial: copy_of(&pending),
-            by_copy: PageBitmap::new(chunks),
+            doubts: Doubts::new(chunks, log.expects_writes()),
             owners: Owners::new(chunks),
             pace: Pace::new(),
             counters: Counters::default(),

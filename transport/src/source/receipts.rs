@@ -3,7 +3,6 @@
 use std::io;
 use std::sync::atomic::Ordering;
 
-use pagecopy::bitmap::bits;
 use pagecopy::layout::PAGE_SIZE;
 
 use super::flight::{LaneError, StreamState};
@@ -104,28 +103,17 @@ impl<'a> Receipts<'a> {
         self.fold = frame::fold_receipt(self.fold, bytes, hasher);
         let sent = self.stream.receipted(seq, source.now())?;
         let pages = sent.pages.count_ones() as usize;
-        let mut wrong = if count == pages { 0 } else { sent.pages };
-        for ((theirs, ours), bit) in digests.as_chunks::<8>().0.iter().zip(sent.digests).zip(bits(sent.pages))
-        {
-            if u64::from_le_bytes(*theirs) != ours {
-                wrong |= 1 << bit;
-            }
-        }
+        let verdict = source.doubts.judge(&sent, digests);
+        let wrong = verdict.wrong();
         if wrong != 0 {
-            // What lies there is not what was sent: it is no base for anything, and the pages are dirty again. Those that were
-            // sent from where they lie may be newer than what was hashed; sent from a copy next time, they have no excuse.
-            Counters::add(&source.counters.mismatches, (wrong & !sent.doubtful).count_ones().into());
-            Counters::add(&source.counters.torn, (wrong & sent.doubtful).count_ones().into());
+            // What lies there is not what was sent: it is no base for anything, and the pages are dirty again.
+            Counters::add(&source.counters.mismatches, verdict.damaged.count_ones().into());
+            Counters::add(&source.counters.torn, verdict.torn.count_ones().into());
             if !source.log.expects_writes() {
                 Counters::add(&source.counters.written, source.written_since(&sent, wrong));
             }
-            source.by_copy.insert(sent.chunk, wrong);
             source.shared.void(sent.chunk, wrong);
             source.pending.insert(sent.chunk, wrong);
-        }
-        let copied = source.by_copy.get(sent.chunk) & sent.pages & !wrong & !sent.doubtful;
-        if copied != 0 {
-            source.by_copy.remove(sent.chunk, copied);
         }
         Counters::add(&source.counters.wire_acked, sent.wire_bytes);
         Counters::add(&source.counters.logical_acked, (pages * PAGE_SIZE) as u64);
