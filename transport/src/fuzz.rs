@@ -338,7 +338,7 @@ pub fn postcopy(bytes: &[u8]) {
         seq += 1;
     }
     source.shutdown(std::net::Shutdown::Write).expect("it is connected");
-    let end = sink.receive(&Arc::new(Connection::Unix(destination)), u16::from(how & 8));
+    let end = sink.receive(&Arc::new(Connection::unix(destination)), u16::from(how & 8));
     assert!(
         !matches!(end, Ok(()) | Err(PostcopyError::Timeout { .. } | PostcopyError::Memory { .. })),
         "{end:?}"

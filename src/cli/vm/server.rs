@@ -192,10 +192,9 @@ impl Server {
         runtime.spawn(async move {
             loop {
                 match listener.accept().await {
-                    Ok((AsyncConnection::Unix(stream), _)) => {
-                        tokio::spawn(server.clone().client(stream));
+                    Ok((connection, _)) => {
+                        tokio::spawn(server.clone().client(connection));
                     }
-                    Ok(_) => {}
                     Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
                 }
             }
@@ -203,8 +202,8 @@ impl Server {
         Ok(runtime)
     }
 
-    async fn client(self, stream: tokio::net::UnixStream) {
-        let (reader, mut writer) = stream.into_split();
+    async fn client(self, connection: AsyncConnection) {
+        let (reader, mut writer) = tokio::io::split(connection);
         let mut reader = BufReader::new(reader.take(LINE_MAX));
         let mut line = Vec::new();
         while let Ok(Ok(1..)) =

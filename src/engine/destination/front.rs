@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
+use tokio::io::AsyncReadExt;
 use tokio::runtime::{Handle, Runtime};
 use transport::accept::StreamRequest;
 use transport::destination::ReceiveError;
@@ -393,7 +394,7 @@ impl Door {
                 Err((Some(connection), ErrorCode::Timeout, reason))
             }
             Ok(Err(e)) => Err((None, ErrorCode::Protocol, format!("it closed the connection: {e}"))),
-            Ok(Ok(())) => match Preamble::decode(&bytes) {
+            Ok(Ok(_)) => match Preamble::decode(&bytes) {
                 Ok(preamble) => Ok((connection, preamble)),
                 Err(e) => Err((Some(connection), code_of(&e), e.to_string())),
             },

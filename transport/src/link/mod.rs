@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
@@ -25,7 +26,7 @@ pub use exchange::Exchange;
 use reader::{Inbox, MessageReader};
 use writer::{Outgoing, Waiting, write};
 
-use crate::socket::{AsyncSocket, Connection, into_async};
+use crate::socket::Connection;
 use crate::wire::WireError;
 use crate::wire::control::Message;
 
@@ -127,7 +128,7 @@ impl Link {
         wrap: impl Fn(LinkEvent) -> E + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let _guard = runtime.enter();
-        let socket = into_async(connection)?;
+        let socket = connection.into_async()?;
         let (mut link, queue) = Self::new();
         let inbox = Inbox { events, wrap, unhandled_bytes: 0 };
         link.task =
@@ -143,7 +144,7 @@ impl Link {
 }
 
 async fn run<E, W: Fn(LinkEvent) -> E>(
-    socket: Box<dyn AsyncSocket>,
+    socket: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     timeout: Duration,
     queue: mpsc::UnboundedReceiver<Outgoing>,
     waiting: Arc<Waiting>,
@@ -227,7 +228,7 @@ mod tests {
 
     use crossbeam_channel::{Receiver, unbounded};
     use pagecopy::backend::StateBlob;
-    use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
     use tokio::time::Instant;
 
     use super::pace::PIECE;
@@ -244,7 +245,7 @@ mod tests {
         let (events, inbox) = unbounded();
         let wrap = |event| event;
         let to = Inbox { events, wrap, unhandled_bytes: 0 };
-        tokio::spawn(run(Box::new(ours), TIMEOUT, queue, link.waiting.clone(), to));
+        tokio::spawn(run(ours, TIMEOUT, queue, link.waiting.clone(), to));
         (link, inbox, theirs)
     }
 

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -237,7 +236,7 @@ impl Worker {
             list.push_guest(&memory.subslice(at, len).expect("pages of a chunk lie in its mapping"));
         }
         while !list.is_empty() {
-            match list.send(self.connection.as_fd()) {
+            match self.connection.send(&mut list) {
                 Ok(sent) => drop(server.counters.wire.fetch_add(sent as u64, Ordering::Relaxed)),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(self.io_error(e)),
@@ -262,7 +261,7 @@ impl Worker {
     fn read(&mut self, wait: bool) -> Result<(), PostcopyError> {
         let mut list = ReceiveList::new();
         list.push(&mut self.buffer[self.len..]);
-        let result = list.receive(self.connection.as_fd(), wait);
+        let result = self.connection.receive(&mut list, wait);
         drop(list);
         match result {
             Ok(0) => return Err(PostcopyError::Closed { stream: self.stream }),

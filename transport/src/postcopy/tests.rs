@@ -73,7 +73,7 @@ impl Pair {
         let (mut lanes, mut receivers) = (Vec::new(), Vec::new());
         for stream in 0..=pushing {
             let (ours, theirs) = UnixStream::pair().unwrap();
-            let theirs = Arc::new(Connection::Unix(theirs));
+            let theirs = Arc::new(Connection::unix(theirs));
             let receiving = sink.clone();
             receivers.push(std::thread::spawn(move || drop(receiving.receive(&theirs, stream))));
             lanes.push(Lane::spawn(&server, opened(ours), stream, ended.clone()).unwrap());
@@ -104,7 +104,7 @@ impl Drop for Pair {
 
 /// The source's end, as a lane wants it.
 fn opened(stream: UnixStream) -> Connection {
-    let connection = Connection::Unix(stream);
+    let connection = Connection::unix(stream);
     connection.set_timeouts(Some(Duration::from_millis(100)), Some(Duration::from_secs(20))).unwrap();
     connection
 }

@@ -31,7 +31,7 @@ impl Connection {
         let fail =
             |source: io::Error| SocketError::new(format!("cannot connect to {uri}{}", hint(&source)), source);
         match uri {
-            Uri::Unix(path) => connect_unix(path, limit).map(Self::Unix).map_err(fail),
+            Uri::Unix(path) => connect_unix(path, limit).map(Self::unix).map_err(fail),
             Uri::Tcp { host, port } | Uri::Rdma { host, port } => {
                 let addresses = find(host, *port, limit).map_err(|e| {
                     let hint = if is_cancelled(&e) { "" } else { ": the name does not resolve" };
@@ -41,7 +41,7 @@ impl Connection {
                 let count = addresses.len();
                 for (address, left) in addresses.into_iter().zip((1..=count).rev()) {
                     match connect_tcp(address, limit.share(left)) {
-                        Ok(stream) => return Ok(Self::Tcp(stream)),
+                        Ok(stream) => return Ok(Self::tcp(stream)),
                         Err(e) if lacks_scope(&address) => {
                             let hint = "a link-local address is one of an interface: add it, as in tcp:[fe80::1%eth0]:4444";
                             return Err(SocketError::new(format!("cannot connect to {uri}: {hint}"), e));

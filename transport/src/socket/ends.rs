@@ -1,7 +1,6 @@
 //! A stream over a socket: the ends of [`crate::carrier`].
 
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,7 +43,7 @@ impl FrameSender for Sender {
     fn send(&mut self, mut list: SendList<'_>) -> io::Result<u64> {
         let mut bytes = 0;
         while !list.is_empty() {
-            match list.send(self.0.as_fd()) {
+            match self.0.send(&mut list) {
                 Ok(sent) => bytes += sent as u64,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
@@ -66,7 +65,7 @@ struct Receiver(Arc<Connection>);
 
 impl FrameReceiver for Receiver {
     fn receive(&mut self, list: &mut ReceiveList<'_>, wait: bool) -> io::Result<usize> {
-        list.receive(self.0.as_fd(), wait)
+        self.0.receive(list, wait)
     }
 
     fn send(&mut self, receipts: &[u8]) -> io::Result<()> {

@@ -3,7 +3,6 @@
 use std::fs::Permissions;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -21,16 +20,18 @@ const BACKLOG: i32 = 1024;
 
 /// A listening socket; one for control and all streams.
 #[derive(Debug)]
-pub enum Listener {
-    /// On TCP.
+pub struct Listener(pub(super) Kind);
+
+#[derive(Debug)]
+pub(super) enum Kind {
     Tcp(TcpListener),
-    /// On a Unix socket; the path is removed when the listener is dropped, if it is still this one's.
+    /// The path is removed when the listener is dropped, if it is still this one's.
     Unix(UnixListener, UnixPath),
 }
 
 /// Where a Unix socket is, and which file it is there: none of a name in the abstract namespace.
 #[derive(Debug)]
-pub struct UnixPath {
+pub(super) struct UnixPath {
     path: PathBuf,
     /// Device and inode.
     file: Option<(u64, u64)>,
@@ -84,7 +85,7 @@ impl Listener {
                     }
                     _ => fail(hint(&e), e),
                 })?;
-                Ok(Self::Unix(listener, UnixPath::of(path)))
+                Ok(Self(Kind::Unix(listener, UnixPath::of(path))))
             }
             Uri::Tcp { host, port } | Uri::Rdma { host, port } => {
                 let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
@@ -92,7 +93,7 @@ impl Listener {
                     resolve(host, *port, true).map_err(|e| fail(": the name does not resolve", e))?
                 {
                     match listen_tcp(address) {
-                        Ok(listener) => return Ok(Self::Tcp(listener)),
+                        Ok(listener) => return Ok(Self(Kind::Tcp(listener))),
                         Err(e) => last = e,
                     }
                 }
@@ -103,58 +104,43 @@ impl Listener {
 
     /// Waits for a connection.
     pub fn accept(&self) -> io::Result<Connection> {
-        match self {
-            Self::Tcp(listener) => listener.accept().map(|(stream, _)| Connection::Tcp(stream)),
-            Self::Unix(listener, _) => listener.accept().map(|(stream, _)| Connection::Unix(stream)),
+        match &self.0 {
+            Kind::Tcp(listener) => listener.accept().map(|(stream, _)| Connection::tcp(stream)),
+            Kind::Unix(listener, _) => listener.accept().map(|(stream, _)| Connection::unix(stream)),
         }
     }
 
     /// Whether `accept` waits.
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
-        match self {
-            Self::Tcp(listener) => listener.set_nonblocking(nonblocking),
-            Self::Unix(listener, _) => listener.set_nonblocking(nonblocking),
+        match &self.0 {
+            Kind::Tcp(listener) => listener.set_nonblocking(nonblocking),
+            Kind::Unix(listener, _) => listener.set_nonblocking(nonblocking),
         }
     }
 
     /// The address of a TCP listener.
     pub fn address(&self) -> Option<SocketAddr> {
-        match self {
-            Self::Tcp(listener) => listener.local_addr().ok(),
-            Self::Unix(..) => None,
+        match &self.0 {
+            Kind::Tcp(listener) => listener.local_addr().ok(),
+            Kind::Unix(..) => None,
         }
     }
 
     /// The URI a source connects to: with the port that the system chose.
     pub fn uri(&self) -> Uri {
-        match self {
-            Self::Tcp(listener) => match listener.local_addr() {
+        match &self.0 {
+            Kind::Tcp(listener) => match listener.local_addr() {
                 Ok(address) => Uri::Tcp { host: host_of(&address), port: address.port() },
                 Err(_) => Uri::Tcp { host: String::new(), port: 0 },
             },
-            Self::Unix(_, at) => Uri::Unix(at.path.clone()),
-        }
-    }
-}
-
-impl AsRawFd for Listener {
-    fn as_raw_fd(&self) -> RawFd {
-        self.as_fd().as_raw_fd()
-    }
-}
-
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(listener) => listener.as_fd(),
-            Self::Unix(listener, _) => listener.as_fd(),
+            Kind::Unix(_, at) => Uri::Unix(at.path.clone()),
         }
     }
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Self::Unix(_, at) = self
+        if let Kind::Unix(_, at) = &self.0
             && at.file.is_some()
             && file_at(&at.path) == at.file
         {

@@ -12,10 +12,9 @@ use std::io;
 
 #[cfg(feature = "rdma")]
 pub(crate) use address::find;
-pub use connection::Connection;
-pub use listener::{Listener, UnixPath};
-pub use on_tokio::{AsyncConnection, AsyncListener};
-pub(crate) use on_tokio::{AsyncSocket, into_async};
+pub use connection::{AsyncConnection, Connection};
+pub use listener::Listener;
+pub use on_tokio::AsyncListener;
 
 /// A socket operation that failed, with the address and what can be done.
 #[derive(Debug, thiserror::Error)]

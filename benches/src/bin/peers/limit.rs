@@ -19,7 +19,7 @@ use pageferry::print;
 use rustix::pipe::SpliceFlags;
 use transport::socket::{Connection, Listener};
 use transport::uri::Uri;
-use vm_memory::{ReadVolatile, VolatileSlice, WriteVolatile};
+use vm_memory::VolatileSlice;
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 
 /// Bytes of a system call.
@@ -176,8 +176,10 @@ fn part(memory: &GuestMemory, at: u64, bytes: u64) -> io::Result<VolatileSlice<'
 
 fn write(source: &GuestMemory, to: &Connection, start: u64, bytes: u64) -> io::Result<()> {
     for at in (start..start + bytes).step_by(STEP as usize) {
-        let piece = part(source, at, STEP.min(start + bytes - at))?;
-        to.as_fd().write_all_volatile(&piece).map_err(io::Error::other)?;
+        let mut piece = part(source, at, STEP.min(start + bytes - at))?;
+        while !piece.is_empty() {
+            piece = piece.offset(to.send_memory(&piece)?).map_err(io::Error::other)?;
+        }
     }
     Ok(())
 }
@@ -196,7 +198,7 @@ fn splice(image: &Path, to: &Connection, start: u64, bytes: u64) -> io::Result<(
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         while within > 0 {
-            within -= rustix::pipe::splice(&reader, None, to, None, within, flags)?;
+            within -= to.send_piped(reader.as_fd(), within)?;
         }
     }
     Ok(())
@@ -205,8 +207,8 @@ fn splice(image: &Path, to: &Connection, start: u64, bytes: u64) -> io::Result<(
 fn receive(memory: &GuestMemory, from: &Connection, start: u64, bytes: u64) -> io::Result<()> {
     let mut at = start;
     while at < start + bytes {
-        let mut piece = part(memory, at, STEP.min(start + bytes - at))?;
-        match from.as_fd().read_volatile(&mut piece).map_err(io::Error::other)? {
+        let piece = part(memory, at, STEP.min(start + bytes - at))?;
+        match from.receive_memory(&piece)? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             length => at += length as u64,
         }
