@@ -15,7 +15,6 @@ const CIRCLES: &[(&str, &[&str])] = &[
     ("src/cli/bench", &["limit", "result"]),
     ("src/engine/destination", &["front", "postcopy"]),
     ("src/engine/source", &["resume", "watch"]),
-    ("transport/src/postcopy", &["receiver", "sink"]),
     ("vmm-shim/src", &["fault", "guest_memory", "placer"]),
     ("vmm-shim/src", &["guests", "vmm"]),
     ("vmm-shim/src/vmm", &["clock", "serial", "state", "state_vcpu", "vcpu"]),

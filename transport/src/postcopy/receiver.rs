@@ -1,20 +1,46 @@
 //! A connection at the destination: reads frames, opens them, places the pages of those that fit their seals, and receipts them.
 
 use std::io::{self, Read};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use pagecopy::layout::CHUNK_SIZE;
 
+use super::lane::FAULTS;
 use super::sealed::{Opener, check_sealed};
+use super::sink::TICK;
 use super::{MissingSink, PostcopyError};
 use crate::socket::Connection;
+use crate::sys::{self, Soon};
 use crate::wire::WireError;
 use crate::wire::frame::FrameHeader;
 use crate::wire::postcopy::SEAL_LEN;
 
+impl MissingSink {
+    /// Receives pages on connection `stream` until it ends. Blocks. The connection's preamble was answered.
+    pub fn receive(&self, connection: &Arc<Connection>, stream: u16) -> Result<(), PostcopyError> {
+        let failed = |source| PostcopyError::Io { stream, source };
+        connection.set_timeouts(Some(TICK), Some(self.timeout)).map_err(failed)?;
+        sys::run_soon(if stream == FAULTS { Soon::Urgent } else { Soon::Bulk });
+        if stream == FAULTS {
+            *self.writer() = Some(connection.clone());
+            // What was asked for on one that is gone.
+            let waiting: Vec<_> = self.waits().pages.keys().copied().collect();
+            waiting.into_iter().for_each(|(chunk, page)| self.request(chunk, page));
+        }
+        let result = run(self, connection, stream);
+        connection.shutdown();
+        if stream == FAULTS {
+            // Only if there is no newer one.
+            self.writer().take_if(|current| Arc::ptr_eq(current, connection));
+        }
+        result
+    }
+}
+
 /// Receives until the connection ends.
-pub(super) fn run(sink: &MissingSink, connection: &Connection, stream: u16) -> Result<(), PostcopyError> {
+fn run(sink: &MissingSink, connection: &Connection, stream: u16) -> Result<(), PostcopyError> {
     let mut worker = Worker { sink, connection, stream, frames: 0 };
     let (mut opener, mut body) = (Opener::new(), vec![0; CHUNK_SIZE]);
     loop {

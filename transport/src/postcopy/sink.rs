@@ -13,9 +13,7 @@ use pagecopy::layout::PAGE_SIZE;
 use pagecopy::postcopy::Latencies;
 use pagecopy::xbzrle::Page;
 
-use super::PostcopyError;
 use super::lane::FAULTS;
-use super::receiver;
 use crate::socket::Connection;
 use crate::sys::{self, Soon};
 use crate::wire::control::{Arrived, capability};
@@ -90,9 +88,9 @@ struct Came {
 
 /// Who waits.
 #[derive(Default)]
-struct Waits {
+pub(super) struct Waits {
     /// Chunk and page of the fault; thread and since when.
-    pages: BTreeMap<(u32, u32), Vec<(u32, Instant)>>,
+    pub(super) pages: BTreeMap<(u32, u32), Vec<(u32, Instant)>>,
     latencies: Latencies,
     threads: HashMap<u32, Duration>,
 }
@@ -179,12 +177,12 @@ impl MissingSink {
         }
     }
 
-    fn waits(&self) -> MutexGuard<'_, Waits> {
+    pub(super) fn waits(&self) -> MutexGuard<'_, Waits> {
         // A thread that panicked left at worst a wait that is counted and over.
         self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn writer(&self) -> MutexGuard<'_, Option<Arc<Connection>>> {
+    pub(super) fn writer(&self) -> MutexGuard<'_, Option<Arc<Connection>>> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -244,26 +242,6 @@ impl MissingSink {
             // Its worker notices, and the source opens another.
             connection.shutdown();
         }
-    }
-
-    /// Receives pages on connection `stream` until it ends. Blocks. The connection's preamble was answered.
-    pub fn receive(&self, connection: &Arc<Connection>, stream: u16) -> Result<(), PostcopyError> {
-        let failed = |source| PostcopyError::Io { stream, source };
-        connection.set_timeouts(Some(TICK), Some(self.timeout)).map_err(failed)?;
-        sys::run_soon(if stream == FAULTS { Soon::Urgent } else { Soon::Bulk });
-        if stream == FAULTS {
-            *self.writer() = Some(connection.clone());
-            // What was asked for on one that is gone.
-            let waiting: Vec<_> = self.waits().pages.keys().copied().collect();
-            waiting.into_iter().for_each(|(chunk, page)| self.request(chunk, page));
-        }
-        let result = receiver::run(self, connection, stream);
-        connection.shutdown();
-        if stream == FAULTS {
-            // Only if there is no newer one.
-            self.writer().take_if(|current| Arc::ptr_eq(current, connection));
-        }
-        result
     }
 
     /// Sends a receipt; between requests where these share the connection.
