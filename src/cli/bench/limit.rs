@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::engine::explain;
 use pageferry::pagecopy::backend::GuestRam;
-use pageferry::pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
+use pageferry::pagecopy::layout::{CHUNK_SIZE, Layout};
 use pageferry::pagecopy::zero::zero_pages;
 use pageferry::transport::socket::{Connection, Listener};
 use pageferry::transport::uri::Uri;
@@ -16,8 +16,6 @@ use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 use serde::{Deserialize, Serialize};
 
 use super::mix::in_parallel;
-use super::result::Run;
-use crate::cli::backing;
 
 /// Bytes that each try handles: far more than any cache holds.
 const BYTES: usize = 128 << 20;
@@ -47,16 +45,6 @@ pub(super) struct Limits {
     pub fault_anon_huge_gb_s: f64,
 }
 
-/// What a run reached of what the machine could do.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct OfLimit {
-    /// Of the least total time: for faulting the destination's memory in, finding its zeros and carrying its wire bytes, one
-    /// after the other with all cores. None for memory that is written meanwhile, or of huge pages from the reserve.
-    pub total: Option<f64>,
-    /// Of the socket's rate, by wire bytes over the time after setup.
-    pub wire: f64,
-}
-
 impl Limits {
     /// Measures the machine; `uri` is where to listen for the socket's rate.
     pub(super) fn measure(uri: &Uri) -> Result<Self, String> {
@@ -76,30 +64,6 @@ impl Limits {
             fault_anon_4k_gb_s: round(faults(&Backing::Anonymous { huge: false })?),
             fault_anon_huge_gb_s: round(faults(&Backing::Anonymous { huge: true })?),
         })
-    }
-
-    /// What `run` into memory of this kind reached.
-    pub(super) fn of(&self, run: &Run, memory: &str) -> OfLimit {
-        let page = PAGE_SIZE as f64;
-        let pages = &run.pages;
-        let (present, zero) = ((pages.total - pages.hole) as f64 * page, pages.zero as f64 * page);
-        // Memory that is not brought in ahead stays untouched where zeros come.
-        let faults = match backing::parse(memory) {
-            Ok(Backing::Anonymous { huge: true }) => Some(present / self.fault_anon_huge_gb_s),
-            Ok(Backing::Anonymous { huge: false }) => Some(present / self.fault_anon_4k_gb_s),
-            Ok(Backing::Memfd | Backing::File { .. }) => Some((present - zero) / self.fault_memfd_gb_s),
-            Ok(Backing::MemfdHuge) | Err(_) => None,
-        };
-        let wire = run.wire_bytes as f64;
-        let least_ns = |faults: f64| faults + zero / self.zero_scan_gb_s + wire / self.socket_gb_s;
-        let after_setup_ns = ((run.total_ms - run.setup_ms) * 1e6).max(1.0);
-        let hundredths = |value: f64| (value * 100.0).round() / 100.0;
-        OfLimit {
-            total: faults
-                .filter(|_| run.writing.is_none())
-                .map(|faults| hundredths(least_ns(faults) / (run.total_ms * 1e6).max(1.0))),
-            wire: hundredths(wire / after_setup_ns / self.socket_gb_s),
-        }
     }
 
     /// The limits, in a line each.
@@ -222,8 +186,6 @@ fn sockets(uri: &Uri, connections: usize) -> io::Result<f64> {
 
 #[cfg(test)]
 mod tests {
-    use pageferry::engine::report::Pages;
-
     use super::*;
 
     const LIMITS: Limits = Limits {
@@ -237,23 +199,7 @@ mod tests {
     };
 
     #[test]
-    fn ratios_are_by_what_must_be_done() {
-        let pages = Pages { total: 3 << 20, hole: 1 << 20, zero: 1 << 20, raw: 1 << 20, ..Pages::default() };
-        let gib = (1u64 << 30) as f64;
-        let run = Run { total_ms: 5000.0, setup_ms: 1000.0, pages, wire_bytes: 4 << 30, ..Run::default() };
-        let of = |memory| LIMITS.of(&run, memory);
-        // 8 GiB to fault in (4 that are no zeros into a memfd), 4 GiB of zeros, 4 GiB on the wire.
-        let expect = |faults: f64| {
-            let seconds = (faults + 4.0 * gib / 20.0 + 4.0 * gib / 5.0) / 1e9;
-            Some((seconds / 5.0 * 100.0).round() / 100.0)
-        };
-        assert_eq!(of("anon").total, expect(8.0 * gib / 10.0));
-        assert_eq!(of("anon4k").total, expect(8.0 * gib / 3.0));
-        assert_eq!(of("memfd").total, expect(4.0 * gib / 2.0));
-        assert_eq!(of("hugetlb").total, None);
-        assert_eq!(of("anon").wire, 0.21);
-        let live = Run { writing: Some(Default::default()), ..run.clone() };
-        assert_eq!(LIMITS.of(&live, "anon").total, None);
+    fn limits_are_told_in_a_line_each() {
         let text = LIMITS.text("tcp");
         assert!(text.contains("tcp, 2 connections") && text.contains("5.00 GB/s"), "{text}");
     }

@@ -6,6 +6,7 @@
 mod dirtier;
 mod hosts;
 mod limit;
+mod listening;
 mod live;
 mod live_args;
 mod mix;
@@ -32,7 +33,7 @@ use self::live_args::LiveArgs;
 use self::mix::Mix;
 use self::pair::Running;
 use self::plan::{Image, Plan};
-use self::result::Results;
+use self::result::{OfLimit, Results};
 use super::folder::Folder;
 use super::tuning::TuningArgs;
 use super::{CliError, Exit, backing, size, stop};
@@ -176,7 +177,8 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
     };
     let mut rows = plan.measure()?;
     for row in &mut rows {
-        row.of_limit = limits.zip(row.median.as_ref()).map(|(limits, run)| limits.of(run, &args.memory));
+        row.of_limit =
+            limits.zip(row.median.as_ref()).map(|(limits, run)| OfLimit::of(&limits, run, &args.memory));
     }
     let results = Results {
         ram_bytes: image.bytes,

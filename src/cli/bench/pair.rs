@@ -4,9 +4,6 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use pageferry::transport::uri::Uri;
-
-use super::hosts::There;
 use super::side::{DestinationOrder, Order, Outcome, Place, SourceOrder, Word};
 
 /// Longest line that a side may say, in bytes.
@@ -141,44 +138,6 @@ impl Here {
     /// What its run came to.
     pub(super) fn outcome(&mut self) -> Result<Outcome, String> {
         self.side.outcome()
-    }
-}
-
-/// A destination that listens.
-pub(super) enum Listening {
-    /// On this host.
-    Here(Here),
-    /// On another one.
-    There(There),
-}
-
-impl Listening {
-    /// Starts a destination, on the host that listens at `host` if one is named.
-    pub(super) fn start(
-        host: Option<&Uri>,
-        order: DestinationOrder,
-        running: &Running,
-    ) -> Result<Self, String> {
-        match host {
-            Some(host) => There::start(host, &order).map(Self::There),
-            None => Here::start(order, running).map(Self::Here),
-        }
-    }
-
-    /// Where it listens.
-    pub(super) fn place(&self) -> &Place {
-        match self {
-            Self::Here(here) => &here.place,
-            Self::There(there) => &there.place,
-        }
-    }
-
-    /// What its run came to.
-    pub(super) fn outcome(&mut self) -> Result<Outcome, String> {
-        match self {
-            Self::Here(here) => here.outcome(),
-            Self::There(there) => there.outcome(),
-        }
     }
 }
 

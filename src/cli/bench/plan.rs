@@ -8,8 +8,9 @@ use pageferry::pagecopy::layout::Layout;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 
 use super::BenchArgs;
+use super::listening::Listening;
 use super::live::Dirtying;
-use super::pair::{self, Listening, Running};
+use super::pair::{self, Running};
 use super::result::{Row, Run};
 use super::series::Series;
 use super::side::{DestinationOrder, SourceOrder, Transfer};

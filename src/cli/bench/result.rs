@@ -2,13 +2,51 @@
 
 use pageferry::engine::report::{Pages, Times};
 use pageferry::pagecopy::layout::PAGE_SIZE;
+use pageferry::vmm_shim::guest_memory::Backing;
 use serde::{Deserialize, Serialize};
 
-use super::limit::{Limits, OfLimit};
+use super::limit::Limits;
 use super::live::{Dirtying, Writing};
 use super::series::Series;
 use super::side::Outcome;
+use crate::cli::backing;
 use crate::cli::stats::median;
+
+/// What a run reached of what the machine could do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct OfLimit {
+    /// Of the least total time: for faulting the destination's memory in, finding its zeros and carrying its wire bytes, one
+    /// after the other with all cores. None for memory that is written meanwhile, or of huge pages from the reserve.
+    pub total: Option<f64>,
+    /// Of the socket's rate, by wire bytes over the time after setup.
+    pub wire: f64,
+}
+
+impl OfLimit {
+    /// What `run` into memory of this kind reached.
+    pub(super) fn of(limits: &Limits, run: &Run, memory: &str) -> Self {
+        let page = PAGE_SIZE as f64;
+        let pages = &run.pages;
+        let (present, zero) = ((pages.total - pages.hole) as f64 * page, pages.zero as f64 * page);
+        // Memory that is not brought in ahead stays untouched where zeros come.
+        let faults = match backing::parse(memory) {
+            Ok(Backing::Anonymous { huge: true }) => Some(present / limits.fault_anon_huge_gb_s),
+            Ok(Backing::Anonymous { huge: false }) => Some(present / limits.fault_anon_4k_gb_s),
+            Ok(Backing::Memfd | Backing::File { .. }) => Some((present - zero) / limits.fault_memfd_gb_s),
+            Ok(Backing::MemfdHuge) | Err(_) => None,
+        };
+        let wire = run.wire_bytes as f64;
+        let least_ns = |faults: f64| faults + zero / limits.zero_scan_gb_s + wire / limits.socket_gb_s;
+        let after_setup_ns = ((run.total_ms - run.setup_ms) * 1e6).max(1.0);
+        let hundredths = |value: f64| (value * 100.0).round() / 100.0;
+        Self {
+            total: faults
+                .filter(|_| run.writing.is_none())
+                .map(|faults| hundredths(least_ns(faults) / (run.total_ms * 1e6).max(1.0))),
+            wire: hundredths(wire / after_setup_ns / limits.socket_gb_s),
+        }
+    }
+}
 
 /// The whole result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -458,5 +496,35 @@ mod tests {
         assert_eq!(size_text(4 << 30), "4 GiB");
         assert_eq!(size_text(24 << 20), "24 MiB");
         assert_eq!(size_text(20 << 10), "20 KiB");
+    }
+
+    const LIMITS: Limits = Limits {
+        memcpy_gb_s: 10.0,
+        socket_gb_s: 5.0,
+        socket_connections: 2,
+        zero_scan_gb_s: 20.0,
+        fault_memfd_gb_s: 2.0,
+        fault_anon_4k_gb_s: 3.0,
+        fault_anon_huge_gb_s: 10.0,
+    };
+
+    #[test]
+    fn ratios_are_by_what_must_be_done() {
+        let pages = Pages { total: 3 << 20, hole: 1 << 20, zero: 1 << 20, raw: 1 << 20, ..Pages::default() };
+        let gib = (1u64 << 30) as f64;
+        let run = Run { total_ms: 5000.0, setup_ms: 1000.0, pages, wire_bytes: 4 << 30, ..Run::default() };
+        let of = |memory| OfLimit::of(&LIMITS, &run, memory);
+        // 8 GiB to fault in (4 that are no zeros into a memfd), 4 GiB of zeros, 4 GiB on the wire.
+        let expect = |faults: f64| {
+            let seconds = (faults + 4.0 * gib / 20.0 + 4.0 * gib / 5.0) / 1e9;
+            Some((seconds / 5.0 * 100.0).round() / 100.0)
+        };
+        assert_eq!(of("anon").total, expect(8.0 * gib / 10.0));
+        assert_eq!(of("anon4k").total, expect(8.0 * gib / 3.0));
+        assert_eq!(of("memfd").total, expect(4.0 * gib / 2.0));
+        assert_eq!(of("hugetlb").total, None);
+        assert_eq!(of("anon").wire, 0.21);
+        let live = Run { writing: Some(Default::default()), ..run.clone() };
+        assert_eq!(OfLimit::of(&LIMITS, &live, "anon").total, None);
     }
 }
