@@ -11,8 +11,8 @@ use pagecopy::bitmap::PageBitmap;
 use pagecopy::layout::PAGE_SIZE;
 use vm_memory::Bytes;
 use vmm_shim::guest_memory::{Backing, GuestMemory};
-use vmm_shim::guests::writer::{FIRST_FREE, Writer};
 use vmm_shim::uffd_log::UffdLog;
+use vmm_shim::vmm::writer::{FIRST_FREE, Writer};
 use vmm_shim::vmm::{self, GuestImage, Tracker, Vm, VmConfig};
 
 const BYTES: u64 = 256 << 20;

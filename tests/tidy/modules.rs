@@ -14,8 +14,6 @@ const CIRCLES: &[(&str, &[&str])] = &[
     ("src/engine/destination", &["front", "postcopy"]),
     ("src/engine/source", &["resume", "watch"]),
     ("vmm-shim/src", &["fault", "guest_memory", "placer"]),
-    ("vmm-shim/src", &["guests", "vmm"]),
-    ("vmm-shim/src/vmm", &["clock", "serial", "state", "state_vcpu", "vcpu"]),
 ];
 
 /// A module's path from its crate's root; the root has none.

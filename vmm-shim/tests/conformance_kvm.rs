@@ -13,8 +13,8 @@ use pagecopy::layout::{Layout, PAGE_SIZE, Region};
 use vmm_shim::conformance::{Page, Subject, check};
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 use vmm_shim::guests::map;
-use vmm_shim::guests::writer::{FIRST_FREE, Writer};
 use vmm_shim::uffd_log::UffdLog;
+use vmm_shim::vmm::writer::{FIRST_FREE, Writer};
 use vmm_shim::vmm::{GuestImage, Tracker, Vm, VmConfig};
 
 const MIB: u64 = 1 << 20;

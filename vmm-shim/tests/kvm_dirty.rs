@@ -12,7 +12,7 @@ use pagecopy::backend::{DirtyLog, Guest, GuestRam};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::layout::{Layout, PAGE_SIZE, Region};
 use vmm_shim::guests::counter::{Checker, CounterParams, Side};
-use vmm_shim::guests::writer::{FIRST_FREE, Writer};
+use vmm_shim::vmm::writer::{FIRST_FREE, Writer};
 use vmm_shim::vmm::{GuestImage, Tracker, Vm};
 
 const MIB: u64 = 1 << 20;

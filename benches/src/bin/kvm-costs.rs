@@ -12,7 +12,7 @@ use pagecopy::bitmap::PageBitmap;
 use pageferry::print;
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 use vmm_shim::guests::counter::CounterParams;
-use vmm_shim::guests::writer::{FIRST_FREE, Writer};
+use vmm_shim::vmm::writer::{FIRST_FREE, Writer};
 use vmm_shim::vmm::{self, GuestImage, Tracker, Vm, VmConfig, VmState};
 
 const MIB: u64 = 1 << 20;

@@ -19,7 +19,7 @@ const TABLE: u64 = map::FIRMWARE + 0x20;
 /// # Errors
 /// If the RAM has no region at 0 that holds the first 16 KiB.
 pub fn write(ram: &dyn GuestRam) -> Result<&'static [u8], vm_memory::VolatileMemoryError> {
-    let tss_limit = u64::from(crate::vmm::TSS_LIMIT);
+    let tss_limit = u64::from(map::TSS_LIMIT);
     // Flat segments (Intel SDM 3A, 3.4.5), at the selectors that firmware.s and boot.rs use.
     let table: [u64; 8] = [
         0,

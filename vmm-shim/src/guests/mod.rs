@@ -8,13 +8,12 @@
 //! |---|---|
 //! | [`counter`] | writes its working set page by page, verifies what it wrote the pass before, prints a chain of values |
 //! | mem-test | walks an array for ever, adding one to a byte in each KiB; prints a dot a pass |
-//! | [`writer`] | writes the pages it is told to, for tests of dirty trackers |
+//! | [`writer`](crate::vmm::writer) | writes the pages it is told to, for tests of dirty trackers |
 //! | boot sector | real mode: the same walk over low memory; what a `FILE` image looks like |
 
 pub mod counter;
 pub mod firmware;
 mod sys;
-pub mod writer;
 
 use std::io;
 
@@ -40,6 +39,8 @@ pub mod map {
     pub const STACKS: u64 = 0x4000;
     /// The task state segment with its I/O bitmap: three pages.
     pub const TSS: u64 = 0xc000;
+    /// Offset of its last byte: 104 bytes, a bit for each of 65536 ports, and a byte of ones behind that.
+    pub const TSS_LIMIT: u32 = 104 + 8192;
     /// The code of a 64-bit guest.
     pub const CODE: u64 = 0x1_0000;
     /// End of the room for code.

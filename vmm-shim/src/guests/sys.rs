@@ -33,7 +33,7 @@ code! {
     pub mem_test_code, pageferry_memtest_start, pageferry_memtest_end
 }
 code! {
-    /// The code of [`writer`](super::writer).
+    /// The code of [`writer`](crate::vmm::writer).
     pub writer_code, pageferry_writer_start, pageferry_writer_end
 }
 code! {

@@ -34,8 +34,7 @@ const TSS_LEN: u32 = 104;
 const TSS_IO_BASE: usize = 102;
 /// One bit for each port.
 const IO_BITMAP_LEN: usize = 8192;
-/// Offset of the last byte of a TSS with its I/O bitmap and the byte of ones behind that.
-pub(crate) const TSS_LIMIT: u32 = TSS_LEN + IO_BITMAP_LEN as u32;
+const _: () = assert!(map::TSS_LIMIT == TSS_LEN + IO_BITMAP_LEN as u32);
 
 const PRESENT: u64 = 1;
 const WRITE: u64 = 1 << 1;
@@ -179,7 +178,7 @@ pub(crate) fn set_registers(vcpu: &VcpuFd, image: &GuestImage, index: u8) -> Res
         selector: 0x28,
         type_: 11,
         present: 1,
-        limit: TSS_LIMIT,
+        limit: map::TSS_LIMIT,
         ..kvm_segment::default()
     };
     sregs.ldt = kvm_segment { unusable: 1, ..kvm_segment::default() };

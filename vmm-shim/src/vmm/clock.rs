@@ -8,7 +8,7 @@ use kvm_ioctls::VcpuFd;
 use pagecopy::backend::{BackendError, StateBlob};
 
 use super::Vm;
-use super::state::{Reader, blob, vcpu_error};
+use super::blobs::{Reader, blob, vcpu_error};
 use super::vcpu::lock;
 use crate::kvm::sys::{set_tsc_offset, tsc_offset};
 

@@ -8,6 +8,7 @@
 //! [`Vm`] implements [`Guest`], so it migrates: [`state`] tells what its state is made of and how time goes
 //! on.
 
+mod blobs;
 mod boot;
 mod clock;
 mod last;
@@ -15,6 +16,7 @@ mod serial;
 pub mod state;
 mod state_vcpu;
 mod vcpu;
+pub mod writer;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -38,7 +40,6 @@ use crate::guests::map;
 use crate::kvm::bitmap_log::Manual;
 use crate::kvm::sys::{DirtyRing, install_kick_handler, set_slot};
 use crate::kvm::{KvmBitmapLog, KvmRingLog, OpenError, Slots, ring_log};
-pub(crate) use boot::TSS_LIMIT;
 use serial::Serial;
 use vcpu::{Machine, Vcpu, Want, lock};
 
@@ -66,7 +67,7 @@ pub enum GuestImage {
         /// Length of the array.
         bytes: u64,
     },
-    /// The [writer](crate::guests::writer).
+    /// The [writer].
     Writer,
     /// 64-bit user-mode code, at most 64 KiB, that all vCPUs begin: `rdi` is the vCPU's number.
     User64(Vec<u8>),

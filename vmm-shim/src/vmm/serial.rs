@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use crate::vmm::state::Reader;
+use super::blobs::Reader;
 
 /// First port of COM1.
 pub(crate) const PORT: u16 = 0x3f8;

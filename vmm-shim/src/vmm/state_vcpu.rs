@@ -11,8 +11,8 @@ use kvm_ioctls::VcpuFd;
 use pagecopy::backend::{BackendError, StateBlob};
 
 use super::Vm;
+use super::blobs::{Blobs, Reader, blob, check_len, vcpu_error};
 use super::clock::MSR_TSC;
-use super::state::{Blobs, Reader, blob, check_len, vcpu_error};
 use super::vcpu::{Vcpu, lock};
 use crate::kvm::sys::{get_struct, get_xsave2, ior, iow, set_struct, set_xsave, xsave_len};
 

@@ -10,8 +10,8 @@ use std::time::Duration;
 use pagecopy::backend::{BackendError, Guest};
 use vm_memory::Bytes;
 
-use super::map;
-use crate::vmm::Vm;
+use super::Vm;
+use crate::guests::map;
 
 /// Where the list of addresses is: 64-bit words up to [`FIRST_FREE`].
 const LIST: u64 = map::FREE;
