@@ -5,13 +5,11 @@
 //! [`pagecopy::backend`], and nothing else.
 
 pub mod conformance;
-mod fault;
 pub mod guest_memory;
 pub mod guests;
 pub mod kvm;
 pub mod lost_room;
 mod pagemap;
-mod placer;
 mod ram_file;
 pub mod room;
 mod sys;
