@@ -17,7 +17,6 @@ const ALLOWED: &[(&str, usize)] = &[
     ("src/engine/source.rs", 820),
     ("src/engine/source/converge.rs::advice_is_what_can_help", 84),
     ("tests/hostile/to_destination.rs::bad_frames_end_their_stream_with_the_reason", 94),
-    ("transport/src/rdma/sys.rs", 851),
     ("transport/src/session.rs", 799),
     ("transport/src/simulation/source.rs", 869),
 ];
