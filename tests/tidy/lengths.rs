@@ -10,7 +10,6 @@ const FUNCTION_LINES_MAX: usize = 80;
 
 /// What is longer: a file, or a function of one, and its lines. None of them may grow, and one that no longer needs this must leave.
 const ALLOWED: &[(&str, usize)] = &[
-    ("pagecopy/src/chunk.rs", 844),
     ("src/cli/vm/server.rs", 703),
     ("src/engine/destination.rs", 841),
     ("src/engine/report.rs::summary", 128),
