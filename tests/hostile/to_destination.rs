@@ -388,16 +388,9 @@ fn referring_frame(references: &[(u32, u64)], hasher: &PageHasher) -> Vec<u8> {
     [&header.encode(hasher)[..], &section].concat()
 }
 
-#[test]
-fn bad_frames_end_their_stream_with_the_reason() {
-    let _turn = turn();
-    let job = Job::new(Image::Random, MIB);
-    let recv = Recv::to_file(&job.to, TIMEOUT);
-    // Four whole chunks and one of three pages.
-    let offer = Hello { capabilities: 3 | 16, ..hello((MIB + 3 * PAGE) as u64) };
-    let mut control = open_session(recv.port(), offer);
-    let hasher = PageHasher::new(SEED);
-    let encode = |header: FrameHeader| header.encode(&hasher).to_vec();
+/// Frames that are none, or that must not come first, each with words of the reason that it is refused with.
+fn bad_frames(hasher: &PageHasher) -> Vec<(Vec<u8>, &'static str)> {
+    let encode = |header: FrameHeader| header.encode(hasher).to_vec();
     let flipped = |at: usize| {
         let mut bytes = encode(raw_frame(0, 0, 1));
         bytes[at] ^= 0x10;
@@ -411,12 +404,12 @@ fn bad_frames_end_their_stream_with_the_reason() {
         bytes
     };
     let damaged_section = {
-        let mut bytes = encoded_frame(1, 0, &[3, 0, 0, 1, 9], &hasher);
+        let mut bytes = encoded_frame(1, 0, &[3, 0, 0, 1, 9], hasher);
         *bytes.last_mut().unwrap() ^= 1;
         bytes
     };
     let other_session = raw_frame(0, 0, 1).encode(&PageHasher::new(SEED + 1)).to_vec();
-    for (bytes, words) in [
+    vec![
         (vec![0; 72], "bad magic"),
         (flipped(0), "bad magic"),
         (flipped(20), "checksum of frame header"),
@@ -434,27 +427,39 @@ fn bad_frames_end_their_stream_with_the_reason() {
         (encode(FrameHeader { zstd: 2, encoded_len: u32::MAX, ..raw_frame(0, 0, 1) }), "encoded_len"),
         (encode(FrameHeader { zstd: 2, ..raw_frame(0, 0, 1) }), "encoded_len"),
         (damaged_section, "checksum of encoded section"),
-        (encoded_frame(1, 0, &[1, 0, 0], &hasher), "delta of page 0 is malformed"),
-        (encoded_frame(1, 0, &[4, 0, 0xff, 0x1f, 9, 9], &hasher), "past the page's end"),
-        (encoded_frame(1, 0, &[0xff, 0xff, 0], &hasher), "65535 bytes"),
-        (encoded_frame(1, 0, &[3, 0, 0, 1, 9, 9], &hasher), "follow the last delta"),
-        (encoded_frame(0, 1, b"this is not zstd", &hasher), "not exactly one zstd frame"),
+        (encoded_frame(1, 0, &[1, 0, 0], hasher), "delta of page 0 is malformed"),
+        (encoded_frame(1, 0, &[4, 0, 0xff, 0x1f, 9, 9], hasher), "past the page's end"),
+        (encoded_frame(1, 0, &[0xff, 0xff, 0], hasher), "65535 bytes"),
+        (encoded_frame(1, 0, &[3, 0, 0, 1, 9, 9], hasher), "follow the last delta"),
+        (encoded_frame(0, 1, b"this is not zstd", hasher), "not exactly one zstd frame"),
         // A good frame of 8192 bytes where one page is announced: nothing is written past it.
         (
-            encoded_frame(0, 1, b"\x28\xb5\x2f\xfd\x60\x00\x1f\x02\x80\x00a\x03\x80\x00b", &hasher),
+            encoded_frame(0, 1, b"\x28\xb5\x2f\xfd\x60\x00\x1f\x02\x80\x00a\x03\x80\x00b", hasher),
             "announces Some(8192) bytes",
         ),
         // Nothing was sent yet: not this page, and not itself; and there is no such chunk, or page of it.
-        (referring_frame(&[(1, 1)], &hasher), "not all of them were sent"),
-        (referring_frame(&[(0, 1)], &hasher), "not all of them were sent"),
-        (referring_frame(&[(5, 1)], &hasher), "not all of them were sent"),
-        (referring_frame(&[(u32::MAX, 1)], &hasher), "not all of them were sent"),
-        (referring_frame(&[(4, 0b1000)], &hasher), "not all of them were sent"),
-        (referring_frame(&[], &hasher), "refers to 0 chunks"),
-        (referring_frame(&[(1, 0)], &hasher), "names no page"),
+        (referring_frame(&[(1, 1)], hasher), "not all of them were sent"),
+        (referring_frame(&[(0, 1)], hasher), "not all of them were sent"),
+        (referring_frame(&[(5, 1)], hasher), "not all of them were sent"),
+        (referring_frame(&[(u32::MAX, 1)], hasher), "not all of them were sent"),
+        (referring_frame(&[(4, 0b1000)], hasher), "not all of them were sent"),
+        (referring_frame(&[], hasher), "refers to 0 chunks"),
+        (referring_frame(&[(1, 0)], hasher), "names no page"),
         // The rest of the frame never comes.
         (encode(raw_frame(0, 0, 1)), "in the middle of a frame for 1 s"),
-    ] {
+    ]
+}
+
+#[test]
+fn bad_frames_end_their_stream_with_the_reason() {
+    let _turn = turn();
+    let job = Job::new(Image::Random, MIB);
+    let recv = Recv::to_file(&job.to, TIMEOUT);
+    // Four whole chunks and one of three pages.
+    let offer = Hello { capabilities: 3 | 16, ..hello((MIB + 3 * PAGE) as u64) };
+    let mut control = open_session(recv.port(), offer);
+    let hasher = PageHasher::new(SEED);
+    for (bytes, words) in bad_frames(&hasher) {
         let mut stream = open_stream(recv.port(), 0);
         stream.write(&bytes);
         match control.receive() {
@@ -466,7 +471,7 @@ fn bad_frames_end_their_stream_with_the_reason() {
         assert!(stream.receive().is_none(), "{words:?}: the stream is closed");
     }
     // Cut inside raw pages, and before any frame.
-    for bytes in [&[encode(raw_frame(0, 0, 1)), vec![1; 100]].concat()[..], &[]] {
+    for bytes in [&[&raw_frame(0, 0, 1).encode(&hasher)[..], &[1; 100]].concat()[..], &[]] {
         let mut stream = open_stream(recv.port(), 0);
         stream.write(bytes);
         drop(stream);

@@ -1,6 +1,7 @@
 //! The control socket of a `vm` process, and what its requests do.
 
 mod recording;
+mod refusal;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -26,6 +27,7 @@ use super::super::{CliError, Exit};
 use super::machine::Machine;
 use super::sys;
 use recording::Recording;
+use refusal::not_here;
 
 /// A client that says nothing for this long is left.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -681,23 +683,4 @@ impl Server {
         api.shutdown_timeout(Duration::from_millis(200));
         result.map_err(|text| CliError { exit: Exit::Failed, text })
     }
-}
-
-/// Why a guest does not do what it was asked; `forcible` where the request has a `--force`.
-fn not_here(state: RunState, forcible: bool) -> String {
-    match state {
-        RunState::Incoming => "no guest has come in yet",
-        RunState::Migrated if forcible => {
-            "the guest was migrated away and runs at the destination; --force overrides, and then it may run twice"
-        }
-        RunState::Migrated => "the guest was migrated away and runs at the destination",
-        RunState::Unknown if forcible => {
-            "the last handover was not confirmed: make sure that the destination does not run the guest, then use --force"
-        }
-        RunState::Unknown => {
-            "the last handover was not confirmed: make sure that the destination does not run the guest, then `resume --force`"
-        }
-        _ => "the guest does not run",
-    }
-    .into()
 }
