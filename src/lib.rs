@@ -13,11 +13,10 @@ extern crate self as pageferry;
 #[allow(rustdoc::broken_intra_doc_links)]
 #[doc(hidden)]
 pub mod cli;
-pub mod engine;
 pub mod measure;
 pub mod print;
-pub mod reserve;
 
 pub use pagecopy;
 pub use transport;
+pub use transport::{engine, reserve};
 pub use vmm_shim;

@@ -96,6 +96,11 @@ pub trait GuestRam: Send + Sync {
         let _ = (first, count);
     }
 
+    /// Bytes of memory that may be brought in ahead of its content without making this host swap; as good as endless where nobody knows.
+    fn spare_bytes(&self) -> u64 {
+        u64::MAX
+    }
+
     /// Whether [`enlarge`](Self::enlarge) is worth calling.
     fn enlarges(&self) -> bool {
         false

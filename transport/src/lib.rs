@@ -10,6 +10,7 @@ pub mod carrier;
 mod clock;
 pub mod destination;
 pub mod dial;
+pub mod engine;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
@@ -27,6 +28,7 @@ pub mod rdma;
 #[cfg(not(feature = "rdma"))]
 #[path = "rdma/absent.rs"]
 pub mod rdma;
+pub mod reserve;
 pub mod session;
 #[cfg(test)]
 mod simulation;

@@ -541,6 +541,10 @@ impl GuestRam for GuestMemory {
         }
     }
 
+    fn spare_bytes(&self) -> u64 {
+        room::spare_memory_bytes()
+    }
+
     fn enlarges(&self) -> bool {
         self.enlarges
     }

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
-use pageferry::engine::{available_memory_bytes, explain};
+use pageferry::engine::explain;
 use pageferry::pagecopy::backend::GuestRam;
 use pageferry::pagecopy::layout::Layout;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
+use pageferry::vmm_shim::room::spare_memory_bytes;
 
 use super::BenchArgs;
 use super::listening::Listening;
@@ -101,7 +102,7 @@ impl Image {
         }
         // Of what is no hole: the image, memory that is written, the destination's.
         let copies = 1 + u64::from(live) + u64::from(args.uri.is_none());
-        let (needed, free) = (args.ram as f64 * args.mix.present() * copies as f64, available_memory_bytes());
+        let (needed, free) = (args.ram as f64 * args.mix.present() * copies as f64, spare_memory_bytes());
         if needed > free as f64 {
             return Err(format!(
                 "--ram {}: this composition takes {} MiB of this host, and {} MiB are free; take less, or more holes",

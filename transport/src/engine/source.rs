@@ -18,6 +18,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::dial::{Dialler, OpenError, warm_up};
+use crate::host::{Host, Side};
+use crate::link::LinkError;
+use crate::local::{check_headroom, source_bytes};
+use crate::panic_text;
+use crate::postcopy::PostcopyError;
+use crate::session::SessionError;
+use crate::socket::SocketError;
+use crate::source::{FatalError, Feeder, PageSource, SourceOptions};
+use crate::spent::Spent;
+use crate::streams::StreamsError;
+use crate::uri::Uri;
+use crate::wire::WireError;
+use crate::wire::control::{
+    ErrorCode, Hello, Message, PRESENCE_CHUNKS, Totals, Welcome, capability, state_digest,
+};
 use crossbeam_channel::RecvTimeoutError;
 use pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, StateBlob};
 use pagecopy::bitmap::PageBitmap;
@@ -26,22 +42,6 @@ use pagecopy::digest::PageHasher;
 use pagecopy::layout::PAGE_SIZE;
 use pagecopy::policy::OnTimeout;
 use pagecopy::zero::is_zero;
-use transport::dial::{Dialler, OpenError, warm_up};
-use transport::host::{Host, Side};
-use transport::link::LinkError;
-use transport::local::{check_headroom, source_bytes};
-use transport::panic_text;
-use transport::postcopy::PostcopyError;
-use transport::session::SessionError;
-use transport::socket::SocketError;
-use transport::source::{FatalError, Feeder, PageSource, SourceOptions};
-use transport::spent::Spent;
-use transport::streams::StreamsError;
-use transport::uri::Uri;
-use transport::wire::WireError;
-use transport::wire::control::{
-    ErrorCode, Hello, Message, PRESENCE_CHUNKS, Totals, Welcome, capability, state_digest,
-};
 
 use super::Options;
 use super::progress::{Phase, Progress};

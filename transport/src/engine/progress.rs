@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use crate::uri::Uri;
 use serde::{Deserialize, Serialize};
-use transport::uri::Uri;
 
 use super::report::{Pages, Report, Status};
 use super::tuning::Tuning;

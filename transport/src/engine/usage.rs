@@ -18,12 +18,6 @@ pub(crate) fn max_rss_bytes() -> u64 {
     getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| usage.max_rss() as u64 * 1024)
 }
 
-/// Memory that this process can have without swapping, in bytes: what the host and its cgroups have left; as good as endless where
-/// the kernel does not say.
-pub fn available_memory_bytes() -> u64 {
-    vmm_shim::room::spare_memory_bytes()
-}
-
 /// Fails once an allocation had to take what was set aside for that: what is left is for ending in order.
 pub(crate) fn short_of_memory() -> io::Result<()> {
     if !crate::reserve::is_short() {
@@ -74,6 +68,5 @@ mod tests {
         assert!(text.contains("RLIMIT_NOFILE is ") && text.contains("ulimit -n"), "{text}");
         assert_eq!(limit_of(&io::Error::from_raw_os_error(libc::EPIPE)), None);
         assert!(thread_limits().contains("RLIMIT_NPROC is "), "{}", thread_limits());
-        assert!(available_memory_bytes() > 1 << 20);
     }
 }

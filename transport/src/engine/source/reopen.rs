@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::carrier::SourceEnd;
+use crate::dial::{Dialler, OpenError};
+use crate::link::LinkError;
+use crate::panic_text;
+use crate::wire::{next_incarnation, stream_number};
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use transport::carrier::SourceEnd;
-use transport::dial::{Dialler, OpenError};
-use transport::link::LinkError;
-use transport::panic_text;
-use transport::wire::{next_incarnation, stream_number};
 
 use super::leave::Leave;
 

@@ -4,9 +4,9 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use transport::link::{Link, LinkEvent};
-use transport::session::SessionError;
-use transport::wire::control::{ErrorCode, Message, SessionStatus};
+use crate::link::{Link, LinkEvent};
+use crate::session::SessionError;
+use crate::wire::control::{ErrorCode, Message, SessionStatus};
 
 use super::front::Event;
 use super::opening::refuse_busy;

@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use transport::accept::StreamRequest;
-use transport::link::{Link, LinkError, LinkEvent};
-use transport::session::SessionError;
-use transport::wire::control::{ErrorCode, Message};
+use crate::accept::StreamRequest;
+use crate::link::{Link, LinkError, LinkEvent};
+use crate::session::SessionError;
+use crate::wire::control::{ErrorCode, Message};
 
 use super::{Destination, IncomingError, Session};
 use crate::engine::explain;

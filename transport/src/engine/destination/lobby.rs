@@ -15,7 +15,7 @@ use tokio::task::AbortHandle;
 /// Connections whose preamble is awaited at a time. With the other bounds and a session's own connections far fewer than the 1024
 /// descriptors that a process usually may have.
 const SILENT_MAX: usize = 256;
-/// Control connections whose HELLO is awaited at a time. Each may make room for [a HELLO](transport::wire::control::FIRST_LEN_MAX).
+/// Control connections whose HELLO is awaited at a time. Each may make room for [a HELLO](crate::wire::control::FIRST_LEN_MAX).
 const CALLERS_MAX: usize = 64;
 /// Connections of the session that nobody has dealt with: its streams all at once, and some queries.
 const KNOWN_MAX: usize = 288;

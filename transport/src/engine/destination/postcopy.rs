@@ -9,15 +9,15 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::link::LinkEvent;
+use crate::local::guarded;
+use crate::postcopy::{MissingRuns, MissingSink, PostcopyError};
+use crate::session::DestinationEvent;
+use crate::socket::Connection;
+use crate::wire::WireError;
+use crate::wire::control::{ChunkRun, ErrorCode, Message, STREAMS_PUSHING_MAX};
 use pagecopy::backend::BackendError;
 use pagecopy::digest::PageHasher;
-use transport::link::LinkEvent;
-use transport::local::guarded;
-use transport::postcopy::{MissingRuns, MissingSink, PostcopyError};
-use transport::session::DestinationEvent;
-use transport::socket::Connection;
-use transport::wire::WireError;
-use transport::wire::control::{ChunkRun, ErrorCode, Message, STREAMS_PUSHING_MAX};
 
 use super::front::Event;
 use super::lobby::Place;

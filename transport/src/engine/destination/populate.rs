@@ -6,17 +6,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use crate::destination::PageSink;
+use crate::link::LinkEvent;
+use crate::local::guarded;
+use crate::spent::Spent;
+use crate::wire::control::PRESENCE_CHUNKS;
 use crossbeam_channel::{Receiver, Select};
 use pagecopy::backend::{BackendError, GuestRam};
 use pagecopy::layout::CHUNK_SIZE;
-use transport::destination::PageSink;
-use transport::link::LinkEvent;
-use transport::local::guarded;
-use transport::spent::Spent;
-use transport::wire::control::PRESENCE_CHUNKS;
 
 use super::{Destination, IncomingError, Session, TICK, start_thread};
-use crate::engine::usage;
 
 /// Most pieces of 2 MiB that are brought in by one call: 32 MiB.
 const POPULATE_PIECES: usize = 16;
@@ -26,10 +25,9 @@ impl Session {
     /// large pages where those are worth it. Never more than this host has to spare, for nothing was sent yet and anything may be
     /// announced. Whoever cancels meanwhile, here or at the source, is heard at once.
     pub(super) fn populate(&mut self, listening: &Destination) -> Result<(), IncomingError> {
-        let chunks = self.ram.layout().chunks();
         if !self.ram.populates_ahead() {
             if self.ram.enlarges() {
-                let dense = ramped_up(runs_of_pieces(chunks, |chunk| self.hello.is_dense(chunk)));
+                let dense = ramped_up(runs_of_pieces(&*self.ram, |chunk| self.hello.is_dense(chunk)));
                 dense.iter().for_each(|run| self.sink.announce(run.clone()));
                 self.dense = Some(dense);
             } else {
@@ -37,7 +35,7 @@ impl Session {
             }
             return Ok(());
         }
-        let runs = runs_of_pieces(chunks, |chunk| self.hello.present(chunk));
+        let runs = runs_of_pieces(&*self.ram, |chunk| self.hello.present(chunk));
         let workers = Populating::start(&self.ram, &self.sink, runs)?;
         let mut left = workers.threads.len();
         while left != 0 {
@@ -122,9 +120,10 @@ impl Drop for Populating {
 
 /// The pieces of 2 MiB that are wanted, as runs of chunks for as many calls: a call for many pieces costs less, and enough calls keep
 /// all cores busy. Never more than this host has to spare.
-fn runs_of_pieces(chunks: u32, wanted: impl Fn(u32) -> bool) -> Vec<Range<u32>> {
+fn runs_of_pieces(ram: &dyn GuestRam, wanted: impl Fn(u32) -> bool) -> Vec<Range<u32>> {
+    let chunks = ram.layout().chunks();
     let piece_bytes = u64::from(PRESENCE_CHUNKS) * CHUNK_SIZE as u64;
-    let spare = usage::available_memory_bytes() / 10 * 9;
+    let spare = ram.spare_bytes() / 10 * 9;
     let most = usize::try_from(spare / piece_bytes).unwrap_or(usize::MAX);
     let pieces: Vec<u32> =
         (0..chunks).step_by(PRESENCE_CHUNKS as usize).filter(|&chunk| wanted(chunk)).take(most).collect();

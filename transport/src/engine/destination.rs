@@ -19,24 +19,24 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use crate::accept::{Acceptor, StreamRequest};
+use crate::carrier::Breaker;
+use crate::destination::{PageSink, ReceiveError, receive_stream};
+use crate::host::Host;
+use crate::link::{Link, LinkError, LinkEvent};
+use crate::local::{check_headroom, destination_bytes, guarded, is_no_room};
+use crate::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
+use crate::socket::{Listener, SocketError};
+use crate::streams::{DestinationStreams, Stop};
+use crate::uri::Uri;
+use crate::wire::control::{
+    ErrorCode, Hello, Message, SessionStatus, StreamEnd, Totals, Welcome, capability, state_digest,
+};
+use crate::wire::{WireError, stream_number};
 use crossbeam_channel::{Receiver, Sender};
 use pagecopy::backend::{BackendError, Guest, GuestRam, Room, StateBlob};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{Layout, PAGE_SIZE};
-use transport::accept::{Acceptor, StreamRequest};
-use transport::carrier::Breaker;
-use transport::destination::{PageSink, ReceiveError, receive_stream};
-use transport::host::Host;
-use transport::link::{Link, LinkError, LinkEvent};
-use transport::local::{check_headroom, destination_bytes, guarded, is_no_room};
-use transport::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
-use transport::socket::{Listener, SocketError};
-use transport::streams::{DestinationStreams, Stop};
-use transport::uri::Uri;
-use transport::wire::control::{
-    ErrorCode, Hello, Message, SessionStatus, StreamEnd, Totals, Welcome, capability, state_digest,
-};
-use transport::wire::{WireError, stream_number};
 
 use super::progress::Progress;
 use super::report::{Report, Status};
@@ -78,7 +78,7 @@ pub enum IncomingError {
     /// No RDMA.
     #[cfg(feature = "rdma")]
     #[error("cannot listen for RDMA")]
-    Rdma(#[from] transport::rdma::RdmaError),
+    Rdma(#[from] crate::rdma::RdmaError),
     /// The control connection ended before READY.
     #[error("the source is gone; what arrived is incomplete and was given up")]
     Link(#[source] LinkError),

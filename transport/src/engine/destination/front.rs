@@ -8,16 +8,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::accept::StreamRequest;
+use crate::destination::ReceiveError;
+use crate::link::{Link, LinkEvent};
+use crate::socket::{AsyncConnection, AsyncListener, Connection, Listener};
+use crate::uri::Uri;
+use crate::wire::control::{ErrorCode, Message, StreamEnd};
+use crate::wire::{Preamble, Role, SessionId, WireError};
 use crossbeam_channel::Sender;
 use tokio::io::AsyncReadExt;
 use tokio::runtime::{Handle, Runtime};
-use transport::accept::StreamRequest;
-use transport::destination::ReceiveError;
-use transport::link::{Link, LinkEvent};
-use transport::socket::{AsyncConnection, AsyncListener, Connection, Listener};
-use transport::uri::Uri;
-use transport::wire::control::{ErrorCode, Message, StreamEnd};
-use transport::wire::{Preamble, Role, SessionId, WireError};
 
 use super::IncomingError;
 use super::lobby::{Lobby, Place, Stage};
@@ -234,7 +234,7 @@ impl RdmaFront {
         session: Arc<Mutex<Session>>,
         events: Sender<Event>,
     ) -> Result<Self, IncomingError> {
-        let listener = transport::rdma::Listener::bind(address)?;
+        let listener = crate::rdma::Listener::bind(address)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let thread = std::thread::Builder::new().name("rdma-accept".into()).spawn(move || {
@@ -264,7 +264,7 @@ impl Drop for RdmaFront {
 
 /// Lets a stream over RDMA in that belongs to the session.
 #[cfg(feature = "rdma")]
-fn admit(request: transport::rdma::ConnectRequest, session: &Mutex<Session>, events: &Sender<Event>) {
+fn admit(request: crate::rdma::ConnectRequest, session: &Mutex<Session>, events: &Sender<Event>) {
     let preamble = request.preamble();
     let refusal = match preamble.agree() {
         Err(e) => Some((ErrorCode::Version, e.to_string())),

@@ -5,15 +5,15 @@ use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::link::{Exchange, Link, LinkError};
+use crate::postcopy::PostcopyError;
+use crate::session::SourceEvent;
+use crate::socket::Connection;
+use crate::streams::StreamsError;
+use crate::uri::Uri;
+use crate::wire::control::Message;
+use crate::wire::{Preamble, Role, SessionId, VERSION_MAX, VERSION_MIN};
 use crossbeam_channel::unbounded;
-use transport::link::{Exchange, Link, LinkError};
-use transport::postcopy::PostcopyError;
-use transport::session::SourceEvent;
-use transport::socket::Connection;
-use transport::streams::StreamsError;
-use transport::uri::Uri;
-use transport::wire::control::Message;
-use transport::wire::{Preamble, Role, SessionId, VERSION_MAX, VERSION_MIN};
 
 use super::leave::Doing;
 use super::watch::{TICK, Watch};

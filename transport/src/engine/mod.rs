@@ -8,16 +8,14 @@ pub mod source;
 pub mod tuning;
 mod usage;
 
-pub use usage::available_memory_bytes;
-
 use std::time::Duration;
 
+use crate::rdma::RdmaOptions;
 use pagecopy::backend::{BackendError, GuestRam};
 use pagecopy::bitmap::{PageBitmap, runs};
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::ContentHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
-use transport::rdma::RdmaOptions;
 
 /// Chunks that are scanned for holes at a time (64 GiB): each scan of a full file walks it to its end, so there should be few.
 const SCAN_CHUNKS: u32 = 1 << 18;

@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use transport::link::{Link, LinkEvent};
-use transport::session::{DestinationEvent, DestinationSession};
-use transport::wire::control::{ErrorCode, Hello, Message};
+use crate::link::{Link, LinkEvent};
+use crate::session::{DestinationEvent, DestinationSession};
+use crate::wire::control::{ErrorCode, Hello, Message};
 
 use super::front::{Call, Event};
 use super::{Destination, IncomingError, TICK};

@@ -9,20 +9,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use crate::postcopy::{Lane, LaneEnd, PageServer, PostcopyError, ServerOptions};
+use crate::session::{SessionError, SourceEvent};
+use crate::socket::Connection;
+use crate::source::{Feeder, SourceOptions};
+use crate::uri::Uri;
+use crate::wire::SessionId;
+use crate::wire::control::{
+    Arrived, MISSING_RUNS_MAX, Message, StreamEnd, Totals, Welcome, capability, state_digest,
+};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use pagecopy::backend::{Guest, GuestRam, StateBlob};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
-use transport::postcopy::{Lane, LaneEnd, PageServer, PostcopyError, ServerOptions};
-use transport::session::{SessionError, SourceEvent};
-use transport::socket::Connection;
-use transport::source::{Feeder, SourceOptions};
-use transport::uri::Uri;
-use transport::wire::SessionId;
-use transport::wire::control::{
-    Arrived, MISSING_RUNS_MAX, Message, StreamEnd, Totals, Welcome, capability, state_digest,
-};
 
 use super::watch::Watch;
 use super::{Attempt, Cause, RUN_STATE, check};

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::source::{Feeder, PageSource};
 use pagecopy::backend::{DirtyLog, Guest};
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::policy::{Decision, Earlier, Precopy, Sample, SwitchReason};
 use pagecopy::throttle::{PERCENT_MAX, Round, Throttle};
-use transport::source::{Feeder, PageSource};
 
 use super::watch::Watch;
 use super::{Attempt, Cause, STATE_TIME_GUESS, SourceBackend};

@@ -4,16 +4,16 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use crate::carrier::SourceEnd;
+use crate::link::{Link, LinkError, LinkEvent};
+use crate::session::{Learnt, SessionError, SourceEvent, SourceSession, check_welcome};
+use crate::source::{Batch, Lane, LaneEnd, LaneError, PageSource, Unreceipted};
+use crate::streams::{SourceStreams, StreamsError};
+use crate::uri::Uri;
+use crate::wire::control::{Message, SessionStatus, StreamEnd, Totals, Welcome, capability};
+use crate::wire::{Role, SessionId};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use tokio::runtime::Runtime;
-use transport::carrier::SourceEnd;
-use transport::link::{Link, LinkError, LinkEvent};
-use transport::session::{Learnt, SessionError, SourceEvent, SourceSession, check_welcome};
-use transport::source::{Batch, Lane, LaneEnd, LaneError, PageSource, Unreceipted};
-use transport::streams::{SourceStreams, StreamsError};
-use transport::uri::Uri;
-use transport::wire::control::{Message, SessionStatus, StreamEnd, Totals, Welcome, capability};
-use transport::wire::{Role, SessionId};
 
 use super::leave::{Doing, Leave};
 use super::reopen::{Opener, Reopening};
