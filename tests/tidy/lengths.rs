@@ -10,10 +10,10 @@ const FUNCTION_LINES_MAX: usize = 80;
 
 /// What is longer: a file, or a function of one, and its lines. None of them may grow, and one that no longer needs this must leave.
 const ALLOWED: &[(&str, usize)] = &[
-    ("src/engine/destination.rs", 841),
-    ("src/engine/report.rs::summary", 128),
-    ("src/engine/source.rs", 820),
-    ("src/engine/source/converge.rs::advice_is_what_can_help", 84),
+    ("transport/src/engine/destination.rs", 841),
+    ("transport/src/engine/report.rs::summary", 128),
+    ("transport/src/engine/source.rs", 820),
+    ("transport/src/engine/source/converge.rs::advice_is_what_can_help", 84),
     ("transport/src/session.rs", 799),
     ("transport/src/simulation/source.rs", 869),
 ];

@@ -70,6 +70,11 @@ pub(crate) mod virtual_time {
         NANOS.set(nanos);
     }
 
+    /// Moves this thread's clock on, unless it is there already: reading it has moved it, too.
+    pub(crate) fn advance(nanos: u64) {
+        NANOS.set(NANOS.get().max(Some(nanos)));
+    }
+
     pub(super) fn is_set() -> bool {
         NANOS.get().is_some()
     }

@@ -2,8 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::clock;
 use crate::uri::Uri;
 use serde::{Deserialize, Serialize};
 
@@ -260,7 +261,7 @@ impl News {
 /// A time without connections, as the report shows it: status `reconnecting`, the reason, and how long it has lasted.
 #[derive(Debug)]
 pub(crate) struct Outage {
-    since: Instant,
+    since: Duration,
     before_ms: f64,
 }
 
@@ -273,12 +274,12 @@ impl Outage {
             r.error = Some(reason.into());
             before_ms = r.reconnecting_ms;
         });
-        Self { since: Instant::now(), before_ms }
+        Self { since: clock::now(), before_ms }
     }
 
     /// How long it has lasted; renews the report.
     pub(crate) fn lasts(&self, progress: &Progress) -> Duration {
-        let elapsed = self.since.elapsed();
+        let elapsed = clock::now() - self.since;
         progress.update(|r| r.reconnecting_ms = self.before_ms + elapsed.as_secs_f64() * 1e3);
         elapsed
     }

@@ -4,7 +4,9 @@
 //! dirty log stops, and a guest that was paused runs on. A failed attempt costs only what it sent: the next one starts anew.
 
 mod converge;
-mod leave;
+pub(crate) mod environment;
+mod host;
+pub(crate) mod leave;
 mod postcopy;
 mod reopen;
 mod resume;
@@ -15,11 +17,11 @@ mod watch;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::dial::{Dialler, OpenError, warm_up};
-use crate::host::{Host, Side};
+use crate::clock;
+use crate::dial::OpenError;
+use crate::host::Side;
 use crate::link::LinkError;
 use crate::local::{check_headroom, source_bytes};
 use crate::panic_text;
@@ -34,7 +36,6 @@ use crate::wire::WireError;
 use crate::wire::control::{
     ErrorCode, Hello, Message, PRESENCE_CHUNKS, Totals, Welcome, capability, state_digest,
 };
-use crossbeam_channel::RecvTimeoutError;
 use pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, StateBlob};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::choose::CodecMode;
@@ -48,9 +49,10 @@ use super::progress::{Phase, Progress};
 use super::report::{Report, Status};
 use super::usage;
 use converge::Next;
+use environment::{Environment, Opening, Patience};
+use host::{Host, block};
 use leave::{Doing, Leave};
-use reopen::Opener;
-use watch::{TICK, Watch};
+use watch::Watch;
 
 /// Bytes of a dense map that a thread looks at, at least: 256 MiB of memory.
 const DENSE_SHARE_MIN: usize = 16;
@@ -61,8 +63,6 @@ const SAMPLE_BYTES: usize = 256;
 const MISMATCHES_MAX: u64 = 64;
 /// Streams that are opened at the same time.
 const OPENING_MAX: u16 = 16;
-/// How long the destination's last word may be under way after it was seen to be gone.
-const LAST_WORD: Duration = Duration::from_millis(250);
 /// How soon a migration that waits before its switchover notices that it may go on.
 const GO_ON_TICK: Duration = Duration::from_millis(2);
 /// Name of the piece of state that says whether the guest ran: one byte, 0 or 1.
@@ -247,26 +247,23 @@ pub fn migrate(
     options: &Options,
     progress: &Progress,
 ) -> Result<Report, Failure> {
-    let began = Instant::now();
+    let began = clock::now();
     let cpu = usage::cpu_seconds();
     progress.update(|r| {
         *r = Report { status: Status::Setup, page_size: PAGE_SIZE as u32, ..Report::default() };
         r.pages.total = backend.ram.layout().pages();
     });
-    let mut attempt = Attempt {
-        backend,
-        uri,
-        options,
-        progress,
-        began,
-        leave: Leave::new(progress, began),
-        paused_at: None,
-        downtime: None,
-        round_trip: None,
-        undialled: None,
-        running: None,
-    };
-    let mut result = caught(|| attempt.run());
+    let leave = Leave::new(progress, began);
+    let env = Host::new(uri, options.rdma, leave.clone());
+    let prepared = caught(|| {
+        crate::reserve::fill();
+        let bytes = source_bytes(backend.ram.layout(), options.streams, options.cache_bytes);
+        check_headroom(bytes)?;
+        crate::dial::warm_up(uri);
+        Ok(())
+    });
+    let mut attempt = Attempt::new(&env, backend, options, progress, leave);
+    let mut result = prepared.and_then(|()| caught(|| block(attempt.run())));
     while let Err(cause @ Cause::Panicked { .. }) = result {
         if attempt.owns_guest() || progress.is_cancelled() {
             result = Err(cause);
@@ -274,26 +271,12 @@ pub fn migrate(
         }
         // GO was said, and the destination may need what is here.
         std::thread::sleep(Duration::from_secs(1));
-        result = caught(|| attempt.go_on(cause));
+        result = caught(|| block(attempt.go_on(cause)));
     }
-    let paused = attempt.paused_at.map_or(Duration::ZERO, |at| at.elapsed());
+    let paused = attempt.paused_at.map_or(Duration::ZERO, |at| clock::now() - at);
     let downtime = attempt.downtime.unwrap_or(paused);
-    let failure = match result {
-        Ok(()) => {
-            // Nobody needs it any more, whether it stops or not.
-            let _ = backend.log.stop();
-            None
-        }
-        Err(cause) => {
-            // Whatever broke while somebody waited for it to end.
-            let cause =
-                if attempt.owns_guest() { attempt.leave.check().err().unwrap_or(cause) } else { cause };
-            Some(attempt.unwind(cause))
-        }
-    };
-    let total = began.elapsed();
-    // The workers are gone and the last word is out: the numbers are final.
-    attempt.running = None;
+    let failure = block(attempt.end(result));
+    let total = clock::now() - began;
     progress.update(|r| {
         r.cpu_s = usage::cpu_seconds() - cpu;
         r.max_rss_bytes = usage::max_rss_bytes();
@@ -327,21 +310,21 @@ fn caught<T>(run: impl FnOnce() -> Result<T, Cause>) -> Result<T, Cause> {
 }
 
 /// One attempt, and what it must undo.
-struct Attempt<'a> {
+pub(crate) struct Attempt<'a, E: Environment> {
+    env: &'a E,
     backend: &'a SourceBackend,
-    uri: &'a Uri,
     options: &'a Options,
     progress: &'a Progress,
-    began: Instant,
+    began: Duration,
     leave: Leave,
-    paused_at: Option<Instant>,
+    paused_at: Option<Duration>,
     /// Of a guest that runs at the destination before the migration's end.
     downtime: Option<Duration>,
     /// The shortest that was seen: of opening a stream.
     round_trip: Option<Duration>,
     /// Since when connections of postcopy could not be opened.
-    undialled: Option<Instant>,
-    running: Option<Running>,
+    undialled: Option<Duration>,
+    running: Option<Running<'a, E>>,
 }
 
 /// How far a transfer came.
@@ -361,94 +344,132 @@ struct Agreed {
 }
 
 /// What exists once the destination has answered.
-struct Running {
-    watch: Watch,
+struct Running<'a, E: Environment> {
+    watch: Watch<'a, E>,
     source: Arc<PageSource>,
     welcome: Welcome,
     /// What serves the pages that are missing at the destination.
-    postcopy: Option<postcopy::Service>,
+    postcopy: Option<postcopy::Service<'a, E>>,
     /// All pages that the destination was told, or is about to be told, are missing.
     missing: Option<PageBitmap>,
 }
 
-impl Attempt<'_> {
-    fn run(&mut self) -> Result<(), Cause> {
-        let layout = self.backend.ram.layout();
-        crate::reserve::fill();
-        check_headroom(source_bytes(layout, self.options.streams, self.options.cache_bytes))?;
-        warm_up(self.uri);
-        let mut watch = Watch::connect(self.uri, self.options, self.progress, &self.leave)?;
+impl<'a, E: Environment> Attempt<'a, E> {
+    /// One that was asked for just now.
+    pub(crate) fn new(
+        env: &'a E,
+        backend: &'a SourceBackend,
+        options: &'a Options,
+        progress: &'a Progress,
+        leave: Leave,
+    ) -> Self {
+        Self {
+            env,
+            backend,
+            options,
+            progress,
+            began: clock::now(),
+            leave,
+            paused_at: None,
+            downtime: None,
+            round_trip: None,
+            undialled: None,
+            running: None,
+        }
+    }
+
+    /// The phases.
+    pub(crate) async fn run(&mut self) -> Result<(), Cause> {
+        let patience = Patience { timeout: self.options.timeout, reconnect: self.options.reconnect_timeout };
+        let mut watch = Watch::connect(self.env, patience, self.progress, &self.leave).await?;
         self.backend.log.start()?;
         // After the log was started, so that no page falls between the two.
-        let scanning = Instant::now();
+        let scanning = clock::now();
         let populated = super::populated(&*self.backend.ram)?;
-        let scanned = scanning.elapsed();
-        let hello = self.hello(&mut watch, &populated);
-        let hello = hello.and_then(|agreed| {
+        let scanned = clock::now() - scanning;
+        let agreed = self.hello(&mut watch, &populated).await;
+        let agreed = agreed.and_then(|agreed| {
             self.check_postcopy(agreed.welcome.capabilities)?;
             Ok(agreed)
         });
-        let agreed = hello.inspect_err(|cause| watch.say_error(self.uri, cause))?;
+        let agreed = agreed.inspect_err(|cause| watch.say_error(cause))?;
         let welcome = agreed.welcome;
         let source = self.page_source(agreed, populated);
-        let source = source.inspect_err(|cause| watch.say_error(self.uri, cause))?;
+        let source = source.inspect_err(|cause| watch.say_error(cause))?;
         Spent::add(&source.counters().spent.scan, scanned);
-        let feeder = Feeder::new(source.clone(), welcome.streams);
+        let mut feeder = Feeder::new(source.clone(), welcome.streams);
         watch.observe(source.clone());
         self.running = Some(Running { watch, source, welcome, postcopy: None, missing: None });
         self.progress.offer_postcopy(welcome.capabilities & capability::POSTCOPY != 0);
         self.leave.begin(Doing::OpeningStreams);
-        self.open_streams(welcome.version, welcome.streams, &feeder)?;
+        self.open_streams(welcome, &feeder).await?;
         self.progress.update(|r| {
             r.status = Status::Active;
-            r.setup_ms = self.began.elapsed().as_secs_f64() * 1e3;
+            r.setup_ms = (clock::now() - self.began).as_secs_f64() * 1e3;
         });
-        let mut feeder = feeder;
         loop {
-            match self.transfer(feeder) {
-                Ok(Stage::Ready) => return self.hand_over(),
+            match self.transfer(feeder).await {
+                Ok(Stage::Ready) => return self.hand_over().await,
                 Ok(Stage::Moved) => return Ok(()),
-                Err(cause) if self.is_resumable(&cause) => self.resume(&cause)?,
+                Err(cause) if self.is_resumable(&cause) => self.resume(&cause).await?,
                 Err(cause) => return Err(cause),
             }
-            let streams = self.running.as_ref().map_or(1, |running| running.welcome.streams);
             let (watch, source) = self.parts();
-            feeder = Feeder::new(source.clone(), streams);
+            feeder = Feeder::new(source.clone(), welcome.streams);
             watch.feed(feeder.work());
         }
     }
 
+    /// Takes in how it ended; undoes what a failed attempt did, and says who has the guest.
+    pub(crate) async fn end(&mut self, result: Result<(), Cause>) -> Option<Failure> {
+        let failure = match result {
+            Ok(()) => {
+                // Nobody needs it any more, whether it stops or not.
+                let _ = self.backend.log.stop();
+                None
+            }
+            Err(cause) => {
+                // Whatever broke while somebody waited for it to end.
+                let cause = if self.owns_guest() { self.leave.check().err().unwrap_or(cause) } else { cause };
+                Some(self.unwind(cause).await)
+            }
+        };
+        // The workers are gone and the last word is out: the numbers are final.
+        self.running = None;
+        failure
+    }
+
     /// Everything up to READY, or all of postcopy. Nothing is lost for good when it fails before GO: what was not delivered is dirty
     /// again.
-    fn transfer(&mut self, feeder: Feeder) -> Result<Stage, Cause> {
+    async fn transfer(&mut self, feeder: Feeder) -> Result<Stage, Cause> {
         self.leave.begin(Doing::MovingPages);
-        let next = self.precopy(&feeder)?;
+        let next = self.precopy(&feeder).await?;
         self.leave.begin(Doing::SwitchingOver);
         let state = match next {
-            (rounds, Next::SwitchOver) => self.switchover(&feeder, rounds)?,
+            (rounds, Next::SwitchOver) => self.switchover(&feeder, rounds).await?,
             (rounds, Next::Postcopy) => {
-                self.postcopy(feeder, rounds)?;
+                self.postcopy(feeder, rounds).await?;
                 return Ok(Stage::Moved);
             }
         };
-        self.finish(feeder, state)?;
+        self.finish(feeder, state).await?;
         Ok(Stage::Ready)
     }
 
     /// Whether GO was not said.
-    fn owns_guest(&self) -> bool {
+    pub(crate) fn owns_guest(&self) -> bool {
         self.running.as_ref().is_none_or(|running| running.watch.owns_guest())
     }
 
-    fn parts(&mut self) -> (&mut Watch, &Arc<PageSource>) {
+    fn parts(&mut self) -> (&mut Watch<'a, E>, &Arc<PageSource>) {
         let running = self.running.as_mut().expect("set before any phase that needs it");
         (&mut running.watch, &running.source)
     }
 
     /// HELLO, WELCOME, PREPARED.
-    fn hello(&self, watch: &mut Watch, populated: &PageBitmap) -> Result<Agreed, Cause> {
+    async fn hello(&self, watch: &mut Watch<'_, E>, populated: &PageBitmap) -> Result<Agreed, Cause> {
         let layout = self.backend.ram.layout();
-        let (host, seed) = (Host::this(), u64::from_le_bytes(random()?));
+        let (host, seed) = (self.env.host(), self.env.seed()?);
         let mut presence = vec![0u8; Hello::presence_len(layout)];
         // Only of memory alone: that of a guest stays in small pages, whose writes are told apart.
         let mut dense = if self.backend.guest.is_none() { presence.clone() } else { Vec::new() };
@@ -476,7 +497,7 @@ impl Attempt<'_> {
         });
         check(&hello)?;
         watch.send(hello);
-        let welcome = watch.welcome(self.options.streams, capabilities)?;
+        let welcome = watch.welcome(self.options.streams, capabilities).await?;
         let near = host.is_of(welcome.host, Side::Destination, seed);
         Ok(Agreed { welcome, hasher: PageHasher::new(seed), near })
     }
@@ -525,94 +546,46 @@ impl Attempt<'_> {
         Ok(Arc::new(PageSource::new(ram, log, hasher, options, populated)))
     }
 
-    /// Opens all streams at the same time: what takes long is the way there and back.
-    fn open_streams(&mut self, version: u16, streams: u16, feeder: &Feeder) -> Result<(), Cause> {
-        let (uri, options, leave) = (self.uri, self.options, self.leave.clone());
+    async fn open_streams(&mut self, welcome: Welcome, feeder: &Feeder) -> Result<(), Cause> {
         let (watch, source) = self.parts();
-        let session = watch.session_id();
-        let dialler = Dialler::new(source, uri, session, version, options.timeout, options.rdma);
-        let opener = Arc::new(Opener { dialler, leave });
-        watch.keep_open(opener.clone(), streams);
-        let (opened, ends) = crossbeam_channel::unbounded();
-        let mut round_trip = Duration::MAX;
-        // Once one has failed, nobody waits for the others.
-        let vain = AtomicBool::new(false);
-        let result: Result<(), Cause> = std::thread::scope(|scope| {
-            for first in 0..streams.min(OPENING_MAX) {
-                let (opened, opener, vain) = (opened.clone(), &opener, &vain);
-                let open = move || {
-                    for stream in (first..streams).step_by(OPENING_MAX.into()) {
-                        let begun = Instant::now();
-                        let end = opener.open(stream, vain);
-                        let failed = end.is_err();
-                        if opened.send((stream, end, begun.elapsed())).is_err() || failed {
-                            return;
-                        }
-                    }
-                };
-                if let Err(error) =
-                    std::thread::Builder::new().name(format!("open-{first}")).spawn_scoped(scope, open)
-                {
-                    vain.store(true, Ordering::Relaxed);
-                    return Err(error.into());
-                }
-            }
-            drop(opened);
-            let result = loop {
-                let result = match ends.recv_timeout(TICK) {
-                    Ok((stream, Ok(carrier), took)) => {
-                        // There and back to connect, and once more until it is attached.
-                        round_trip = round_trip.min(took / 2);
-                        watch.start(carrier, stream, feeder.work())
-                    }
-                    Ok((stream, Err(source), _)) => Err(last_word(watch, Cause::Stream { stream, source })),
-                    Err(RecvTimeoutError::Timeout) => Ok(()),
-                    // All of them are open.
-                    Err(RecvTimeoutError::Disconnected) => break Ok(()),
-                };
-                if let Err(cause) = result.and_then(|()| watch.check()) {
-                    break Err(cause);
-                }
-            };
-            vain.store(result.is_err(), Ordering::Relaxed);
-            result
-        });
-        result?;
-        watch.feed(feeder.work());
+        let opening =
+            Opening { source: source.clone(), session: watch.session_id(), version: welcome.version };
+        let round_trip = watch.open_streams(&opening, welcome.streams, feeder.work()).await?;
         self.round_trip = Some(round_trip);
-        self.progress.update(|r| r.streams = streams);
+        self.progress.update(|r| r.streams = welcome.streams);
         Ok(())
     }
 
     /// Pauses the guest, sends the last pages and its state, and ends the streams. Returns the state's digest.
-    fn switchover(&mut self, feeder: &Feeder, rounds: u64) -> Result<u64, Cause> {
+    async fn switchover(&mut self, feeder: &Feeder, rounds: u64) -> Result<u64, Cause> {
         let mut digest = 0;
         if let Some(guest) = &self.backend.guest {
             let (guest, ran) = (guest.clone(), u8::from(!self.backend.paused));
             let progress = self.progress;
             progress.update(|r| r.status = Status::Device);
-            self.paused_at = Some(Instant::now());
+            self.paused_at = Some(clock::now());
             guest.pause()?;
+            let env = self.env;
             let (watch, source) = self.parts();
             // Nobody is slowed down by haste any more but the guest that waits.
             source.limit_bandwidth(None);
             watch.hurry();
             let mut dirtied = source.dirty_sync()?;
             if progress.tuning().pause_before_switchover {
-                feeder.settle(|| watch.check())?;
-                wait_to_go_on(watch, progress)?;
+                feeder.settle(env, || watch.check()).await?;
+                wait_to_go_on(watch, progress).await?;
                 // Whoever let it wait may have written to its memory meanwhile.
                 dirtied += source.dirty_sync()?;
             }
             // The pages are on their way while the state is saved.
-            feeder.pass(|| watch.check())?;
+            feeder.pass(env, || watch.check()).await?;
             let mut state = guest.save_state()?;
             state.push(StateBlob { name: RUN_STATE.into(), version: 1, bytes: vec![ran] });
             digest = state_digest(&state);
             let state = Message::State(state);
             check(&state)?;
             watch.send(state);
-            feeder.settle(|| watch.check())?;
+            feeder.settle(env, || watch.check()).await?;
             watch.end_round(dirtied);
             self.progress.update(|r| r.rounds = rounds + 1);
         }
@@ -620,31 +593,30 @@ impl Attempt<'_> {
     }
 
     /// Ends the streams; FINISH, READY.
-    fn finish(&mut self, feeder: Feeder, state: u64) -> Result<(), Cause> {
+    async fn finish(&mut self, feeder: Feeder, state: u64) -> Result<(), Cause> {
         let live = self.backend.guest.is_some();
         let (watch, source) = self.parts();
         watch.close();
         drop(feeder);
-        let streams = watch.streams_ended()?;
+        let streams = watch.streams_ended().await?;
         match source.never_carried() {
             0 => {}
             pages => return Err(FatalError::NeverSent { pages }.into()),
         }
         let totals = Totals { streams, pages: source.carried_pages(), state };
-        watch.finish(totals, live)
+        watch.finish(totals, live).await
     }
 
     /// GO, RUNNING.
-    fn hand_over(&mut self) -> Result<(), Cause> {
-        let options = self.options;
-        match self.say_go(Phase::HandedOver)? {
+    async fn hand_over(&mut self) -> Result<(), Cause> {
+        match self.say_go(Phase::HandedOver).await? {
             None => Ok(()),
-            Some(cause) => self.ask(options, cause),
+            Some(cause) => self.ask(cause).await,
         }
     }
 
     /// GO, RUNNING. Fails only where GO was not said; returns why RUNNING was not heard, if it was not.
-    fn say_go(&mut self, next: Phase) -> Result<Option<Cause>, Cause> {
+    async fn say_go(&mut self, next: Phase) -> Result<Option<Cause>, Cause> {
         let progress = self.progress;
         let (watch, _) = self.parts();
         if !progress.say_go(next) {
@@ -652,7 +624,7 @@ impl Attempt<'_> {
         }
         // The point of no return: whatever happens from here on, only the destination's word ends this.
         watch.go();
-        let heard = watch.running();
+        let heard = watch.running().await;
         if heard.is_ok() {
             watch.send(Message::Running);
         }
@@ -661,18 +633,18 @@ impl Attempt<'_> {
 
     /// Asks the destination what became of the session, until it is known: without end for a guest, that two may not run; for one
     /// timeout where memory alone was moved. Cancelling ends the asking, not the uncertainty.
-    fn ask(&mut self, options: &Options, first: Cause) -> Result<(), Cause> {
+    async fn ask(&mut self, first: Cause) -> Result<(), Cause> {
         self.progress.update(|r| {
             r.status = Status::Unknown;
             r.error = Some(super::explain(&first));
         });
-        let (uri, live) = (self.uri, self.backend.guest.is_some());
+        let (env, options, live) = (self.env, self.options, self.backend.guest.is_some());
         let (progress, leave) = (self.progress, self.leave.clone());
         let (watch, _) = self.parts();
         let mut pause = Duration::from_millis(50);
-        let began = Instant::now();
+        let began = clock::now();
         loop {
-            match watch.relink(uri, &|| leave.is_over()) {
+            match watch.relink(&|| leave.is_over()).await {
                 Ok(()) => {
                     progress.update(|r| r.error = None);
                     return Ok(());
@@ -680,33 +652,33 @@ impl Attempt<'_> {
                 Err(Cause::Abandoned) => return Err(Cause::Abandoned),
                 Err(_) => {}
             }
-            if progress.is_cancelled() || (!live && began.elapsed() > options.timeout) {
+            if progress.is_cancelled() || (!live && clock::now() - began > options.timeout) {
                 return Err(first);
             }
-            let until = Instant::now() + pause;
-            while Instant::now() < until && !progress.is_cancelled() {
-                std::thread::sleep(Duration::from_millis(10));
+            let until = clock::now() + pause;
+            while clock::now() < until && !progress.is_cancelled() {
+                env.sleep(Duration::from_millis(10)).await;
             }
             pause = (pause * 2).min(Duration::from_secs(2));
         }
     }
 
     /// Goes on after GO was said and this side then lost its way.
-    fn go_on(&mut self, cause: Cause) -> Result<(), Cause> {
+    async fn go_on(&mut self, cause: Cause) -> Result<(), Cause> {
         if self.running.as_ref().is_some_and(|running| running.postcopy.is_some()) {
-            self.serve(Some(cause))
+            self.serve(Some(cause)).await
         } else {
-            self.ask(self.options, cause)
+            self.ask(cause).await
         }
     }
 
     /// Undoes what a failed attempt did, and says who has the guest. A paused guest comes first.
-    fn unwind(&mut self, cause: Cause) -> Failure {
+    async fn unwind(&mut self, cause: Cause) -> Failure {
         let owns = self.owns_guest() || matches!(cause, Cause::Abandoned);
         if let Some(running) = &mut self.running {
             // Whatever goes wrong here, the guest must not stay paused.
             let _ = caught(|| {
-                running.watch.say_error(self.uri, &cause);
+                running.watch.say_error(&cause);
                 running.source.stop();
                 running.watch.abort();
                 Ok(())
@@ -723,7 +695,7 @@ impl Attempt<'_> {
             Some(_) => Fate::RunsOn,
         };
         if let Some(running) = &mut self.running {
-            running.watch.join();
+            running.watch.join().await;
         }
         // A log that does not stop costs speed and nothing else, and the cause is what matters.
         let _ = self.backend.log.stop();
@@ -731,26 +703,12 @@ impl Attempt<'_> {
     }
 }
 
-/// Why a stream could not be opened. Where the destination is ending, it has said why on the control connection, which is the better
-/// reason.
-fn last_word(watch: &mut Watch, cause: Cause) -> Cause {
-    let deadline = Instant::now() + LAST_WORD;
-    while Instant::now() < deadline {
-        match watch.check() {
-            Err(said @ (Cause::Session(_) | Cause::Cancelled)) => return said,
-            Err(_) => return cause,
-            Ok(()) => std::thread::sleep(GO_ON_TICK),
-        }
-    }
-    cause
-}
-
 /// Waits with a paused guest until somebody says that it may go on.
-fn wait_to_go_on(watch: &mut Watch, progress: &Progress) -> Result<(), Cause> {
+async fn wait_to_go_on(watch: &mut Watch<'_, impl Environment>, progress: &Progress) -> Result<(), Cause> {
     progress.update(|r| r.status = Status::PreSwitchover);
     while !progress.may_go_on() && progress.tuning().pause_before_switchover {
         watch.check()?;
-        std::thread::sleep(GO_ON_TICK);
+        watch.env.sleep(GO_ON_TICK).await;
     }
     progress.update(|r| r.status = Status::Device);
     Ok(())
@@ -797,12 +755,6 @@ fn is_dense(ram: &dyn GuestRam, populated: &PageBitmap, first: u32) -> bool {
 pub(super) fn check(message: &Message) -> Result<(), Cause> {
     let name = message.name();
     message.check().map_err(|source| Cause::Unsendable { name, source })
-}
-
-fn random<const N: usize>() -> std::io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).map_err(std::io::Error::other)?;
-    Ok(bytes)
 }
 
 impl Cause {

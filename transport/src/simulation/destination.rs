@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use pagecopy::backend::StateBlob;
+use pagecopy::backend::{self, StateBlob};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::Layout;
 
@@ -357,7 +357,7 @@ impl<'a> DestinationHost<'a> {
         match event {
             DestinationEvent::Hello(hello) => {
                 let layout = Layout::new(hello.regions).expect("a real layout was offered");
-                assert_eq!(&layout, pagecopy::backend::GuestRam::layout(&*self.guest));
+                assert_eq!(&layout, backend::GuestRam::layout(&*self.guest));
                 let (hasher, timeout) = (PageHasher::new(hello.seed), Duration::from_micros(TIMEOUT));
                 self.patience = self.reconnect_max.min(u64::from(hello.reconnect_ms) * 1000);
                 let resume = if self.patience == 0 { 0 } else { capability::RESUME };
@@ -463,7 +463,7 @@ impl<'a> DestinationHost<'a> {
                 self.say(&prepared, world);
             }
             Phase::Loading { mine } => {
-                if self.refuses_state || !self.guest.load_state(&self.state) {
+                if self.refuses_state || backend::Guest::load_state(&*self.guest, &self.state).is_err() {
                     return self.fail("device state cannot be loaded", world);
                 }
                 let ready = self.machine.ready(mine);

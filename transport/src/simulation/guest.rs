@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use pagecopy::backend::{BackendError, DirtyLog, GuestRam, Placer, StateBlob};
+use pagecopy::backend::{self, BackendError, DirtyLog, GuestRam, Placer, StateBlob};
 use pagecopy::bitmap::{PageBitmap, bits};
 use pagecopy::layout::{Layout, PAGE_SIZE};
 use vm_memory::volatile_memory::VolatileSlice;
@@ -140,11 +140,11 @@ impl Guest {
     fn write(&self, state: &mut State, chunk: u32, bit: u32) {
         let old = self.memory.read(chunk, bit);
         let mut new = old;
-        match state.rng.below(10) {
+        match state.rng.below(12) {
             0 => new.fill(0),
             1 if state.rng.percent(30) => new.fill(state.rng.next() as u8),
             // What many of its pages have, each with something of its own.
-            1 => {
+            1 | 10 | 11 => {
                 new = state.text;
                 new.rotate_left(state.rng.pick(&[0, 8, 1024, 2000]));
                 let own = state.rng.below(PAGE_SIZE as u64 - 200) as usize;
@@ -186,19 +186,6 @@ impl Guest {
         }
     }
 
-    /// The state of its devices.
-    pub(super) fn save_state(&self) -> Vec<StateBlob> {
-        let clock = self.state().clock;
-        vec![StateBlob { name: "clock".into(), version: 1, bytes: clock.to_le_bytes().into() }]
-    }
-
-    /// Takes the state of another guest over.
-    pub(super) fn load_state(&self, blobs: &[StateBlob]) -> bool {
-        let Some(bytes) = blobs.first().and_then(|b| b.bytes[..].try_into().ok()) else { return false };
-        self.state().clock = u64::from_le_bytes(bytes);
-        true
-    }
-
     /// Where memory or device state differs from another guest's.
     pub(super) fn difference(&self, other: &Self) -> Option<String> {
         let layout = self.memory.layout();
@@ -211,6 +198,34 @@ impl Guest {
         }
         let clocks = (self.state().clock, other.state().clock);
         (clocks.0 != clocks.1).then(|| format!("device state: {clocks:?}"))
+    }
+}
+
+impl backend::Guest for Guest {
+    fn pause(&self) -> Result<(), BackendError> {
+        self.set_running(false);
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), BackendError> {
+        self.set_running(true);
+        Ok(())
+    }
+
+    fn throttle(&self, _percent: u8) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
+        let clock = self.state().clock;
+        Ok(vec![StateBlob { name: "clock".into(), version: 1, bytes: clock.to_le_bytes().into() }])
+    }
+
+    fn load_state(&self, blobs: &[StateBlob]) -> Result<(), BackendError> {
+        let bytes = blobs.first().and_then(|blob| blob.bytes[..].try_into().ok());
+        let none = || BackendError::new("load the clock", std::io::ErrorKind::InvalidData.into());
+        self.state().clock = u64::from_le_bytes(bytes.ok_or_else(none)?);
+        Ok(())
     }
 }
 

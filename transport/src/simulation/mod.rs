@@ -28,7 +28,6 @@ pub(crate) mod fault;
 mod guest;
 mod network;
 mod postcopy;
-mod reopen;
 mod rng;
 mod source;
 #[cfg(test)]
@@ -36,7 +35,9 @@ mod tests;
 mod weather;
 mod world;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
 use self::destination::DestinationHost;
@@ -45,7 +46,7 @@ use self::guest::Guest;
 use self::network::Side;
 pub(crate) use self::postcopy::Partial;
 use self::rng::Rng;
-use self::source::{Fate, SourceHost};
+use self::source::{Env, Fate, SourceHost, Task};
 use self::weather::{Plan, Strike, Trigger};
 use self::world::{Event, Micros, World};
 use crate::clock::virtual_time;
@@ -110,7 +111,7 @@ struct Ground {
 }
 
 struct Run<'a> {
-    world: World,
+    world: Rc<RefCell<World>>,
     source: Option<SourceHost<'a>>,
     destination: Option<DestinationHost<'a>>,
     /// The guest's memory at the source, and at the destination.
@@ -133,27 +134,37 @@ pub(super) fn run(seed: u64, broken: Option<Fault>, traced: bool) -> Outcome {
     let plan = Plan::new(seed);
     let ground =
         Ground { lanes: (0..LANES_MAX).map(|_| LaneSlot::default()).collect(), sink: OnceLock::new() };
-    let outcome = Run::new(&plan, &ground, traced).run();
+    let mut rng = Rng::new(plan.rng.clone().next());
+    let guests = [true, false]
+        .map(|runs| Guest::new(plan.layout.clone(), plan.habits[usize::from(!runs)], rng.fork(), runs));
+    let world = Rc::new(RefCell::new(World::new(rng.fork(), plan.weather, traced)));
+    world.borrow_mut().note(|| format!("{plan:#?}"));
+    let task = Task::new(&guests[0], &plan.attempt);
+    let env = Env::new(&ground.lanes, &world, &task);
+    let source = SourceHost::start(&env, &task);
+    let outcome = Run::new(&plan, &ground, world, guests, source).run();
     virtual_time::set(None);
     fault::set(None);
     outcome
 }
 
 impl<'a> Run<'a> {
-    fn new(plan: &Plan, ground: &'a Ground, traced: bool) -> Run<'a> {
-        let mut rng = Rng::new(plan.rng.clone().next());
-        let guests = [true, false]
-            .map(|runs| Guest::new(plan.layout.clone(), plan.habits[usize::from(!runs)], rng.fork(), runs));
-        let mut world = World::new(rng.fork(), plan.weather, traced);
-        world.note(|| format!("{plan:#?}"));
-        let source = SourceHost::start(&ground.lanes, &guests[0], &plan.attempt, &mut world);
+    fn new(
+        plan: &Plan,
+        ground: &'a Ground,
+        world: Rc<RefCell<World>>,
+        guests: [Arc<Guest>; 2],
+        source: SourceHost<'a>,
+    ) -> Run<'a> {
         let destination =
             DestinationHost::new(&ground.sink, &guests[1], plan.refuses_state, plan.reconnect_max);
+        let mut happens = world.borrow_mut();
         for side in [true, false] {
-            world.schedule(TICK, Event::Tick(side));
-            world.schedule(0, Event::Guest(side));
+            happens.schedule(TICK, Event::Tick(side));
+            happens.schedule(0, Event::Guest(side));
         }
-        world.depart();
+        happens.depart();
+        drop(happens);
         Run {
             world,
             source: Some(source),
@@ -169,36 +180,46 @@ impl<'a> Run<'a> {
     }
 
     fn run(mut self) -> Outcome {
-        while self.world.violation.is_none() && !self.is_over() {
+        while self.world.borrow().violation.is_none() && !self.is_over() {
             self.events += 1;
-            if self.events > EVENTS_MAX || self.world.now > END_OF_TIME {
-                self.world.violated("the run does not end");
+            if self.events > EVENTS_MAX || self.world.borrow().now > END_OF_TIME {
+                self.violated("the run does not end");
                 break;
             }
-            let Some(event) = self.world.next() else {
-                self.world.violated("nothing will ever happen, and the run is not over");
+            let next = self.world.borrow_mut().next();
+            let Some(event) = next else {
+                self.violated("nothing will ever happen, and the run is not over");
                 break;
             };
             self.happen(event);
-            self.world.depart();
+            self.world.borrow_mut().depart();
             self.strike();
-            self.world.depart();
+            self.world.borrow_mut().depart();
             self.check_owners();
         }
         let ending = self.ending();
-        if self.world.violation.is_some() {
+        let mut world = self.world.borrow_mut();
+        if world.violation.is_some() {
             let source = self.source.as_ref().map_or("dead".into(), SourceHost::describe);
             let destination = self.destination.as_ref().map_or("dead".into(), DestinationHost::describe);
-            self.world.note(|| format!("source: {source}; destination: {destination}"));
+            world.note(|| format!("source: {source}; destination: {destination}"));
         }
-        self.world.saw(ending.name(), 1);
-        let World { violation, digest, trace, seen, .. } = self.world;
-        Outcome { violation, digest, trace: trace.unwrap_or_default(), seen }
+        world.saw(ending.name(), 1);
+        Outcome {
+            violation: world.violation.take(),
+            digest: world.digest,
+            trace: world.trace.take().unwrap_or_default(),
+            seen: std::mem::take(&mut world.seen),
+        }
+    }
+
+    fn violated(&self, what: &str) {
+        self.world.borrow_mut().violated(what);
     }
 
     /// Lets an event happen, or puts it off while its process stands still.
     fn happen(&mut self, event: Event) {
-        let world = &mut self.world;
+        let mut world = self.world.borrow_mut();
         let of_source = match event {
             Event::Arrive(wire, by_source) => {
                 let by = if by_source { Side::Source } else { Side::Destination };
@@ -221,45 +242,30 @@ impl<'a> Run<'a> {
                 Event::Notice(wire, source) => Event::Look(wire, source),
                 other => other,
             };
-            return world.schedule(thaws - world.now, again);
+            let after = thaws - world.now;
+            return world.schedule(after, again);
         }
+        drop(world);
         if of_source { self.at_source(event) } else { self.at_destination(event) }
     }
 
     fn at_source(&mut self, event: Event) {
-        let world = &mut self.world;
         if event == Event::Guest(true) {
             self.guests[0].run();
             if self.guests[0].is_busy() || self.source.as_ref().is_some_and(|s| s.fate().is_none()) {
+                let mut world = self.world.borrow_mut();
                 let after = world.rng.range(50, 1500);
                 world.schedule(after, event);
             }
             return;
         }
-        let Some(source) = &mut self.source else { return };
-        match event {
-            Event::Arrive(wire, _) | Event::Notice(wire, _) | Event::Look(wire, _) => {
-                source.touched(wire, world);
-            }
-            Event::Abort(wire) => {
-                world.connection(wire).close(Side::Source);
-                source.touched(wire, world);
-            }
-            Event::Refuse(wire) => source.refused(wire, world),
-            Event::Lane(stream) => source.lane_turn(stream, world),
-            Event::Tick(_) => {
-                source.ticked(world);
-                world.schedule(TICK, event);
-            }
-            // The turn below is what it is for.
-            Event::Alarm => {}
-            Event::Worker(_) | Event::Done | Event::Guest(_) => {}
+        if let Some(source) = &mut self.source {
+            source.happen(event);
         }
-        source.turn(world);
     }
 
     fn at_destination(&mut self, event: Event) {
-        let world = &mut self.world;
+        let world = &mut *self.world.borrow_mut();
         if event == Event::Guest(false) {
             self.guests[1].run();
             if !self.guests[1].is_busy() && self.arrived {
@@ -288,7 +294,7 @@ impl<'a> Run<'a> {
             && !had
             && let Some(what) = self.guests[0].difference(&self.guests[1])
         {
-            self.world.violated(format!("the guest runs at the destination with something stale: {what}"));
+            world.violated(format!("the guest runs at the destination with something stale: {what}"));
         }
     }
 
@@ -296,10 +302,10 @@ impl<'a> Run<'a> {
     fn check_owners(&mut self) {
         let at_source = self.guests[0].runs();
         if at_source && self.arrived {
-            self.world.violated("the guest runs at the source although it has run at the destination");
+            self.violated("the guest runs at the source although it has run at the destination");
         }
         if self.arrived && self.source.as_ref().is_some_and(SourceHost::owns_guest) {
-            self.world.violated("the source thinks that it owns a guest that runs at the destination");
+            self.violated("the source thinks that it owns a guest that runs at the destination");
         }
     }
 
@@ -320,30 +326,34 @@ impl<'a> Run<'a> {
         let at_source = self.source.is_some() && self.guests[0].runs();
         let ending = match (at_source, at_destination) {
             (true, true) => {
-                self.world.violated("two owners");
+                self.violated("two owners");
                 Ending::Moved
             }
             (true, false) => Ending::Stayed,
             (false, true) => Ending::Moved,
             (false, false) => Ending::Gone,
         };
-        if self.world.violation.is_some() {
+        if self.world.borrow().violation.is_some() {
             return ending;
         }
-        if ending == Ending::Gone && self.source.is_some() && self.destination.is_some() && !self.missed_go()
+        let fate = self.source.as_ref().and_then(SourceHost::fate);
+        let asked_no_more = fate == Some(Fate::Unknown);
+        if ending == Ending::Gone
+            && self.source.is_some()
+            && self.destination.is_some()
+            && !self.missed_go()
+            && !asked_no_more
         {
-            self.world.violated("both processes live and nobody runs the guest");
+            self.violated("both processes live and nobody runs the guest");
         }
         if ending != Ending::Moved && !self.struck {
-            self.world.violated("the migration failed in fair weather");
+            self.violated("the migration failed in fair weather");
         }
         if ending != Ending::Moved && self.survivable {
-            self.world.violated("the migration did not survive lost connections");
+            self.violated("the migration did not survive lost connections");
         }
-        if let Some(Fate::Moved) = self.source.as_ref().and_then(SourceHost::fate)
-            && !self.arrived
-        {
-            self.world.violated("the source believes that the guest has moved, and it has not");
+        if fate == Some(Fate::Moved) && !self.arrived {
+            self.violated("the source believes that the guest has moved, and it has not");
         }
         ending
     }

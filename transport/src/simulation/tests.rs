@@ -17,7 +17,7 @@ const EXPECTED: &[(&str, u64)] = &[
     ("gone", 100),
     ("moved although streams died", 20),
     ("frames taken back", 5),
-    ("deltas", 1),
+    ("deltas", 2),
     ("compressed pages", 1),
     ("pages referred to", 10),
     ("unchanged pages", 1),

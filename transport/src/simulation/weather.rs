@@ -70,7 +70,7 @@ impl Plan {
             interferes: rng.pick(&[0, 5, 20, 40]),
             log_rearms: rng.percent(40),
             places,
-            writes: rng.range(0, 400) as u32,
+            writes: rng.range(0, 1000) as u32,
         });
         let low = rng.range(20, 500);
         let weather =
@@ -95,8 +95,6 @@ impl Plan {
                 max_rounds: Some(rng.range(2, 14) as u32),
                 ..Limits::default()
             },
-            drain_to: rng.pick(&[0, 32 << 10, 256 << 10]),
-            batch_chunks: rng.pick(&[1, 2, 16]),
         };
         let refuses_state = rng.percent(4);
         let reconnect_max = rng.pick(&[0, 4 * TIMEOUT, 20 * TIMEOUT, 20 * TIMEOUT]);
@@ -123,7 +121,7 @@ fn trigger(rng: &mut Rng) -> Trigger {
         ["WELCOME", "PREPARED", "ATTACHED", "STREAM_STOPPED", "READY", "RUNNING", "RESUMED"];
     if rng.percent(50) {
         // As often in the first steps as in the many that move pages.
-        let most = 1 << rng.range(3, 10);
+        let most = 1 << rng.range(3, 11);
         return Trigger::Event(rng.below(most));
     }
     if rng.percent(50) {
@@ -154,12 +152,11 @@ fn strike(rng: &mut Rng) -> Strike {
 impl Run<'_> {
     /// Whatever is due strikes.
     pub(super) fn strike(&mut self) {
-        let said = self.heard..self.world.said.len();
-        self.heard = said.end;
+        let said = self.world.borrow().said[self.heard..].to_vec();
+        self.heard += said.len();
         if self.strikes.is_empty() {
             return;
         }
-        let said = self.world.said[said].to_vec();
         let events = self.events;
         let due = |trigger: &Trigger| match trigger {
             Trigger::Event(number) => events >= *number,
@@ -180,7 +177,21 @@ impl Run<'_> {
     }
 
     fn strike_with(&mut self, strike: Strike) {
-        let world = &mut self.world;
+        match strike {
+            Strike::Crash(side, loud) => self.crash(side, loud),
+            Strike::Freeze(side, during) => self.freeze(side, during),
+            Strike::Cancel => {
+                self.world.borrow_mut().note(|| "somebody cancels".into());
+                if let Some(source) = &mut self.source {
+                    source.cancel();
+                }
+            }
+            _ => self.strike_connections(strike),
+        }
+    }
+
+    fn strike_connections(&mut self, strike: Strike) {
+        let world = &mut *self.world.borrow_mut();
         world.note(|| format!("strike: {strike:?}"));
         let open = world.open_wires();
         let streams = |world: &super::World, stream: bool| -> Vec<usize> {
@@ -222,19 +233,11 @@ impl Run<'_> {
             Strike::StallAll(during) => {
                 open.iter().for_each(|&wire| world.stall(wire, during, TIMEOUT));
             }
-            Strike::Crash(side, loud) => self.crash(side, loud),
-            Strike::Freeze(side, during) => self.freeze(side, during),
-            Strike::Cancel => {
-                if let Some(source) = &mut self.source {
-                    source.cancelled = true;
-                    source.turn(world);
-                }
-            }
+            Strike::Crash(..) | Strike::Freeze(..) | Strike::Cancel => {}
         }
     }
 
     fn crash(&mut self, side: Side, loud: bool) {
-        let world = &mut self.world;
         match side {
             Side::Source => {
                 self.source = None;
@@ -243,9 +246,11 @@ impl Run<'_> {
             Side::Destination => {
                 self.destination = None;
                 self.guests[1].set_running(false);
-                world.listening = false;
             }
         }
+        let world = &mut *self.world.borrow_mut();
+        world.note(|| format!("the process {side:?} is killed"));
+        world.listening &= side == Side::Source;
         for wire in world.open_wires() {
             if loud {
                 world.connection(wire).close(side);
@@ -257,7 +262,8 @@ impl Run<'_> {
 
     /// The process stands still. The other side gives it up when it hears no ping for too long.
     fn freeze(&mut self, side: Side, during: Micros) {
-        let world = &mut self.world;
+        let world = &mut *self.world.borrow_mut();
+        world.note(|| format!("{side:?} stands still for {during} us"));
         world.frozen[side as usize] = world.now + during;
         if during > TIMEOUT {
             for wire in world.open_wires() {

@@ -137,7 +137,7 @@ impl World {
     pub(super) fn next(&mut self) -> Option<Event> {
         let Reverse((at, number, event)) = self.queue.pop()?;
         self.now = self.now.max(at);
-        virtual_time::set(Some(self.now * 1000));
+        virtual_time::advance(self.now * 1000);
         let mixed = self.digest.rotate_left(5) ^ at ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         self.digest = mixed.wrapping_mul(0xff51_afd7_ed55_8ccd);
         Some(event)

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, SendTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::{Batch, PageSource};
 
@@ -16,6 +16,20 @@ const BATCHES_PER_STREAM: u64 = 4;
 const BATCH_PAGES_MIN: u64 = 64;
 /// Longest wait before the caller's conditions are looked at again.
 const TICK: Duration = Duration::from_millis(20);
+
+/// How whoever feeds waits for the workers.
+pub(crate) trait Waits {
+    /// Batches of fewer pages are not worth their calls.
+    fn batch_pages_min(&self) -> u64 {
+        BATCH_PAGES_MIN
+    }
+
+    /// Hands a batch to a worker; gives it back when none has taken it within `limit`.
+    async fn offer(&self, work: &Sender<Batch>, batch: Batch, limit: Duration) -> Option<Batch>;
+
+    /// Waits until pages were receipted or became pending again, or a stream ended, at most `limit`.
+    async fn progress(&self, source: &PageSource, limit: Duration);
+}
 
 /// The one thread that feeds a session's workers owns this; dropping it ends the streams in order. Batches that no worker has taken by
 /// then go back with it: their pages are still pending.
@@ -40,19 +54,21 @@ impl Feeder {
 
     /// Gives out every chunk that is pending now or becomes so while the pass goes over it. `go_on` is asked now and then and
     /// ends the pass by its error.
-    pub fn pass<E>(&self, mut go_on: impl FnMut() -> Result<(), E>) -> Result<(), E> {
+    pub(crate) async fn pass<E>(
+        &self,
+        waits: &impl Waits,
+        mut go_on: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
         let share = self.source.pending.count() / (self.streams * BATCHES_PER_STREAM);
         let mut chunk = 0;
-        while let Some(span) = self.source.next_batch(chunk, share.max(BATCH_PAGES_MIN)) {
+        while let Some(span) = self.source.next_batch(chunk, share.max(waits.batch_pages_min())) {
             chunk = span.first + span.count;
             let mut batch = Batch::new(&self.source, span);
             loop {
                 go_on()?;
-                match self.work.send_timeout(batch, TICK) {
-                    Ok(()) => break,
-                    Err(SendTimeoutError::Timeout(back) | SendTimeoutError::Disconnected(back)) => {
-                        batch = back;
-                    }
+                match waits.offer(&self.work, batch, TICK).await {
+                    None => break,
+                    Some(back) => batch = back,
                 }
             }
         }
@@ -60,24 +76,33 @@ impl Feeder {
     }
 
     /// Passes until nothing is pending and nothing under way: every page that was dirty is delivered and receipted.
-    pub fn settle<E>(&self, mut go_on: impl FnMut() -> Result<(), E>) -> Result<(), E> {
+    pub(crate) async fn settle<E>(
+        &self,
+        waits: &impl Waits,
+        mut go_on: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
         while !self.source.is_settled() {
             go_on()?;
-            self.pass(&mut go_on)?;
+            self.pass(waits, &mut go_on).await?;
             // Chunks that belong to a stream with frames under way stayed pending; a receipt frees them.
-            self.source.wait_progress(Duration::from_millis(1));
+            waits.progress(&self.source, Duration::from_millis(1)).await;
         }
         Ok(())
     }
 
     /// Waits until at most `bytes` page bytes are under way, so that the next dirty sync finds a round's work done but the
     /// streams not yet idle.
-    pub fn drain_to<E>(&self, bytes: u64, mut go_on: impl FnMut() -> Result<(), E>) -> Result<(), E> {
+    pub(crate) async fn drain_to<E>(
+        &self,
+        waits: &impl Waits,
+        bytes: u64,
+        mut go_on: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
         while self.source.counters.logical_under_way.load(Ordering::Acquire) > bytes
             || self.source.outstanding.load(Ordering::Acquire) > 1
         {
             go_on()?;
-            self.source.wait_progress(TICK);
+            waits.progress(&self.source, TICK).await;
         }
         Ok(())
     }

@@ -28,6 +28,7 @@ use pagecopy::layout::PAGE_SIZE;
 
 use doubt::Doubts;
 pub use feeder::Feeder;
+pub(crate) use feeder::Waits;
 pub use flight::{LaneEnd, LaneError, Unreceipted};
 pub use lane::Lane;
 use owners::Owners;
@@ -330,7 +331,7 @@ impl PageSource {
     }
 
     /// Waits until a receipt comes in, at most `timeout`.
-    fn wait_progress(&self, timeout: Duration) {
+    pub(crate) fn wait_progress(&self, timeout: Duration) {
         let guard = self.progress.0.lock().unwrap_or_else(|e| e.into_inner());
         // Spurious or early wake-ups only cost the caller one more look.
         drop(self.progress.1.wait_timeout(guard, timeout));

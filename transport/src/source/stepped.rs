@@ -1,6 +1,8 @@
-//! A source's feeder and streams without threads: the simulation drives them step by step.
+//! A source's streams without threads: the simulation drives them step by step.
 
 use std::sync::{Arc, OnceLock};
+
+use pagecopy::layout::CHUNK_PAGES;
 
 use super::flight::StreamState;
 use super::lane::LaneSender;
@@ -39,6 +41,12 @@ impl<'a> SteppedLane<'a> {
             receipts: Receipts::new(state, receipts),
             ended: false,
         }
+    }
+
+    /// Pages that one batch can hold at most.
+    pub(crate) fn pages(&self) -> u64 {
+        let most = u64::from(super::BATCH_CHUNKS) * CHUNK_PAGES as u64;
+        self.state.source().ram.layout().pages().min(most)
     }
 
     /// Whether a whole batch may be sent without a wait for receipts.
@@ -89,27 +97,5 @@ impl<'a> SteppedLane<'a> {
 
     fn note(&self, result: Result<(), LaneError>) -> bool {
         result.map_err(|error| self.state.fail(error)).is_ok()
-    }
-}
-
-/// What [`super::Feeder`] asks of the pages that wait, without its channel.
-impl PageSource {
-    /// Gives out the next batch at or after `chunk`, of at most `count_max` chunks; returns it and where the pass goes on.
-    pub(crate) fn give_out(self: &Arc<Self>, chunk: u32, count_max: u32) -> Option<(Batch, u32)> {
-        let mut span = self.next_batch(chunk, u64::MAX)?;
-        span.count = span.count.min(count_max);
-        Some((Batch::new(self, span), span.first + span.count))
-    }
-
-    /// Whether every page is delivered and receipted; for whoever gives batches out.
-    pub(crate) fn settled(&self) -> bool {
-        self.is_settled()
-    }
-
-    /// Whether at most `bytes` page bytes are under way and at most one batch is given out.
-    pub(crate) fn drained_to(&self, bytes: u64) -> bool {
-        let outstanding = self.outstanding.load(std::sync::atomic::Ordering::Acquire);
-        self.counters.logical_under_way.load(std::sync::atomic::Ordering::Acquire) <= bytes
-            && outstanding <= 1
     }
 }

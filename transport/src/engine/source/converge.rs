@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::source::{Feeder, PageSource};
 use pagecopy::backend::{DirtyLog, Guest};
@@ -10,8 +10,10 @@ use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::policy::{Decision, Earlier, Precopy, Sample, SwitchReason};
 use pagecopy::throttle::{PERCENT_MAX, Round, Throttle};
 
+use super::environment::Environment;
 use super::watch::Watch;
 use super::{Attempt, Cause, STATE_TIME_GUESS, SourceBackend};
+use crate::clock;
 use crate::engine::progress::Progress;
 use crate::engine::tuning::Tuning;
 
@@ -58,7 +60,7 @@ struct Course<'a> {
     policy: Precopy,
     progress: &'a Progress,
     source: &'a PageSource,
-    began: Instant,
+    began: Duration,
     /// The changes of limits that are in force, and what they came to.
     tuned: u64,
     tuning: Option<Tuning>,
@@ -70,7 +72,7 @@ struct Course<'a> {
     /// Trials of the state's time so far.
     rehearsals: u32,
     /// A trial left the guest paused that is to run, since then.
-    left_paused: Option<Instant>,
+    left_paused: Option<Duration>,
     /// Pausing, saving and loading, without the messages of the handover and the last sync, once that was tried.
     state_time: Duration,
 }
@@ -145,7 +147,7 @@ impl<'a> Course<'a> {
         backend: &'a SourceBackend,
         progress: &'a Progress,
         source: &'a PageSource,
-        began: Instant,
+        began: Duration,
         round_trip: Duration,
     ) -> Result<Self, Cause> {
         let acked = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -210,7 +212,7 @@ impl<'a> Course<'a> {
     }
 
     /// Looks at everything that may have happened. Called often while a round goes on.
-    fn check(&mut self, watch: &mut Watch) -> Result<(), Stop> {
+    fn check(&mut self, watch: &mut Watch<'_, impl Environment>) -> Result<(), Stop> {
         watch.check()?;
         self.tune()?;
         if self.progress.wants_switchover() {
@@ -228,18 +230,24 @@ impl<'a> Course<'a> {
     }
 
     /// Sends what is dirty, until it is all but delivered.
-    fn pass(&mut self, watch: &mut Watch, feeder: &Feeder) -> Result<(), Stop> {
-        feeder.pass(|| self.check(watch))?;
+    async fn pass(&mut self, watch: &mut Watch<'_, impl Environment>, feeder: &Feeder) -> Result<(), Stop> {
+        let env = watch.env;
+        feeder.pass(env, || self.check(watch)).await?;
         // Sync when the round is all but delivered: the streams still have work, and what was dirtied early is not sent
         // once more for nothing.
         let under_way = self.source.counters().logical_under_way.load(Ordering::Relaxed);
-        feeder.drain_to((under_way / 4).max(CHUNK_SIZE as u64), || self.check(watch))
+        feeder.drain_to(env, (under_way / 4).max(CHUNK_SIZE as u64), || self.check(watch)).await
     }
 
     /// Sends what is dirty, finds what was dirtied meanwhile, and decides.
-    fn round(&mut self, watch: &mut Watch, feeder: &Feeder, paused: bool) -> Result<Decision, Stop> {
-        let begun = Instant::now();
-        match self.pass(watch, feeder) {
+    async fn round(
+        &mut self,
+        watch: &mut Watch<'_, impl Environment>,
+        feeder: &Feeder,
+        paused: bool,
+    ) -> Result<Decision, Stop> {
+        let begun = clock::now();
+        match self.pass(watch, feeder).await {
             Ok(()) | Err(Stop::Sync) => {}
             Err(stop) => return Err(stop),
         }
@@ -248,9 +256,9 @@ impl<'a> Course<'a> {
         if self.rehearsals == 0 || (long && self.rehearsals < REHEARSALS_MAX) {
             self.rehearse(paused)?;
         }
-        let syncing = Instant::now();
+        let syncing = clock::now();
         let dirtied = self.source.dirty_sync().map_err(Cause::from)?;
-        let sync_time = syncing.elapsed();
+        let sync_time = clock::now() - syncing;
         watch.end_round(dirtied);
         let counters = self.source.counters();
         let sample = Sample {
@@ -269,14 +277,15 @@ impl<'a> Course<'a> {
             brake.on_round(&self.policy, sample.remaining_logical_bytes, most)?;
         }
         self.report();
-        while decision == Decision::NextRound && begun.elapsed() < ROUND_MIN {
+        while decision == Decision::NextRound && clock::now() - begun < ROUND_MIN {
             match self.check(watch) {
                 Ok(()) => {}
                 // The next one begins at once.
                 Err(Stop::Sync) => break,
                 Err(stop) => return Err(stop),
             }
-            std::thread::sleep(ROUND_MIN.saturating_sub(begun.elapsed()).min(Duration::from_millis(1)));
+            let left = ROUND_MIN.saturating_sub(clock::now() - begun);
+            watch.env.sleep(left.min(Duration::from_millis(1))).await;
         }
         Ok(decision)
     }
@@ -284,7 +293,7 @@ impl<'a> Course<'a> {
     /// Tries how long the state takes, at a moment when the streams still have work.
     fn rehearse(&mut self, paused: bool) -> Result<(), Cause> {
         let Some(brake) = &self.brake else { return Ok(()) };
-        let begun = Instant::now();
+        let begun = clock::now();
         match brake.guest.rehearse(REHEARSAL_LIMIT) {
             Ok(Some(tried)) => {
                 // The destination loads what the source saves, and lets the guest run where the source paused it.
@@ -301,7 +310,7 @@ impl<'a> Course<'a> {
                 if !paused {
                     brake.guest.resume().inspect_err(|_| self.left_paused = Some(begun))?;
                 }
-                self.progress.update(|r| r.rehearsed_ms += begun.elapsed().as_secs_f64() * 1e3);
+                self.progress.update(|r| r.rehearsed_ms += (clock::now() - begun).as_secs_f64() * 1e3);
             }
         }
         Ok(())
@@ -439,13 +448,13 @@ impl Stall {
     }
 }
 
-fn micros(since: Instant) -> u64 {
-    since.elapsed().as_micros() as u64
+fn micros(since: Duration) -> u64 {
+    (clock::now() - since).as_micros() as u64
 }
 
-impl Attempt<'_> {
+impl<E: Environment> Attempt<'_, E> {
     /// Rounds, until the policy has enough of them. Returns how many there were.
-    pub(super) fn precopy(&mut self, feeder: &Feeder) -> Result<(u64, Next), Cause> {
+    pub(super) async fn precopy(&mut self, feeder: &Feeder) -> Result<(u64, Next), Cause> {
         let live = self.backend.guest.is_some();
         let (backend, began, progress) = (self.backend, self.began, self.progress);
         let postcopy_after = self.options.postcopy_after_rounds;
@@ -462,10 +471,10 @@ impl Attempt<'_> {
                 progress.request_postcopy();
             }
             let decided = if live {
-                course.round(watch, feeder, backend.paused)
+                course.round(watch, feeder, backend.paused).await
             } else {
                 // Memory that nobody writes: all of it is sent in the one pass.
-                feeder.settle(|| course.check(watch)).map(|()| {
+                feeder.settle(watch.env, || course.check(watch)).await.map(|()| {
                     watch.end_round(0);
                     Decision::SwitchOver { predicted_downtime_us: 0, reason: SwitchReason::WithinLimit }
                 })

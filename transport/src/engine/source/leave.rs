@@ -5,18 +5,19 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pagecopy::policy::OnTimeout;
 
 use super::Cause;
+use crate::clock;
 use crate::engine::progress::Progress;
 use crate::engine::usage::short_of_memory;
 
 /// What a migration does, as far as its time is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(super) enum Doing {
+pub(crate) enum Doing {
     Connecting,
     OpeningStreams,
     MovingPages,
@@ -41,15 +42,16 @@ impl Doing {
 
 /// Asks whether a migration may go on. Clones are of the same migration.
 #[derive(Clone, Debug)]
-pub(super) struct Leave {
+pub(crate) struct Leave {
     progress: Progress,
-    requested: Instant,
+    /// By the clock.
+    requested: Duration,
     doing: Arc<AtomicU8>,
 }
 
 impl Leave {
     /// For a migration that was asked for at `requested` and is about to connect.
-    pub(super) fn new(progress: &Progress, requested: Instant) -> Self {
+    pub(crate) fn new(progress: &Progress, requested: Duration) -> Self {
         Self {
             progress: progress.clone(),
             requested,
@@ -80,7 +82,8 @@ impl Leave {
             Doing::SwitchingOver => limits.on_timeout == OnTimeout::Cancel,
             Doing::Connecting | Doing::OpeningStreams | Doing::Reconnecting => true,
         };
-        let (Some(limit), elapsed) = (limits.total_ms.map(Duration::from_millis), self.requested.elapsed())
+        let (Some(limit), elapsed) =
+            (limits.total_ms.map(Duration::from_millis), clock::now() - self.requested)
         else {
             return Ok(());
         };
@@ -103,17 +106,19 @@ impl Leave {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::virtual_time;
     use crate::engine::tuning::Tuning;
 
     #[test]
     fn time_ends_what_cannot_be_hurried() {
+        virtual_time::set(Some(60_000_000_000));
         for (on_timeout, ended) in [
             (OnTimeout::Cancel, [true, true, false, true, true]),
             (OnTimeout::SwitchOver, [true, true, false, false, true]),
             (OnTimeout::Postcopy, [true, true, false, false, true]),
         ] {
             let progress = Progress::new(Tuning::default());
-            let leave = Leave::new(&progress, Instant::now() - Duration::from_millis(30_250));
+            let leave = Leave::new(&progress, clock::now() - Duration::from_millis(30_250));
             for (doing, ended) in Doing::ALL.into_iter().zip(ended) {
                 leave.begin(doing);
                 for (seconds, ends) in [(0, false), (31, false), (30, ended)] {
@@ -135,8 +140,9 @@ mod tests {
             }
         }
         let progress = Progress::default();
-        let leave = Leave::new(&progress, Instant::now());
+        let leave = Leave::new(&progress, clock::now());
         progress.cancel();
         assert!(matches!(leave.check(), Err(Cause::Cancelled)));
+        virtual_time::set(None);
     }
 }

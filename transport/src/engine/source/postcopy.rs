@@ -4,26 +4,25 @@
 //! and nothing brings it back; but its memory is here, so this side keeps every page, and opens lost connections again for as long
 //! as it takes.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::postcopy::{Lane, LaneEnd, PageServer, PostcopyError, ServerOptions};
+use crate::clock;
+use crate::postcopy::{PageServer, PostcopyError, ServerOptions};
 use crate::session::{SessionError, SourceEvent};
-use crate::socket::Connection;
 use crate::source::{Feeder, SourceOptions};
-use crate::uri::Uri;
 use crate::wire::SessionId;
 use crate::wire::control::{
     Arrived, MISSING_RUNS_MAX, Message, StreamEnd, Totals, Welcome, capability, state_digest,
 };
-use crossbeam_channel::{Receiver, Sender, unbounded};
 use pagecopy::backend::{Guest, GuestRam, StateBlob};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
 
+use super::environment::Environment;
 use super::watch::Watch;
 use super::{Attempt, Cause, RUN_STATE, check};
 use crate::engine::progress::{Phase, Progress};
@@ -38,10 +37,11 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 const PUSHING_MAX: u16 = 4;
 
 /// The connections that serve missing pages. Dropping it ends them.
-pub(super) struct Service {
+pub(super) struct Service<'a, E: Environment> {
+    env: &'a E,
     server: Arc<PageServer>,
-    lanes: BTreeMap<u16, Lane>,
-    ends: (Sender<LaneEnd>, Receiver<LaneEnd>),
+    /// Those that are open.
+    open: BTreeSet<u16>,
     session: SessionId,
     version: u16,
     /// How many connections there are to be.
@@ -50,33 +50,39 @@ pub(super) struct Service {
     reconnects: u64,
 }
 
-impl Service {
-    fn start(&mut self, stream: u16, connection: Connection) -> Result<(), Cause> {
-        let lane = Lane::spawn(&self.server, connection, stream, self.ends.0.clone())?;
-        self.lanes.insert(stream, lane);
+impl<E: Environment> Service<'_, E> {
+    fn start(&mut self, stream: u16, connection: E::Postcopy) -> Result<(), Cause> {
+        self.env.start_postcopy(&self.server, connection, stream)?;
+        self.open.insert(stream);
         Ok(())
     }
 
     /// Forgets connections that have ended; returns why the last one did.
-    fn bury(&mut self) -> Option<PostcopyError> {
+    fn bury(&mut self, watch: &mut Watch<'_, E>) -> Option<PostcopyError> {
         let mut last = None;
-        while let Ok(LaneEnd { stream, error }) = self.ends.1.try_recv() {
-            self.lanes.remove(&stream);
+        for (stream, error) in watch.take_postcopy_ends() {
+            self.open.remove(&stream);
             last = Some(error);
         }
         last
     }
 
+    /// None of them can be trusted: one that is dead and idle would never tell.
+    fn break_all(&mut self) {
+        self.env.end_postcopy();
+        self.open.clear();
+    }
+
     fn is_whole(&self) -> bool {
-        self.lanes.len() == usize::from(self.wanted)
+        self.open.len() == usize::from(self.wanted)
     }
 
     /// Opens what is not open.
-    fn reopen(&mut self, uri: &Uri) -> Result<(), Cause> {
+    async fn reopen(&mut self) -> Result<(), Cause> {
         for stream in 0..self.wanted {
-            if !self.lanes.contains_key(&stream) {
-                let connection =
-                    Lane::dial(uri, self.session, self.version, stream, self.timeout, &|| false)?;
+            if !self.open.contains(&stream) {
+                let (session, version, timeout) = (self.session, self.version, self.timeout);
+                let connection = self.env.dial_postcopy(session, version, stream, timeout, &|| false).await?;
                 self.start(stream, connection)?;
             }
         }
@@ -84,33 +90,35 @@ impl Service {
     }
 }
 
-impl Drop for Service {
+impl<E: Environment> Drop for Service<'_, E> {
     fn drop(&mut self) {
         self.server.stop();
+        self.env.end_postcopy();
     }
 }
 
-impl Attempt<'_> {
+impl<E: Environment> Attempt<'_, E> {
     /// Hands the guest over with the pages that are there, and serves the others until the destination has all.
-    pub(super) fn postcopy(&mut self, feeder: Feeder, rounds: u64) -> Result<(), Cause> {
+    pub(super) async fn postcopy(&mut self, feeder: Feeder, rounds: u64) -> Result<(), Cause> {
         let Some(guest) = self.backend.guest.clone() else {
             return Err(Cause::NoPostcopy { needed_by: None });
         };
-        let (uri, timeout) = (self.uri, self.options.timeout);
+        let (env, timeout) = (self.env, self.options.timeout);
         let running = self.running.as_mut().expect("set before any phase that needs it");
         let welcome = running.welcome;
         if welcome.capabilities & capability::POSTCOPY == 0 {
             return Err(Cause::NoPostcopy { needed_by: None });
         }
         // While the guest still runs: what is under way arrives, the streams end in order, and others are opened.
-        let unit_chunks = running.watch.postcopy()?;
+        let unit_chunks = running.watch.postcopy().await?;
         running.watch.close();
         drop(feeder);
-        let streams = running.watch.streams_ended()?;
+        let streams = running.watch.streams_ended().await?;
         let given_up = || self.leave.is_over();
-        let connections = dial_all(uri, running.watch.session_id(), &welcome, timeout, &given_up)
+        let connections = dial_all(env, running.watch.session_id(), &welcome, timeout, &given_up)
+            .await
             .inspect_err(|_| {
-                self.undialled.get_or_insert_with(Instant::now);
+                self.undialled.get_or_insert_with(clock::now);
             })?;
         self.undialled = None;
         let hasher = running.source.hasher().clone();
@@ -118,9 +126,9 @@ impl Attempt<'_> {
         let (totals, server) = self.leave(&guest, streams, unit_chunks, hasher, options, rounds)?;
         let running = self.running.as_mut().expect("as above");
         let service = running.postcopy.insert(Service {
+            env,
             server,
-            lanes: BTreeMap::new(),
-            ends: unbounded(),
+            open: BTreeSet::new(),
             session: running.watch.session_id(),
             version: welcome.version,
             wanted: connections.len() as u16,
@@ -134,10 +142,10 @@ impl Attempt<'_> {
         if let Some((stream, connection)) = connections.next() {
             service.start(stream, connection)?;
         }
-        running.watch.finish(totals, true)?;
-        let unheard = self.say_go(Phase::Postcopy)?;
+        running.watch.finish(totals, true).await?;
+        let unheard = self.say_go(Phase::Postcopy).await?;
         if unheard.is_none() {
-            self.downtime = self.paused_at.map(|at| at.elapsed());
+            self.downtime = self.paused_at.map(|at| clock::now() - at);
         }
         let running = self.running.as_mut().expect("as above");
         if let Some(service) = &mut running.postcopy {
@@ -146,7 +154,7 @@ impl Attempt<'_> {
                 let _ = service.start(stream, connection);
             }
         }
-        self.serve(unheard)
+        self.serve(unheard).await
     }
 
     /// Pauses the guest; says what is missing at the destination, and the guest's state.
@@ -161,7 +169,7 @@ impl Attempt<'_> {
     ) -> Result<(Totals, Arc<PageServer>), Cause> {
         let ran = u8::from(!self.backend.paused);
         self.progress.update(|r| (r.status, r.rounds) = (Status::Device, rounds + 1));
-        self.paused_at = Some(Instant::now());
+        self.paused_at = Some(clock::now());
         guest.pause()?;
         let ram = self.backend.ram.clone();
         let (_, source) = self.parts();
@@ -198,9 +206,8 @@ impl Attempt<'_> {
 
     /// Serves pages until the destination misses none. After GO: it does not give up by itself, and nobody ends it. Where RUNNING was not
     /// heard, it asks what came of GO meanwhile, for the guest may need its pages already.
-    pub(super) fn serve(&mut self, unheard: Option<Cause>) -> Result<(), Cause> {
-        let (progress, began) = (self.progress, Instant::now());
-        let mut uri = self.uri.clone();
+    pub(super) async fn serve(&mut self, unheard: Option<Cause>) -> Result<(), Cause> {
+        let (env, progress, began) = (self.env, self.progress, clock::now());
         let running = self.running.as_mut().expect("set before any phase that needs it");
         let service = running.postcopy.as_mut().expect("set before GO");
         let watch = &mut running.watch;
@@ -210,11 +217,11 @@ impl Attempt<'_> {
         if let Some(cause) = unheard {
             progress.update(|r| (r.status, r.error) = (Status::Unknown, Some(explain(&cause))));
         }
-        let mut trying = Trying { pause: PAUSE_MIN, next: Instant::now() };
+        let mut trying = Trying { pause: PAUSE_MIN, next: clock::now() };
         let mut tuned = u64::MAX;
         loop {
             tune(progress, &service.server, &mut tuned);
-            match watch.event_after_go() {
+            match watch.event_after_go().await {
                 Ok(SourceEvent::Arrived(arrived)) => {
                     // The last word, as after any handover: nobody will ask after the session any more.
                     watch.send(Message::Running);
@@ -225,7 +232,7 @@ impl Attempt<'_> {
                 Ok(SourceEvent::Running) => {
                     // It came late.
                     (linked, known) = (true, true);
-                    self.downtime = self.paused_at.map(|at| at.elapsed());
+                    self.downtime = self.paused_at.map(|at| clock::now() - at);
                     watch.send(Message::Running);
                     progress.update(|r| r.error = None);
                 }
@@ -234,32 +241,32 @@ impl Attempt<'_> {
                 Err(cause @ Cause::Session(SessionError::Peer { .. })) if known => return Err(cause),
                 Err(cause) if linked => {
                     // A new link knows nothing of what was said on this one.
-                    (linked, said, unlinked) = (false, false, Instant::now());
-                    // Nor can the others be trusted: one that is dead and idle would never tell.
-                    service.lanes.clear();
+                    (linked, said, unlinked) = (false, false, clock::now());
+                    service.break_all();
                     progress.update(|r| r.error = Some(explain(&cause)));
                 }
-                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+                Err(_) => env.sleep(Duration::from_millis(10)).await,
             }
-            if let Some(error) = service.bury() {
+            if let Some(error) = service.bury(watch) {
                 progress.update(|r| r.error = Some(explain(&error)));
             }
             if let Some(other) = progress.take_recovery() {
-                (uri, trying.next) = (other, Instant::now());
+                env.set_address(other);
+                trying.next = clock::now();
             }
-            if (!linked || !service.is_whole()) && Instant::now() >= trying.next {
-                match reconnect(watch, service, &uri, &mut linked) {
+            if (!linked || !service.is_whole()) && clock::now() >= trying.next {
+                match reconnect(watch, service, &mut linked).await {
                     // It never ran it, and never will: no page is needed there.
                     Err(Cause::Abandoned) => return Err(Cause::Abandoned),
                     result => trying.on_result(progress, result),
                 }
                 if linked && !known {
                     known = true;
-                    self.downtime = self.paused_at.map(|at| at.elapsed());
+                    self.downtime = self.paused_at.map(|at| clock::now() - at);
                 }
             }
             let delivered = service.server.left() == 0;
-            if delivered && known && !linked && unlinked.elapsed() > self.options.timeout {
+            if delivered && known && !linked && clock::now() - unlinked > self.options.timeout {
                 // Every page was placed and receipted: the guest needs nothing more, whether its host says so or not.
                 report(progress, service, began, None);
                 progress.update(|r| r.error = None);
@@ -269,7 +276,7 @@ impl Attempt<'_> {
                 said = true;
                 watch.send(Message::Sent { pages: service.server.total() });
             }
-            let status = match linked && !service.lanes.is_empty() {
+            let status = match linked && !service.open.is_empty() {
                 _ if !known => Status::Unknown,
                 true => Status::PostcopyActive,
                 false => Status::PostcopyPaused,
@@ -283,7 +290,7 @@ impl Attempt<'_> {
 /// When lost connections are opened again.
 struct Trying {
     pause: Duration,
-    next: Instant,
+    next: Duration,
 }
 
 impl Trying {
@@ -296,7 +303,7 @@ impl Trying {
             }
             Err(cause) => {
                 progress.update(|r| r.error = Some(explain(&cause)));
-                self.next = Instant::now() + self.pause;
+                self.next = clock::now() + self.pause;
                 self.pause = (self.pause * 2).min(PAUSE_MAX);
             }
         }
@@ -304,12 +311,16 @@ impl Trying {
 }
 
 /// Opens what was lost: the control link first, for it tells whether the destination lives.
-fn reconnect(watch: &mut Watch, service: &mut Service, uri: &Uri, linked: &mut bool) -> Result<(), Cause> {
+async fn reconnect<E: Environment>(
+    watch: &mut Watch<'_, E>,
+    service: &mut Service<'_, E>,
+    linked: &mut bool,
+) -> Result<(), Cause> {
     if !*linked {
-        watch.relink(uri, &|| false)?;
+        watch.relink(&|| false).await?;
         *linked = true;
     }
-    service.reopen(uri)?;
+    service.reopen().await?;
     service.reconnects += 1;
     Ok(())
 }
@@ -335,18 +346,21 @@ fn server_options(precopy: &SourceOptions, welcome: &Welcome, connections: usize
 }
 
 /// Opens the connection for requests, and those for everything else.
-fn dial_all(
-    uri: &Uri,
+async fn dial_all<E: Environment>(
+    env: &E,
     session: SessionId,
     welcome: &Welcome,
     timeout: Duration,
     given_up: &dyn Fn() -> bool,
-) -> Result<Vec<Connection>, Cause> {
+) -> Result<Vec<E::Postcopy>, Cause> {
     // More of them than cores only keep each other, and faults, from running.
     let cores =
         std::thread::available_parallelism().map_or(1, |cores| cores.get().try_into().unwrap_or(PUSHING_MAX));
-    let streams = 0..=welcome.streams.min(PUSHING_MAX).min(cores);
-    streams.map(|stream| Ok(Lane::dial(uri, session, welcome.version, stream, timeout, given_up)?)).collect()
+    let mut connections = Vec::new();
+    for stream in 0..=welcome.streams.min(PUSHING_MAX).min(cores) {
+        connections.push(env.dial_postcopy(session, welcome.version, stream, timeout, given_up).await?);
+    }
+    Ok(connections)
 }
 
 /// Adds to missing pages what comes in with them, and says which of all are holes here.
@@ -367,11 +381,16 @@ fn missing_pages(
 }
 
 /// Shows others how it goes.
-fn report(progress: &Progress, service: &Service, began: Instant, arrived: Option<Arrived>) {
+fn report(
+    progress: &Progress,
+    service: &Service<'_, impl Environment>,
+    began: Duration,
+    arrived: Option<Arrived>,
+) {
     let server = &service.server;
     let get = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
     let counters = server.counters();
-    let (total, left, elapsed) = (server.total(), server.left(), began.elapsed().as_secs_f64());
+    let (total, left, elapsed) = (server.total(), server.left(), (clock::now() - began).as_secs_f64());
     let page = pagecopy::layout::PAGE_SIZE as u64;
     progress.update(|r| {
         let before = r.postcopy.take().unwrap_or_default();

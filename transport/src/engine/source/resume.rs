@@ -1,32 +1,28 @@
 //! What the source does when its connections are lost before GO: the guest runs on, and the session is taken up again over
 //! others, where it was.
 
-use std::io::Write;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::link::{Exchange, Link, LinkError};
-use crate::postcopy::PostcopyError;
-use crate::session::SourceEvent;
-use crate::socket::Connection;
-use crate::streams::StreamsError;
-use crate::uri::Uri;
-use crate::wire::control::Message;
-use crate::wire::{Preamble, Role, SessionId, VERSION_MAX, VERSION_MIN};
-use crossbeam_channel::unbounded;
-
+use super::environment::Environment;
 use super::leave::Doing;
 use super::watch::{TICK, Watch};
 use super::{Attempt, Cause};
+use crate::clock;
 use crate::engine::explain;
 use crate::engine::progress::Outage;
+use crate::link::LinkError;
+use crate::postcopy::PostcopyError;
+use crate::session::SourceEvent;
+use crate::streams::StreamsError;
+use crate::wire::Role;
+use crate::wire::control::Message;
 
 /// Pause after the first attempt; doubled from one to the next.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 /// Longest pause.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 
-impl Attempt<'_> {
+impl<E: Environment> Attempt<'_, E> {
     /// Whether the session can be taken up again after this.
     pub(super) fn is_resumable(&self, cause: &Cause) -> bool {
         let lost = matches!(
@@ -44,12 +40,12 @@ impl Attempt<'_> {
                         | PostcopyError::Link(LinkError::Io(_) | LinkError::Closed | LinkError::Timeout(_))
                         | PostcopyError::Io { .. }
                 )
-            ) && self.undialled.is_some_and(|since| since.elapsed() < self.options.reconnect_timeout);
+            ) && self.undialled.is_some_and(|since| clock::now() - since < self.options.reconnect_timeout);
         (lost || undialled) && self.running.as_ref().is_some_and(|running| running.watch.is_resumable())
     }
 
     /// Takes the session up again. The guest comes first: it runs on, whether or not there will be connections.
-    pub(super) fn resume(&mut self, cause: &Cause) -> Result<(), Cause> {
+    pub(super) async fn resume(&mut self, cause: &Cause) -> Result<(), Cause> {
         if let Some(guest) = &self.backend.guest
             && self.paused_at.is_some()
         {
@@ -59,15 +55,15 @@ impl Attempt<'_> {
             self.paused_at = None;
         }
         self.leave.begin(Doing::Reconnecting);
-        let (uri, progress) = (self.uri, self.progress);
+        let (env, progress) = (self.env, self.progress);
         let (watch, _) = self.parts();
         let outage = Outage::begin(progress, &explain(cause));
-        watch.lose_all()?;
+        watch.lose_all().await?;
         self.take_postcopy_back();
         let (watch, _) = self.parts();
         let mut pause = PAUSE_MIN;
         loop {
-            let last = match watch.try_resume(uri) {
+            let last = match watch.try_resume().await {
                 Ok(()) => break,
                 Err(Cause::Socket(error)) => Cause::Socket(error),
                 Err(Cause::Link(error)) => Cause::Link(error),
@@ -75,18 +71,18 @@ impl Attempt<'_> {
                 Err(other) => return Err(other),
             };
             let waited = outage.lasts(progress);
-            if waited >= watch.patience() {
+            if waited >= watch.patience.reconnect {
                 return Err(Cause::NotReconnected {
                     seconds: waited.as_secs(),
                     lost: explain(cause),
                     last: explain(&last),
                 });
             }
-            let until = Instant::now() + pause.min(watch.patience() - waited);
-            while Instant::now() < until {
+            let until = clock::now() + pause.min(watch.patience.reconnect - waited);
+            while clock::now() < until {
                 watch.leave.check()?;
                 outage.lasts(progress);
-                std::thread::sleep(TICK.min(pause));
+                env.sleep(TICK.min(pause)).await;
             }
             pause = (pause * 2).min(PAUSE_MAX);
         }
@@ -97,42 +93,32 @@ impl Attempt<'_> {
     }
 }
 
-impl Watch {
+impl<E: Environment> Watch<'_, E> {
     /// Whether both sides agreed to take the session up again, and may.
     fn is_resumable(&self) -> bool {
-        !self.reconnect.is_zero() && self.reopening.is_some() && self.session.may_resume()
-    }
-
-    /// How long it may take.
-    fn patience(&self) -> Duration {
-        self.reconnect
+        !self.patience.reconnect.is_zero() && self.reopening.is_some() && self.session.may_resume()
     }
 
     /// The connections are lost, some perhaps only as far as the others are: ends what is left of them here. Frames without receipt
     /// are kept until the destination has stopped its workers.
-    fn lose_all(&mut self) -> Result<(), Cause> {
+    async fn lose_all(&mut self) -> Result<(), Cause> {
         self.outage = None;
         self.abort();
-        self.join();
-        while let Ok(end) = self.lane_ends.1.try_recv() {
-            self.on_lane_end(end)?;
-        }
-        Ok(())
+        self.join().await;
+        self.take_lane_ends()
     }
 
     /// One attempt, that ends early when the migration is cancelled.
-    fn try_resume(&mut self, uri: &Uri) -> Result<(), Cause> {
-        let connection = connect(uri, Role::Resume, self.id, self.timeout, &|| self.leave.is_over())?;
-        let (deliver, inbox) = unbounded();
-        let link = Link::spawn(self.runtime.handle(), connection, self.timeout, deliver, |event| event)?;
-        // What still comes over the old one is heard no more.
-        (self.link, self.inbox, self.link_lost) = (link, inbox, true);
+    async fn try_resume(&mut self) -> Result<(), Cause> {
+        let leave = &self.leave;
+        self.env.connect(Role::Resume, self.id, self.patience.timeout, &|| leave.is_over()).await?;
+        self.link_lost = true;
         let resume = self.session.resume();
         self.send(resume);
-        let deadline = Instant::now() + self.timeout;
-        while self.next_event()? != SourceEvent::Resumed {
-            if Instant::now() > deadline {
-                return Err(LinkError::Timeout(self.timeout.as_secs()).into());
+        let deadline = clock::now() + self.patience.timeout;
+        while self.next_event().await? != SourceEvent::Resumed {
+            if clock::now() > deadline {
+                return Err(LinkError::Timeout(self.patience.timeout.as_secs()).into());
             }
         }
         Ok(())
@@ -152,99 +138,12 @@ impl Watch {
 
     /// Tells a destination that cannot be reached now that the session is over, as soon as it can be: it waits for this source, which
     /// will not come back. In the background, and no longer than it waits.
-    pub(super) fn say_error_later(&self, uri: &Uri, cause: &Cause) {
+    pub(super) fn say_error_later(&self, cause: &Cause) {
         let mut session = self.session.clone();
         if !session.may_resume() {
             return;
         }
         let message = Message::Error { code: cause.code(), text: explain(cause) };
-        let (uri, id, timeout) = (uri.clone(), self.id, self.timeout);
-        let until = Instant::now() + self.reconnect;
-        // Without a thread it waits in vain, and then gives up by itself.
-        let Some(turn) = FAREWELLS.turn() else { return };
-        let _ = std::thread::Builder::new().name("farewell".into()).spawn(move || {
-            let _turn = turn;
-            while Instant::now() < until {
-                match tell(&uri, id, timeout, &session.resume(), &message) {
-                    // Somebody else is there, or it has given up by itself.
-                    Ok(()) | Err(Cause::Link(LinkError::Refused(_))) => return,
-                    Err(_) => std::thread::sleep(PAUSE_MAX),
-                }
-            }
-        });
-    }
-}
-
-/// How many threads say farewell: sessions that fail one after the other must not gather them without a bound.
-struct Farewells(AtomicUsize);
-
-/// Those of all sessions of this process.
-static FAREWELLS: Farewells = Farewells(AtomicUsize::new(0));
-/// Most of them.
-const FAREWELLS_MAX: usize = 16;
-
-/// The right to one.
-struct Farewell<'a>(&'a Farewells);
-
-impl Farewells {
-    fn turn(&self) -> Option<Farewell<'_>> {
-        let more = |count| (count < FAREWELLS_MAX).then_some(count + 1);
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok().then(|| Farewell(self))
-    }
-}
-
-impl Drop for Farewell<'_> {
-    fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Takes a session up and ends it. Only an answer tells that what was said has come to where it was meant for.
-fn tell(
-    uri: &Uri,
-    session: SessionId,
-    timeout: Duration,
-    resume: &Message,
-    error: &Message,
-) -> Result<(), Cause> {
-    let connection = connect(uri, Role::Resume, session, timeout, &|| false)?;
-    let exchange = Exchange::new(&connection, timeout, &|| false)?;
-    exchange.send(resume)?;
-    let deadline = Instant::now() + timeout;
-    while !matches!(exchange.receive()?, Message::Resumed { .. }) {
-        if Instant::now() > deadline {
-            return Err(LinkError::Timeout(timeout.as_secs()).into());
-        }
-    }
-    Ok(exchange.send(error)?)
-}
-
-/// A control connection in whatever role, unless it is given up meanwhile.
-pub(super) fn connect(
-    uri: &Uri,
-    role: Role,
-    session: SessionId,
-    timeout: Duration,
-    given_up: &dyn Fn() -> bool,
-) -> Result<Connection, Cause> {
-    let connection = Connection::connect(uri, timeout, given_up)?;
-    connection.tune(timeout)?;
-    connection.set_timeouts(None, Some(timeout))?;
-    let preamble = Preamble { version_min: VERSION_MIN, version_max: VERSION_MAX, role, stream: 0, session };
-    (&connection).write_all(&preamble.encode())?;
-    Ok(connection)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn farewells_are_bounded() {
-        let farewells = Farewells(AtomicUsize::new(0));
-        let turns: Vec<_> = std::iter::from_fn(|| farewells.turn()).take(2 * FAREWELLS_MAX).collect();
-        assert_eq!(turns.len(), FAREWELLS_MAX);
-        drop(turns);
-        assert!(farewells.turn().is_some());
+        self.env.say_farewell(self.id, session.resume(), message, self.patience);
     }
 }

@@ -1,6 +1,6 @@
 //! The source against a real destination, with memory, log and guest that fail or panic where a test wants.
 
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::thread::JoinHandle;
 

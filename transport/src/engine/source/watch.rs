@@ -1,96 +1,97 @@
 //! What the source hears while it works: control messages, ends of streams, and requests to cancel.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::carrier::SourceEnd;
-use crate::link::{Link, LinkError, LinkEvent};
-use crate::session::{Learnt, SessionError, SourceEvent, SourceSession, check_welcome};
-use crate::source::{Batch, Lane, LaneEnd, LaneError, PageSource, Unreceipted};
-use crate::streams::{SourceStreams, StreamsError};
-use crate::uri::Uri;
-use crate::wire::control::{Message, SessionStatus, StreamEnd, Totals, Welcome, capability};
-use crate::wire::{Role, SessionId};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
-use tokio::runtime::Runtime;
+use crossbeam_channel::Receiver;
 
+use super::environment::{Environment, Event, Opening, Patience};
 use super::leave::{Doing, Leave};
-use super::reopen::{Opener, Reopening};
-use super::resume::connect;
-use super::{Cause, random};
+use super::reopen::Reopening;
+use super::{Cause, OPENING_MAX};
+use crate::carrier::SourceEnd;
+use crate::clock;
+use crate::dial::OpenError;
+use crate::engine::explain;
 use crate::engine::progress::{Outage, Progress};
 use crate::engine::report::{Similar, Status};
-use crate::engine::{Options, explain};
+use crate::link::LinkEvent;
+use crate::postcopy::PostcopyError;
+use crate::session::{Learnt, SessionError, SourceEvent, SourceSession, check_welcome};
+#[cfg(test)]
+use crate::simulation::fault;
+use crate::source::{Batch, LaneEnd, LaneError, PageSource, Unreceipted};
+use crate::streams::{SourceStreams, StreamsError};
+use crate::wire::control::{Message, SessionStatus, StreamEnd, Totals, Welcome, capability};
+use crate::wire::{Role, SessionId};
 
 /// How often somebody who waits looks at everything that may have happened.
 pub(super) const TICK: Duration = Duration::from_millis(20);
 /// How often the report that others see is renewed.
 const REPORT_EVERY: Duration = Duration::from_millis(50);
+/// How long the destination's last word may be under way after it was seen to be gone.
+const LAST_WORD: Duration = Duration::from_millis(250);
 /// How long a destination has to take the last message.
 const FAREWELL: Duration = Duration::from_millis(500);
 
-pub(super) struct Watch {
+/// An attempt to open a stream that has ended.
+type Opened = (u16, Result<SourceEnd, OpenError>, Duration);
+
+pub(super) struct Watch<'a, E: Environment> {
+    pub(super) env: &'a E,
     pub(super) session: SourceSession,
     pub(super) id: SessionId,
-    pub(super) link: Link,
-    pub(super) inbox: Receiver<LinkEvent>,
     pub(super) streams: SourceStreams<Unreceipted>,
-    pub(super) lane_ends: (Sender<LaneEnd>, Receiver<LaneEnd>),
-    /// All that were started and have not ended.
-    lanes: Vec<Lane>,
     /// What new lanes take from; none while the streams are being ended.
     work: Option<Receiver<Batch>>,
+    /// Attempts to open streams that have ended.
+    opened: VecDeque<Opened>,
     /// Connects lost streams again, where the destination takes them.
     pub(super) reopening: Option<Reopening>,
+    /// Connections of postcopy that have ended, and why.
+    postcopy_ends: VecDeque<(u16, PostcopyError)>,
     /// What is sent goes nowhere.
     pub(super) link_lost: bool,
-    /// How long what was lost may take to be connected again; zero where nothing is.
-    pub(super) reconnect: Duration,
+    /// How long what was lost may take to be connected again: zero where nothing is.
+    pub(super) patience: Patience,
     reconnect_max: Duration,
     /// The guest is paused, or streams are being ended: none are waited for.
     hurried: bool,
     /// There is no stream, and the guest runs.
     pub(super) outage: Option<Outage>,
     /// Since when streams are lost without a receipt in between, and the bytes that had one.
-    fruitless: Option<(Instant, u64)>,
+    fruitless: Option<(Duration, u64)>,
     pub(super) progress: Progress,
     pub(super) leave: Leave,
-    began: Instant,
-    reported: Instant,
-    pub(super) timeout: Duration,
+    began: Duration,
+    reported: Duration,
     source: Option<Arc<PageSource>>,
-    /// Last, so that the link's task outlives what uses it.
-    pub(super) runtime: Runtime,
 }
 
-impl Watch {
-    /// Connects the control link.
-    pub(super) fn connect(
-        uri: &Uri,
-        options: &Options,
+impl<'a, E: Environment> Watch<'a, E> {
+    /// Connects the control link. Lost ones are to be connected again for `patience`, if the destination agrees.
+    pub(super) async fn connect(
+        env: &'a E,
+        patience: Patience,
         progress: &Progress,
         leave: &Leave,
     ) -> Result<Self, Cause> {
-        let began = Instant::now();
-        let id = random()?;
-        let connection = connect(uri, Role::Control, id, options.timeout, &|| leave.is_over())?;
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let (deliver, inbox) = unbounded();
-        let link = Link::spawn(runtime.handle(), connection, options.timeout, deliver, |event| event)?;
+        let (began, id) = (clock::now(), env.session_id()?);
+        env.connect(Role::Control, id, patience.timeout, &|| leave.is_over()).await?;
         Ok(Self {
+            env,
             session: SourceSession::new(),
             id,
-            link,
-            inbox,
             streams: SourceStreams::new(),
-            lane_ends: unbounded(),
-            lanes: Vec::new(),
             work: None,
+            opened: VecDeque::new(),
             reopening: None,
+            postcopy_ends: VecDeque::new(),
             link_lost: false,
-            reconnect: Duration::ZERO,
-            reconnect_max: options.reconnect_timeout,
+            patience: Patience { reconnect: Duration::ZERO, ..patience },
+            reconnect_max: patience.reconnect,
             hurried: false,
             outage: None,
             fruitless: None,
@@ -98,9 +99,7 @@ impl Watch {
             leave: leave.clone(),
             began,
             reported: began,
-            timeout: options.timeout,
             source: None,
-            runtime,
         })
     }
 
@@ -113,7 +112,7 @@ impl Watch {
     }
 
     pub(super) fn send(&self, message: Message) {
-        self.link.send(message);
+        self.env.send(message);
     }
 
     /// Takes note of the data plane whose numbers the report shows.
@@ -122,21 +121,22 @@ impl Watch {
     }
 
     /// Waits for WELCOME, which must lie within what was offered, and PREPARED.
-    pub(super) fn welcome(&mut self, streams: u16, capabilities: u64) -> Result<Welcome, Cause> {
+    pub(super) async fn welcome(&mut self, streams: u16, capabilities: u64) -> Result<Welcome, Cause> {
         let mut welcome = None;
-        let mut deadline = Instant::now() + self.timeout;
+        let mut deadline = self.deadline();
         loop {
-            if self.link.is_sending() {
-                deadline = Instant::now() + self.timeout;
+            if self.env.is_sending() {
+                deadline = self.deadline();
             }
-            if welcome.is_none() && Instant::now() > deadline {
+            if welcome.is_none() && clock::now() > deadline {
                 return Err(self.overdue("WELCOME"));
             }
-            match self.next_event()? {
+            match self.next_event().await? {
                 SourceEvent::Welcome(w) => {
                     check_welcome(&w, streams, capabilities)?;
                     if w.capabilities & capability::RESUME != 0 {
-                        self.reconnect = self.reconnect_max.min(Duration::from_millis(w.reconnect_ms.into()));
+                        self.patience.reconnect =
+                            self.reconnect_max.min(Duration::from_millis(w.reconnect_ms.into()));
                     }
                     welcome = Some(w);
                 }
@@ -149,15 +149,12 @@ impl Watch {
     /// Looks at everything that may have happened. Called often while pages move.
     pub(super) fn check(&mut self) -> Result<(), Cause> {
         self.leave.check()?;
-        while let Ok(event) = self.inbox.try_recv() {
-            self.on_link(event)?;
-        }
-        while let Ok(end) = self.lane_ends.1.try_recv() {
-            self.on_lane_end(end)?;
+        while let Some(event) = self.env.next() {
+            self.on_event(event)?;
         }
         self.reopen()?;
         self.check_streams()?;
-        if self.reported.elapsed() >= REPORT_EVERY {
+        if clock::now() - self.reported >= REPORT_EVERY {
             self.report();
         }
         Ok(())
@@ -165,7 +162,7 @@ impl Watch {
 
     /// Fails when there is no stream any more, and none in time.
     fn check_streams(&mut self) -> Result<(), Cause> {
-        let now = self.began.elapsed();
+        let now = clock::now() - self.began;
         let Some(last) = self.streams.all_lost(now) else {
             if self.streams.any_live()
                 && let Some(outage) = self.outage.take()
@@ -176,11 +173,11 @@ impl Watch {
                     self.fruitless = None;
                 }
             }
-            return Ok(self.streams.check_stopped(now, self.timeout)?);
+            return Ok(self.streams.check_stopped(now, self.patience.timeout)?);
         };
         let last: String = last.into();
         let lost = StreamsError::AllLost { last: last.clone() };
-        if self.hurried || self.reconnect.is_zero() {
+        if self.hurried || self.patience.reconnect.is_zero() {
             return Err(lost.into());
         }
         let progress = &self.progress;
@@ -189,7 +186,7 @@ impl Watch {
         // Nothing can be switched over without a stream.
         self.leave.check_while(Doing::Reconnecting)?;
         self.check_fruitless(last)?;
-        Ok(self.streams.check_stopped(now, self.timeout)?)
+        Ok(self.streams.check_stopped(now, self.patience.timeout)?)
     }
 
     /// A stream was lost with frames that had no receipt. Fails when that has gone on for as long as connections are waited for, without a
@@ -198,43 +195,113 @@ impl Watch {
         let acked = self.source.as_ref().map_or(0, |s| s.counters().wire_acked.load(Ordering::Relaxed));
         match self.fruitless {
             Some((since, before)) if before == acked => {
-                if since.elapsed() >= self.reconnect {
-                    let seconds = since.elapsed().as_secs();
+                let lasted = clock::now() - since;
+                if lasted >= self.patience.reconnect {
+                    let seconds = lasted.as_secs();
                     return Err(StreamsError::NothingArrives { seconds, last }.into());
                 }
             }
-            _ => self.fruitless = Some((Instant::now(), acked)),
+            _ => self.fruitless = Some((clock::now(), acked)),
         }
         Ok(())
     }
 
-    /// Starts the streams that were opened anew.
+    /// Begins the attempts to open lost streams again that are due; starts the streams that were opened.
     fn reopen(&mut self) -> Result<(), Cause> {
         let Some(work) = self.work.clone() else { return Ok(()) };
-        loop {
-            let (reopening, streams) = (self.reopening.as_mut(), &mut self.streams);
+        let Some(reopening) = &mut self.reopening else { return Ok(()) };
+        while let Some(id) = reopening.due() {
             // Before the attempt: the destination may say that the stream has stopped before this side knows that it was opened.
-            let opened = reopening.and_then(|r| r.poll(|id| streams.forget(id)));
-            let Some((id, end)) = opened else { return Ok(()) };
-            self.start(end, id, work.clone())?;
-            self.progress.update(|r| r.streams_reconnected += 1);
+            self.streams.forget(id);
+            if self.env.open(id).is_err() {
+                // Out of threads, for now.
+                reopening.on_opened(id, false);
+            }
         }
+        while let Some((id, end, _)) = self.opened.pop_front() {
+            if let Some(reopening) = &mut self.reopening {
+                reopening.on_opened(id, end.is_ok());
+            }
+            if let Ok(end) = end {
+                self.start(end, id, work.clone())?;
+                self.progress.update(|r| r.streams_reconnected += 1);
+            }
+        }
+        Ok(())
     }
 
     /// Starts the lane of a stream that was opened.
-    pub(super) fn start(&mut self, end: SourceEnd, id: u16, work: Receiver<Batch>) -> Result<(), Cause> {
-        let Some(source) = self.source.clone() else { return Ok(()) };
-        self.lanes.retain(|lane| !lane.is_finished());
-        self.lanes.push(Lane::spawn(source, end, id, work, self.lane_ends.0.clone())?);
+    fn start(&mut self, end: SourceEnd, id: u16, work: Receiver<Batch>) -> Result<(), Cause> {
+        let Some(source) = &self.source else { return Ok(()) };
+        self.env.start_lane(source, end, id, work)?;
+        #[cfg(test)]
+        if fault::is(fault::Fault::EarlyStopForgotten) {
+            self.streams.forget(id);
+        }
         self.streams.started();
         Ok(())
     }
 
-    /// Lost streams are to be connected again, once pages move.
-    pub(super) fn keep_open(&mut self, opener: Arc<Opener>, streams: u16) {
-        if !self.reconnect.is_zero() {
-            self.reopening = Some(Reopening::new(opener, streams));
+    /// Opens the streams with the numbers 0 to `streams` at the same time, for what takes long is the way there and back, and starts them.
+    /// Lost ones are opened again from then on. Returns the shortest round trip that was seen.
+    pub(super) async fn open_streams(
+        &mut self,
+        opening: &Opening,
+        streams: u16,
+        work: Receiver<Batch>,
+    ) -> Result<Duration, Cause> {
+        self.env.prepare_streams(opening, self.patience.timeout);
+        let mut round_trip = Duration::MAX;
+        let (mut begun, mut started) = (0, 0);
+        let result = loop {
+            while begun < streams && begun < started + OPENING_MAX {
+                if let Err(error) = self.env.open(begun) {
+                    break_all(self.env);
+                    return Err(error.into());
+                }
+                begun += 1;
+            }
+            let mut result = self.check();
+            while let Some((stream, end, took)) = self.opened.pop_front().filter(|_| result.is_ok()) {
+                result = match end {
+                    Ok(end) => {
+                        started += 1;
+                        // There and back to connect, and once more until it is attached.
+                        round_trip = round_trip.min(took / 2);
+                        self.start(end, stream, work.clone())
+                    }
+                    Err(source) => Err(self.last_word(Cause::Stream { stream, source }).await),
+                };
+            }
+            if result.is_err() || started == streams {
+                break result;
+            }
+            self.env.wait().await;
+        };
+        if result.is_err() {
+            // Nobody waits for the others.
+            break_all(self.env);
         }
+        result?;
+        if !self.patience.reconnect.is_zero() {
+            self.reopening = Some(Reopening::new(streams));
+        }
+        self.feed(work);
+        Ok(round_trip)
+    }
+
+    /// Why a stream could not be opened. Where the destination is ending, it has said why on the control connection, which is the better
+    /// reason.
+    async fn last_word(&mut self, cause: Cause) -> Cause {
+        let deadline = clock::now() + LAST_WORD;
+        while clock::now() < deadline {
+            match self.check() {
+                Err(said @ (Cause::Session(_) | Cause::Cancelled)) => return said,
+                Err(_) => return cause,
+                Ok(()) => self.env.wait().await,
+            }
+        }
+        cause
     }
 
     /// Pages move: lanes of streams that are opened from here on take from `work`.
@@ -252,6 +319,8 @@ impl Watch {
     pub(super) fn close(&mut self) {
         self.work = None;
         self.hurried = true;
+        self.env.give_up_opening();
+        self.opened.clear();
         if let Some(reopening) = &mut self.reopening {
             reopening.stop();
         }
@@ -260,36 +329,38 @@ impl Watch {
     /// Breaks all streams, so that they end at once.
     pub(super) fn abort(&mut self) {
         self.close();
-        self.lanes.iter().for_each(Lane::abort);
+        self.env.abort_lanes();
     }
 
     /// Waits until all streams have ended.
-    pub(super) fn join(&mut self) {
-        self.lanes.drain(..).for_each(Lane::join);
+    pub(super) async fn join(&mut self) {
+        self.env.join_lanes().await;
     }
 
     /// Waits until every stream has ended, in order or dead on both sides; returns the accounts of the former.
-    pub(super) fn streams_ended(&mut self) -> Result<Vec<StreamEnd>, Cause> {
+    pub(super) async fn streams_ended(&mut self) -> Result<Vec<StreamEnd>, Cause> {
         while !self.streams.all_over() {
+            self.env.wait().await;
             self.check()?;
-            if let Ok(end) = self.lane_ends.1.recv_timeout(Duration::from_millis(1)) {
-                self.on_lane_end(end)?;
-            }
         }
         Ok(self.streams.take_accounts())
     }
 
     /// FINISH; waits for READY. With a paused guest not for ever: `bounded`.
-    pub(super) fn finish(&mut self, totals: Totals, bounded: bool) -> Result<(), Cause> {
+    pub(super) async fn finish(&mut self, totals: Totals, bounded: bool) -> Result<(), Cause> {
         let finish = self.session.finish(totals);
         self.send(finish);
-        let mut deadline = Instant::now() + self.timeout;
-        while self.next_event()? != SourceEvent::Ready {
-            if self.link.is_sending() {
+        #[cfg(test)]
+        if fault::is(fault::Fault::GoBeforeReady) {
+            return Ok(());
+        }
+        let mut deadline = self.deadline();
+        while self.next_event().await? != SourceEvent::Ready {
+            if self.env.is_sending() {
                 // A long STATE takes its time on a slow path; the link ends by itself where nothing of it is taken.
-                deadline = Instant::now() + self.timeout;
+                deadline = self.deadline();
             }
-            if bounded && Instant::now() > deadline {
+            if bounded && clock::now() > deadline {
                 return Err(self.overdue("READY"));
             }
         }
@@ -298,7 +369,12 @@ impl Watch {
 
     /// The destination lives and does not answer.
     fn overdue(&self, message: &'static str) -> Cause {
-        Cause::Overdue { message, seconds: self.timeout.as_secs() }
+        Cause::Overdue { message, seconds: self.patience.timeout.as_secs() }
+    }
+
+    /// When something that is asked for now is overdue.
+    fn deadline(&self) -> Duration {
+        clock::now() + self.patience.timeout
     }
 
     /// GO: see [`SourceSession::go`].
@@ -308,68 +384,64 @@ impl Watch {
     }
 
     /// Waits for RUNNING. Not to be cancelled any more.
-    pub(super) fn running(&mut self) -> Result<(), Cause> {
-        let deadline = Instant::now() + self.timeout;
-        loop {
-            match self.inbox.recv_deadline(deadline) {
-                Ok(event) => {
-                    if self.on_link(event)? == SourceEvent::Running {
-                        return Ok(());
-                    }
-                }
-                Err(RecvTimeoutError::Timeout) => return Err(self.overdue("RUNNING")),
-                Err(RecvTimeoutError::Disconnected) => return Err(LinkError::Closed.into()),
+    pub(super) async fn running(&mut self) -> Result<(), Cause> {
+        let deadline = self.deadline();
+        while self.event_after_go().await? != SourceEvent::Running {
+            if clock::now() > deadline {
+                return Err(self.overdue("RUNNING"));
             }
         }
+        Ok(())
     }
 
     /// POSTCOPY; waits for the destination to be ready for it. Returns how many chunks it brings in at a time, or 0.
-    pub(super) fn postcopy(&mut self) -> Result<u32, Cause> {
+    pub(super) async fn postcopy(&mut self) -> Result<u32, Cause> {
         let postcopy = self.session.postcopy();
         self.send(postcopy);
-        let deadline = Instant::now() + self.timeout;
+        let deadline = self.deadline();
         loop {
-            if let SourceEvent::PostcopyReady { unit_chunks } = self.next_event()? {
+            if let SourceEvent::PostcopyReady { unit_chunks } = self.next_event().await? {
                 return Ok(unit_chunks);
             }
-            if Instant::now() > deadline {
+            if clock::now() > deadline {
                 return Err(self.overdue("POSTCOPY_READY"));
             }
         }
     }
 
-    /// The next event after GO, which nobody can cancel, or nothing for a tick.
-    pub(super) fn event_after_go(&mut self) -> Result<SourceEvent, Cause> {
-        match self.inbox.recv_timeout(TICK) {
-            Ok(event) => self.on_link(event),
-            Err(RecvTimeoutError::Timeout) => Ok(SourceEvent::Nothing),
-            Err(RecvTimeoutError::Disconnected) => Err(LinkError::Closed.into()),
-        }
+    /// The next event after GO, which nobody can cancel, or nothing for a moment.
+    pub(super) async fn event_after_go(&mut self) -> Result<SourceEvent, Cause> {
+        self.env.wait().await;
+        self.env.next().map_or(Ok(SourceEvent::Nothing), |event| self.on_event(event))
     }
 
     /// Takes a query connection for the control link that was lost; the destination says on it that it runs the guest. Says GO again
     /// where that did not arrive. Nothing is said any more once it is given up.
-    pub(super) fn relink(&mut self, uri: &Uri, given_up: &dyn Fn() -> bool) -> Result<(), Cause> {
-        let connection = connect(uri, Role::Query, self.id, self.timeout, given_up)?;
-        let (deliver, inbox) = unbounded();
-        self.link = Link::spawn(self.runtime.handle(), connection, self.timeout, deliver, |event| event)?;
-        self.inbox = inbox;
-        let deadline = Instant::now() + self.timeout;
+    pub(super) async fn relink(&mut self, given_up: &dyn Fn() -> bool) -> Result<(), Cause> {
+        self.env.connect(Role::Query, self.id, self.patience.timeout, given_up).await?;
+        let deadline = self.deadline();
         // Pings alone are no answer: the destination's network lives longer than its session may.
-        while Instant::now() < deadline {
+        while clock::now() < deadline {
             if given_up() {
                 return Err(Cause::Cancelled);
             }
-            let status = match self.inbox.recv_timeout(TICK) {
-                Ok(LinkEvent::Message(Message::Status(status))) => status,
-                Ok(LinkEvent::Message(Message::Running)) => SessionStatus::Running,
-                Ok(LinkEvent::Message(Message::Error { code, text })) => {
+            let status = match self.env.next() {
+                Some(Event::Link(LinkEvent::Message(Message::Status(status)))) => status,
+                Some(Event::Link(LinkEvent::Message(Message::Running))) => SessionStatus::Running,
+                Some(Event::Link(LinkEvent::Message(Message::Error { code, text }))) => {
                     let peer = "destination";
                     return Err(SessionError::Peer { peer, code, text }.into());
                 }
-                Ok(LinkEvent::Message(_)) | Err(RecvTimeoutError::Timeout) => continue,
-                Ok(LinkEvent::Dead(error)) => return Err(error.into()),
-                Err(RecvTimeoutError::Disconnected) => return Err(LinkError::Closed.into()),
+                Some(Event::Link(LinkEvent::Message(_))) => continue,
+                Some(Event::Link(LinkEvent::Dead(error))) => return Err(error.into()),
+                Some(other) => {
+                    self.on_event(other)?;
+                    continue;
+                }
+                None => {
+                    self.env.wait().await;
+                    continue;
+                }
             };
             match self.session.learn(status) {
                 Learnt::Running => {
@@ -382,7 +454,7 @@ impl Watch {
                 Learnt::Abandoned => {
                     // As above.
                     self.send(Message::Status(SessionStatus::Abandoned));
-                    self.link.flush(FAREWELL);
+                    self.env.flush(FAREWELL);
                     return Err(Cause::Abandoned);
                 }
                 Learnt::Unknown => return Err(self.overdue("that it runs the guest")),
@@ -392,12 +464,12 @@ impl Watch {
     }
 
     /// Tells the destination why, unless it was the one to say so.
-    pub(super) fn say_error(&self, uri: &Uri, cause: &Cause) {
+    pub(super) fn say_error(&self, cause: &Cause) {
         if !self.session.owns_guest() {
             return;
         }
-        if self.link_lost && !self.reconnect.is_zero() && !matches!(cause, Cause::Session(_)) {
-            self.say_error_later(uri, cause);
+        if self.link_lost && !self.patience.reconnect.is_zero() && !matches!(cause, Cause::Session(_)) {
+            self.say_error_later(cause);
         } else {
             self.send(Message::Error { code: cause.code(), text: explain(cause) });
         }
@@ -405,12 +477,12 @@ impl Watch {
 
     /// Renews the report that others see.
     pub(super) fn report(&mut self) {
-        self.reported = Instant::now();
+        self.reported = clock::now();
         let Some(source) = &self.source else { return };
         let counters = source.counters();
         let get = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let remaining = source.remaining_bytes();
-        let total = self.began.elapsed();
+        let total = clock::now() - self.began;
         self.progress.update(|r| {
             r.pages.zero = get(&counters.zero);
             r.pages.unchanged = get(&counters.unchanged);
@@ -440,14 +512,36 @@ impl Watch {
         self.progress.end_round(dirtied_pages);
     }
 
-    /// The next event of the session, or nothing for a tick, while pages do not move.
-    pub(super) fn next_event(&mut self) -> Result<SourceEvent, Cause> {
+    /// The next event of the session, or nothing for a moment, while pages do not move.
+    pub(super) async fn next_event(&mut self) -> Result<SourceEvent, Cause> {
         self.leave.check()?;
-        match self.inbox.recv_timeout(TICK) {
-            Ok(event) => self.on_link(event),
-            Err(RecvTimeoutError::Timeout) => Ok(SourceEvent::Nothing),
-            Err(RecvTimeoutError::Disconnected) => Err(LinkError::Closed.into()),
+        self.event_after_go().await
+    }
+
+    /// Takes in what has happened; returns what it means to the session.
+    fn on_event(&mut self, event: Event) -> Result<SourceEvent, Cause> {
+        match event {
+            Event::Link(event) => return self.on_link(event),
+            Event::LaneEnd(end) => self.on_lane_end(end)?,
+            Event::Opened { id, end, took } => self.opened.push_back((id, end, took)),
+            Event::PostcopyEnd(end) => self.postcopy_ends.push_back((end.stream, end.error)),
         }
+        Ok(SourceEvent::Nothing)
+    }
+
+    /// Takes in that lanes have ended; whatever else was heard is of connections that are lost.
+    pub(super) fn take_lane_ends(&mut self) -> Result<(), Cause> {
+        while let Some(event) = self.env.next() {
+            if let Event::LaneEnd(end) = event {
+                self.on_lane_end(end)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Connections of postcopy that have ended since, and why.
+    pub(super) fn take_postcopy_ends(&mut self) -> VecDeque<(u16, PostcopyError)> {
+        std::mem::take(&mut self.postcopy_ends)
     }
 
     fn on_link(&mut self, event: LinkEvent) -> Result<SourceEvent, Cause> {
@@ -470,19 +564,19 @@ impl Watch {
         Ok(event)
     }
 
-    pub(super) fn on_lane_end(&mut self, end: LaneEnd) -> Result<(), Cause> {
+    fn on_lane_end(&mut self, end: LaneEnd) -> Result<(), Cause> {
         match end.result {
             Ok(account) => self.streams.ended(account),
             Err(LaneError::Fatal { source, .. }) => return Err(source.into()),
             Err(error) => {
                 self.progress.update(|r| r.streams_lost += 1);
                 self.send(Message::StreamLost { stream: end.stream });
-                let now = self.began.elapsed();
+                let now = clock::now() - self.began;
                 let waited = !end.unreceipted.is_empty();
                 let last = explain(&error);
                 let frames = self.streams.died(end.stream, last.clone(), end.unreceipted, now);
                 self.take_back(frames);
-                if waited && !self.reconnect.is_zero() {
+                if waited && !self.patience.reconnect.is_zero() {
                     self.check_fruitless(last)?;
                 }
             }
@@ -511,18 +605,24 @@ impl Watch {
     /// Tells the destination's report, too.
     pub(super) fn say_resent(&mut self) {
         let bytes = self.progress.report().resent_bytes;
-        if bytes != 0 && !self.reconnect.is_zero() {
+        if bytes != 0 && !self.patience.reconnect.is_zero() {
             self.send(Message::Resent { bytes });
         }
     }
 }
 
-impl Drop for Watch {
+/// Gives up all streams, those that are open and those that are being opened.
+fn break_all(env: &impl Environment) {
+    env.give_up_opening();
+    env.abort_lanes();
+}
+
+impl<E: Environment> Drop for Watch<'_, E> {
     fn drop(&mut self) {
         self.report();
         // A link that is lost takes nothing any more.
         if !self.link_lost {
-            self.link.flush(FAREWELL);
+            self.env.flush(FAREWELL);
         }
     }
 }

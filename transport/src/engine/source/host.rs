@@ -1,0 +1,373 @@
+//! The source's environment on a host: sockets, threads, and the system's clock and randomness.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use tokio::runtime::Runtime;
+
+use super::Cause;
+use super::environment::{Environment, Event, Opening, Patience};
+use super::leave::Leave;
+use super::watch::TICK;
+use crate::carrier::SourceEnd;
+use crate::dial::{Dialler, OpenError};
+use crate::link::{Exchange, Link, LinkError};
+use crate::panic_text;
+use crate::postcopy::{self, PageServer, PostcopyError};
+use crate::rdma::RdmaOptions;
+use crate::socket::Connection;
+use crate::source::{Batch, Lane, PageSource, Waits};
+use crate::uri::Uri;
+use crate::wire::control::Message;
+use crate::wire::{Preamble, Role, SessionId, VERSION_MAX, VERSION_MIN};
+
+/// Longest pause before a destination that could not be told is told again.
+const FAREWELL_PAUSE: Duration = Duration::from_secs(2);
+
+/// Runs phases on this thread until they are through. Their waits block it, so that they always are.
+pub(super) fn block<T>(phases: impl Future<Output = T>) -> T {
+    match pin!(phases).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(result) => result,
+        Poll::Pending => unreachable!("every wait on a host blocks"),
+    }
+}
+
+/// What is heard, with the number of what it is of: of links and attempts that were given up nothing is.
+enum Heard {
+    Link(u64, crate::link::LinkEvent),
+    Opened { attempts: u64, id: u16, end: Result<SourceEnd, OpenError>, took: Duration },
+}
+
+/// See the module.
+pub(super) struct Host {
+    uri: RefCell<Uri>,
+    rdma: RdmaOptions,
+    leave: Leave,
+    dialler: RefCell<Option<Arc<Dialler>>>,
+    heard: (Sender<Heard>, Receiver<Heard>),
+    link: RefCell<Option<Link>>,
+    links: Cell<u64>,
+    /// Number of the attempts to open streams that are not given up, and what tells them when they are.
+    attempts: Cell<u64>,
+    vain: RefCell<Arc<AtomicBool>>,
+    /// All that were started and have not ended.
+    lanes: RefCell<Vec<Lane>>,
+    lane_ends: (Sender<crate::source::LaneEnd>, Receiver<crate::source::LaneEnd>),
+    postcopy: RefCell<BTreeMap<u16, postcopy::Lane>>,
+    postcopy_ends: (Sender<postcopy::LaneEnd>, Receiver<postcopy::LaneEnd>),
+    /// Last, so that links' tasks outlive what uses them.
+    runtime: RefCell<Option<Runtime>>,
+}
+
+impl Host {
+    /// For a destination at `uri`, and attempts to reach it that end when `leave` says so.
+    pub(super) fn new(uri: &Uri, rdma: RdmaOptions, leave: Leave) -> Self {
+        Self {
+            uri: RefCell::new(uri.clone()),
+            rdma,
+            leave,
+            dialler: RefCell::new(None),
+            heard: unbounded(),
+            link: RefCell::new(None),
+            links: Cell::new(0),
+            attempts: Cell::new(0),
+            vain: RefCell::default(),
+            lanes: RefCell::default(),
+            lane_ends: unbounded(),
+            postcopy: RefCell::default(),
+            postcopy_ends: unbounded(),
+            runtime: RefCell::new(None),
+        }
+    }
+
+    /// What it is, unless it is of something that was given up.
+    fn of_now(&self, heard: Heard) -> Option<Event> {
+        match heard {
+            Heard::Link(link, event) => (link == self.links.get()).then_some(Event::Link(event)),
+            Heard::Opened { attempts, id, end, took } => {
+                (attempts == self.attempts.get()).then_some(Event::Opened { id, end, took })
+            }
+        }
+    }
+
+    fn runtime(&self) -> io::Result<tokio::runtime::Handle> {
+        let mut runtime = self.runtime.borrow_mut();
+        if runtime.is_none() {
+            let built = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+            *runtime = Some(built);
+        }
+        Ok(runtime.as_ref().expect("made above").handle().clone())
+    }
+}
+
+impl Waits for Host {
+    async fn offer(&self, work: &Sender<Batch>, batch: Batch, limit: Duration) -> Option<Batch> {
+        work.send_timeout(batch, limit).err().map(crossbeam_channel::SendTimeoutError::into_inner)
+    }
+
+    async fn progress(&self, source: &PageSource, limit: Duration) {
+        source.wait_progress(limit);
+    }
+}
+
+impl Environment for Host {
+    type Postcopy = Connection;
+
+    fn session_id(&self) -> io::Result<SessionId> {
+        random()
+    }
+
+    fn seed(&self) -> io::Result<u64> {
+        random().map(u64::from_le_bytes)
+    }
+
+    fn host(&self) -> crate::host::Host {
+        crate::host::Host::this()
+    }
+
+    fn set_address(&self, uri: Uri) {
+        *self.uri.borrow_mut() = uri;
+    }
+
+    async fn wait(&self) {
+        let mut any = crossbeam_channel::Select::new();
+        any.recv(&self.heard.1);
+        any.recv(&self.lane_ends.1);
+        any.recv(&self.postcopy_ends.1);
+        let _ = any.ready_timeout(TICK);
+    }
+
+    async fn sleep(&self, time: Duration) {
+        std::thread::sleep(time);
+    }
+
+    fn next(&self) -> Option<Event> {
+        while let Ok(heard) = self.heard.1.try_recv() {
+            if let Some(event) = self.of_now(heard) {
+                return Some(event);
+            }
+        }
+        if let Ok(end) = self.lane_ends.1.try_recv() {
+            return Some(Event::LaneEnd(end));
+        }
+        let end = self.postcopy_ends.1.try_recv().ok()?;
+        self.postcopy.borrow_mut().remove(&end.stream);
+        Some(Event::PostcopyEnd(end))
+    }
+
+    async fn connect(
+        &self,
+        role: Role,
+        session: SessionId,
+        timeout: Duration,
+        given_up: &dyn Fn() -> bool,
+    ) -> Result<(), Cause> {
+        let connection = connect(&self.uri.borrow(), role, session, timeout, given_up)?;
+        let number = self.links.get() + 1;
+        self.links.set(number);
+        let heard = self.heard.0.clone();
+        let link = Link::spawn(&self.runtime()?, connection, timeout, heard, move |event| {
+            Heard::Link(number, event)
+        })?;
+        *self.link.borrow_mut() = Some(link);
+        Ok(())
+    }
+
+    fn send(&self, message: Message) {
+        if let Some(link) = &*self.link.borrow() {
+            link.send(message);
+        }
+    }
+
+    fn is_sending(&self) -> bool {
+        self.link.borrow().as_ref().is_some_and(Link::is_sending)
+    }
+
+    fn flush(&self, limit: Duration) {
+        if let Some(link) = &*self.link.borrow() {
+            link.flush(limit);
+        }
+    }
+
+    fn say_farewell(&self, session: SessionId, resume: Message, error: Message, time: Patience) {
+        let (uri, timeout) = (self.uri.borrow().clone(), time.timeout);
+        let until = Instant::now() + time.reconnect;
+        // Without a thread it waits in vain, and then gives up by itself.
+        let Some(turn) = FAREWELLS.turn() else { return };
+        let _ = std::thread::Builder::new().name("farewell".into()).spawn(move || {
+            let _turn = turn;
+            while Instant::now() < until {
+                match tell(&uri, session, timeout, &resume, &error) {
+                    // Somebody else is there, or it has given up by itself.
+                    Ok(()) | Err(Cause::Link(LinkError::Refused(_))) => return,
+                    Err(_) => std::thread::sleep(FAREWELL_PAUSE),
+                }
+            }
+        });
+    }
+
+    fn prepare_streams(&self, opening: &Opening, timeout: Duration) {
+        let Opening { source, session, version } = opening;
+        let dialler = Dialler::new(source, &self.uri.borrow(), *session, *version, timeout, self.rdma);
+        *self.dialler.borrow_mut() = Some(Arc::new(dialler));
+    }
+
+    fn open(&self, id: u16) -> io::Result<()> {
+        let (dialler, leave) = (self.dialler.borrow().clone(), self.leave.clone());
+        let dialler = dialler.expect("streams were prepared");
+        let (heard, attempts, vain) = (self.heard.0.clone(), self.attempts.get(), self.vain.borrow().clone());
+        let name = format!("open-{}", crate::wire::stream_number(id));
+        std::thread::Builder::new().name(name).spawn(move || {
+            let begun = Instant::now();
+            let given_up = || vain.load(Ordering::Relaxed) || leave.is_over();
+            let open = AssertUnwindSafe(|| dialler.open(id, &given_up));
+            let end = catch_unwind(open).unwrap_or_else(|payload| {
+                let text = format!("opening it panicked: {}", panic_text(&*payload));
+                Err(LinkError::Io(io::Error::other(text)).into())
+            });
+            // Nobody listens any more where the session went on without it.
+            let _ = heard.send(Heard::Opened { attempts, id, end, took: begun.elapsed() });
+        })?;
+        Ok(())
+    }
+
+    fn give_up_opening(&self) {
+        self.attempts.set(self.attempts.get() + 1);
+        self.vain.take().store(true, Ordering::Relaxed);
+    }
+
+    fn start_lane(
+        &self,
+        source: &Arc<PageSource>,
+        end: SourceEnd,
+        id: u16,
+        work: Receiver<Batch>,
+    ) -> io::Result<()> {
+        let mut lanes = self.lanes.borrow_mut();
+        lanes.retain(|lane| !lane.is_finished());
+        lanes.push(Lane::spawn(source.clone(), end, id, work, self.lane_ends.0.clone())?);
+        Ok(())
+    }
+
+    fn abort_lanes(&self) {
+        self.lanes.borrow().iter().for_each(Lane::abort);
+    }
+
+    async fn join_lanes(&self) {
+        self.lanes.take().into_iter().for_each(Lane::join);
+    }
+
+    async fn dial_postcopy(
+        &self,
+        session: SessionId,
+        version: u16,
+        stream: u16,
+        timeout: Duration,
+        given_up: &dyn Fn() -> bool,
+    ) -> Result<Connection, PostcopyError> {
+        postcopy::Lane::dial(&self.uri.borrow(), session, version, stream, timeout, given_up)
+    }
+
+    fn start_postcopy(
+        &self,
+        server: &Arc<PageServer>,
+        connection: Connection,
+        stream: u16,
+    ) -> io::Result<()> {
+        let lane = postcopy::Lane::spawn(server, connection, stream, self.postcopy_ends.0.clone())?;
+        self.postcopy.borrow_mut().insert(stream, lane);
+        Ok(())
+    }
+
+    fn end_postcopy(&self) {
+        self.postcopy.take();
+    }
+}
+
+/// How many threads say farewell: sessions that fail one after the other must not gather them without a bound.
+struct Farewells(AtomicUsize);
+
+/// Those of all sessions of this process.
+static FAREWELLS: Farewells = Farewells(AtomicUsize::new(0));
+/// Most of them.
+const FAREWELLS_MAX: usize = 16;
+
+/// The right to one.
+struct Farewell<'a>(&'a Farewells);
+
+impl Farewells {
+    fn turn(&self) -> Option<Farewell<'_>> {
+        let more = |count| (count < FAREWELLS_MAX).then_some(count + 1);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok().then(|| Farewell(self))
+    }
+}
+
+impl Drop for Farewell<'_> {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Takes a session up and ends it. Only an answer tells that what was said has come to where it was meant for.
+fn tell(
+    uri: &Uri,
+    session: SessionId,
+    timeout: Duration,
+    resume: &Message,
+    error: &Message,
+) -> Result<(), Cause> {
+    let connection = connect(uri, Role::Resume, session, timeout, &|| false)?;
+    let exchange = Exchange::new(&connection, timeout, &|| false)?;
+    exchange.send(resume)?;
+    let deadline = Instant::now() + timeout;
+    while !matches!(exchange.receive()?, Message::Resumed { .. }) {
+        if Instant::now() > deadline {
+            return Err(LinkError::Timeout(timeout.as_secs()).into());
+        }
+    }
+    Ok(exchange.send(error)?)
+}
+
+/// A control connection in whatever role, unless it is given up meanwhile.
+fn connect(
+    uri: &Uri,
+    role: Role,
+    session: SessionId,
+    timeout: Duration,
+    given_up: &dyn Fn() -> bool,
+) -> Result<Connection, Cause> {
+    let connection = Connection::connect(uri, timeout, given_up)?;
+    connection.tune(timeout)?;
+    connection.set_timeouts(None, Some(timeout))?;
+    let preamble = Preamble { version_min: VERSION_MIN, version_max: VERSION_MAX, role, stream: 0, session };
+    (&connection).write_all(&preamble.encode())?;
+    Ok(connection)
+}
+
+fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn farewells_are_bounded() {
+        let farewells = Farewells(AtomicUsize::new(0));
+        let turns: Vec<_> = std::iter::from_fn(|| farewells.turn()).take(2 * FAREWELLS_MAX).collect();
+        assert_eq!(turns.len(), FAREWELLS_MAX);
+        drop(turns);
+        assert!(farewells.turn().is_some());
+    }
+}
