@@ -6,6 +6,7 @@
 pub(crate) mod proxy;
 pub(crate) mod raw;
 pub(crate) mod rng;
+pub(crate) mod tmpfs;
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
