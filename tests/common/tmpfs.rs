@@ -1,11 +1,14 @@
-//! A file system of a size of its own, which can be filled.
+//! A file system of a size of its own, whose room can be taken and given back.
+
+#![allow(dead_code, reason = "every test binary uses its own part")]
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::io;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use super::{MIB, PAGE, folder};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 
 /// A tmpfs of its own size, gone in the end.
 pub(crate) struct Tmpfs(tempfile::TempDir);
@@ -13,37 +16,44 @@ pub(crate) struct Tmpfs(tempfile::TempDir);
 impl Tmpfs {
     /// `None` where nobody may mount one; prints so.
     pub(crate) fn new(mib: usize) -> Option<Self> {
-        let folder = folder();
+        let mounted = Self::mount(mib);
+        if mounted.is_none() {
+            println!("skipped: no tmpfs can be mounted here (it takes root)");
+        }
+        mounted
+    }
+
+    /// `None` where nobody may mount one.
+    pub(crate) fn mount(mib: usize) -> Option<Self> {
+        let folder = tempfile::Builder::new().prefix("pageferry-test-").tempdir().unwrap();
         let mounted = Command::new("mount")
             .args(["-t", "tmpfs", "-o", &format!("size={mib}M"), "pageferry-test"])
             .arg(folder.path())
             .stderr(Stdio::null())
             .status();
-        if !mounted.is_ok_and(|status| status.success()) {
-            println!("skipped: no tmpfs can be mounted here (it takes root)");
-            return None;
-        }
-        Some(Self(folder))
+        mounted.is_ok_and(|status| status.success()).then_some(Self(folder))
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    /// Takes all the room that is left.
-    pub(crate) fn fill(&self) {
-        let file = File::create(self.path("filler")).unwrap();
-        let zeros = vec![0; MIB];
-        for at in 0.. {
-            match file.write_at(&zeros, at * MIB as u64) {
-                Ok(written) if written == MIB => {}
-                _ => break,
+    /// Takes all the room but for so many bytes; dropping the file that it lies in gives it back.
+    pub(crate) fn fill(&self, left: u64) -> io::Result<File> {
+        let ballast = tempfile::tempfile_in(self.0.path())?;
+        let mut len = 0;
+        loop {
+            let fs = rustix::fs::statvfs(self.0.path())?;
+            let more = (fs.f_bfree * fs.f_frsize).saturating_sub(left);
+            if more == 0 {
+                return Ok(ballast);
             }
-        }
-        // The last pages.
-        let mut at = file.metadata().unwrap().len();
-        while file.write_at(&zeros[..PAGE], at).is_ok_and(|written| written == PAGE) {
-            at += PAGE as u64;
+            match rustix::fs::fallocate(&ballast, FallocateFlags::empty(), len, more) {
+                Ok(()) => len += more,
+                // Somebody took some of it meanwhile.
+                Err(Errno::NOSPC | Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
     }
 }

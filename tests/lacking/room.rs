@@ -71,7 +71,7 @@ fn room_that_vanishes_fails_both_sides_at_once() {
             assert!(Instant::now() < deadline, "nothing came");
             std::thread::sleep(Duration::from_millis(5));
         }
-        small.fill();
+        let _ballast = small.fill(0).unwrap();
         let (sent, received) = (sending.wait(), recv.ferry.wait());
         let of = format!("the file system of {} has ", to.display());
         for ended in [&sent, &received] {
@@ -117,7 +117,7 @@ fn a_guest_whose_room_vanishes_does_not_end_silently() {
     while Ferry::run(["ctl", &api, "status"]).code != Some(0) {
         assert!(Instant::now() < deadline, "no control socket");
     }
-    small.fill();
+    let _ballast = small.fill(0).unwrap();
     // The answer may not get out.
     Ferry::run(["ctl", &api, "resume"]);
     let ended = vm.wait_with_output().unwrap();
@@ -160,7 +160,7 @@ fn a_vcpu_whose_page_cannot_be_had_stops_with_the_file_systems_name() {
     while asked(&["status"]).code != Some(0) {
         assert!(Instant::now() < deadline, "no control socket");
     }
-    small.fill();
+    let _ballast = small.fill(0).unwrap();
     asked(&["resume"]).code(0);
     let of = format!("the file system of {} has ", ram.display());
     loop {
