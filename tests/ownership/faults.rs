@@ -8,6 +8,7 @@ use pageferry::transport::wire::{Role, stream_number};
 
 use crate::proxy::{By, Proxy, Seen, Verdict};
 use crate::rng::Rng;
+use crate::tmpfs::Tmpfs;
 use crate::vm::{send_signal, stop_process};
 
 /// A step of the protocol, as it comes by between the two.
@@ -83,6 +84,8 @@ pub(crate) enum Want {
     Descriptors,
     /// Address space: no more than so many MiB beyond what it has.
     Memory(u64),
+    /// Room in the file system of its guest's memory: all but so many KiB of it.
+    Room(u64),
 }
 
 /// What happens.
@@ -100,6 +103,22 @@ pub(crate) enum Harm {
     },
     /// Everything, and nothing comes through for so many milliseconds.
     Down(u64),
+}
+
+impl Harm {
+    /// In words, without numbers.
+    fn kind(self) -> String {
+        let side = |by| if by == By::Source { "source" } else { "destination" };
+        match self {
+            Self::Kill(by) => format!("the {} was killed", side(by)),
+            Self::Freeze(by, _) => format!("the {} was frozen", side(by)),
+            Self::Starve(by, Want::Descriptors, _) => format!("the {} had no descriptors", side(by)),
+            Self::Starve(by, Want::Memory(_), _) => format!("the {} had no address space", side(by)),
+            Self::Starve(by, Want::Room(_), _) => format!("the {} had no room", side(by)),
+            Self::Cut { .. } => "connections were cut".into(),
+            Self::Down(_) => "the network was down".into(),
+        }
+    }
 }
 
 /// One fault.
@@ -121,12 +140,14 @@ pub(crate) struct Plan {
     pub(crate) reconnect_s: u64,
     /// The guest is handed over before its pages, after so many rounds.
     pub(crate) postcopy_after_rounds: Option<u32>,
+    /// On KVM, where there is one.
+    pub(crate) kvm: bool,
     faults: Vec<Fault>,
 }
 
 impl Plan {
-    /// The same for the same seed.
-    pub(crate) fn of(seed: u64) -> Self {
+    /// The same for the same seed. Where there is no file system whose room could be taken, address space is taken instead.
+    pub(crate) fn of(seed: u64, has_room_to_take: bool) -> Self {
         let rng = &mut Rng(seed);
         let streams = 1 + rng.below(3) as u16;
         let reconnect_s = [0, 1, 3, 3][rng.below(4)];
@@ -135,7 +156,7 @@ impl Plan {
         if postcopy_after_rounds.is_some() {
             steps.extend(POSTCOPY);
         }
-        let faults = (0..1 + rng.below(3))
+        let mut faults: Vec<Fault> = (0..1 + rng.below(3))
             .map(|i| {
                 if i == 1 {
                     steps.extend(RECOVERY);
@@ -143,7 +164,19 @@ impl Plan {
                 Fault::any(rng, &steps)
             })
             .collect();
-        Self { seed, streams, reconnect_s, postcopy_after_rounds, faults }
+        for fault in faults.iter_mut().filter(|_| !has_room_to_take) {
+            if let Harm::Starve(_, want @ Want::Room(_), _) = &mut fault.harm {
+                *want = Want::Memory(4);
+            }
+        }
+        // A guest that is threads ends with its process where its memory cannot be had, which no other guest does.
+        let kvm = rng.below(3) != 0 || !faults.iter().any(Fault::takes_room);
+        Self { seed, streams, reconnect_s, postcopy_after_rounds, kvm, faults }
+    }
+
+    /// Whether room for the guest's memory is taken.
+    pub(crate) fn takes_room(&self) -> bool {
+        self.faults.iter().any(Fault::takes_room)
     }
 }
 
@@ -151,18 +184,34 @@ impl Fault {
     fn any(rng: &mut Rng, steps: &[Step]) -> Self {
         let step = steps[rng.below(steps.len())];
         let side = if rng.below(2) == 0 { By::Source } else { By::Destination };
-        let harm = match rng.below(9) {
+        let harm = match rng.below(11) {
             0 | 1 => Harm::Kill(side),
             2 | 3 => Harm::Freeze(side, [100, 500, 1500, 3500][rng.below(4)]),
             4..7 => Harm::Cut { control: rng.below(3) != 0, streams: rng.below(8) as u16 },
             7 => Harm::Down([200, 1500, 4000][rng.below(3)]),
-            _ => {
+            8 => {
                 let want = [Want::Descriptors, Want::Memory(4), Want::Memory(16)][rng.below(3)];
                 Harm::Starve(side, want, [300, 2000, 5000][rng.below(3)])
+            }
+            _ => {
+                let want = Want::Room([0, 64, 1 << 10][rng.below(3)]);
+                // Short ones are over before the guest comes to what could not be brought in.
+                Harm::Starve(side, want, [10, 60, 1000][rng.below(3)])
             }
         };
         Self { step, nth: 1 + rng.below(4) as u32 / 3, before: rng.below(2) == 0, harm }
     }
+
+    fn takes_room(&self) -> bool {
+        matches!(self.harm, Harm::Starve(_, Want::Room(_), _))
+    }
+}
+
+/// One of the two processes.
+pub(crate) struct Victim {
+    pub(crate) pid: i32,
+    /// Where its guest's memory is, if that can be filled.
+    pub(crate) room: Option<Arc<Tmpfs>>,
 }
 
 /// Harms the migration by a plan, and knows what it has done.
@@ -174,10 +223,9 @@ pub(crate) struct Hand {
 /// What ends a harm.
 type Ending = Box<dyn FnOnce(&Deeds) + Send>;
 
-#[derive(Default)]
 struct Deeds {
-    source: i32,
-    destination: i32,
+    source: Victim,
+    destination: Victim,
     proxy: OnceLock<Weak<Proxy>>,
     down: AtomicBool,
     /// Signals and silences that are still to end.
@@ -187,8 +235,15 @@ struct Deeds {
 
 impl Hand {
     /// A way to the destination at `uri` on which the plan happens.
-    pub(crate) fn new(uri: &str, plan: &Plan, source: i32, destination: i32) -> Self {
-        let deeds = Arc::new(Deeds { source, destination, ..Deeds::default() });
+    pub(crate) fn new(uri: &str, plan: &Plan, source: Victim, destination: Victim) -> Self {
+        let deeds = Arc::new(Deeds {
+            source,
+            destination,
+            proxy: OnceLock::new(),
+            down: AtomicBool::new(false),
+            unfinished: AtomicU32::new(0),
+            done: Mutex::default(),
+        });
         let seen: Vec<AtomicU32> = plan.faults.iter().map(|_| AtomicU32::new(0)).collect();
         let (faults, acting) = (plan.faults.clone(), deeds.clone());
         let proxy = Proxy::new(uri, move |event| {
@@ -218,7 +273,18 @@ impl Hand {
         self.deeds.done.lock().unwrap().iter().any(|fault| fault.harm == Harm::Kill(side))
     }
 
-    /// Whether something is still frozen or cut off.
+    /// Whether a process had no room for its guest's memory.
+    pub(crate) fn took_room(&self, side: By) -> bool {
+        let of_side = |fault: &Fault| matches!(fault.harm, Harm::Starve(of, ..) if of == side);
+        self.deeds.done.lock().unwrap().iter().any(|fault| fault.takes_room() && of_side(fault))
+    }
+
+    /// The kinds of harm that were done, in words.
+    pub(crate) fn kinds(&self) -> Vec<String> {
+        self.deeds.done.lock().unwrap().iter().map(|fault| fault.harm.kind()).collect()
+    }
+
+    /// Whether something is still frozen, starved or cut off.
     pub(crate) fn is_busy(&self) -> bool {
         self.deeds.unfinished.load(Ordering::Acquire) != 0
     }
@@ -272,10 +338,10 @@ impl Deeds {
         verdict
     }
 
-    fn pid(&self, side: By) -> i32 {
+    fn victim(&self, side: By) -> &Victim {
         match side {
-            By::Source => self.source,
-            By::Destination => self.destination,
+            By::Source => &self.source,
+            By::Destination => &self.destination,
         }
     }
 
@@ -287,13 +353,13 @@ impl Deeds {
         };
         let (after_ms, end): (u64, Ending) = match harm {
             Harm::Kill(side) => {
-                send_signal(self.pid(side), libc::SIGKILL);
+                send_signal(self.victim(side).pid, libc::SIGKILL);
                 (0, Box::new(|_| {}))
             }
-            Harm::Starve(side, want, ms) => (ms, starve(self.pid(side), want)),
+            Harm::Starve(side, want, ms) => (ms, starve(self.victim(side), want)),
             Harm::Freeze(side, ms) => {
-                stop_process(self.pid(side));
-                (ms, Box::new(move |deeds| send_signal(deeds.pid(side), libc::SIGCONT)))
+                stop_process(self.victim(side).pid);
+                (ms, Box::new(move |deeds| send_signal(deeds.victim(side).pid, libc::SIGCONT)))
             }
             Harm::Cut { control, streams } => {
                 cut(&|role, stream| match role {
@@ -318,7 +384,8 @@ impl Deeds {
 }
 
 /// Takes away what a process has not got yet; returns what gives it back. It may have ended.
-fn starve(pid: i32, want: Want) -> Ending {
+fn starve(victim: &Victim, want: Want) -> Ending {
+    let pid = victim.pid;
     let Some(process) = rustix::process::Pid::from_raw(pid) else { return Box::new(|_| {}) };
     let (resource, limit) = match want {
         Want::Descriptors => {
@@ -329,6 +396,11 @@ fn starve(pid: i32, want: Want) -> Ending {
             let pages = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
             let pages: u64 = pages.split(' ').next().and_then(|pages| pages.parse().ok()).unwrap_or(0);
             (rustix::process::Resource::As, pages * 4096 + (mib << 20))
+        }
+        Want::Room(kib) => {
+            let room = victim.room.as_ref().expect("room is taken where there is some");
+            let ballast = room.fill(kib << 10).expect("a tmpfs can be filled");
+            return Box::new(move |_| drop(ballast));
         }
     };
     let before = rustix::process::getrlimit(resource);
