@@ -2,9 +2,9 @@
 //! frozen, or connections are cut, at steps of the protocol that chance chooses. After each run exactly one side runs the guest,
 //! or none where that is impossible by nature, and the guest's own chain of sums says that its memory is whole.
 //!
-//! Half of the runs hand the guest over before its pages (postcopy), and in some a process is starved instead: of descriptors, of address
-//! space, or of room for its guest's memory. Room is that of a tmpfs of the VM's own, which is filled for a while; where none can be mounted
-//! address space is taken instead. A guest that touches a page for which there is no room is lost by nature, as by a kill.
+//! Half of the runs hand the guest over before its pages (postcopy), and in some a process is starved instead: of descriptors, of
+//! address space, or of room for its guest's memory. Room is that of a tmpfs of the VM's own, which is filled for a while; where none can
+//! be mounted address space is taken instead. A guest that touches a page for which there is no room is lost by nature, as by a kill.
 //!
 //! `PAGEFERRY_HARNESS_RUNS` says how many runs there are (24), `PAGEFERRY_HARNESS_SEED` which is the first (1; `clock` for another one each
 //! time). A run that fails says how to have it again: the faults are the same then, though the machine's own timing is not.

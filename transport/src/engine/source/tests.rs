@@ -4,13 +4,14 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use pagecopy::bitmap::bits;
 use pagecopy::layout::{CHUNK_SIZE, Layout};
 use vm_memory::volatile_memory::VolatileSlice;
-use vmm_shim::guest_memory::{Backing, GuestMemory};
 
 use super::*;
 use crate::engine::destination::{Arrival, Destination, Incoming, IncomingError};
 use crate::engine::tuning::Tuning;
+use crate::guest_memory::Memory;
 
 /// Where something goes wrong, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +36,7 @@ enum Trouble {
 
 /// A machine that does nothing, and whose parts have trouble.
 struct Machine {
-    memory: GuestMemory,
+    memory: Memory,
     /// Whether its memory can miss pages.
     postcopy: bool,
     running: AtomicBool,
@@ -48,7 +49,7 @@ struct Machine {
 impl Machine {
     fn new(running: bool, trouble: Trouble) -> Arc<Self> {
         let layout = Layout::flat(64 * CHUNK_SIZE as u64).unwrap();
-        let memory = GuestMemory::create(layout, &Backing::Anonymous { huge: false }).unwrap();
+        let memory = Memory::new(layout);
         Arc::new(Self {
             memory,
             postcopy: false,
@@ -87,10 +88,13 @@ impl GuestRam for Machine {
         self.memory.region(region)
     }
     fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> {
-        self.memory.populated(first, pages)
+        let layout = self.memory.layout();
+        (first..).zip(pages).for_each(|(chunk, pages)| *pages = layout.valid(chunk));
+        Ok(())
     }
     fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
-        self.memory.discard(chunk, pages)
+        bits(pages).for_each(|bit| self.memory.write(chunk, bit, &[0; PAGE_SIZE]));
+        Ok(())
     }
     fn missing_unit(&self) -> Result<u32, BackendError> {
         if self.postcopy { Ok(0) } else { Err(BackendError::invalid("no pages are missed here")) }
