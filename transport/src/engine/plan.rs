@@ -87,12 +87,11 @@ pub fn plan(
         }
     });
     let (us, dirtied_pages) = seen.last().copied().unwrap_or((0, 0));
-    let first = seen.first().copied().unwrap_or((1, 0));
     Ok(Plan {
         watched_ms: us as f64 / 1e3,
         present_pages,
         dirtied_pages,
-        dirty_pages_per_s: first.1 as f64 * 1e6 / first.0.max(1) as f64,
+        dirty_pages_per_s: pages_per_s(&seen),
         link_bytes_per_s,
         downtime_limit_ms,
         converges: come_to.converges,
@@ -102,6 +101,12 @@ pub fn plan(
         wire_bytes: come_to.bytes,
         helps,
     })
+}
+
+/// How fast it dirties pages before it comes back to those that it has written: the highest mean from the start on. A look by itself
+/// may fall into a pause.
+fn pages_per_s(seen: &[(u64, u64)]) -> f64 {
+    seen.iter().map(|&(us, pages)| pages as f64 * 1e6 / us.max(1) as f64).fold(0.0, f64::max)
 }
 
 /// What was dirtied by when: (microseconds, distinct pages).
@@ -159,5 +164,17 @@ impl Plan {
             }
         }
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_pauses_at_first_writes_all_the_same() {
+        assert_eq!(pages_per_s(&[(20_000, 0), (50_000, 100), (1_000_000, 400)]), 2000.0);
+        assert_eq!(pages_per_s(&[(20_000, 100), (1_000_000, 100)]), 5000.0);
+        assert_eq!(pages_per_s(&[]), 0.0);
     }
 }
