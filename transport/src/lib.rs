@@ -1,7 +1,7 @@
 //! How pages travel: wire format, session machines, streams, flow control and acknowledgement.
 //!
-//! Two halves. [`wire`] and [`session`] are pure: bytes in, bytes out, no socket, no clock. The rest drives real sockets:
-//! [`socket`] opens them, [`source`] and [`destination`] hold the stream workers. This crate knows bytes and the
+//! [`wire`] and [`session`] are pure: bytes in, bytes out, no socket, no clock. [`socket`] opens real connections, [`source`] and
+//! [`destination`] hold the stream workers. [`engine`] drives a migration from end to end over them. This crate knows bytes and the
 //! addresses of pages; it refuses to know guests, KVM, or where a dirty log comes from: those come in through the traits of
 //! [`pagecopy::backend`].
 

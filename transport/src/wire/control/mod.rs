@@ -280,6 +280,31 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn a_hello_is_printed_without_its_seed() {
+        let Some(Message::Hello(hello)) = samples().into_iter().next() else {
+            unreachable!("it is the first")
+        };
+        let text = format!("{:?}", Hello { seed: 0x7e57_5eed, ..hello });
+        assert!(text.contains("streams: 4") && !text.contains(&0x7e57_5eed_u64.to_string()), "{text}");
+    }
+
+    #[test]
+    fn a_peer_that_would_not_wait_for_pings_is_refused() {
+        for timeout_ms in [0, 999, 1000] {
+            let messages = samples().into_iter().take(2).map(|message| match message {
+                Message::Hello(hello) => Message::Hello(Hello { timeout_ms, ..hello }),
+                Message::Welcome(welcome) => Message::Welcome(Welcome { timeout_ms, ..welcome }),
+                other => other,
+            });
+            for message in messages {
+                let decoded = Message::decode(&message.encode());
+                let refused = Err(WireError::BadValue { field: "timeout_ms", value: timeout_ms.into() });
+                assert_eq!(decoded, if timeout_ms < 1000 { refused } else { Ok(message) });
+            }
+        }
+    }
+
     fn samples() -> Vec<Message> {
         let totals =
             Totals { streams: vec![StreamEnd { stream: 1, frames: 2, fold: 3 }], pages: 4, state: 5 };
