@@ -111,7 +111,9 @@ impl Log {
 /// The part of the program that an event comes from, without what all of them begin with.
 fn part(target: &str) -> &str {
     let part = target.strip_prefix("pageferry::cli::").or_else(|| target.strip_prefix("pageferry::"));
-    part.or_else(|| target.strip_prefix("pageferry_")).unwrap_or(target)
+    // Users know the engine by its name, wherever it lives.
+    let engine = || target.strip_prefix("transport::").filter(|part| part.starts_with("engine"));
+    part.or_else(engine).or_else(|| target.strip_prefix("pageferry_")).unwrap_or(target)
 }
 
 impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Log {
@@ -276,7 +278,8 @@ mod tests {
     #[test]
     fn parts_are_named_by_what_tells_them_apart() {
         assert_eq!(part("pageferry::cli::vm::server"), "vm::server");
-        assert_eq!(part("pageferry::engine::source"), "engine::source");
+        assert_eq!(part("transport::engine::source"), "engine::source");
+        assert_eq!(part("transport::session"), "transport::session");
         assert_eq!(part("pageferry_transport::link"), "transport::link");
         assert_eq!(part("mio"), "mio");
         assert!(filter("transport=debug,info").unwrap().would_enable("transport::link", &Level::DEBUG));
