@@ -5,9 +5,15 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pageferry::pagecopy::backend::{Fault, GuestRam};
+use pageferry::pagecopy::bitmap::PageBitmap;
+use pageferry::pagecopy::layout::Layout;
+use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 use pageferry::vmm_shim::kvm;
+use vm_memory::Bytes;
 
 use crate::common::tmpfs::Tmpfs;
 use crate::common::{Ended, Ferry, MIB, PAGE, PATIENCE, Recv, Rng, blocks, folder, send, turn};
@@ -174,4 +180,30 @@ fn a_vcpu_whose_page_cannot_be_had_stops_with_the_file_systems_name() {
     }
     asked(&["quit"]).code(0);
     vm.wait();
+}
+
+/// The kernel takes room for a page before it sees that there is one: a memory that just fits is not short of any.
+#[test]
+fn a_page_that_is_there_needs_no_room() {
+    let _turn = turn();
+    let Some(small) = Tmpfs::new(1) else { return };
+    let backing = Backing::File { path: small.path("ram"), create: true };
+    let layout = Layout::flat(MIB as u64).unwrap();
+    let memory = Arc::new(GuestMemory::create(layout, &backing).unwrap());
+    if let Err(error) = memory.missing_unit() {
+        return println!("skipped: {error}");
+    }
+    memory.populate(0, 4).unwrap();
+    let pages = PageBitmap::new(4);
+    pages.insert(1, 0b110);
+    let missing = memory.clone().miss(&pages).unwrap();
+    missing.place(1, 1, &[7; 2 * PAGE]).unwrap();
+    // All of it is there, and the file system is full.
+    assert_eq!(memory.room().unwrap().bytes, 0);
+    missing.place(1, 0, &[9; 4 * PAGE]).unwrap();
+    missing.place_zeros(1, 0, 4).unwrap();
+    missing.settle(Fault { chunk: 1, page: 2, thread: 0 }).unwrap();
+    missing.end().unwrap();
+    let words: Vec<u8> = (0..4).map(|page| memory.chunk(1).read_obj(page * PAGE).unwrap()).collect();
+    assert_eq!(words, [0, 7, 7, 0]);
 }

@@ -19,6 +19,7 @@ use pagecopy::layout::{CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::guest_memory::GuestMemory;
+use crate::room;
 use crate::sys::{self, Userfaultfd};
 
 /// What it cannot do without.
@@ -140,10 +141,23 @@ impl UffdMissing {
             match self.fd.copy(&to, &bytes[at..], true) {
                 Ok(copied) => at += copied,
                 Err(e) if e.raw_os_error() == Some(libc::EEXIST) => at += step,
+                Err(e) if self.is_there(region, offset + at as u64, &e) => at += PAGE_SIZE,
                 Err(e) => return Err(self.no_room(region, offset, bytes.len() - at, e)),
             }
         }
         Ok(())
+    }
+
+    /// Whether a page that could not be had for want of room is there: the kernel takes room for it before it looks.
+    fn is_there(&self, region: usize, offset: u64, error: &io::Error) -> bool {
+        // A huge page is looked for first.
+        if self.unit != 0 || !room::is_for_want_of_room(error) {
+            return false;
+        }
+        let chunk = self.memory.layout().region_chunks(region).start + (offset / CHUNK_SIZE as u64) as u32;
+        let page = offset % CHUNK_SIZE as u64 / PAGE_SIZE as u64;
+        let mut pages = [0];
+        self.memory.populated(chunk, &mut pages).is_ok() && pages[0] >> page & 1 != 0
     }
 
     fn no_room(&self, region: usize, offset: u64, len: usize, error: io::Error) -> BackendError {
@@ -220,7 +234,12 @@ impl MissingPages for UffdMissing {
                 Ok(bytes) => range.start += bytes as u64,
                 Err(e) if e.raw_os_error() == Some(libc::EEXIST) => range.start += PAGE_SIZE as u64,
                 Err(e) => {
-                    let (region, offset) = self.locate(chunk, first);
+                    let (region, _) = self.locate(chunk, first);
+                    let offset = range.start - self.memory.host_range(region).start;
+                    if self.is_there(region, offset, &e) {
+                        range.start += PAGE_SIZE as u64;
+                        continue;
+                    }
                     return Err(self.no_room(region, offset, (range.end - range.start) as usize, e));
                 }
             }
