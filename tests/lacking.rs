@@ -5,6 +5,8 @@
 mod common;
 #[path = "common/ends.rs"]
 mod ends;
+#[path = "lacking/holes.rs"]
+mod holes;
 #[path = "lacking/limits.rs"]
 mod limits;
 #[path = "lacking/panics.rs"]

@@ -146,7 +146,7 @@ pub(crate) fn differences(a: &GuestMemory, b: &GuestMemory) -> usize {
 
 /// What takes a guest in.
 pub(crate) struct Taker {
-    pub(crate) ram: Arc<GuestMemory>,
+    pub(crate) ram: Arc<dyn GuestRam>,
     pub(crate) guest: Arc<dyn Guest>,
 }
 

@@ -156,6 +156,11 @@ pub enum IncomingError {
 }
 
 impl IncomingError {
+    /// Whether a guest that ran here before its pages is lost by it.
+    fn loses_guest(&self) -> bool {
+        matches!(self, Self::PostcopyLost { .. } | Self::PostcopyFailed { .. })
+    }
+
     fn code(&self) -> ErrorCode {
         match self {
             Self::Session(SessionError::TotalsDiffer { .. }) => ErrorCode::Integrity,
@@ -230,7 +235,7 @@ impl Destination {
             let cpu = usage::cpu_seconds();
             let result = caught(|| session.run(&self, incoming));
             if let Err(error) = &result {
-                if session.misses_pages() {
+                if error.loses_guest() && session.has_begun_postcopy() {
                     // What panics here leaves a guest that waits for pages, and no other's to run.
                     let _ = guarded(|| session.stop_guest_for_good(&self.progress));
                 }
@@ -478,8 +483,17 @@ impl Session {
                     let why = format!("panicked {panics} times, and then: {what}");
                     return Err(IncomingError::PostcopyFailed { why });
                 }
+                // Decided here, once: pages may still come while the session ends.
+                Err(error) if self.misses_pages() => {
+                    let why = || IncomingError::PostcopyFailed { why: explain(&error) };
+                    return Err(if error.loses_guest() { error } else { why() });
+                }
                 // It runs, and lacks nothing.
-                Err(IncomingError::Panicked { .. }) if self.resumed => return Ok(()),
+                Err(_) if self.resumed => {
+                    let _ = self.end_missing();
+                    self.end_postcopy();
+                    return Ok(());
+                }
                 ended => return ended,
             }
         }

@@ -98,6 +98,12 @@ impl Session {
         match event {
             // Of a handover that was taken back.
             PostcopyEvent::Ended(_) | PostcopyEvent::Faults(_) if self.postcopy.is_none() => Ok(()),
+            // All is here: whoever waits goes on as soon as the registration ends.
+            PostcopyEvent::Ended(_) | PostcopyEvent::Faults(_)
+                if self.has_begun_postcopy() && !self.misses_pages() =>
+            {
+                Ok(())
+            }
             PostcopyEvent::Opened { connection, stream, place } => {
                 drop(place);
                 self.open_postcopy(connection, stream)
@@ -223,7 +229,7 @@ impl Session {
     }
 
     /// Nothing is missing any more: nobody is stopped who touches memory. Connections stay, for receipts that were lost.
-    fn end_missing(&mut self) -> Result<(), IncomingError> {
+    pub(super) fn end_missing(&mut self) -> Result<(), IncomingError> {
         let Some(post) = &mut self.postcopy else { return Ok(()) };
         post.drained = post.began.map(|at| at.elapsed());
         post.sink.as_ref().map_or(Ok(()), |sink| sink.end())?;
@@ -274,9 +280,14 @@ impl Session {
         progress.update(|r| r.status = Status::PostcopyLost);
     }
 
+    /// Whether the guest runs here, and missed pages when it began to.
+    pub(super) fn has_begun_postcopy(&self) -> bool {
+        self.postcopy.as_ref().is_some_and(|post| post.began.is_some())
+    }
+
     /// Whether the guest runs here and misses pages.
     pub(super) fn misses_pages(&self) -> bool {
-        self.postcopy.as_ref().is_some_and(|post| post.began.is_some()) && self.missing_left() != 0
+        self.has_begun_postcopy() && self.missing_left() != 0
     }
 
     /// Shows others how it goes.
