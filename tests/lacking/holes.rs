@@ -154,6 +154,24 @@ fn source() -> Option<(Arc<GuestMemory>, SourceBackend)> {
     Some((memory, from))
 }
 
+/// Room that has gone since the guest was offered.
+#[test]
+fn a_guest_whose_missing_pages_do_not_fit_stays_at_the_source() {
+    let Some((_, from)) = source() else { return };
+    let needed = COME * PAGE_SIZE as u64;
+    let options = Options { postcopy_after_rounds: Some(0), ..options(1) };
+    let arrived = empty(from.ram.layout().clone());
+    let guest = Toucher::new(&arrived);
+    let to = Taker { ram: Tight::new(&arrived, &[needed, needed - 1]), guest: guest.clone() };
+    let (sent, received) = ferry("tcp:127.0.0.1:0", &options, &from, to);
+    let (sent, received) = (sent.unwrap_err(), received.unwrap_err());
+    let word = format!("{needed} bytes are still to come, but this test has {} left", needed - 1);
+    assert_eq!(sent.fate, Fate::RunsOn, "{sent:?}");
+    assert!(explain(&sent).contains(&word), "{}", explain(&sent));
+    assert!(explain(&received).contains(&word), "{}", explain(&received));
+    assert!(guest.touching.lock().unwrap().is_none(), "it ran at the destination");
+}
+
 /// A destination says that it is lost only where it has stopped it, and that is only while pages are missing.
 #[test]
 fn a_guest_that_has_all_its_pages_is_not_lost_by_a_hole() {

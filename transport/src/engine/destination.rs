@@ -355,7 +355,8 @@ fn open(hello: &Hello, incoming: &mut dyn Incoming) -> Result<Opened, (ErrorCode
             .into(),
         ));
     }
-    check_room(hello.data_bytes, ram.room()).map_err(|reason| (ErrorCode::NoRoom, reason))?;
+    let brought = format!("the guest brings {} bytes", hello.data_bytes);
+    check_room(&brought, hello.data_bytes, ram.room()).map_err(|reason| (ErrorCode::NoRoom, reason))?;
     crate::reserve::fill();
     check_headroom(destination_bytes(ram.layout(), hello.streams))
         .map_err(|e| (ErrorCode::Local, e.to_string()))?;
@@ -364,11 +365,11 @@ fn open(hello: &Hello, incoming: &mut dyn Incoming) -> Result<Opened, (ErrorCode
 
 type Opened = (Arc<dyn GuestRam>, Option<Arc<dyn Guest>>);
 
-/// Refuses a guest whose pages have no room here, before the first of them comes.
-fn check_room(needed: u64, room: Option<Room>) -> Result<(), String> {
+/// Refuses a guest whose pages have no room here, before the first of them comes; `what` says how much `needed` is.
+fn check_room(what: &str, needed: u64, room: Option<Room>) -> Result<(), String> {
     match room {
         Some(Room { bytes, of, hint }) if bytes < needed => {
-            Err(format!("the guest brings {needed} bytes, but {of} has {bytes} left: {hint}"))
+            Err(format!("{what}, but {of} has {bytes} left: {hint}"))
         }
         _ => Ok(()),
     }

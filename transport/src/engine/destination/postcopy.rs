@@ -18,10 +18,11 @@ use crate::wire::WireError;
 use crate::wire::control::{ChunkRun, ErrorCode, Message, STREAMS_PUSHING_MAX};
 use pagecopy::backend::BackendError;
 use pagecopy::digest::PageHasher;
+use pagecopy::layout::PAGE_SIZE;
 
 use super::front::Event;
 use super::lobby::Place;
-use super::{Destination, IncomingError, Session, start_thread};
+use super::{Destination, IncomingError, Session, check_room, start_thread};
 use crate::engine::explain;
 use crate::engine::progress::Progress;
 use crate::engine::report::{self, Status};
@@ -174,8 +175,12 @@ impl Session {
         let missing = std::mem::replace(&mut post.missing, nothing).into_pages();
         let (hasher, timeout) = (PageHasher::new(self.hello.seed), self.sink.timeout());
         let capabilities = self.sink.capabilities();
+        let needed = missing.count() * PAGE_SIZE as u64;
         let sink = Arc::new(MissingSink::new(self.ram.clone(), hasher, missing, capabilities, timeout)?);
         post.sink = Some(sink.clone());
+        // What was stale is gone. The last moment in which the guest can stay where it is.
+        check_room(&format!("{needed} bytes are still to come"), needed, self.ram.room())
+            .map_err(|reason| BackendError::new(reason, rustix::io::Errno::NOSPC.into()))?;
         let (serving, events) = (sink.clone(), self.event_sender.clone());
         let serve = move || {
             let served = guarded(|| serving.serve_faults()).unwrap_or_else(|what| {
@@ -296,7 +301,7 @@ impl Session {
         let (Some(sink), Some(began)) = (&post.sink, post.began) else { return };
         let s = sink.statistics();
         let drain = post.drained.unwrap_or_else(|| began.elapsed()).as_secs_f64();
-        let page = pagecopy::layout::PAGE_SIZE as u64;
+        let page = PAGE_SIZE as u64;
         let blocked_us: u64 = s.blocked_us.iter().sum();
         progress.update(|r| {
             r.remaining_bytes = s.left * page;
