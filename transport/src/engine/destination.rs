@@ -4,6 +4,7 @@
 //! version, a guest that does not fit) is refused with a reason on both sides, and the destination goes on listening; once
 //! a session has touched memory, its failure is the destination's end.
 
+mod error;
 mod front;
 mod lobby;
 mod opening;
@@ -13,7 +14,6 @@ mod resume;
 mod verdict;
 
 use std::collections::BTreeMap;
-use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,17 +24,17 @@ use crate::carrier::Breaker;
 use crate::destination::{PageSink, ReceiveError, receive_stream};
 use crate::host::Host;
 use crate::link::{Link, LinkError, LinkEvent};
-use crate::local::{check_headroom, destination_bytes, guarded, is_no_room};
+use crate::local::{check_headroom, destination_bytes, guarded};
 use crate::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
-use crate::socket::{Listener, SocketError};
+use crate::socket::Listener;
 use crate::streams::{DestinationStreams, Stop};
 use crate::uri::Uri;
 use crate::wire::control::{
     ErrorCode, Hello, Message, SessionStatus, StreamEnd, Totals, Welcome, capability, state_digest,
 };
-use crate::wire::{WireError, stream_number};
+use crate::wire::stream_number;
 use crossbeam_channel::{Receiver, Sender};
-use pagecopy::backend::{BackendError, Guest, GuestRam, Room, StateBlob};
+use pagecopy::backend::{Guest, GuestRam, Room, StateBlob};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{Layout, PAGE_SIZE};
 
@@ -42,6 +42,7 @@ use super::progress::Progress;
 use super::report::{Report, Status};
 use super::source::RUN_STATE;
 use super::{Options, explain, usage};
+pub use error::IncomingError;
 use front::{Event, Front};
 use opening::{Caller, Opening};
 use populate::Enlarger;
@@ -66,110 +67,6 @@ pub trait Incoming {
     /// lasts on, for a source that may not have heard so.
     fn arrived(&mut self, running: bool) {
         let _ = running;
-    }
-}
-
-/// Why a destination ended without the guest.
-#[derive(Debug, thiserror::Error)]
-pub enum IncomingError {
-    /// No socket.
-    #[error(transparent)]
-    Socket(#[from] SocketError),
-    /// No RDMA.
-    #[cfg(feature = "rdma")]
-    #[error("cannot listen for RDMA")]
-    Rdma(#[from] crate::rdma::RdmaError),
-    /// The control connection ended before READY.
-    #[error("the source is gone; what arrived is incomplete and was given up")]
-    Link(#[source] LinkError),
-    /// The source gave up, or broke the protocol.
-    #[error(transparent)]
-    Session(#[from] SessionError),
-    /// The VMM failed.
-    #[error(transparent)]
-    Backend(#[from] BackendError),
-    /// The source did not come back.
-    #[error(
-        "the source was lost and did not come back within {seconds} s; what arrived is incomplete and was given up"
-    )]
-    NotResumed {
-        /// How long was waited.
-        seconds: u64,
-        /// How it was lost.
-        #[source]
-        source: LinkError,
-    },
-    /// Pages cannot be taken in, over whatever stream they come.
-    #[error("this host cannot take the guest's pages in")]
-    Receive(#[source] ReceiveError),
-    /// A thread cannot be started.
-    #[error("cannot start thread {name}: {}", usage::thread_limits())]
-    Thread {
-        /// Its name.
-        name: String,
-        /// The system's word.
-        #[source]
-        source: io::Error,
-    },
-    /// The destination panicked: pageferry or the VMM has a fault.
-    #[error("the destination panicked: {what}")]
-    Panicked {
-        /// What it said.
-        what: String,
-    },
-    /// A stream that should have ended in order did not.
-    #[error("stream {stream} did not end in order")]
-    Stream {
-        /// Which.
-        stream: u16,
-    },
-    /// The source vanished between READY and GO.
-    #[error(
-        "the source did not say GO within {seconds} s after it was lost; the guest was never run here and never will be"
-    )]
-    NoGo {
-        /// How long was waited.
-        seconds: u64,
-    },
-    /// The guest ran here before all its pages were there, and its source is gone.
-    #[error(
-        "the source was not heard of for {seconds} s while {left} pages of the running guest were missing: the guest was stopped, and is lost"
-    )]
-    PostcopyLost {
-        /// Pages that are missing.
-        left: u64,
-        /// How long was waited.
-        seconds: u64,
-    },
-    /// The guest ran here before all its pages were there, and they cannot be brought in.
-    #[error("pages of the running guest cannot be brought in: the guest was stopped, and is lost: {why}")]
-    PostcopyFailed {
-        /// Why.
-        why: String,
-    },
-    /// The system lacks something.
-    #[error("this host lacks a resource")]
-    System(#[from] io::Error),
-    /// Somebody asked.
-    #[error("cancelled")]
-    Cancelled,
-}
-
-impl IncomingError {
-    /// Whether a guest that ran here before its pages is lost by it.
-    fn loses_guest(&self) -> bool {
-        matches!(self, Self::PostcopyLost { .. } | Self::PostcopyFailed { .. })
-    }
-
-    fn code(&self) -> ErrorCode {
-        match self {
-            Self::Session(SessionError::TotalsDiffer { .. }) => ErrorCode::Integrity,
-            Self::Session(_) => ErrorCode::Protocol,
-            Self::Cancelled => ErrorCode::Cancelled,
-            Self::Receive(error) if error.is_no_room() => ErrorCode::NoRoom,
-            Self::Backend(error) if is_no_room(&error.source) => ErrorCode::NoRoom,
-            _ => ErrorCode::Local,
-        }
     }
 }
 
@@ -846,11 +743,5 @@ impl Session {
             };
             r.error = error.map(|e| explain(e));
         });
-    }
-}
-
-impl From<WireError> for IncomingError {
-    fn from(error: WireError) -> Self {
-        Self::Link(LinkError::Wire(error))
     }
 }
