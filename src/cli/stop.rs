@@ -33,8 +33,10 @@ pub(super) fn stopping() {
     tracing::info!("stopping in order; once more to stop at once");
 }
 
-/// Calls `cancel` at the first SIGINT or SIGTERM, and at each further one as long as it refuses.
+/// Calls `cancel` at the first SIGINT or SIGTERM, and at each further one as long as it refuses. Signals are taken from when this returns:
+/// whoever sees that the process listens, say, may send one.
 pub(super) fn on_signals_unless_refused(cancel: impl Fn() -> Heard + Send + 'static) {
+    let (taken, takes) = std::sync::mpsc::channel::<()>();
     // Without the thread signals do what they do by default.
     let _ = std::thread::Builder::new().name("signals".into()).spawn(move || {
         let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
@@ -44,6 +46,7 @@ pub(super) fn on_signals_unless_refused(cancel: impl Fn() -> Heard + Send + 'sta
             else {
                 return;
             };
+            drop(taken);
             let mut asked = false;
             loop {
                 tokio::select! {
@@ -58,4 +61,6 @@ pub(super) fn on_signals_unless_refused(cancel: impl Fn() -> Heard + Send + 'sta
             }
         });
     });
+    // Nothing is ever sent: the wait ends by the sender's drop, also where there is no thread.
+    let _ = takes.recv();
 }
