@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::common::{Image, Job, MIB, Recv, send};
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::vm::{NO_RESUME, PATIENCE, Spec, World, prove};
+use crate::vm::{NO_RESUME, PATIENCE, Spec, World, prove, wait_for};
 
 /// A guest that is big and busy enough that every stream carries some MiB.
 fn busy() -> Spec {
@@ -50,6 +50,40 @@ fn one_stream_cut_is_one_stream_less() {
         chain.push(&here);
         prove(&spec, &chain);
     }
+}
+
+#[test]
+fn a_stream_that_is_lost_while_others_open_is_opened_again() {
+    let world = World::new();
+    let spec = busy();
+    let (source, (destination, uri)) = (world.source("a", &spec), world.destination("b", &spec));
+    let (opened, lost) = (Arc::new(AtomicU64::new(0)), AtomicBool::new(false));
+    let seen_opened = opened.clone();
+    let proxy = Proxy::new(&uri, move |seen| match seen {
+        // The last one opens late.
+        Seen::Open { role: Role::Stream, stream: 3 } => {
+            std::thread::sleep(Duration::from_millis(700));
+            Verdict::Pass
+        }
+        Seen::Open { role: Role::Stream, .. } => {
+            seen_opened.fetch_add(1, Ordering::Relaxed);
+            Verdict::Pass
+        }
+        _ => Verdict::Pass,
+    });
+    let limits = json!({"codec": "raw", "streams": 4, "bandwidth": 20_000_000});
+    source.begin_migration(&proxy.uri(), &limits);
+    wait_for("three streams are open", PATIENCE, || (opened.load(Ordering::Relaxed) == 3).then_some(()));
+    std::thread::sleep(Duration::from_millis(200));
+    proxy.cut(|role, stream| role == Role::Stream && stream == 0 && !lost.swap(true, Ordering::Relaxed));
+    let report = wait_for("it is opened again", PATIENCE, || {
+        let report = source.status()["migration"].clone();
+        (report["streams_reconnected"] == 1).then_some(report)
+    });
+    assert_eq!(report["streams_lost"], 1, "{report}");
+    assert_eq!(source.ctl(&["set", "--bandwidth", "0", "--downtime-limit", "10000"]).code, Some(0));
+    assert_eq!(source.wait_migration(PATIENCE)["status"], "completed");
+    prove(&spec, &[&source, &destination]);
 }
 
 /// Pages that were hashed and wait for room to be sent are written meanwhile. Nobody's memory is broken.

@@ -91,6 +91,21 @@ fn all_connections_lost_for_a_while() {
     assert!(post["resent"].as_u64().is_some_and(|n| n <= (64 << 20) / 4096), "{report}");
 }
 
+/// Those of before have ended, and what they say of that is not said of those that took their place.
+#[test]
+fn a_lost_link_opens_each_connection_once_more() {
+    let fast = Arc::new(AtomicBool::new(false));
+    let way = Way::begin(&[], &fast);
+    way.proxy.cut(|role, _| role == Role::Control);
+    wait_for("they are opened again", PATIENCE, || {
+        migration(&way.source)["postcopy"]["reconnects"].as_u64().filter(|&n| n > 0)
+    });
+    std::thread::sleep(Duration::from_secs(1));
+    fast.store(true, Ordering::Relaxed);
+    let report = way.arrives();
+    assert_eq!(report["postcopy"]["reconnects"], 1, "{report}");
+}
+
 #[test]
 fn a_connection_lost_again_and_again() {
     let fast = Arc::new(AtomicBool::new(false));

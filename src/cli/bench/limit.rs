@@ -185,10 +185,11 @@ fn sockets(uri: &Uri, connections: usize) -> io::Result<f64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    const LIMITS: Limits = Limits {
+    /// Of no machine.
+    pub(in crate::cli::bench) const LIMITS: Limits = Limits {
         memcpy_gb_s: 10.0,
         socket_gb_s: 5.0,
         socket_connections: 2,

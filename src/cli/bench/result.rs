@@ -443,6 +443,7 @@ mod tests {
     use pageferry::engine::report::Report;
 
     use super::*;
+    use crate::cli::bench::limit::tests::LIMITS;
 
     fn run(total_ms: f64, cpu_s: f64) -> Run {
         let pages = Pages { total: 1 << 18, hole: 1 << 17, raw: 3 << 15, zero: 1 << 15, ..Pages::default() };
@@ -497,16 +498,6 @@ mod tests {
         assert_eq!(size_text(24 << 20), "24 MiB");
         assert_eq!(size_text(20 << 10), "20 KiB");
     }
-
-    const LIMITS: Limits = Limits {
-        memcpy_gb_s: 10.0,
-        socket_gb_s: 5.0,
-        socket_connections: 2,
-        zero_scan_gb_s: 20.0,
-        fault_memfd_gb_s: 2.0,
-        fault_anon_4k_gb_s: 3.0,
-        fault_anon_huge_gb_s: 10.0,
-    };
 
     #[test]
     fn ratios_are_by_what_must_be_done() {

@@ -355,7 +355,7 @@ struct Running<'a, E: Environment> {
 }
 
 impl<'a, E: Environment> Attempt<'a, E> {
-    /// One that was asked for just now.
+    /// One that has connected to nobody yet.
     pub(crate) fn new(
         env: &'a E,
         backend: &'a SourceBackend,
@@ -368,7 +368,7 @@ impl<'a, E: Environment> Attempt<'a, E> {
             backend,
             options,
             progress,
-            began: clock::now(),
+            began: leave.requested(),
             leave,
             paused_at: None,
             downtime: None,

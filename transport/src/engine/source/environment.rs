@@ -148,6 +148,6 @@ pub(crate) trait Environment: Waits {
         stream: u16,
     ) -> io::Result<()>;
 
-    /// Breaks all connections of postcopy.
+    /// Breaks all connections of postcopy, of whose ends nothing is told.
     fn end_postcopy(&self);
 }

@@ -62,7 +62,8 @@ pub(super) struct Host {
     lanes: RefCell<Vec<Lane>>,
     lane_ends: (Sender<crate::source::LaneEnd>, Receiver<crate::source::LaneEnd>),
     postcopy: RefCell<BTreeMap<u16, postcopy::Lane>>,
-    postcopy_ends: (Sender<postcopy::LaneEnd>, Receiver<postcopy::LaneEnd>),
+    /// Where those tell of their ends. Others than those get another channel: their numbers come again.
+    postcopy_ends: RefCell<(Sender<postcopy::LaneEnd>, Receiver<postcopy::LaneEnd>)>,
     /// Last, so that links' tasks outlive what uses them.
     runtime: RefCell<Option<Runtime>>,
 }
@@ -83,7 +84,7 @@ impl Host {
             lanes: RefCell::default(),
             lane_ends: unbounded(),
             postcopy: RefCell::default(),
-            postcopy_ends: unbounded(),
+            postcopy_ends: RefCell::new(unbounded()),
             runtime: RefCell::new(None),
         }
     }
@@ -141,7 +142,8 @@ impl Environment for Host {
         let mut any = crossbeam_channel::Select::new();
         any.recv(&self.heard.1);
         any.recv(&self.lane_ends.1);
-        any.recv(&self.postcopy_ends.1);
+        let postcopy_ends = self.postcopy_ends.borrow();
+        any.recv(&postcopy_ends.1);
         let _ = any.ready_timeout(TICK);
     }
 
@@ -158,7 +160,7 @@ impl Environment for Host {
         if let Ok(end) = self.lane_ends.1.try_recv() {
             return Some(Event::LaneEnd(end));
         }
-        let end = self.postcopy_ends.1.try_recv().ok()?;
+        let end = self.postcopy_ends.borrow().1.try_recv().ok()?;
         self.postcopy.borrow_mut().remove(&end.stream);
         Some(Event::PostcopyEnd(end))
     }
@@ -282,13 +284,14 @@ impl Environment for Host {
         connection: Connection,
         stream: u16,
     ) -> io::Result<()> {
-        let lane = postcopy::Lane::spawn(server, connection, stream, self.postcopy_ends.0.clone())?;
+        let lane = postcopy::Lane::spawn(server, connection, stream, self.postcopy_ends.borrow().0.clone())?;
         self.postcopy.borrow_mut().insert(stream, lane);
         Ok(())
     }
 
     fn end_postcopy(&self) {
         self.postcopy.take();
+        self.postcopy_ends.replace(unbounded());
     }
 }
 

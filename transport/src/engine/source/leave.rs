@@ -59,6 +59,11 @@ impl Leave {
         }
     }
 
+    /// When the migration was asked for, by the clock.
+    pub(super) fn requested(&self) -> Duration {
+        self.requested
+    }
+
     /// Takes note of what is done from here on.
     pub(super) fn begin(&self, doing: Doing) {
         self.doing.store(doing as u8, Ordering::Relaxed);

@@ -125,6 +125,8 @@ impl<E: Environment> Attempt<'_, E> {
         let options = server_options(running.source.options(), &welcome, connections.len());
         let (totals, server) = self.leave(&guest, streams, unit_chunks, hasher, options, rounds)?;
         let running = self.running.as_mut().expect("as above");
+        // Of a handover that was taken back.
+        running.watch.take_postcopy_ends();
         let service = running.postcopy.insert(Service {
             env,
             server,

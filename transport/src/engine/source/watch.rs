@@ -251,6 +251,10 @@ impl<'a, E: Environment> Watch<'a, E> {
         work: Receiver<Batch>,
     ) -> Result<Duration, Cause> {
         self.env.prepare_streams(opening, self.patience.timeout);
+        if !self.patience.reconnect.is_zero() {
+            // Also those that are lost before the last is open: they come again once pages move.
+            self.reopening = Some(Reopening::new(streams));
+        }
         let mut round_trip = Duration::MAX;
         let (mut begun, mut started) = (0, 0);
         let result = loop {
@@ -283,9 +287,6 @@ impl<'a, E: Environment> Watch<'a, E> {
             break_all(self.env);
         }
         result?;
-        if !self.patience.reconnect.is_zero() {
-            self.reopening = Some(Reopening::new(streams));
-        }
         self.feed(work);
         Ok(round_trip)
     }
