@@ -5,7 +5,7 @@
 
 mod converge;
 pub(crate) mod environment;
-mod host;
+pub(super) mod host;
 pub(crate) mod leave;
 mod postcopy;
 mod reopen;

@@ -1,229 +1,227 @@
-//! The destination's process: the engine's phases around the real session machine, stream bookkeeping and workers.
+//! The destination's process: the engine's phases, on an environment of this world.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
+use std::ops::Range;
+use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use pagecopy::backend::{self, StateBlob};
-use pagecopy::digest::PageHasher;
+use pagecopy::backend::{self, BackendError, GuestRam, StateBlob};
 use pagecopy::layout::Layout;
 
 use super::guest::Guest;
-use super::network::Side;
-use super::world::{Event, Link, Micros, World};
+use super::network::{Connection, Side};
+use super::world::{Event as Happening, Link, Micros, NextTurn, World, sleep};
 use super::{HANDOVER_TIMEOUT, SESSION, TIMEOUT};
 use crate::destination::stepped::SteppedWorker;
 use crate::destination::{PageSink, ReceiveError};
-use crate::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
-use crate::streams::{DestinationStreams, Stop};
-use crate::wire::control::{
-    ErrorCode, Message, SessionStatus, StreamEnd, Totals, Welcome, capability, state_digest,
-};
-use crate::wire::{Preamble, Role, stream_number};
+use crate::engine::Options;
+use crate::engine::destination::environment::{Call, Environment, Event, Speaks};
+use crate::engine::destination::opening::Reception;
+use crate::engine::destination::{Arrival, Incoming, IncomingError};
+use crate::engine::progress::Progress;
+use crate::host::Host;
+use crate::link::{LinkError, LinkEvent};
+use crate::postcopy::MissingSink;
+use crate::session::SessionError;
+use crate::wire::control::{ErrorCode, Hello, Message, StreamEnd};
+use crate::wire::{Preamble, Role, VERSION_MAX};
 
 const ME: Side = Side::Destination;
 
-#[derive(Debug)]
-enum Phase {
-    Listening,
-    Preparing,
-    Moving,
-    /// Until the workers have ended.
-    Finishing {
-        theirs: Totals,
-        deadline: Micros,
-    },
-    /// Loads device state, which takes a while.
-    Loading {
-        mine: Totals,
-    },
-    /// Since when there is no source.
-    WaitGo {
-        lost: Option<Micros>,
-    },
-    Linger {
-        deadline: Micros,
-    },
-    Over,
+/// What the process is told.
+pub(super) struct Task {
+    guest: Arc<Guest>,
+    options: Options,
+    progress: Progress,
 }
 
-/// The process.
-pub(super) struct DestinationHost<'a> {
-    sink_slot: &'a OnceLock<PageSink>,
-    guest: Arc<Guest>,
-    /// Its device state cannot be loaded.
-    refuses_state: bool,
-    phase: Phase,
-    machine: DestinationSession,
-    link: Option<Link>,
+impl Task {
+    /// Waits for a source that lost its connections for so long; 0: not at all.
+    pub(super) fn new(guest: &Arc<Guest>, reconnect_max: Micros) -> Self {
+        let options = Options {
+            timeout: Duration::from_micros(TIMEOUT),
+            handover_timeout: Duration::from_micros(HANDOVER_TIMEOUT),
+            reconnect_timeout: Duration::from_micros(reconnect_max),
+            ..Options::default()
+        };
+        Self { guest: guest.clone(), options, progress: Progress::default() }
+    }
+}
+
+/// The VMM.
+struct Machine(Arc<Guest>);
+
+impl Incoming for Machine {
+    fn open(&mut self, _hello: &Hello, layout: Layout) -> Result<Arc<dyn GuestRam>, String> {
+        assert_eq!(&layout, GuestRam::layout(&*self.0), "the source's layout");
+        Ok(self.0.clone())
+    }
+
+    fn guest(&self) -> Option<Arc<dyn backend::Guest>> {
+        Some(self.0.clone())
+    }
+}
+
+/// A connection that is closed with whoever has it.
+struct Held {
+    wire: usize,
+    connection: Connection,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.connection.close(ME);
+    }
+}
+
+/// A connection for messages.
+pub(super) struct Spoken {
+    held: Held,
+    world: Rc<RefCell<World>>,
+}
+
+impl Speaks for Spoken {
+    fn send(&self, message: Message) {
+        self.world.borrow_mut().say(self.held.wire, ME, &message);
+    }
+
+    fn flush(&self, _limit: Duration) {}
+
+    fn is_closed(&self) -> bool {
+        false
+    }
+}
+
+/// A connection that is not answered.
+pub(super) struct Request(Held);
+
+type Heard = Event<Spoken, Request, Request>;
+
+#[derive(Default)]
+struct State<'a> {
+    /// A session was taken.
+    agreed: bool,
+    /// It is over: nobody is let in.
+    over: bool,
     /// Connections whose preamble has not come.
     strangers: BTreeMap<usize, Vec<u8>>,
     /// Connections that said what they are for.
     greeted: BTreeSet<usize>,
-    streams_agreed: u16,
-    streams: DestinationStreams,
-    /// By wire.
-    workers: BTreeMap<usize, (u16, SteppedWorker<'a>)>,
-    state: Vec<StateBlob>,
-    waited_for_go: bool,
-    /// How long the source may stay away; 0: it does not come back.
-    patience: Micros,
-    reconnect_max: Micros,
-    /// Since when the source is away.
-    outage: Option<Micros>,
-    /// A connection on which RESUME is to come.
-    knocking: Option<Link>,
-    /// What is said on a new control connection once all streams of before have stopped.
-    taking_up: Option<(Link, Message)>,
-    /// Streams, and their wires, whose number is still held by an earlier incarnation.
-    waiting: BTreeMap<u16, (u16, usize)>,
+    /// Links by generation.
+    links: BTreeMap<u64, Link>,
+    generation: u64,
+    heard: VecDeque<Heard>,
+    /// By wire. The connection is closed after its worker.
+    workers: BTreeMap<usize, (u16, SteppedWorker<'a>, Held)>,
+    /// When memory is prepared.
+    populated_at: Option<Micros>,
 }
 
-impl<'a> DestinationHost<'a> {
-    pub(super) fn new(
-        sink_slot: &'a OnceLock<PageSink>,
-        guest: &Arc<Guest>,
-        refuses_state: bool,
-        reconnect_max: Micros,
-    ) -> DestinationHost<'a> {
-        Self {
-            sink_slot,
-            guest: guest.clone(),
-            refuses_state,
-            phase: Phase::Listening,
-            machine: DestinationSession::new(),
-            link: None,
-            strangers: BTreeMap::new(),
-            greeted: BTreeSet::new(),
-            streams_agreed: 0,
-            streams: DestinationStreams::new(),
-            workers: BTreeMap::new(),
-            state: Vec::new(),
-            waited_for_go: false,
-            patience: 0,
-            reconnect_max,
-            outage: None,
-            knocking: None,
-            taking_up: None,
-            waiting: BTreeMap::new(),
-        }
+/// The environment: connections of the world, and workers that take their turns when the world says so.
+pub(super) struct Env<'a> {
+    sink: &'a OnceLock<Arc<PageSink>>,
+    world: Rc<RefCell<World>>,
+    state: RefCell<State<'a>>,
+}
+
+impl<'a> Env<'a> {
+    pub(super) fn new(sink: &'a OnceLock<Arc<PageSink>>, world: &Rc<RefCell<World>>) -> Self {
+        Self { sink, world: world.clone(), state: RefCell::default() }
     }
 
-    pub(super) fn is_over(&self) -> bool {
-        matches!(self.phase, Phase::Over)
-    }
-
-    /// Nobody has come.
-    pub(super) fn is_idle(&self) -> bool {
-        matches!(self.phase, Phase::Listening) && self.link.is_none()
-    }
-
-    pub(super) fn status(&self) -> SessionStatus {
-        self.machine.status()
-    }
-
-    pub(super) fn describe(&self) -> String {
-        format!("{:?}", self.phase)
-    }
-
-    /// It had said READY, and no GO came for as long as it waits without a source.
-    pub(super) fn waited_for_go(&self) -> bool {
-        self.waited_for_go
+    fn held(&self, wire: usize) -> Held {
+        Held { wire, connection: self.world.borrow().connection(wire) }
     }
 
     /// The clock went on.
-    pub(super) fn ticked(&mut self, world: &mut World) {
-        let wires: Vec<usize> = self.workers.keys().copied().collect();
-        wires.into_iter().for_each(|wire| self.worker_turn(wire, world));
+    fn ticked(&self) {
+        let wires: Vec<usize> = self.state.borrow().workers.keys().copied().collect();
+        wires.into_iter().for_each(|wire| self.worker_turn(wire));
     }
 
     /// Something came on a wire, or its end.
-    pub(super) fn touched(&mut self, wire: usize, world: &mut World) {
-        if self.workers.contains_key(&wire) {
+    fn touched(&self, wire: usize) {
+        let mut world = self.world.borrow_mut();
+        let state = self.state.borrow();
+        if state.workers.contains_key(&wire) {
             let after = world.rng.range(0, 300);
-            return world.schedule(after, Event::Worker(wire));
-        }
-        if !self.greeted.contains(&wire) && !world.connection(wire).is_down(ME) {
-            self.greet(wire, world);
+            world.schedule(after, Happening::Worker(wire));
+        } else if !state.greeted.contains(&wire) && !world.connection(wire).is_down(ME) {
+            drop((world, state));
+            self.greet(wire);
         }
     }
 
     /// A connection that has not said yet what it is for.
-    fn greet(&mut self, wire: usize, world: &mut World) {
-        let mut bytes = self.strangers.remove(&wire).unwrap_or_default();
-        let open = world.connection(wire).read_all(ME, &mut bytes);
+    fn greet(&self, wire: usize) {
+        let state = &mut *self.state.borrow_mut();
+        let connection = self.world.borrow().connection(wire);
+        let mut bytes = state.strangers.remove(&wire).unwrap_or_default();
+        let open = connection.read_all(ME, &mut bytes);
         let Some(preamble) = bytes.first_chunk::<{ Preamble::LEN }>() else {
             if open {
-                self.strangers.insert(wire, bytes);
+                state.strangers.insert(wire, bytes);
             } else {
-                world.connection(wire).close(ME);
+                connection.close(ME);
             }
             return;
         };
-        self.greeted.insert(wire);
+        state.greeted.insert(wire);
         let preamble = Preamble::decode(preamble).expect("the network damages nothing");
         assert_eq!(preamble.session, SESSION);
-        let link = Link::new(wire, bytes[Preamble::LEN..].to_vec());
-        match preamble.role {
-            _ if self.is_over() => self.refuse(wire, ErrorCode::UnknownSession, world),
-            Role::Control if self.is_idle() => self.link = Some(link),
-            Role::Control => self.refuse(wire, ErrorCode::Busy, world),
-            Role::Stream => self.attach(wire, preamble.stream, world),
-            Role::Postcopy => self.refuse(wire, ErrorCode::Protocol, world),
-            // The last who came is the one who did not give up.
+        let held = self.held(wire);
+        let stream = preamble.stream;
+        let event = match preamble.role {
+            Role::Control if state.agreed => return self.say_no(&held, ErrorCode::Busy),
+            Role::Control => {
+                let (link, generation) = self.link(state, held, &bytes);
+                let peer = "the source".into();
+                Event::Control(Call { link, peer, version: VERSION_MAX, generation, session: SESSION })
+            }
+            _ if state.over || !state.agreed => return self.say_no(&held, ErrorCode::UnknownSession),
+            Role::Stream => Event::Stream { request: Request(held), stream },
+            Role::Postcopy => return self.say_no(&held, ErrorCode::Protocol),
             Role::Resume => {
-                if let Some(old) = self.knocking.replace(link) {
-                    world.connection(old.wire).close(ME);
-                }
+                let (link, generation) = self.link(state, held, &bytes);
+                Event::Resume { link, generation }
             }
             Role::Query => {
-                let status = self.machine.status();
-                world.say(wire, ME, &Message::Status(status));
-                let lost = self.link.is_none();
-                if (lost || matches!(status, SessionStatus::Ready | SessionStatus::Running))
-                    && let Some(old) = self.link.replace(link)
-                {
-                    world.connection(old.wire).close(ME);
-                }
+                let (link, generation) = self.link(state, held, &bytes);
+                Event::Query { link, generation }
             }
-        }
+        };
+        state.heard.push_back(event);
     }
 
-    fn refuse(&self, wire: usize, code: ErrorCode, world: &mut World) {
-        world.say(wire, ME, &Message::Error { code, text: "refused".into() });
-        world.connection(wire).close(ME);
+    /// A link whose first bytes may have come along with the preamble.
+    fn link(&self, state: &mut State<'_>, held: Held, bytes: &[u8]) -> (Spoken, u64) {
+        state.generation += 1;
+        state.links.insert(state.generation, Link::new(held.wire, bytes[Preamble::LEN..].to_vec()));
+        (Spoken { held, world: self.world.clone() }, state.generation)
     }
 
-    fn attach(&mut self, wire: usize, stream: u16, world: &mut World) {
-        let again = stream != stream_number(stream);
-        let moving =
-            matches!(self.phase, Phase::Moving) && self.machine.is_moving() && self.taking_up.is_none();
-        let agreed = if again && self.patience == 0 { 0 } else { self.streams_agreed };
-        let sink = self.sink_slot.get().filter(|_| self.streams.admit(stream, agreed, moving).is_ok());
-        let Some(sink) = sink else { return self.refuse(wire, ErrorCode::Protocol, world) };
-        if let Some(earlier) = self.streams.running(stream) {
-            self.waiting.insert(stream_number(stream), (stream, wire));
-            world.saw("streams that replaced an earlier incarnation", 1);
-            return self.stop_stream(earlier, world);
-        }
-        world.say(wire, ME, &Message::Attached { stream });
-        let worker = SteppedWorker::new(sink, Box::new(world.connection(wire)), stream);
-        self.streams.started(stream);
-        self.workers.insert(wire, (stream, worker));
+    fn say_no(&self, held: &Held, code: ErrorCode) {
+        self.world.borrow_mut().say(held.wire, ME, &Message::Error { code, text: "refused".into() });
     }
 
     /// A worker's turn: some frames, then the receipts.
-    pub(super) fn worker_turn(&mut self, wire: usize, world: &mut World) {
-        let Some((stream, worker)) = self.workers.get_mut(&wire) else { return };
-        let connection = world.connection(wire);
+    fn worker_turn(&self, wire: usize) {
+        let mut state = self.state.borrow_mut();
+        let mut world = self.world.borrow_mut();
+        let Some((stream, worker, held)) = state.workers.get_mut(&wire) else { return };
         let mut frames = world.rng.range(1, 4);
         let result = loop {
-            if !worker.buffered() && !connection.readable(ME) {
+            if !worker.buffered() && !held.connection.readable(ME) {
                 break worker.idle().map(|()| None);
             }
             if frames == 0 {
                 let after = world.rng.range(0, 500);
-                return world.schedule(after, Event::Worker(wire));
+                return world.schedule(after, Happening::Worker(wire));
             }
             frames -= 1;
             match worker.frame() {
@@ -232,21 +230,16 @@ impl<'a> DestinationHost<'a> {
             }
         };
         let stream = *stream;
+        drop((state, world));
         match result {
             Ok(None) => {}
-            Ok(Some(end)) => self.worker_over(wire, stream, Ok(end), world),
-            Err(error) => self.worker_over(wire, stream, Err(error), world),
+            Ok(Some(end)) => self.worker_over(wire, stream, Ok(end)),
+            Err(error) => self.worker_over(wire, stream, Err(error)),
         }
     }
 
-    fn worker_over(
-        &mut self,
-        wire: usize,
-        stream: u16,
-        result: Result<StreamEnd, ReceiveError>,
-        world: &mut World,
-    ) {
-        self.workers.remove(&wire);
+    fn worker_over(&self, wire: usize, stream: u16, result: Result<StreamEnd, ReceiveError>) {
+        let mut world = self.world.borrow_mut();
         if let Err(error) = &result {
             let lost = matches!(error, ReceiveError::Io { .. } | ReceiveError::Closed { .. });
             if !lost {
@@ -255,272 +248,223 @@ impl<'a> DestinationHost<'a> {
             }
         }
         world.note(|| format!("worker {stream} is over: {result:?}"));
-        world.connection(wire).close(ME);
-        let stopped = self.streams.ended(stream, result.map_err(|e| e.to_string()));
-        if let Some(stopped) = stopped {
-            self.say(&stopped, world);
-        }
-        self.take_up(world);
-        if let Some((stream, wire)) = self.waiting.remove(&stream_number(stream)) {
-            self.attach(wire, stream, world);
-        }
+        let mut state = self.state.borrow_mut();
+        state.workers.remove(&wire);
+        state.heard.push_back(Event::StreamEnded { stream, result });
     }
 
-    fn say(&self, message: &Message, world: &mut World) {
-        if let Some(link) = &self.link {
-            world.say(link.wire, ME, message);
+    /// Whether there is something to hear.
+    fn has_news(&self) -> bool {
+        let state = &mut *self.state.borrow_mut();
+        let mut world = self.world.borrow_mut();
+        if state.populated_at.is_some_and(|at| at <= world.now) {
+            state.populated_at = None;
+            state.heard.push_back(Event::Populated(Ok(())));
         }
-    }
-
-    /// Looks at everything that may have happened, and goes on.
-    pub(super) fn turn(&mut self, world: &mut World) {
-        if let Err(cause) = self.try_turn(world) {
-            self.fail(&cause, world);
-        }
-    }
-
-    fn try_turn(&mut self, world: &mut World) -> Result<(), String> {
-        if matches!(self.phase, Phase::Loading { .. }) {
-            // Whatever comes waits until it is done.
-            return Ok(());
-        }
-        while !self.is_over()
-            && let Some(link) = &mut self.link
-            && let Some(heard) = link.next(world, ME)
-        {
-            match heard {
-                Some(message) => self.hear(message, world)?,
-                None => {
-                    self.link = None;
-                    if !matches!(self.phase, Phase::WaitGo { .. } | Phase::Linger { .. } | Phase::Listening) {
-                        self.taking_up = None;
-                        if self.patience == 0 || !self.streams.any() {
-                            return Err("the source is gone".into());
-                        }
-                        self.outage = Some(world.now);
-                    }
+        if state.heard.is_empty() {
+            for (&generation, link) in &mut state.links {
+                if let Some(heard) = link.next(&mut world, ME) {
+                    let event = heard.map_or(LinkEvent::Dead(LinkError::Closed), LinkEvent::Message);
+                    state.heard.push_back(Event::Link { generation, event });
+                    break;
                 }
             }
         }
-        if !self.is_over()
-            && let Some(heard) = self.knocking.as_mut().and_then(|link| link.next(world, ME))
-        {
-            self.hear_other(heard, world)?;
+        !state.heard.is_empty()
+    }
+}
+
+impl Environment for Env<'_> {
+    type Link = Spoken;
+    type Request = Request;
+    type Postcopy = Request;
+
+    async fn wait(&self) {
+        if !self.has_news() {
+            NextTurn::new().await;
         }
-        let now = world.now;
-        if self.outage.is_some_and(|since| now - since >= self.patience) {
-            return Err("the source did not come back".into());
-        }
-        match &mut self.phase {
-            // Until the source comes back.
-            Phase::Finishing { .. } if self.outage.is_some() => {}
-            Phase::Finishing { deadline, .. } => match self.streams.unfinished() {
-                Some(_) if now > *deadline => return Err("a stream did not end in order".into()),
-                Some(_) => {}
-                None => self.compare(world)?,
-            },
-            Phase::WaitGo { lost } => {
-                *lost = if self.link.is_some() { None } else { lost.or(Some(now)) };
-                if lost.is_some_and(|at| now - at > HANDOVER_TIMEOUT.max(self.patience)) {
-                    self.waited_for_go = true;
-                    return Err("no GO came".into());
-                }
-            }
-            Phase::Linger { deadline } if now > *deadline => self.over(world),
-            _ => {}
-        }
+    }
+
+    fn next(&self) -> Option<Heard> {
+        self.has_news();
+        self.state.borrow_mut().heard.pop_front()
+    }
+
+    fn host(&self) -> Host {
+        Host::with_boot_id([2; 16])
+    }
+
+    fn tell(&self, notice: &str) {
+        self.world.borrow_mut().note(|| format!("the destination tells: {notice}"));
+    }
+
+    fn check_headroom(&self, _bytes: u64) -> io::Result<()> {
         Ok(())
     }
 
-    fn hear(&mut self, message: Message, world: &mut World) -> Result<(), String> {
-        match (&self.phase, &message) {
-            (Phase::WaitGo { .. } | Phase::Linger { .. }, Message::Query) => {
-                self.say(&Message::Status(self.machine.status()), world);
-                return Ok(());
-            }
-            (Phase::Linger { .. }, Message::Running) => {
-                self.over(world);
-                return Ok(());
-            }
-            _ => {}
-        }
-        let event = match self.machine.handle(message) {
-            Ok(event) => event,
-            Err(_) if matches!(self.phase, Phase::Linger { .. }) => return Ok(()),
-            Err(error) => {
-                if !matches!(error, SessionError::Peer { .. }) {
-                    world.violated(format!("at the destination: {error}"));
-                }
-                return Err(error.to_string());
-            }
-        };
-        match event {
-            DestinationEvent::Hello(hello) => {
-                let layout = Layout::new(hello.regions).expect("a real layout was offered");
-                assert_eq!(&layout, backend::GuestRam::layout(&*self.guest));
-                let (hasher, timeout) = (PageHasher::new(hello.seed), Duration::from_micros(TIMEOUT));
-                self.patience = self.reconnect_max.min(u64::from(hello.reconnect_ms) * 1000);
-                let resume = if self.patience == 0 { 0 } else { capability::RESUME };
-                let capabilities = hello.capabilities & (capability::ENCODINGS | resume);
-                if capabilities & capability::RESUME == 0 {
-                    self.patience = 0;
-                }
-                let sink = PageSink::new(self.guest.clone(), hasher, capabilities, timeout);
-                assert!(self.sink_slot.set(sink).is_ok(), "a destination serves one session");
-                self.streams_agreed = hello.streams;
-                let timeout_ms = (TIMEOUT / 1000) as u32;
-                let reconnect_ms = (self.patience / 1000) as u32;
-                let welcome = Welcome {
-                    version: 1,
-                    capabilities,
-                    streams: hello.streams,
-                    timeout_ms,
-                    reconnect_ms,
-                    host: 0,
-                };
-                self.say(&Message::Welcome(welcome), world);
-                self.phase = Phase::Preparing;
-                let after = world.rng.range(0, 5000);
-                world.schedule(after, Event::Done);
-            }
-            DestinationEvent::StreamLost(stream) => self.stop_stream(stream, world),
-            DestinationEvent::State(blobs) => self.state = blobs,
-            DestinationEvent::Finish(theirs) => {
-                self.phase = Phase::Finishing { theirs, deadline: world.now + TIMEOUT };
-            }
-            DestinationEvent::Reply(reply) => self.say(&reply, world),
-            DestinationEvent::Go => self.run_guest(world),
-            DestinationEvent::Nothing | DestinationEvent::Resent(_) => {}
-            // The simulated source never says POSTCOPY.
-            DestinationEvent::Postcopy | DestinationEvent::Missing(_) | DestinationEvent::Sent(_) => {}
-        }
-        Ok(())
+    fn give_to(&self, _call: &Call<Spoken>) {
+        self.state.borrow_mut().agreed = true;
     }
 
-    fn stop_stream(&mut self, stream: u16, world: &mut World) {
-        match self.streams.lost(stream) {
-            Stop::Say(stopped) => self.say(&stopped, world),
-            Stop::Worker => self.break_worker(stream, world),
-            Stop::Nothing => {}
-        }
+    async fn load_state(&self, guest: &dyn backend::Guest, state: &[StateBlob]) -> Result<(), BackendError> {
+        let takes = self.world.borrow_mut().rng.range(0, 5000);
+        sleep(&self.world, takes, ME).await;
+        guest.load_state(state)
     }
 
-    /// The first message on a connection that wants to take the place of the control connection.
-    fn hear_other(&mut self, heard: Option<Message>, world: &mut World) -> Result<(), String> {
-        let Some(link) = self.knocking.take() else { return Ok(()) };
-        match heard {
-            Some(Message::Resume { epoch }) => match self.machine.resume(epoch) {
-                Ok(resumed) => {
-                    if let Some(old) = self.link.take() {
-                        world.connection(old.wire).close(ME);
-                    }
-                    self.taking_up = Some((link, resumed));
-                    self.state.clear();
-                    self.phase = Phase::Moving;
-                    for stream in self.streams.void() {
-                        self.break_worker(stream, world);
-                    }
-                    self.take_up(world);
-                }
-                Err(error) => {
-                    world.note(|| error.to_string());
-                    self.refuse(link.wire, ErrorCode::Protocol, world);
-                }
-            },
-            Some(Message::Error { text, .. }) if self.machine.status() != SessionStatus::Running => {
-                return Err(text);
-            }
-            Some(_) | None => world.connection(link.wire).close(ME),
-        }
-        Ok(())
+    fn populate(
+        &self,
+        _ram: &Arc<dyn GuestRam>,
+        _sink: &Arc<PageSink>,
+        _runs: Vec<Range<u32>>,
+    ) -> Result<usize, IncomingError> {
+        let mut world = self.world.borrow_mut();
+        let takes = world.rng.range(0, 5000);
+        world.schedule(takes, Happening::Alarm(false));
+        self.state.borrow_mut().populated_at = Some(world.now + takes);
+        Ok(1)
     }
 
-    /// Goes on over another control connection once nothing of the streams of before reaches memory any more.
-    fn take_up(&mut self, world: &mut World) {
-        if self.streams.unfinished().is_some() {
+    fn end_populating(&self) {
+        self.state.borrow_mut().populated_at = None;
+    }
+
+    fn enlarge(&self, _sink: &Arc<PageSink>, _runs: Vec<Range<u32>>) {}
+
+    fn end_enlarging(&self) {}
+
+    fn prepare_streams(&self, sink: &Arc<PageSink>) {
+        assert!(self.sink.set(sink.clone()).is_ok(), "a destination serves one session");
+    }
+
+    fn refuse(&self, request: Request, code: ErrorCode, text: String) {
+        self.world.borrow_mut().say(request.0.wire, ME, &Message::Error { code, text });
+    }
+
+    fn start_worker(&self, request: Request, stream: u16) -> Result<bool, IncomingError> {
+        let sink = self.sink.get().expect("streams were prepared");
+        let mut world = self.world.borrow_mut();
+        let held = request.0;
+        world.say(held.wire, ME, &Message::Attached { stream });
+        let worker = SteppedWorker::new(sink, Box::new(held.connection.clone()), stream);
+        let (wire, after) = (held.wire, world.rng.range(0, 300));
+        world.schedule(after, Happening::Worker(wire));
+        self.state.borrow_mut().workers.insert(wire, (stream, worker, held));
+        Ok(true)
+    }
+
+    fn break_worker(&self, stream: u16) {
+        let state = self.state.borrow();
+        let Some((&wire, (_, _, held))) = state.workers.iter().find(|(_, (s, ..))| *s == stream) else {
             return;
-        }
-        let Some((link, resumed)) = self.taking_up.take() else { return };
-        self.link = Some(link);
-        self.outage = None;
-        self.say(&resumed, world);
-    }
-
-    /// The connection is broken; its worker sees that after what has arrived already.
-    fn break_worker(&self, stream: u16, world: &mut World) {
-        if let Some((&wire, _)) = self.workers.iter().find(|(_, (s, _))| *s == stream) {
-            world.connection(wire).close(ME);
-            let after = world.rng.range(0, 5000);
-            world.schedule(after, Event::Worker(wire));
-        }
-    }
-
-    /// Something that took a while is done.
-    pub(super) fn done(&mut self, world: &mut World) {
-        match std::mem::replace(&mut self.phase, Phase::Moving) {
-            Phase::Preparing => {
-                let prepared = self.machine.prepared();
-                self.say(&prepared, world);
-            }
-            Phase::Loading { mine } => {
-                if self.refuses_state || backend::Guest::load_state(&*self.guest, &self.state).is_err() {
-                    return self.fail("device state cannot be loaded", world);
-                }
-                let ready = self.machine.ready(mine);
-                self.phase = Phase::WaitGo { lost: None };
-                self.say(&ready, world);
-            }
-            other => self.phase = other,
-        }
-    }
-
-    fn compare(&mut self, world: &mut World) -> Result<(), String> {
-        let Phase::Finishing { theirs, .. } = &self.phase else { return Ok(()) };
-        let sink = self.sink_slot.get().expect("made at HELLO");
-        let streams = self.streams.accounts();
-        let mine = Totals { streams, pages: sink.carried_pages(), state: state_digest(&self.state) };
-        if let Err(error) = compare_totals(&mine, theirs) {
-            world.violated(format!("at the destination: {error}"));
-            return Err(error.to_string());
-        }
-        sink.end_placing();
-        self.phase = Phase::Loading { mine };
+        };
+        // The connection is broken; its worker sees that after what has arrived already.
+        held.connection.close(ME);
+        let mut world = self.world.borrow_mut();
         let after = world.rng.range(0, 5000);
-        world.schedule(after, Event::Done);
+        world.schedule(after, Happening::Worker(wire));
+    }
+
+    fn join_worker(&self, _stream: u16) {}
+
+    fn end_workers(&self) {
+        self.state.borrow_mut().workers.clear();
+    }
+
+    fn refuse_postcopy(&self, connection: Request, code: ErrorCode, text: String) {
+        self.refuse(connection, code, text);
+    }
+
+    fn admit_postcopy(&self, _connection: Request, _stream: u16) -> bool {
+        false
+    }
+
+    fn start_postcopy(&self, _sink: &Arc<MissingSink>, _stream: u16) -> Result<(), IncomingError> {
         Ok(())
     }
 
-    /// GO: the guest is this side's from here on.
-    fn run_guest(&mut self, world: &mut World) {
-        world.note(|| "the guest runs at the destination".into());
-        self.guest.set_running(true);
-        self.say(&Message::Running, world);
-        self.phase = Phase::Linger { deadline: world.now + HANDOVER_TIMEOUT };
+    fn serve_faults(&self, _sink: &Arc<MissingSink>) -> Result<(), IncomingError> {
+        Ok(())
     }
 
-    /// The guest is not this side's and never will be, unless it already was.
-    fn fail(&mut self, cause: &str, world: &mut World) {
-        world.note(|| format!("the destination fails: {cause}"));
-        self.machine.abandon();
-        if let Some(sink) = self.sink_slot.get() {
-            sink.stop();
-        }
-        self.say(&Message::Error { code: ErrorCode::Local, text: cause.into() }, world);
-        self.over(world);
+    fn end_postcopy(&self) {}
+}
+
+/// The process.
+pub(super) struct DestinationHost<'a> {
+    env: &'a Env<'a>,
+    phases: Option<Pin<Box<dyn Future<Output = Result<Arrival, IncomingError>> + 'a>>>,
+    /// What it came to.
+    result: Option<Result<(), IncomingError>>,
+}
+
+impl<'a> DestinationHost<'a> {
+    pub(super) fn start(env: &'a Env<'a>, task: &'a Task) -> DestinationHost<'a> {
+        let mut machine = Machine(task.guest.clone());
+        let phases = async move {
+            let reception = Reception::new(env, &task.options, &task.progress);
+            reception.receive(&mut machine).await
+        };
+        let mut host = Self { env, phases: Some(Box::pin(phases)), result: None };
+        host.turn();
+        host
     }
 
-    fn over(&mut self, world: &mut World) {
-        for wire in std::mem::take(&mut self.workers).into_keys() {
-            world.connection(wire).close(ME);
+    pub(super) fn is_over(&self) -> bool {
+        self.result.is_some()
+    }
+
+    /// Nobody has come.
+    pub(super) fn is_idle(&self) -> bool {
+        !self.env.state.borrow().agreed
+    }
+
+    pub(super) fn describe(&self) -> String {
+        format!("{:?}", self.result)
+    }
+
+    /// Something happens to it.
+    pub(super) fn happen(&mut self, event: Happening) {
+        let (env, world) = (self.env, &self.env.world);
+        match event {
+            Happening::Arrive(wire, _) | Happening::Notice(wire, _) | Happening::Look(wire, _) => {
+                env.touched(wire);
+            }
+            Happening::Worker(wire) => env.worker_turn(wire),
+            Happening::Tick(_) => {
+                env.ticked();
+                world.borrow_mut().schedule(super::TICK, event);
+            }
+            // The turn below is what it is for.
+            Happening::Alarm(_) => {}
+            Happening::Abort(_) | Happening::Refuse(_) | Happening::Lane(_) | Happening::Guest(_) => {}
         }
-        let others = [self.link.take(), self.knocking.take(), self.taking_up.take().map(|(link, _)| link)];
-        for link in others.into_iter().flatten() {
-            world.connection(link.wire).close(ME);
+        self.turn();
+    }
+
+    /// The phases look at everything that may have happened, and go on.
+    fn turn(&mut self) {
+        let Some(phases) = &mut self.phases else { return };
+        if let Poll::Ready(result) = phases.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            self.phases = None;
+            self.over(result.map(|_| ()));
         }
-        for (_, wire) in std::mem::take(&mut self.waiting).into_values() {
-            world.connection(wire).close(ME);
+    }
+
+    fn over(&mut self, result: Result<(), IncomingError>) {
+        let mut world = self.env.world.borrow_mut();
+        world.note(|| format!("the destination is through: {result:?}"));
+        match &result {
+            Err(IncomingError::Session(SessionError::Peer { .. })) => {}
+            Err(error @ (IncomingError::Session(_) | IncomingError::Panicked { .. })) => {
+                world.violated(format!("at the destination: {error}"));
+            }
+            _ => {}
         }
-        world.listening = false;
-        self.phase = Phase::Over;
+        let state = &mut *self.env.state.borrow_mut();
+        (state.over, world.listening) = (true, false);
+        state.workers.clear();
+        state.heard.clear();
+        self.result = Some(result);
     }
 }

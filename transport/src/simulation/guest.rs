@@ -23,6 +23,10 @@ pub(super) struct Habits {
     pub(super) log_rearms: bool,
     /// Its memory can place fresh pages.
     pub(super) places: bool,
+    /// All of it is to be brought in ahead of its content.
+    pub(super) populates: bool,
+    /// Its device state cannot be loaded.
+    pub(super) refuses_state: bool,
     /// Writes in all; then it rests, so that every migration can come to its end.
     pub(super) writes: u32,
 }
@@ -224,6 +228,7 @@ impl backend::Guest for Guest {
     fn load_state(&self, blobs: &[StateBlob]) -> Result<(), BackendError> {
         let bytes = blobs.first().and_then(|blob| blob.bytes[..].try_into().ok());
         let none = || BackendError::new("load the clock", std::io::ErrorKind::InvalidData.into());
+        let bytes = bytes.filter(|_| !self.habits.refuses_state);
         self.state().clock = u64::from_le_bytes(bytes.ok_or_else(none)?);
         Ok(())
     }
@@ -245,6 +250,10 @@ impl GuestRam for Guest {
         pages.copy_from_slice(&state.populated[first as usize..first as usize + pages.len()]);
         self.interfere(&mut state);
         Ok(())
+    }
+
+    fn populates_ahead(&self) -> bool {
+        self.habits.populates
     }
 
     fn placer(self: Arc<Self>) -> Option<Box<dyn Placer>> {

@@ -53,7 +53,6 @@ use crate::clock::virtual_time;
 use crate::destination::PageSink;
 use crate::source::stepped::LaneSlot;
 use crate::wire::SessionId;
-use crate::wire::control::SessionStatus;
 
 /// Silence after which a side gives the other up, in microseconds.
 const TIMEOUT: Micros = 1_000_000;
@@ -107,7 +106,7 @@ pub(super) struct Outcome {
 /// What lives longer than the processes that use it.
 struct Ground {
     lanes: Vec<LaneSlot>,
-    sink: OnceLock<PageSink>,
+    sink: OnceLock<Arc<PageSink>>,
 }
 
 struct Run<'a> {
@@ -141,8 +140,11 @@ pub(super) fn run(seed: u64, broken: Option<Fault>, traced: bool) -> Outcome {
     world.borrow_mut().note(|| format!("{plan:#?}"));
     let task = Task::new(&guests[0], &plan.attempt);
     let env = Env::new(&ground.lanes, &world, &task);
+    let waits = destination::Task::new(&guests[1], plan.reconnect_max);
+    let there = destination::Env::new(&ground.sink, &world);
     let source = SourceHost::start(&env, &task);
-    let outcome = Run::new(&plan, &ground, world, guests, source).run();
+    let destination = DestinationHost::start(&there, &waits);
+    let outcome = Run::new(&plan, world, guests, source, destination).run();
     virtual_time::set(None);
     fault::set(None);
     outcome
@@ -151,13 +153,11 @@ pub(super) fn run(seed: u64, broken: Option<Fault>, traced: bool) -> Outcome {
 impl<'a> Run<'a> {
     fn new(
         plan: &Plan,
-        ground: &'a Ground,
         world: Rc<RefCell<World>>,
         guests: [Arc<Guest>; 2],
         source: SourceHost<'a>,
+        destination: DestinationHost<'a>,
     ) -> Run<'a> {
-        let destination =
-            DestinationHost::new(&ground.sink, &guests[1], plan.refuses_state, plan.reconnect_max);
         let mut happens = world.borrow_mut();
         for side in [true, false] {
             happens.schedule(TICK, Event::Tick(side));
@@ -171,8 +171,10 @@ impl<'a> Run<'a> {
             destination: Some(destination),
             guests,
             strikes: plan.strikes.clone(),
-            struck: plan.refuses_state,
-            survivable: !plan.refuses_state && plan.attempt.reconnect != 0 && plan.reconnect_max != 0,
+            struck: plan.habits[1].refuses_state,
+            survivable: !plan.habits[1].refuses_state
+                && plan.attempt.reconnect != 0
+                && plan.reconnect_max != 0,
             arrived: false,
             events: 0,
             heard: 0,
@@ -230,9 +232,11 @@ impl<'a> Run<'a> {
                 world.connection(wire).notice(if source { Side::Source } else { Side::Destination });
                 source
             }
-            Event::Abort(_) | Event::Alarm | Event::Refuse(_) | Event::Lane(_) => true,
-            Event::Worker(_) | Event::Done => false,
-            Event::Look(_, source) | Event::Tick(source) | Event::Guest(source) => source,
+            Event::Abort(_) | Event::Refuse(_) | Event::Lane(_) => true,
+            Event::Worker(_) => false,
+            Event::Look(_, source) | Event::Tick(source) | Event::Guest(source) | Event::Alarm(source) => {
+                source
+            }
         };
         let thaws = world.frozen[usize::from(!of_source)];
         if world.now < thaws {
@@ -265,36 +269,24 @@ impl<'a> Run<'a> {
     }
 
     fn at_destination(&mut self, event: Event) {
-        let world = &mut *self.world.borrow_mut();
         if event == Event::Guest(false) {
             self.guests[1].run();
             if !self.guests[1].is_busy() && self.arrived {
                 return;
             }
+            let mut world = self.world.borrow_mut();
             let after = world.rng.range(50, 1500);
             return world.schedule(after, event);
         }
         let Some(destination) = &mut self.destination else { return };
         let had = self.arrived;
-        match event {
-            Event::Arrive(wire, _) | Event::Notice(wire, _) | Event::Look(wire, _) => {
-                destination.touched(wire, world);
-            }
-            Event::Worker(wire) => destination.worker_turn(wire, world),
-            Event::Done => destination.done(world),
-            Event::Tick(_) => {
-                destination.ticked(world);
-                world.schedule(TICK, event);
-            }
-            Event::Abort(_) | Event::Alarm | Event::Refuse(_) | Event::Lane(_) | Event::Guest(_) => {}
-        }
-        destination.turn(world);
+        destination.happen(event);
         self.arrived |= self.guests[1].runs();
         if self.arrived
             && !had
             && let Some(what) = self.guests[0].difference(&self.guests[1])
         {
-            world.violated(format!("the guest runs at the destination with something stale: {what}"));
+            self.violated(&format!("the guest runs at the destination with something stale: {what}"));
         }
     }
 
@@ -338,12 +330,7 @@ impl<'a> Run<'a> {
         }
         let fate = self.source.as_ref().and_then(SourceHost::fate);
         let asked_no_more = fate == Some(Fate::Unknown);
-        if ending == Ending::Gone
-            && self.source.is_some()
-            && self.destination.is_some()
-            && !self.missed_go()
-            && !asked_no_more
-        {
+        if ending == Ending::Gone && self.source.is_some() && self.destination.is_some() && !asked_no_more {
             self.violated("both processes live and nobody runs the guest");
         }
         if ending != Ending::Moved && !self.struck {
@@ -356,14 +343,5 @@ impl<'a> Run<'a> {
             self.violated("the source believes that the guest has moved, and it has not");
         }
         ending
-    }
-
-    /// The destination gave up waiting for GO while the source could not be told.
-    fn missed_go(&self) -> bool {
-        let abandoned = self
-            .destination
-            .as_ref()
-            .is_some_and(|d| d.status() == SessionStatus::Abandoned && d.waited_for_go());
-        abandoned && self.struck
     }
 }

@@ -17,7 +17,7 @@ use pagecopy::policy::Limits;
 
 use super::guest::Guest;
 use super::network::Side;
-use super::world::{Event as Happening, Link, Micros, World};
+use super::world::{Event as Happening, Link, Micros, NextTurn, World, sleep};
 use super::{SESSION, TIMEOUT};
 use crate::carrier::SourceEnd;
 use crate::clock;
@@ -280,17 +280,6 @@ impl<'a> Env<'a> {
     }
 }
 
-/// Pending once: until the source's next turn.
-struct NextTurn(bool);
-
-impl Future for NextTurn {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<()> {
-        if std::mem::replace(&mut self.0, true) { Poll::Ready(()) } else { Poll::Pending }
-    }
-}
-
 impl Waits for Env<'_> {
     fn batch_pages_min(&self) -> u64 {
         self.world.borrow_mut().rng.pick(&[1, 4, 64])
@@ -301,12 +290,12 @@ impl Waits for Env<'_> {
             Ok(()) => return None,
             Err(TrySendError::Full(batch) | TrySendError::Disconnected(batch)) => batch,
         };
-        NextTurn(false).await;
+        NextTurn::new().await;
         work.try_send(batch).err().map(TrySendError::into_inner)
     }
 
     async fn progress(&self, _source: &PageSource, _limit: Duration) {
-        NextTurn(false).await;
+        NextTurn::new().await;
     }
 }
 
@@ -329,16 +318,12 @@ impl Environment for Env<'_> {
 
     async fn wait(&self) {
         if !self.has_news() {
-            NextTurn(false).await;
+            NextTurn::new().await;
         }
     }
 
     async fn sleep(&self, time: Duration) {
-        let until = clock::now() + time;
-        self.world.borrow_mut().schedule(time.as_micros() as Micros + 1, Happening::Alarm);
-        while clock::now() < until {
-            NextTurn(false).await;
-        }
+        sleep(&self.world, time.as_micros() as Micros, ME).await;
     }
 
     fn next(&self) -> Option<Event> {
@@ -549,8 +534,8 @@ impl<'a> SourceHost<'a> {
                 world.borrow_mut().schedule(super::TICK, event);
             }
             // The turn below is what it is for.
-            Happening::Alarm => {}
-            Happening::Worker(_) | Happening::Done | Happening::Guest(_) => {}
+            Happening::Alarm(_) => {}
+            Happening::Worker(_) | Happening::Guest(_) => {}
         }
         self.turn();
     }

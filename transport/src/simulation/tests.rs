@@ -25,6 +25,7 @@ const EXPECTED: &[(&str, u64)] = &[
     ("torn pages", 200),
     ("GO said again", 500),
     ("asked, and heard that it runs", 500),
+    ("abandoned, and heard of it", 5000),
     ("streams connected again", 20),
     ("resumed", 40),
     ("resumed, and moved", 50),
@@ -111,7 +112,10 @@ fn a_reference_that_is_not_held_is_caught() {
 
 #[test]
 fn go_before_ready_is_caught() {
-    caught(Fault::GoBeforeReady, &["stale", "nobody runs the guest", "while this side was in state"]);
+    caught(
+        Fault::GoBeforeReady,
+        &["stale", "nobody runs the guest", "while this side was in state", "READY follows FINISH"],
+    );
 }
 
 #[test]

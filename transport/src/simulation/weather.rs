@@ -55,7 +55,6 @@ pub(super) struct Plan {
     pub(super) habits: [Habits; 2],
     pub(super) weather: Weather,
     pub(super) attempt: Attempt,
-    pub(super) refuses_state: bool,
     /// How long the destination waits for a source that lost its connections.
     pub(super) reconnect_max: Micros,
     pub(super) strikes: Vec<(Trigger, Strike)>,
@@ -66,10 +65,12 @@ impl Plan {
         let mut rng = Rng::new(seed);
         let layout = layout(&mut rng);
         let places = [false, rng.percent(50)];
-        let habits = places.map(|places| Habits {
+        let mut habits = places.map(|places| Habits {
             interferes: rng.pick(&[0, 5, 20, 40]),
             log_rearms: rng.percent(40),
             places,
+            populates: places && rng.percent(50),
+            refuses_state: false,
             writes: rng.range(0, 1000) as u32,
         });
         let low = rng.range(20, 500);
@@ -96,11 +97,11 @@ impl Plan {
                 ..Limits::default()
             },
         };
-        let refuses_state = rng.percent(4);
+        habits[1].refuses_state = rng.percent(4);
         let reconnect_max = rng.pick(&[0, 4 * TIMEOUT, 20 * TIMEOUT, 20 * TIMEOUT]);
         let count = rng.pick(&[0, 1, 1, 2, 2, 3, 4]);
         let strikes = (0..count).map(|_| (trigger(&mut rng), strike(&mut rng))).collect();
-        Self { layout, habits, weather, attempt, refuses_state, reconnect_max, strikes, rng }
+        Self { layout, habits, weather, attempt, reconnect_max, strikes, rng }
     }
 }
 
@@ -238,17 +239,7 @@ impl Run<'_> {
     }
 
     fn crash(&mut self, side: Side, loud: bool) {
-        match side {
-            Side::Source => {
-                self.source = None;
-                self.guests[0].set_running(false);
-            }
-            Side::Destination => {
-                self.destination = None;
-                self.guests[1].set_running(false);
-            }
-        }
-        let world = &mut *self.world.borrow_mut();
+        let mut world = self.world.borrow_mut();
         world.note(|| format!("the process {side:?} is killed"));
         world.listening &= side == Side::Source;
         for wire in world.open_wires() {
@@ -258,6 +249,13 @@ impl Run<'_> {
                 world.cut(wire, TIMEOUT + 300_000);
             }
         }
+        drop(world);
+        // What it held is closed with it, which nobody hears of where the connections were cut.
+        match side {
+            Side::Source => self.source = None,
+            Side::Destination => self.destination = None,
+        }
+        self.guests[side as usize].set_running(false);
     }
 
     /// The process stands still. The other side gives it up when it hears no ping for too long.

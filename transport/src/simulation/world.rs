@@ -1,11 +1,15 @@
 //! Clock, network and chance of one run: what source and destination share, and nothing else.
 
+use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
 
 use super::network::{Connection, Side};
 use super::rng::Rng;
-use crate::clock::virtual_time;
+use crate::clock::{self, virtual_time};
 use crate::wire::control::{CHECKSUM_LEN, HEADER_LEN, Message};
 use crate::wire::{Preamble, Role, SessionId, VERSION_MAX, VERSION_MIN};
 
@@ -21,8 +25,8 @@ pub(super) enum Event {
     Notice(usize, bool),
     /// A side looks at a connection on which something arrived.
     Look(usize, bool),
-    /// Something is due at the source.
-    Alarm,
+    /// Something is due at the source, or at the destination.
+    Alarm(bool),
     /// The source gives a data stream up.
     Abort(usize),
     /// A connection could not be opened.
@@ -33,8 +37,6 @@ pub(super) enum Event {
     Worker(usize),
     /// Somebody looks at the clock, and whatever waits is looked at again.
     Tick(bool),
-    /// The destination's memory is prepared, or its device state loaded.
-    Done,
     /// The guest runs for a moment.
     Guest(bool),
 }
@@ -256,6 +258,32 @@ impl World {
             self.notice_later(wire, Side::Source, timeout);
             self.notice_later(wire, Side::Destination, timeout);
         }
+    }
+}
+
+/// Pending once: until the side's next turn.
+pub(super) struct NextTurn(bool);
+
+impl NextTurn {
+    pub(super) fn new() -> Self {
+        Self(false)
+    }
+}
+
+impl Future for NextTurn {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, _context: &mut Context<'_>) -> Poll<()> {
+        if std::mem::replace(&mut self.0, true) { Poll::Ready(()) } else { Poll::Pending }
+    }
+}
+
+/// A side does nothing for so long.
+pub(super) async fn sleep(world: &RefCell<World>, time: Micros, side: Side) {
+    let until = clock::now() + Duration::from_micros(time);
+    world.borrow_mut().schedule(time + 1, Event::Alarm(side == Side::Source));
+    while clock::now() < until {
+        NextTurn::new().await;
     }
 }
 

@@ -9,19 +9,18 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::accept::StreamRequest;
-use crate::destination::ReceiveError;
-use crate::link::{Link, LinkEvent};
+use crate::link::Link;
 use crate::socket::{AsyncConnection, AsyncListener, Connection, Listener};
 use crate::uri::Uri;
-use crate::wire::control::{ErrorCode, Message, StreamEnd};
+use crate::wire::control::{ErrorCode, Message};
 use crate::wire::{Preamble, Role, SessionId, WireError};
 use crossbeam_channel::Sender;
 use tokio::io::AsyncReadExt;
 use tokio::runtime::{Handle, Runtime};
 
 use super::IncomingError;
+use super::environment::{Call, Event, PostcopyEvent, Speaks};
 use super::lobby::{Lobby, Place, Stage};
-use super::postcopy::PostcopyEvent;
 
 /// Refusals are not told of while this many events wait.
 const REFUSALS_MAX: usize = 1024;
@@ -34,36 +33,39 @@ const TOLD_FOR: Duration = Duration::from_secs(60);
 /// Pause after another failure to accept.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// What the session's thread hears.
-pub(super) enum Event {
-    /// A control connection; its messages follow as [`Event::Link`] with its generation.
-    Control(Call),
-    /// Something came over a link.
-    Link { generation: u64, event: LinkEvent },
-    /// A data stream of the session, unanswered yet.
-    Stream { request: StreamRequest, stream: u16, place: Option<Arc<Place>> },
-    /// Something about the pages that follow the guest.
-    Postcopy(PostcopyEvent),
-    /// A source asks what became of the session.
-    Query { link: Link, generation: u64 },
-    /// A source takes its session up again.
-    Resume { link: Link, generation: u64 },
-    /// A stream's worker has ended.
-    StreamEnded { stream: u16, result: Result<StreamEnd, ReceiveError> },
-    /// A connection was refused.
-    Refused { peer: String, reason: String },
-    /// The listening socket has something to say.
-    Notice(String),
+/// What is heard here.
+pub(super) type Heard = Event<FrontLink, Request, Opened>;
+
+/// A connection for messages, and its place in the lobby.
+pub(super) struct FrontLink {
+    link: Link,
+    place: Arc<Place>,
 }
 
-/// A control connection that wants to open a session.
-pub(super) struct Call {
-    pub(super) link: Link,
-    pub(super) peer: String,
-    pub(super) version: u16,
-    pub(super) generation: u64,
-    pub(super) session: SessionId,
-    place: Arc<Place>,
+impl Speaks for FrontLink {
+    fn send(&self, message: Message) {
+        self.link.send(message);
+    }
+
+    fn flush(&self, limit: Duration) {
+        self.link.flush(limit);
+    }
+
+    fn is_closed(&self) -> bool {
+        self.link.is_closed()
+    }
+}
+
+/// A data stream that is not answered, and its place in the lobby, if it came by that.
+pub(super) struct Request {
+    pub(super) stream: StreamRequest,
+    _place: Option<Arc<Place>>,
+}
+
+/// A connection of postcopy that is not answered, and its place in the lobby.
+pub(super) struct Opened {
+    pub(super) connection: Connection,
+    _place: Arc<Place>,
 }
 
 /// What is known of the session, for those who knock.
@@ -112,7 +114,7 @@ impl Front {
         listener: Listener,
         uri: &Uri,
         timeout: Duration,
-        events: &Sender<Event>,
+        events: &Sender<Heard>,
     ) -> Result<(Self, Uri), IncomingError> {
         let listening = listener.uri();
         #[cfg(feature = "rdma")]
@@ -144,8 +146,8 @@ impl Front {
     }
 
     /// The session is this one's: connections of others are refused from here on.
-    pub(super) fn give_to(&self, call: &Call) {
-        call.place.become_stage(Stage::Own);
+    pub(super) fn give_to(&self, call: &Call<FrontLink>) {
+        call.link.place.become_stage(Stage::Own);
         lock(&self.session).agreed = Some((call.session, call.version));
     }
 }
@@ -171,7 +173,7 @@ async fn accept(
     listener: AsyncListener,
     session: Arc<Mutex<Session>>,
     timeout: Duration,
-    events: Sender<Event>,
+    events: Sender<Heard>,
 ) {
     let lobby = Arc::new(Lobby::default());
     let mut spare = Spare(Vec::new());
@@ -232,7 +234,7 @@ impl RdmaFront {
     fn start(
         address: SocketAddr,
         session: Arc<Mutex<Session>>,
-        events: Sender<Event>,
+        events: Sender<Heard>,
     ) -> Result<Self, IncomingError> {
         let listener = crate::rdma::Listener::bind(address)?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -264,7 +266,7 @@ impl Drop for RdmaFront {
 
 /// Lets a stream over RDMA in that belongs to the session.
 #[cfg(feature = "rdma")]
-fn admit(request: crate::rdma::ConnectRequest, session: &Mutex<Session>, events: &Sender<Event>) {
+fn admit(request: crate::rdma::ConnectRequest, session: &Mutex<Session>, events: &Sender<Heard>) {
     let preamble = request.preamble();
     let refusal = match preamble.agree() {
         Err(e) => Some((ErrorCode::Version, e.to_string())),
@@ -276,8 +278,8 @@ fn admit(request: crate::rdma::ConnectRequest, session: &Mutex<Session>, events:
     let stream = preamble.stream;
     match refusal {
         None => {
-            let _ =
-                events.send(Event::Stream { request: StreamRequest::Queue(request), stream, place: None });
+            let request = Request { stream: StreamRequest::Queue(request), _place: None };
+            let _ = events.send(Event::Stream { request, stream });
         }
         Some((code, reason)) => {
             request.refuse(code, &reason);
@@ -294,7 +296,7 @@ struct Door {
     timeout: Duration,
     /// For the preamble.
     patience: Duration,
-    events: Sender<Event>,
+    events: Sender<Heard>,
     place: Arc<Place>,
 }
 
@@ -354,10 +356,11 @@ impl Door {
                 }
                 let (stream, place) = (preamble.stream, self.place.clone());
                 let _ = self.events.send(if preamble.role == Role::Postcopy {
-                    Event::Postcopy(PostcopyEvent::Opened { connection, stream, place })
+                    let connection = Opened { connection, _place: place };
+                    Event::Postcopy(PostcopyEvent::Opened { connection, stream })
                 } else {
-                    let request = StreamRequest::Socket(connection);
-                    Event::Stream { request, stream, place: Some(place) }
+                    let request = Request { stream: StreamRequest::Socket(connection), _place: Some(place) };
+                    Event::Stream { request, stream }
                 });
             }
             Role::Control | Role::Query | Role::Resume => {
@@ -367,9 +370,8 @@ impl Door {
                         Role::Resume => Event::Resume { link, generation },
                         Role::Query => Event::Query { link, generation },
                         _ => {
-                            let (peer, session, place) =
-                                (peer.to_owned(), preamble.session, self.place.clone());
-                            Event::Control(Call { link, peer, version, generation, session, place })
+                            let (peer, session) = (peer.to_owned(), preamble.session);
+                            Event::Control(Call { link, peer, version, generation, session })
                         }
                     });
                 }
@@ -401,7 +403,7 @@ impl Door {
         }
     }
 
-    fn link(&self, connection: Connection, generation: u64) -> Option<Link> {
+    fn link(&self, connection: Connection, generation: u64) -> Option<FrontLink> {
         let place = self.place.clone();
         let wrap = move |event| {
             // Held until the connection is closed.
@@ -414,7 +416,7 @@ impl Door {
         if let Some(task) = link.task() {
             self.place.set_task(task);
         }
-        Some(link)
+        Some(FrontLink { link, place: self.place.clone() })
     }
 }
 

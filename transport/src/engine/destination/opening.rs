@@ -1,43 +1,86 @@
 //! Who wants to open a session: any number of callers at a time, until one says a HELLO that is not refused.
 
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::Duration;
 
-use crate::link::{Link, LinkEvent};
+use pagecopy::backend::{Guest, GuestRam, Room};
+use pagecopy::digest::PageHasher;
+use pagecopy::layout::{Layout, PAGE_SIZE};
+
+use super::environment::{Call, Environment, Event, Speaks, say_no};
+use super::resume::Outages;
+use super::session::{Session, say_busy};
+use super::{Arrival, Incoming, IncomingError};
+use crate::clock;
+use crate::destination::PageSink;
+use crate::engine::progress::Progress;
+use crate::engine::report::{Report, Status};
+use crate::engine::{Options, explain};
+use crate::link::LinkEvent;
+use crate::local::{destination_bytes, guarded};
 use crate::session::{DestinationEvent, DestinationSession};
-use crate::wire::control::{ErrorCode, Hello, Message};
+use crate::streams::DestinationStreams;
+use crate::wire::control::{ErrorCode, Hello, Message, Welcome, capability};
 
-use super::front::{Call, Event};
-use super::{Destination, IncomingError, TICK};
-use crate::engine::explain;
+/// A destination that waits for its guest.
+pub(crate) struct Reception<'a, E: Environment> {
+    env: &'a E,
+    options: &'a Options,
+    progress: &'a Progress,
+    /// Those who have not said HELLO yet.
+    callers: Vec<Caller<E::Link>>,
+}
 
 /// Somebody who has opened a control connection and not said HELLO.
-pub(super) struct Caller {
-    call: Call,
+struct Caller<L> {
+    call: Call<L>,
     session: DestinationSession,
-    until: Instant,
+    /// By the clock.
+    until: Duration,
 }
 
 /// A source that said HELLO.
-pub(super) struct Opening {
-    pub(super) call: Call,
-    pub(super) session: DestinationSession,
-    pub(super) hello: Hello,
+struct Opening<L> {
+    call: Call<L>,
+    session: DestinationSession,
+    hello: Hello,
 }
 
-impl Destination {
+impl<'a, E: Environment> Reception<'a, E> {
+    /// One that nobody has called yet.
+    pub(crate) fn new(env: &'a E, options: &'a Options, progress: &'a Progress) -> Self {
+        Self { env, options, progress, callers: Vec::new() }
+    }
+
+    /// Takes a session in, until the guest is here and runs, or the session has failed.
+    pub(crate) async fn receive(mut self, incoming: &mut dyn Incoming) -> Result<Arrival, IncomingError> {
+        loop {
+            let opening = self.opening().await?;
+            if let Some(session) = self.accept(opening, incoming) {
+                let running = session.take_in(incoming).await?;
+                return Ok(Arrival { report: self.progress.report(), running });
+            }
+        }
+    }
+
+    fn tell(&self, notice: &str) {
+        let _ = guarded(|| self.env.tell(notice));
+    }
+
     /// Waits for a HELLO. Each of those who call has the time-out for it, and none keeps another from being heard.
-    pub(super) fn opening(&mut self) -> Result<Opening, IncomingError> {
+    async fn opening(&mut self) -> Result<Opening<E::Link>, IncomingError> {
         loop {
             if self.progress.is_cancelled() {
                 return Err(IncomingError::Cancelled);
             }
             self.refuse_late();
-            let Ok(event) = self.events.recv_timeout(TICK) else { continue };
+            self.env.wait().await;
+            let Some(event) = self.env.next() else { continue };
             match event {
                 Event::Control(call) => {
                     // Of those who had to give way nothing more is heard.
                     self.callers.retain(|caller| !caller.call.link.is_closed());
-                    let until = Instant::now() + self.options.timeout;
+                    let until = clock::now() + self.options.timeout;
                     self.callers.push(Caller { call, session: DestinationSession::new(), until });
                 }
                 Event::Link { generation, event } => {
@@ -52,6 +95,7 @@ impl Destination {
                 // Of a session that is over.
                 Event::Stream { .. }
                 | Event::Query { .. }
+                | Event::Populated(_)
                 | Event::Postcopy(_)
                 | Event::Resume { .. }
                 | Event::StreamEnded { .. } => {}
@@ -60,7 +104,7 @@ impl Destination {
     }
 
     /// The first message of a control connection must be HELLO.
-    fn hear_caller(&mut self, generation: u64, event: LinkEvent) -> Option<Opening> {
+    fn hear_caller(&mut self, generation: u64, event: LinkEvent) -> Option<Opening<E::Link>> {
         let at = self.callers.iter().position(|caller| caller.call.generation == generation)?;
         let (code, reason) = match event {
             LinkEvent::Message(message) => match self.callers[at].session.handle(message) {
@@ -80,28 +124,149 @@ impl Destination {
     fn refuse(&mut self, at: usize, code: ErrorCode, reason: String) {
         let Caller { call, .. } = self.callers.remove(at);
         self.tell(&format!("refused a connection from {}: {reason}", call.peer));
-        call.link.send(Message::Error { code, text: reason });
+        say_no(&call.link, code, reason);
     }
 
     /// HELLO is to come soon.
     fn refuse_late(&mut self) {
-        let now = Instant::now();
+        let now = clock::now();
         while let Some(at) = self.callers.iter().position(|caller| caller.until <= now) {
             let reason = format!("no HELLO came within {} s", self.options.timeout.as_secs());
             self.refuse(at, ErrorCode::Timeout, reason);
         }
     }
 
-    /// Another has the session now.
-    pub(super) fn refuse_callers(&mut self) {
-        for caller in self.callers.drain(..) {
-            refuse_busy(&caller.call.link);
+    /// Decides on an offer; `None` when it was refused.
+    fn accept(&mut self, opening: Opening<E::Link>, incoming: &mut dyn Incoming) -> Option<Session<'a, E>> {
+        let Opening { call, session, hello } = opening;
+        let opened = guarded(|| open(self.env, &hello, incoming)).unwrap_or_else(|what| {
+            Err((
+                ErrorCode::Local,
+                format!("this destination panicked as it made memory for the guest: {what}"),
+            ))
+        });
+        let (ram, guest) = match opened {
+            Ok(opened) => opened,
+            Err((code, reason)) => {
+                self.tell(&format!("refused the guest offered by {}: {reason}", call.peer));
+                say_no(&call.link, code, reason);
+                return None;
+            }
+        };
+        let reconnect = self.options.reconnect_timeout.min(Duration::from_millis(hello.reconnect_ms.into()));
+        let resume = if reconnect.is_zero() { 0 } else { capability::RESUME };
+        let capabilities = hello.capabilities & (self.capabilities(&hello, &*ram) | resume);
+        let agreed = capabilities & capability::RESUME != 0;
+        let outages = Outages::new(if agreed { reconnect } else { Duration::ZERO });
+        let (hasher, timeout) = (PageHasher::new(hello.seed), self.options.timeout);
+        let sink = Arc::new(PageSink::new(ram.clone(), hasher, capabilities, timeout));
+        self.env.give_to(&call);
+        self.env.prepare_streams(&sink);
+        // Another has the session now.
+        self.callers.drain(..).for_each(|caller| say_busy(&caller.call.link));
+        let Call { link, version, generation, .. } = call;
+        link.send(Message::Welcome(Welcome {
+            version,
+            capabilities,
+            streams: hello.streams,
+            timeout_ms: self.options.timeout.as_millis().try_into().unwrap_or(u32::MAX),
+            reconnect_ms: reconnect.as_millis().try_into().unwrap_or(u32::MAX),
+            host: self.env.host().answer(hello.host, hello.seed),
+        }));
+        self.progress.update(|r| {
+            *r = Report { status: Status::Setup, page_size: PAGE_SIZE as u32, ..Report::default() };
+            r.pages.total = ram.layout().pages();
+            r.streams = hello.streams;
+        });
+        Some(Session {
+            env: self.env,
+            options: self.options,
+            progress: self.progress,
+            machine: session,
+            link: Some(link),
+            generation,
+            hello,
+            ram,
+            guest,
+            sink,
+            dense: None,
+            populating: 0,
+            streams: DestinationStreams::new(),
+            workers: 0,
+            postcopy: None,
+            state: Vec::new(),
+            began: clock::now(),
+            setup: Duration::ZERO,
+            outages,
+            resumed: false,
+            announced: false,
+        })
+    }
+
+    /// What this side can do for such a guest, besides taking a session up again.
+    fn capabilities(&self, hello: &Hello, ram: &dyn GuestRam) -> u64 {
+        if !hello.live {
+            return capability::ENCODINGS;
+        }
+        match ram.missing_unit() {
+            Ok(_) => capability::ENCODINGS | capability::POSTCOPY,
+            Err(error) => {
+                self.tell(&format!("no postcopy here: {}", explain(&error)));
+                capability::ENCODINGS
+            }
         }
     }
 }
 
-/// Says that a session is served, and not this one's.
-pub(super) fn refuse_busy(link: &Link) {
-    let text = "this destination already serves a session".into();
-    link.send(Message::Error { code: ErrorCode::Busy, text });
+type Opened = (Arc<dyn GuestRam>, Option<Arc<dyn Guest>>);
+
+/// Memory for the guest that is offered, and who is to run it; or why not.
+fn open(
+    env: &impl Environment,
+    hello: &Hello,
+    incoming: &mut dyn Incoming,
+) -> Result<Opened, (ErrorCode, String)> {
+    let refused = |reason| (ErrorCode::Layout, reason);
+    let layout = Layout::new(hello.regions.clone()).map_err(|e| refused(e.to_string()))?;
+    let layout = check_presence(hello, layout).map_err(refused)?;
+    let ram = incoming.open(hello, layout).map_err(refused)?;
+    let guest = incoming.guest();
+    if hello.live != guest.is_some() {
+        return Err(refused(
+            if hello.live {
+                "this destination takes memory alone, not a running guest; use `pageferry vm --incoming`"
+            } else {
+                "this destination waits for a running guest, not for memory alone; use `pageferry recv`"
+            }
+            .into(),
+        ));
+    }
+    let brought = format!("the guest brings {} bytes", hello.data_bytes);
+    check_room(&brought, hello.data_bytes, ram.room()).map_err(|reason| (ErrorCode::NoRoom, reason))?;
+    env.check_headroom(destination_bytes(ram.layout(), hello.streams))
+        .map_err(|e| (ErrorCode::Local, e.to_string()))?;
+    Ok((ram, guest))
+}
+
+/// Refuses a guest whose pages have no room here, before the first of them comes; `what` says how much `needed` is.
+pub(super) fn check_room(what: &str, needed: u64, room: Option<Room>) -> Result<(), String> {
+    match room {
+        Some(Room { bytes, of, hint }) if bytes < needed => {
+            Err(format!("{what}, but {of} has {bytes} left: {hint}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Refuses maps that are not the layout's.
+fn check_presence(hello: &Hello, layout: Layout) -> Result<Layout, String> {
+    let (found, expected) = (hello.presence.len(), Hello::presence_len(&layout));
+    if found != expected {
+        return Err(format!("field presence map has {found} bytes; the layout's has {expected}"));
+    }
+    match hello.dense.len() {
+        0 => Ok(layout),
+        len if len == expected => Ok(layout),
+        len => Err(format!("field dense map has {len} bytes; the layout's presence map has {expected}")),
+    }
 }

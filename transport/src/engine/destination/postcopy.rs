@@ -4,65 +4,48 @@
 //! the newest pages or waits for them. Once the guest runs here, nothing but its source can complete it: a source that is lost for
 //! longer than the patience for it costs the guest, which is stopped.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::link::LinkEvent;
-use crate::local::guarded;
-use crate::postcopy::{MissingRuns, MissingSink, PostcopyError};
-use crate::session::DestinationEvent;
-use crate::socket::Connection;
-use crate::wire::WireError;
-use crate::wire::control::{ChunkRun, ErrorCode, Message, STREAMS_PUSHING_MAX};
 use pagecopy::backend::BackendError;
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::PAGE_SIZE;
 
-use super::front::Event;
-use super::lobby::Place;
-use super::{Destination, IncomingError, Session, check_room, start_thread};
+use super::IncomingError;
+use super::environment::{Environment, PostcopyEvent};
+use super::opening::check_room;
+use super::session::Session;
+use crate::clock;
 use crate::engine::explain;
-use crate::engine::progress::Progress;
 use crate::engine::report::{self, Status};
-
-/// What the session's thread hears of postcopy.
-pub(super) enum PostcopyEvent {
-    /// A connection of the session, unanswered yet.
-    Opened { connection: Connection, stream: u16, place: Arc<Place> },
-    /// A connection has ended.
-    Ended(PostcopyError),
-    /// Faults cannot be served any more.
-    Faults(BackendError),
-}
+use crate::link::LinkEvent;
+use crate::postcopy::{MissingRuns, MissingSink, PostcopyError};
+use crate::session::DestinationEvent;
+use crate::wire::WireError;
+use crate::wire::control::{ChunkRun, ErrorCode, Message, STREAMS_PUSHING_MAX};
 
 /// What there is of postcopy once the source has announced it.
 pub(super) struct Postcopy {
     /// What is still to come, until the memory misses it.
     missing: MissingRuns,
     /// Connections that are open before there is anything to do for them.
-    early: Vec<(u16, Arc<Connection>)>,
+    early: BTreeSet<u16>,
     sink: Option<Arc<MissingSink>>,
-    /// One a number: another takes its place.
-    connections: BTreeMap<u16, Arc<Connection>>,
-    threads: Vec<JoinHandle<()>>,
-    /// When the guest began to run here.
-    began: Option<Instant>,
+    /// When the guest began to run here, by the clock.
+    began: Option<Duration>,
     /// How long it took until nothing was missing.
     drained: Option<Duration>,
 }
 
-impl Session {
+impl<E: Environment> Session<'_, E> {
     /// The guest will come before its pages.
     pub(super) fn announce_postcopy(&mut self) -> Result<(), IncomingError> {
         let unit_chunks = self.ram.missing_unit()?;
         self.postcopy = Some(Postcopy {
             missing: MissingRuns::new(self.ram.layout()),
-            early: Vec::new(),
+            early: BTreeSet::new(),
             sink: None,
-            connections: BTreeMap::new(),
-            threads: Vec::new(),
             began: None,
             drained: None,
         });
@@ -95,7 +78,7 @@ impl Session {
     }
 
     /// Something happened on the connections of postcopy.
-    pub(super) fn on_postcopy(&mut self, event: PostcopyEvent) -> Result<(), IncomingError> {
+    pub(super) fn on_postcopy(&mut self, event: PostcopyEvent<E::Postcopy>) -> Result<(), IncomingError> {
         match event {
             // Of a handover that was taken back.
             PostcopyEvent::Ended(_) | PostcopyEvent::Faults(_) if self.postcopy.is_none() => Ok(()),
@@ -105,10 +88,7 @@ impl Session {
             {
                 Ok(())
             }
-            PostcopyEvent::Opened { connection, stream, place } => {
-                drop(place);
-                self.open_postcopy(connection, stream)
-            }
+            PostcopyEvent::Opened { connection, stream } => self.open_postcopy(connection, stream),
             PostcopyEvent::Ended(error @ PostcopyError::Memory { .. }) => {
                 Err(IncomingError::PostcopyFailed { why: explain(&error) })
             }
@@ -118,54 +98,23 @@ impl Session {
         }
     }
 
-    fn open_postcopy(&mut self, connection: Connection, stream: u16) -> Result<(), IncomingError> {
-        let answer = match &self.postcopy {
-            Some(_) if stream <= STREAMS_PUSHING_MAX => Message::Attached { stream },
-            _ => {
-                let text = format!("postcopy connection {stream} is refused: it was not announced");
-                Message::Error { code: ErrorCode::Protocol, text }
-            }
+    fn open_postcopy(&mut self, connection: E::Postcopy, stream: u16) -> Result<(), IncomingError> {
+        let Some(post) = self.postcopy.as_mut().filter(|_| stream <= STREAMS_PUSHING_MAX) else {
+            let text = format!("postcopy connection {stream} is refused: it was not announced");
+            self.env.refuse_postcopy(connection, ErrorCode::Protocol, text);
+            return Ok(());
         };
-        let refused = matches!(answer, Message::Error { .. });
-        let told = std::io::Write::write_all(&mut &connection, &answer.encode());
-        let Some(post) = self.postcopy.as_mut().filter(|_| told.is_ok() && !refused) else { return Ok(()) };
-        let connection = Arc::new(connection);
         // The source opens a number again because it has lost the one before: nobody else gets to hold more than one of each.
-        if let Some(old) = post.connections.insert(stream, connection.clone()) {
-            old.shutdown();
+        if !self.env.admit_postcopy(connection, stream) {
+            return Ok(());
         }
-        match post.sink.clone() {
+        match &post.sink {
             None => {
-                post.early.retain(|&(number, _)| number != stream);
-                post.early.push((stream, connection));
+                post.early.insert(stream);
+                Ok(())
             }
-            Some(sink) => self.receive_postcopy(&sink, stream, connection)?,
+            Some(sink) => self.env.start_postcopy(sink, stream),
         }
-        Ok(())
-    }
-
-    /// Starts the worker of a connection.
-    fn receive_postcopy(
-        &mut self,
-        sink: &Arc<MissingSink>,
-        stream: u16,
-        connection: Arc<Connection>,
-    ) -> Result<(), IncomingError> {
-        let Some(post) = &mut self.postcopy else { return Ok(()) };
-        post.threads.retain(|thread| !thread.is_finished());
-        let (sink, events) = (sink.clone(), self.event_sender.clone());
-        let worker = move || {
-            let received = guarded(|| sink.receive(&connection, stream)).unwrap_or_else(|what| {
-                // The source opens another, which may fare better.
-                connection.shutdown();
-                Err(PostcopyError::Panicked { stream, what })
-            });
-            if let Err(error) = received {
-                let _ = events.send(Event::Postcopy(PostcopyEvent::Ended(error)));
-            }
-        };
-        post.threads.push(start_thread(format!("postcopy-{stream}"), worker)?);
-        Ok(())
     }
 
     /// Everything that comes before the guest is here: from now on whoever touches a page that does not waits for it.
@@ -181,34 +130,21 @@ impl Session {
         // What was stale is gone. The last moment in which the guest can stay where it is.
         check_room(&format!("{needed} bytes are still to come"), needed, self.ram.room())
             .map_err(|reason| BackendError::new(reason, rustix::io::Errno::NOSPC.into()))?;
-        let (serving, events) = (sink.clone(), self.event_sender.clone());
-        let serve = move || {
-            let served = guarded(|| serving.serve_faults()).unwrap_or_else(|what| {
-                // Who waits for a page that was told of and not asked for waits for ever.
-                let source = std::io::Error::other(format!("it panicked: {what}"));
-                Err(BackendError::new("ask for pages that somebody touches", source))
-            });
-            if let Err(error) = served {
-                let _ = events.send(Event::Postcopy(PostcopyEvent::Faults(error)));
-            }
-        };
-        post.threads.push(start_thread("faults".into(), serve)?);
+        self.env.serve_faults(&sink)?;
         let early = std::mem::take(&mut post.early);
-        early
-            .into_iter()
-            .try_for_each(|(stream, connection)| self.receive_postcopy(&sink, stream, connection))
+        early.into_iter().try_for_each(|stream| self.env.start_postcopy(&sink, stream))
     }
 
     /// The guest runs: takes its pages until none is missing.
-    pub(super) fn take_rest(&mut self, listening: &Destination) -> Result<(), IncomingError> {
+    pub(super) async fn take_rest(&mut self) -> Result<(), IncomingError> {
         let Some(post) = &mut self.postcopy else { return Ok(()) };
-        post.began = Some(Instant::now());
-        let patience = listening.options.postcopy_timeout;
-        let mut lost = None::<Instant>;
+        post.began = Some(clock::now());
+        let patience = self.options.postcopy_timeout;
+        let mut lost = None::<Duration>;
         while self.missing_left() != 0 {
             let status = if lost.is_some() { Status::PostcopyPaused } else { Status::PostcopyActive };
-            listening.progress.update(|r| r.status = status);
-            match self.next(listening)? {
+            self.progress.update(|r| r.status = status);
+            match self.next().await? {
                 Some(LinkEvent::Message(Message::Query)) => {
                     self.send(Message::Status(self.machine.status()));
                 }
@@ -221,22 +157,22 @@ impl Session {
                 },
                 Some(LinkEvent::Dead(_)) => self.link = None,
             }
-            lost = if self.link.is_some() { None } else { lost.or_else(|| Some(Instant::now())) };
-            if lost.is_some_and(|at| at.elapsed() > patience) && self.missing_left() != 0 {
+            lost = if self.link.is_some() { None } else { lost.or_else(|| Some(clock::now())) };
+            if lost.is_some_and(|at| clock::now() - at > patience) && self.missing_left() != 0 {
                 let left = self.missing_left();
                 return Err(IncomingError::PostcopyLost { left, seconds: patience.as_secs() });
             }
         }
         self.end_missing()?;
-        self.show_postcopy(&listening.progress);
-        listening.progress.update(|r| (r.status, r.verified) = (Status::Completed, true));
+        self.show_postcopy();
+        self.progress.update(|r| (r.status, r.verified) = (Status::Completed, true));
         Ok(())
     }
 
     /// Nothing is missing any more: nobody is stopped who touches memory. Connections stay, for receipts that were lost.
     pub(super) fn end_missing(&mut self) -> Result<(), IncomingError> {
         let Some(post) = &mut self.postcopy else { return Ok(()) };
-        post.drained = post.began.map(|at| at.elapsed());
+        post.drained = post.began.map(|at| clock::now() - at);
         post.sink.as_ref().map_or(Ok(()), |sink| sink.end())?;
         Ok(())
     }
@@ -262,27 +198,23 @@ impl Session {
 
     /// Stops all threads.
     pub(super) fn end_postcopy(&mut self) {
-        let Some(post) = &mut self.postcopy else { return };
+        let Some(post) = &self.postcopy else { return };
         if let Some(sink) = &post.sink {
             sink.stop();
         }
-        std::mem::take(&mut post.connections).into_values().for_each(|connection| connection.shutdown());
-        for thread in post.threads.drain(..) {
-            // A panic of the thread has been printed.
-            let _ = thread.join();
-        }
+        self.env.end_postcopy();
     }
 
     /// A guest that misses pages which never come must not run on zeros instead: it is told to stop before whoever waits for a page
     /// goes on with one.
-    pub(super) fn stop_guest_for_good(&self, progress: &Progress) {
+    pub(super) fn stop_guest_for_good(&self) {
         let sink = self.postcopy.as_ref().and_then(|post| post.sink.as_ref());
         let release = || sink.map_or(Ok(()), |sink| sink.end());
         if let Some(guest) = &self.guest {
             // Each vCPU was told to stop, which it does as soon as it can.
             let _ = guest.stop_for_good(&release);
         }
-        progress.update(|r| r.status = Status::PostcopyLost);
+        self.progress.update(|r| r.status = Status::PostcopyLost);
     }
 
     /// Whether the guest runs here, and missed pages when it began to.
@@ -296,14 +228,14 @@ impl Session {
     }
 
     /// Shows others how it goes.
-    pub(super) fn show_postcopy(&self, progress: &Progress) {
+    pub(super) fn show_postcopy(&self) {
         let Some(post) = &self.postcopy else { return };
         let (Some(sink), Some(began)) = (&post.sink, post.began) else { return };
         let s = sink.statistics();
-        let drain = post.drained.unwrap_or_else(|| began.elapsed()).as_secs_f64();
+        let drain = post.drained.unwrap_or_else(|| clock::now() - began).as_secs_f64();
         let page = PAGE_SIZE as u64;
         let blocked_us: u64 = s.blocked_us.iter().sum();
-        progress.update(|r| {
+        self.progress.update(|r| {
             r.remaining_bytes = s.left * page;
             r.postcopy = Some(report::Postcopy {
                 pages: s.total,

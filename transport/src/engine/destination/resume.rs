@@ -4,29 +4,29 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::accept::StreamRequest;
-use crate::link::{Link, LinkError, LinkEvent};
+use super::IncomingError;
+use super::environment::{Environment, say_no};
+use super::session::Session;
+use crate::engine::explain;
+use crate::engine::progress::Outage;
+use crate::link::{LinkError, LinkEvent};
 use crate::session::SessionError;
 use crate::wire::control::{ErrorCode, Message};
 
-use super::{Destination, IncomingError, Session};
-use crate::engine::explain;
-use crate::engine::progress::Outage;
-
 /// Lost connections, and who comes to take their place.
-pub(super) struct Outages {
+pub(super) struct Outages<E: Environment> {
     /// How long a source may stay away; zero where it does not come back at all.
     pub(super) patience: Duration,
     /// A connection on which RESUME is to come, and its generation.
-    knocking: Option<(Link, u64)>,
+    knocking: Option<(E::Link, u64)>,
     current: Option<(Outage, LinkError)>,
     /// What is said on a new control connection once all streams of before have stopped.
-    taking_up: Option<(Link, Message)>,
+    taking_up: Option<(E::Link, Message)>,
     /// Streams whose number is still held by an earlier incarnation, by that number.
-    pub(super) waiting: BTreeMap<u16, (u16, StreamRequest)>,
+    pub(super) waiting: BTreeMap<u16, (u16, E::Request)>,
 }
 
-impl Outages {
+impl<E: Environment> Outages<E> {
     pub(super) fn new(patience: Duration) -> Self {
         Self { patience, knocking: None, current: None, taking_up: None, waiting: BTreeMap::new() }
     }
@@ -37,18 +37,14 @@ impl Outages {
     }
 
     /// Somebody who knows the session's id wants to take it up. The last who came is the one who did not give up.
-    pub(super) fn knock(&mut self, link: Link, generation: u64) {
+    pub(super) fn knock(&mut self, link: E::Link, generation: u64) {
         self.knocking = Some((link, generation));
     }
 }
 
-impl Session {
+impl<E: Environment> Session<'_, E> {
     /// The control connection is lost: waits for another, if the source may come back with one.
-    pub(super) fn lose_link(
-        &mut self,
-        listening: &Destination,
-        error: LinkError,
-    ) -> Result<(), IncomingError> {
+    pub(super) fn lose_link(&mut self, error: LinkError) -> Result<(), IncomingError> {
         self.link = None;
         // If it was the one that took its place, too.
         self.outages.taking_up = None;
@@ -57,25 +53,25 @@ impl Session {
         if !lost || self.outages.patience.is_zero() || !self.streams.any() {
             return Err(IncomingError::Link(error));
         }
-        let outage = Outage::begin(&listening.progress, &explain(&error));
+        let outage = Outage::begin(self.progress, &explain(&error));
         self.outages.current = Some((outage, error));
         Ok(())
     }
 
     /// Gives the session up when its source has stayed away for too long.
-    pub(super) fn check_outage(&mut self, listening: &Destination) -> Result<(), IncomingError> {
+    pub(super) fn check_outage(&mut self) -> Result<(), IncomingError> {
         let patience = self.outages.patience;
-        match self.outages.current.take_if(|(outage, _)| outage.lasts(&listening.progress) >= patience) {
+        match self.outages.current.take_if(|(outage, _)| outage.lasts(self.progress) >= patience) {
             Some((_, source)) => Err(IncomingError::NotResumed { seconds: patience.as_secs(), source }),
             None => Ok(()),
         }
     }
 
     /// Waits until the source takes the session up again. What it had of the handover is void by then.
-    pub(super) fn wait_resumed(&mut self, listening: &Destination) -> Result<(), IncomingError> {
+    pub(super) async fn wait_resumed(&mut self) -> Result<(), IncomingError> {
         while !self.machine.is_moving() {
-            self.check_outage(listening)?;
-            if let Some(LinkEvent::Message(message)) = self.next(listening)? {
+            self.check_outage()?;
+            if let Some(LinkEvent::Message(message)) = self.next().await? {
                 self.machine.handle(message)?;
             }
         }
@@ -85,16 +81,13 @@ impl Session {
     /// Something on a connection that is not the session's own: it may become that. Returns the source's last word.
     pub(super) fn on_other_link(
         &mut self,
-        listening: &Destination,
         generation: u64,
         event: LinkEvent,
     ) -> Result<Option<LinkEvent>, IncomingError> {
         let Some((link, _)) = self.outages.knocking.take_if(|(_, g)| *g == generation) else {
             return Ok(None);
         };
-        let refuse = |error: &SessionError| {
-            link.send(Message::Error { code: ErrorCode::Protocol, text: explain(error) });
-        };
+        let refuse = |error: &SessionError| say_no(&link, ErrorCode::Protocol, explain(error));
         match event {
             LinkEvent::Message(Message::Resume { epoch }) => match self.machine.resume(epoch) {
                 Ok(resumed) => {
@@ -104,9 +97,9 @@ impl Session {
                     self.state.clear();
                     self.take_postcopy_back()?;
                     for stream in self.streams.void() {
-                        self.break_stream(stream);
+                        self.env.break_worker(stream);
                     }
-                    self.take_up(listening);
+                    self.take_up();
                 }
                 Err(error) => refuse(&error),
             },
@@ -125,14 +118,14 @@ impl Session {
     }
 
     /// Goes on over another control connection once all streams have stopped: nothing of them reaches memory any more.
-    pub(super) fn take_up(&mut self, listening: &Destination) {
+    pub(super) fn take_up(&mut self) {
         if self.streams.unfinished().is_some() {
             return;
         }
         let Some((link, resumed)) = self.outages.taking_up.take() else { return };
         self.link = Some(link);
         self.send(resumed);
-        let progress = &listening.progress;
+        let progress = self.progress;
         // Without one, the source noticed first.
         let outage = self.outages.current.take().map(|(outage, _)| outage);
         outage.unwrap_or_else(|| Outage::begin(progress, "the source lost its connections")).end(progress);

@@ -2,96 +2,95 @@
 //! never ran here. Without that word the source must keep the guest paused, for ever.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::link::{Link, LinkEvent};
+use super::IncomingError;
+use super::environment::{Environment, Event, EventOf, Speaks, say_no};
+use super::session::{Session, say_busy};
+use crate::clock;
+use crate::engine::explain;
+use crate::link::LinkEvent;
 use crate::session::SessionError;
 use crate::wire::control::{ErrorCode, Message, SessionStatus};
-
-use super::front::Event;
-use super::opening::refuse_busy;
-use super::postcopy::PostcopyEvent;
-use super::{Destination, IncomingError, Session, TICK};
-use crate::engine::explain;
 
 /// Connections that are kept for a source that asks: one that asks again has given up the last.
 const ASKING_MAX: usize = 8;
 
-impl Session {
+impl<E: Environment> Session<'_, E> {
     /// Answers a source that asks, until it has heard or would hardly ask any more.
-    pub(super) fn answer_late(&mut self, listening: &Destination, error: &IncomingError) {
+    pub(super) async fn answer_late(&mut self, error: &IncomingError) {
         // A source that says itself that all is over has not said GO.
         if !self.machine.may_be_asked() || matches!(error, IncomingError::Session(SessionError::Peer { .. }))
         {
             return;
         }
         let cancelled = matches!(error, IncomingError::Cancelled);
-        let patience = self.patience_for_questions(listening, cancelled);
-        listening.tell(&format!(
+        let patience = self.patience_for_questions(cancelled);
+        self.tell(&format!(
             "{}; its source is answered for {} s, should it ask",
             explain(error),
             patience.as_secs()
         ));
-        let deadline = Instant::now() + patience;
+        let deadline = clock::now() + patience;
         let mut asking = VecDeque::new();
         if let Some(link) = self.link.take() {
             asking.push_back((self.generation, link));
         }
-        while Instant::now() < deadline && (cancelled || !listening.progress.is_cancelled()) {
-            let Ok(event) = listening.events.recv_timeout(TICK) else { continue };
-            if answer(listening, &mut asking, event) {
+        while clock::now() < deadline && (cancelled || !self.progress.is_cancelled()) {
+            self.env.wait().await;
+            if let Some(event) = self.env.next()
+                && self.answer(&mut asking, event)
+            {
                 return;
             }
         }
     }
 
     /// How long a source may still ask what became of the session.
-    pub(super) fn patience_for_questions(&self, listening: &Destination, cancelled: bool) -> Duration {
-        let options = &listening.options;
+    pub(super) fn patience_for_questions(&self, cancelled: bool) -> Duration {
+        let options = self.options;
         // Who asks after memory alone does so for one time-out. Who cancels wants an end, and the source is there.
         if cancelled || self.guest.is_none() {
             return options.timeout;
         }
         options.handover_timeout.max(options.reconnect_timeout).max(options.timeout)
     }
-}
 
-/// Says whether the source has heard.
-fn answer(listening: &Destination, asking: &mut VecDeque<(u64, Link)>, event: Event) -> bool {
-    let abandoned = || Message::Status(SessionStatus::Abandoned);
-    match event {
-        Event::Query { link, generation } => {
-            link.send(abandoned());
-            if asking.len() == ASKING_MAX {
-                asking.pop_front();
+    /// Says whether the source has heard.
+    fn answer(&self, asking: &mut VecDeque<(u64, E::Link)>, event: EventOf<E>) -> bool {
+        let abandoned = || Message::Status(SessionStatus::Abandoned);
+        match event {
+            Event::Query { link, generation } => {
+                link.send(abandoned());
+                if asking.len() == ASKING_MAX {
+                    asking.pop_front();
+                }
+                asking.push_back((generation, link));
             }
-            asking.push_back((generation, link));
-        }
-        Event::Link { generation, event } => {
-            let Some(at) = asking.iter().position(|(g, _)| *g == generation) else { return false };
-            match event {
-                LinkEvent::Message(Message::Status(SessionStatus::Abandoned)) => return true,
-                LinkEvent::Message(Message::Query) => asking[at].1.send(abandoned()),
-                LinkEvent::Message(_) => {}
-                LinkEvent::Dead(_) => drop(asking.remove(at)),
+            Event::Link { generation, event } => {
+                let Some(at) = asking.iter().position(|(g, _)| *g == generation) else { return false };
+                match event {
+                    LinkEvent::Message(Message::Status(SessionStatus::Abandoned)) => return true,
+                    LinkEvent::Message(Message::Query) => asking[at].1.send(abandoned()),
+                    LinkEvent::Message(_) => {}
+                    LinkEvent::Dead(_) => drop(asking.remove(at)),
+                }
             }
+            Event::Resume { link, .. } => {
+                let text = "this destination has given the session up; the guest never ran here";
+                say_no(&link, ErrorCode::UnknownSession, text.into());
+            }
+            Event::Stream { request, .. } => {
+                let text = "this destination has given the session up";
+                self.env.refuse(request, ErrorCode::UnknownSession, text.into());
+            }
+            Event::Control(call) => say_busy(&call.link),
+            Event::Refused { peer, reason } => {
+                self.tell(&format!("refused a connection from {peer}: {reason}"));
+            }
+            Event::Notice(text) => self.tell(&text),
+            Event::Postcopy(_) | Event::StreamEnded { .. } | Event::Populated(_) => {}
         }
-        Event::Resume { link, .. } => {
-            let text = "this destination has given the session up; the guest never ran here".into();
-            link.send(Message::Error { code: ErrorCode::UnknownSession, text });
-        }
-        Event::Stream { request, .. } => {
-            request.refuse(ErrorCode::UnknownSession, "this destination has given the session up".into());
-        }
-        Event::Control(call) => refuse_busy(&call.link),
-        Event::Refused { peer, reason } => {
-            listening.tell(&format!("refused a connection from {peer}: {reason}"));
-        }
-        Event::Notice(text) => listening.tell(&text),
-        Event::Postcopy(
-            PostcopyEvent::Opened { .. } | PostcopyEvent::Ended(_) | PostcopyEvent::Faults(_),
-        )
-        | Event::StreamEnded { .. } => {}
+        false
     }
-    false
 }

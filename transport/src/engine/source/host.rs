@@ -33,7 +33,7 @@ use crate::wire::{Preamble, Role, SessionId, VERSION_MAX, VERSION_MIN};
 const FAREWELL_PAUSE: Duration = Duration::from_secs(2);
 
 /// Runs phases on this thread until they are through. Their waits block it, so that they always are.
-pub(super) fn block<T>(phases: impl Future<Output = T>) -> T {
+pub(in crate::engine) fn block<T>(phases: impl Future<Output = T>) -> T {
     match pin!(phases).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(result) => result,
         Poll::Pending => unreachable!("every wait on a host blocks"),

@@ -1,4 +1,4 @@
-//! Bringing memory in at the destination: ahead of its content where that pays, beside it as large pages where those do.
+//! Threads of a destination that bring memory in: ahead of its content, or beside it as large pages.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -6,77 +6,39 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use pagecopy::backend::{BackendError, GuestRam};
+
+use super::IncomingError;
 use crate::destination::PageSink;
-use crate::link::LinkEvent;
 use crate::local::guarded;
 use crate::spent::Spent;
-use crate::wire::control::PRESENCE_CHUNKS;
-use crossbeam_channel::{Receiver, Select};
-use pagecopy::backend::{BackendError, GuestRam};
-use pagecopy::layout::CHUNK_SIZE;
 
-use super::{Destination, IncomingError, Session, TICK, start_thread};
-
-/// Most pieces of 2 MiB that are brought in by one call: 32 MiB.
-const POPULATE_PIECES: usize = 16;
-
-impl Session {
-    /// Brings in the memory that data will come for, with all cores: before it comes where the memory says so, else while it comes, as
-    /// large pages where those are worth it. Never more than this host has to spare, for nothing was sent yet and anything may be
-    /// announced. Whoever cancels meanwhile, here or at the source, is heard at once.
-    pub(super) fn populate(&mut self, listening: &Destination) -> Result<(), IncomingError> {
-        if !self.ram.populates_ahead() {
-            if self.ram.enlarges() {
-                let dense = ramped_up(runs_of_pieces(&*self.ram, |chunk| self.hello.is_dense(chunk)));
-                dense.iter().for_each(|run| self.sink.announce(run.clone()));
-                self.dense = Some(dense);
-            } else {
-                self.sink.begin_placing();
-            }
-            return Ok(());
-        }
-        let runs = runs_of_pieces(&*self.ram, |chunk| self.hello.present(chunk));
-        let workers = Populating::start(&self.ram, &self.sink, runs)?;
-        let mut left = workers.threads.len();
-        while left != 0 {
-            let mut either = Select::new();
-            let (ended, _) = (either.recv(&workers.ended), either.recv(&listening.events));
-            match either.ready_timeout(TICK) {
-                Ok(which) if which == ended => {
-                    workers.ended.try_recv().unwrap_or(Ok(()))?;
-                    left -= 1;
-                }
-                _ => match self.next(listening)? {
-                    Some(LinkEvent::Message(message)) => {
-                        self.machine.handle(message)?;
-                    }
-                    Some(LinkEvent::Dead(error)) => return Err(IncomingError::Link(error)),
-                    None => {}
-                },
-            }
-        }
-        Ok(())
-    }
+/// Starts a thread that serves a session.
+pub(super) fn start_thread(
+    name: String,
+    work: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>, IncomingError> {
+    let started = std::thread::Builder::new().name(name.clone()).spawn(work);
+    started.map_err(|source| IncomingError::Thread { name, source })
 }
 
 /// Threads that populate memory; dropping it stops them.
-struct Populating {
+pub(super) struct Populating {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
-    /// One message a thread.
-    ended: Receiver<Result<(), BackendError>>,
 }
 
 impl Populating {
-    fn start(
+    /// Each thread says how it ended.
+    pub(super) fn start(
         ram: &Arc<dyn GuestRam>,
         sink: &Arc<PageSink>,
         runs: Vec<Range<u32>>,
+        says: impl Fn(Result<(), BackendError>) + Clone + Send + 'static,
     ) -> Result<Self, IncomingError> {
         let (runs, next, stop) =
             (Arc::new(runs), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
-        let (says, ended) = crossbeam_channel::unbounded();
-        let mut workers = Self { stop: stop.clone(), threads: Vec::new(), ended };
+        let mut workers = Self { stop: stop.clone(), threads: Vec::new() };
         for n in 0..cores() {
             let (ram, sink, runs, next, stop, says) =
                 (ram.clone(), sink.clone(), runs.clone(), next.clone(), stop.clone(), says.clone());
@@ -95,7 +57,7 @@ impl Populating {
                     let error = std::io::Error::other(format!("it panicked: {what}"));
                     Err(BackendError::new("populate memory", error))
                 };
-                let _ = says.send(guarded(populate).unwrap_or_else(panicked));
+                says(guarded(populate).unwrap_or_else(panicked));
             };
             match start_thread(format!("populate-{n}"), work) {
                 Ok(thread) => workers.threads.push(thread),
@@ -105,6 +67,11 @@ impl Populating {
             }
         }
         Ok(workers)
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.threads.len()
     }
 }
 
@@ -116,38 +83,6 @@ impl Drop for Populating {
             let _ = thread.join();
         }
     }
-}
-
-/// The pieces of 2 MiB that are wanted, as runs of chunks for as many calls: a call for many pieces costs less, and enough calls keep
-/// all cores busy. Never more than this host has to spare.
-fn runs_of_pieces(ram: &dyn GuestRam, wanted: impl Fn(u32) -> bool) -> Vec<Range<u32>> {
-    let chunks = ram.layout().chunks();
-    let piece_bytes = u64::from(PRESENCE_CHUNKS) * CHUNK_SIZE as u64;
-    let spare = ram.spare_bytes() / 10 * 9;
-    let most = usize::try_from(spare / piece_bytes).unwrap_or(usize::MAX);
-    let pieces: Vec<u32> =
-        (0..chunks).step_by(PRESENCE_CHUNKS as usize).filter(|&chunk| wanted(chunk)).take(most).collect();
-    pieces
-        .chunk_by(|left, right| right - left == PRESENCE_CHUNKS)
-        .flat_map(|run| run.chunks(POPULATE_PIECES))
-        .map(|run| run[0]..(run[0] + run.len() as u32 * PRESENCE_CHUNKS).min(chunks))
-        .collect()
-}
-
-/// The same runs, of which the first are cut into pieces that double in size: what waits for the first waits a fraction of a
-/// millisecond, and the others are large by the time that calls are slow.
-fn ramped_up(runs: Vec<Range<u32>>) -> Vec<Range<u32>> {
-    let mut most = PRESENCE_CHUNKS;
-    let mut pieces = Vec::with_capacity(runs.len() + 8);
-    for run in runs {
-        let mut at = run.start;
-        while at < run.end {
-            let end = at.saturating_add(most).min(run.end);
-            pieces.push(at..end);
-            (at, most) = (end, most.saturating_mul(2));
-        }
-    }
-    pieces
 }
 
 /// Threads that bring memory in.
