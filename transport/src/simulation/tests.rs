@@ -102,7 +102,7 @@ fn caught(fault: Fault, by: &[&str]) {
 
 #[test]
 fn a_chunk_on_two_streams_is_caught() {
-    caught(Fault::NoChunkAffinity, &["stale", "other than they were sent"]);
+    caught(Fault::NoChunkAffinity, &["stale", "other than they were sent", "ReferenceUnknown"]);
 }
 
 #[test]
