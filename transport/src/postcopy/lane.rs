@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use pagecopy::bitmap::runs;
@@ -14,6 +14,7 @@ use pagecopy::choose::{CodecMode, Delivered};
 use pagecopy::chunk::{ChunkEncoder, Clocks};
 use pagecopy::layout::PAGE_SIZE;
 
+use super::channel::{Channel, send_all};
 use super::pace::Pace;
 use super::sealed::Sealer;
 use super::{PageServer, PostcopyError};
@@ -88,10 +89,8 @@ impl Lane {
             let run = AssertUnwindSafe(|| worker.run());
             let error = catch_unwind(run)
                 .unwrap_or_else(|payload| PostcopyError::Panicked { stream, what: panic_text(&*payload) });
-            worker.connection.shutdown();
-            worker.take_back();
             // Whoever opened it may have gone.
-            let _ = ends.send(LaneEnd { stream, error });
+            let _ = ends.send(worker.end(error));
         })?;
         Ok(Self { connection, thread: Some(thread) })
     }
@@ -117,11 +116,13 @@ struct Sent {
     at: Duration,
 }
 
-struct Worker {
+/// What serves pages over a connection.
+pub(super) struct Worker {
     server: Arc<PageServer>,
-    connection: Arc<Connection>,
+    connection: Arc<dyn Channel>,
     stream: u16,
-    began: Instant,
+    /// By the clock.
+    began: Duration,
     pace: Pace,
     flight: VecDeque<Sent>,
     /// Bytes under way.
@@ -140,7 +141,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(server: Arc<PageServer>, connection: Arc<Connection>, stream: u16) -> Self {
+    pub(super) fn new(server: Arc<PageServer>, connection: Arc<dyn Channel>, stream: u16) -> Self {
         let options = server.options;
         let encoder = if stream == FAULTS {
             // Somebody waits for each of these pages: nothing is faster on a path that is worth the name.
@@ -153,7 +154,7 @@ impl Worker {
             server,
             connection,
             stream,
-            began: Instant::now(),
+            began: clock::now(),
             pace: Pace::new(Duration::ZERO),
             flight: VecDeque::new(),
             bytes: 0,
@@ -172,46 +173,61 @@ impl Worker {
     fn run(&mut self) -> PostcopyError {
         sys::run_soon(if self.stream == FAULTS { Soon::Urgent } else { Soon::Bulk });
         loop {
-            let result = if self.stream == FAULTS { self.answer() } else { self.push() };
-            if let Err(error) = result {
-                return error;
-            }
-            if self.server.stopped() {
-                return PostcopyError::Stopped { stream: self.stream };
+            match self.turn() {
+                Ok(true) => {}
+                Ok(false) => {
+                    let begun = clock::nanos();
+                    self.server.wait(TICK);
+                    self.idle_nanos += clock::nanos() - begun;
+                }
+                Err(error) => return error,
             }
         }
     }
 
+    /// Does what there is to do, or waits a moment for the peer; says whether there was something: false where nothing
+    /// waits to be sent and nothing is under way.
+    pub(super) fn turn(&mut self) -> Result<bool, PostcopyError> {
+        let busy = if self.stream == FAULTS { self.answer() } else { self.push() }?;
+        if self.server.stopped() { Err(PostcopyError::Stopped { stream: self.stream }) } else { Ok(busy) }
+    }
+
+    /// The connection is over: what it had under way waits again.
+    pub(super) fn end(&mut self, error: PostcopyError) -> LaneEnd {
+        self.connection.shutdown();
+        self.take_back();
+        LaneEnd { stream: self.stream, error }
+    }
+
     /// Takes requests, and receipts of what they were answered with.
-    fn answer(&mut self) -> Result<(), PostcopyError> {
-        self.read(true)
+    fn answer(&mut self) -> Result<bool, PostcopyError> {
+        self.read(true)?;
+        Ok(true)
     }
 
     /// Sends one frame of what nobody asked for where there is room for it and the limit of bandwidth lets it go, and takes what receipts
     /// have come.
-    fn push(&mut self) -> Result<(), PostcopyError> {
+    fn push(&mut self) -> Result<bool, PostcopyError> {
         self.read(false)?;
         let room = self.bytes < self.pace.limit() && self.flight.len() < FRAMES_MAX;
         if self.flight.is_empty() || room {
             if !self.server.wait_bandwidth() {
-                return Ok(());
+                return Ok(true);
             }
             self.server.give_way();
             if let Some((chunk, pages)) = self.server.take_next(self.pace.frame_pages()) {
                 if self.flight.is_empty() {
-                    self.pace.restart(self.began.elapsed());
+                    self.pace.restart(clock::now() - self.began);
                 }
-                return self.send(chunk, pages);
+                self.send(chunk, pages)?;
+                return Ok(true);
             }
         }
         if self.flight.is_empty() {
-            let begun = clock::nanos();
-            self.server.wait(TICK);
-            self.idle_nanos += clock::nanos() - begun;
-            Ok(())
-        } else {
-            self.read(true)
+            return Ok(false);
         }
+        self.read(true)?;
+        Ok(true)
     }
 
     /// Sends pages, those that are raw from where they lie: nobody writes them any more.
@@ -222,7 +238,7 @@ impl Worker {
         self.out.clear();
         sealed.head(&mut self.out, &server.hasher);
         let (header, seal, wire_bytes) = (sealed.header, sealed.seal, sealed.wire_bytes());
-        let at = self.began.elapsed();
+        let at = clock::now() - self.began;
         // First, so that it is taken back if it cannot be sent.
         self.flight.push_back(Sent { seq: self.seq, chunk, pages, seal, wire_bytes, at });
         self.bytes += wire_bytes;
@@ -235,13 +251,8 @@ impl Worker {
             let (at, len) = (first as usize * PAGE_SIZE, count as usize * PAGE_SIZE);
             list.push_guest(&memory.subslice(at, len).expect("pages of a chunk lie in its mapping"));
         }
-        while !list.is_empty() {
-            match self.connection.send(&mut list) {
-                Ok(sent) => drop(server.counters.wire.fetch_add(sent as u64, Ordering::Relaxed)),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(self.io_error(e)),
-            }
-        }
+        let sent = send_all(&*self.connection, list).map_err(|e| self.io_error(e))?;
+        server.counters.wire.fetch_add(sent, Ordering::Relaxed);
         self.tell(wire_bytes);
         Ok(())
     }
@@ -271,7 +282,7 @@ impl Worker {
         }
         self.consume()?;
         // Also while requests come: whoever asks and does not receive is given up.
-        let oldest = self.flight.front().map_or(Duration::ZERO, |sent| self.began.elapsed() - sent.at);
+        let oldest = self.flight.front().map_or(Duration::ZERO, |sent| clock::now() - self.began - sent.at);
         if oldest > self.server.options.timeout { Err(self.timeout()) } else { Ok(()) }
     }
 
@@ -340,7 +351,7 @@ impl Worker {
         self.bytes -= sent.wire_bytes;
         self.acked_bytes += sent.wire_bytes;
         self.server.counters.wire_acked.fetch_add(sent.wire_bytes, Ordering::Relaxed);
-        let now = self.began.elapsed();
+        let now = clock::now() - self.began;
         self.pace.on_receipt(now, sent.wire_bytes, now.saturating_sub(sent.at));
         if seal == sent.seal {
             self.server.receipted(sent.pages.count_ones());

@@ -10,15 +10,18 @@
 //! A limit of bandwidth holds back the others only: what the guest asks for is charged to it and never waits for it. At the
 //! destination the [`MissingSink`] places what fits its seal, and lets those go on who wait for it.
 
+pub(crate) mod channel;
 mod lane;
 mod missing;
 mod pace;
+#[cfg(test)]
+mod partial;
 mod receiver;
 pub(crate) mod sealed;
 mod server;
 mod sink;
 #[cfg(test)]
-mod stepped;
+pub(crate) mod stepped;
 #[cfg(test)]
 mod tests;
 

@@ -1,10 +1,9 @@
 //! The memory of a guest that runs and misses pages: who waits for which, and what has come.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pagecopy::backend::{BackendError, Fault, GuestRam, MissingPages};
 use pagecopy::bitmap::{PageBitmap, runs};
@@ -13,8 +12,9 @@ use pagecopy::layout::PAGE_SIZE;
 use pagecopy::postcopy::Latencies;
 use pagecopy::xbzrle::Page;
 
+use super::channel::{Channel, send_bytes};
 use super::lane::FAULTS;
-use crate::socket::Connection;
+use crate::clock;
 use crate::sys::{self, Soon};
 use crate::wire::control::{Arrived, capability};
 use crate::wire::frame::FrameHeader;
@@ -70,7 +70,7 @@ pub struct MissingSink {
     left: AtomicU64,
     waits: Mutex<Waits>,
     /// The connection that requests go out on, one at a time.
-    requests: Mutex<Option<Arc<Connection>>>,
+    requests: Mutex<Option<Arc<dyn Channel>>>,
     wire: AtomicU64,
     /// Pages that were missing, by how they came.
     came: Came,
@@ -89,8 +89,8 @@ struct Came {
 /// Who waits.
 #[derive(Default)]
 pub(super) struct Waits {
-    /// Chunk and page of the fault; thread and since when.
-    pub(super) pages: BTreeMap<(u32, u32), Vec<(u32, Instant)>>,
+    /// Chunk and page of the fault; thread and since when, by the clock.
+    pub(super) pages: BTreeMap<(u32, u32), Vec<(u32, Duration)>>,
     latencies: Latencies,
     threads: HashMap<u32, Duration>,
 }
@@ -158,7 +158,7 @@ impl MissingSink {
         let mut threads: BTreeMap<u32, Duration> =
             waits.threads.iter().map(|(&id, &time)| (id, time)).collect();
         for &(thread, since) in waits.pages.values().flatten() {
-            *threads.entry(thread).or_default() += since.elapsed();
+            *threads.entry(thread).or_default() += clock::now() - since;
         }
         SinkStatistics {
             total: self.total,
@@ -182,7 +182,7 @@ impl MissingSink {
         self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn writer(&self) -> MutexGuard<'_, Option<Arc<Connection>>> {
+    pub(super) fn writer(&self) -> MutexGuard<'_, Option<Arc<dyn Channel>>> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -191,17 +191,20 @@ impl MissingSink {
         sys::run_soon(Soon::Urgent);
         let mut faults = Vec::new();
         while !self.stopped() {
-            faults.clear();
-            self.memory.wait(&mut faults, TICK)?;
-            let now = Instant::now();
-            for &fault in &faults {
-                self.on_fault(fault, now)?;
-            }
+            self.serve(&mut faults, TICK)?;
         }
         Ok(())
     }
 
-    fn on_fault(&self, fault: Fault, now: Instant) -> Result<(), BackendError> {
+    /// Asks for pages that somebody touches, or waits for that, at most `limit`.
+    pub(super) fn serve(&self, faults: &mut Vec<Fault>, limit: Duration) -> Result<(), BackendError> {
+        faults.clear();
+        self.memory.wait(faults, limit)?;
+        let now = clock::now();
+        faults.iter().try_for_each(|&fault| self.on_fault(fault, now))
+    }
+
+    fn on_fault(&self, fault: Fault, now: Duration) -> Result<(), BackendError> {
         let mut waits = self.waits();
         if !self.is_missing(fault) {
             drop(waits);
@@ -237,7 +240,7 @@ impl MissingSink {
     pub(super) fn request(&self, chunk: u32, page: u32) {
         let request = PageRequest { chunk, pages: 1 << page }.encode(&self.hasher);
         if let Some(connection) = &*self.writer()
-            && (&mut &**connection).write_all(&request).is_err()
+            && send_bytes(&**connection, &request).is_err()
         {
             // Its worker notices, and the source opens another.
             connection.shutdown();
@@ -247,12 +250,12 @@ impl MissingSink {
     /// Sends a receipt; between requests where these share the connection.
     pub(super) fn send_receipt(
         &self,
-        connection: &Connection,
+        connection: &dyn Channel,
         stream: u16,
         receipt: &[u8],
     ) -> std::io::Result<()> {
         let _turn = (stream == FAULTS).then(|| self.writer());
-        (&mut &*connection).write_all(receipt)
+        send_bytes(connection, receipt)
     }
 
     pub(super) fn count_wire(&self, bytes: usize) {
@@ -303,7 +306,7 @@ impl MissingSink {
         };
         for key in over {
             for (thread, since) in waits.pages.remove(&key).unwrap_or_default() {
-                let waited = since.elapsed();
+                let waited = clock::now() - since;
                 waits.latencies.record(micros(waited));
                 *waits.threads.entry(thread).or_default() += waited;
             }

@@ -1,43 +1,73 @@
-//! What the threads of postcopy do to pages that wait and pages that are missing, for the simulation, which has no threads.
+//! Both ends of a connection of postcopy without their threads: the simulation drives them turn by turn.
 
-use pagecopy::xbzrle::Page;
+use std::sync::Arc;
+use std::time::Duration;
 
-use super::{MissingSink, PageServer};
+use pagecopy::backend::BackendError;
+
+use super::channel::Channel;
+use super::lane::Worker as Lane;
+use super::receiver::Worker as Receiver;
+use super::{LaneEnd, MissingSink, PageServer, PostcopyError};
 use crate::wire::frame::FrameHeader;
-use crate::wire::postcopy::PageRequest;
+use crate::wire::postcopy::SEAL_LEN;
 
-/// Somebody sends pages: see [`PageServer`].
+/// The source's end.
+pub(crate) struct SteppedServer(Lane);
+
+impl SteppedServer {
+    pub(crate) fn new(server: &Arc<PageServer>, channel: Arc<dyn Channel>, stream: u16) -> Self {
+        Self(Lane::new(server.clone(), channel, stream))
+    }
+
+    /// Takes what has come, and sends a frame at most. Says whether there is something to do soon.
+    pub(crate) fn turn(&mut self) -> Result<bool, LaneEnd> {
+        self.0.turn().map_err(|error| self.0.end(error))
+    }
+
+    /// The connection is given up.
+    pub(crate) fn stop(&mut self) {
+        self.0.end(PostcopyError::Stopped { stream: 0 });
+    }
+}
+
+/// Bytes before those of a frame's pages.
+pub(crate) const HEAD_LEN: usize = FrameHeader::LEN + SEAL_LEN;
+
+/// The destination's end.
+pub(crate) struct SteppedReceiver {
+    sink: Arc<MissingSink>,
+    receiver: Receiver,
+}
+
+impl SteppedReceiver {
+    pub(crate) fn new(sink: &Arc<MissingSink>, channel: Arc<dyn Channel>, stream: u16) -> Self {
+        Self { sink: sink.clone(), receiver: Receiver::new(sink, channel, stream) }
+    }
+
+    /// Length of the frame that begins so.
+    pub(crate) fn frame_len(&self, head: &[u8; HEAD_LEN]) -> usize {
+        let header = head.first_chunk().expect("a header's length");
+        let header = FrameHeader::decode(header, &self.sink.hasher).expect("no header is damaged");
+        HEAD_LEN + header.encoded_len as usize + header.raw_len()
+    }
+
+    /// Takes one frame, all of which is there, or the end.
+    pub(crate) fn frame(&mut self) -> Result<(), PostcopyError> {
+        self.receiver.frame(&self.sink)
+    }
+}
+
 impl PageServer {
-    /// Takes pages that nobody asked for.
-    pub(crate) fn step_next(&self, pages_max: u32) -> Option<(u32, u64)> {
-        self.take_next(pages_max)
-    }
-
-    /// Takes what was asked for, as far as it still waits.
-    pub(crate) fn step_requested(&self, request: PageRequest) -> Vec<(u32, u64)> {
-        self.take_requested(request)
-    }
-
-    /// Pages of a frame that died with its connection, or that arrived damaged.
-    pub(crate) fn step_back(&self, chunk: u32, pages: u64) {
-        self.give_back(chunk, pages);
-    }
-
     /// Pages that nobody has taken.
     pub(crate) fn waiting(&self) -> u64 {
         self.pending.count()
     }
-
-    /// A frame's receipt fits.
-    pub(crate) fn step_receipted(&self, pages: u32) {
-        self.receipted(pages);
-    }
 }
 
-/// Somebody has received a frame: see [`MissingSink`].
 impl MissingSink {
-    /// Places what is still missing of a frame that fits its seal.
-    pub(crate) fn step_place(&self, header: &FrameHeader, raw: &[u8], compressed: &[Page]) {
-        self.place(header, raw, compressed).expect("simulated memory takes every page");
+    /// Asks for what was touched.
+    pub(crate) fn step_faults(&self) -> Result<(), BackendError> {
+        self.serve(&mut Vec::new(), Duration::ZERO)
     }
 }

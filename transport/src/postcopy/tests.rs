@@ -13,8 +13,8 @@ use pagecopy::digest::PageHasher;
 use pagecopy::layout::{Layout, PAGE_SIZE};
 
 use super::lane::ANSWERS_MAX;
+use super::partial::Partial;
 use super::{Lane, LaneEnd, MissingRuns, MissingSink, PageServer, PostcopyError, ServerOptions};
-use crate::simulation::Partial;
 use crate::socket::Connection;
 use crate::wire::WireError;
 use crate::wire::control::capability;

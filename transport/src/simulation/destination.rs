@@ -16,22 +16,25 @@ use pagecopy::layout::Layout;
 use super::guest::Guest;
 use super::network::{Connection, Side};
 use super::world::{Event as Happening, Link, Micros, NextTurn, World, sleep};
-use super::{HANDOVER_TIMEOUT, SESSION, TIMEOUT};
+use super::{HANDOVER_TIMEOUT, POSTCOPY_TIMEOUT, SESSION, TIMEOUT};
 use crate::destination::stepped::SteppedWorker;
 use crate::destination::{PageSink, ReceiveError};
-use crate::engine::Options;
-use crate::engine::destination::environment::{Call, Environment, Event, Speaks};
+use crate::engine::destination::environment::{Call, Environment, Event, PostcopyEvent, Speaks};
 use crate::engine::destination::opening::Reception;
 use crate::engine::destination::{Arrival, Incoming, IncomingError};
 use crate::engine::progress::Progress;
+use crate::engine::{Options, explain};
 use crate::host::Host;
 use crate::link::{LinkError, LinkEvent};
-use crate::postcopy::MissingSink;
+use crate::postcopy::stepped::{HEAD_LEN, SteppedReceiver};
+use crate::postcopy::{MissingSink, PostcopyError};
 use crate::session::SessionError;
 use crate::wire::control::{ErrorCode, Hello, Message, StreamEnd};
 use crate::wire::{Preamble, Role, VERSION_MAX};
 
 const ME: Side = Side::Destination;
+/// No frame of postcopy is longer.
+const FRAME_LEN_MAX: usize = 1 << 20;
 
 /// What the process is told.
 pub(super) struct Task {
@@ -47,6 +50,7 @@ impl Task {
             timeout: Duration::from_micros(TIMEOUT),
             handover_timeout: Duration::from_micros(HANDOVER_TIMEOUT),
             reconnect_timeout: Duration::from_micros(reconnect_max),
+            postcopy_timeout: Duration::from_micros(POSTCOPY_TIMEOUT),
             ..Options::default()
         };
         Self { guest: guest.clone(), options, progress: Progress::default() }
@@ -120,6 +124,17 @@ struct State<'a> {
     workers: BTreeMap<usize, (u16, SteppedWorker<'a>, Held)>,
     /// When memory is prepared.
     populated_at: Option<Micros>,
+    /// Connections of postcopy, by wire.
+    receivers: BTreeMap<usize, Receiving>,
+    /// Asks for what is touched.
+    missing: Option<Arc<MissingSink>>,
+}
+
+/// A connection of postcopy.
+struct Receiving {
+    stream: u16,
+    receiver: Option<SteppedReceiver>,
+    held: Held,
 }
 
 /// The environment: connections of the world, and workers that take their turns when the world says so.
@@ -142,6 +157,8 @@ impl<'a> Env<'a> {
     fn ticked(&self) {
         let wires: Vec<usize> = self.state.borrow().workers.keys().copied().collect();
         wires.into_iter().for_each(|wire| self.worker_turn(wire));
+        let wires: Vec<usize> = self.state.borrow().receivers.keys().copied().collect();
+        wires.into_iter().for_each(|wire| self.postcopy_turn(wire));
     }
 
     /// Something came on a wire, or its end.
@@ -151,6 +168,9 @@ impl<'a> Env<'a> {
         if state.workers.contains_key(&wire) {
             let after = world.rng.range(0, 300);
             world.schedule(after, Happening::Worker(wire));
+        } else if state.receivers.contains_key(&wire) {
+            let after = world.rng.range(0, 300);
+            world.schedule(after, Happening::Postcopy(wire, false));
         } else if !state.greeted.contains(&wire) && !world.connection(wire).is_down(ME) {
             drop((world, state));
             self.greet(wire);
@@ -185,7 +205,7 @@ impl<'a> Env<'a> {
             }
             _ if state.over || !state.agreed => return self.say_no(&held, ErrorCode::UnknownSession),
             Role::Stream => Event::Stream { request: Request(held), stream },
-            Role::Postcopy => return self.say_no(&held, ErrorCode::Protocol),
+            Role::Postcopy => Event::Postcopy(PostcopyEvent::Opened { connection: Request(held), stream }),
             Role::Resume => {
                 let (link, generation) = self.link(state, held, &bytes);
                 Event::Resume { link, generation }
@@ -251,6 +271,49 @@ impl<'a> Env<'a> {
         let mut state = self.state.borrow_mut();
         state.workers.remove(&wire);
         state.heard.push_back(Event::StreamEnded { stream, result });
+    }
+
+    /// A turn of a connection of postcopy: some frames, some of which are damaged.
+    fn postcopy_turn(&self, wire: usize) {
+        let state = &mut *self.state.borrow_mut();
+        let mut world = self.world.borrow_mut();
+        let Some(Receiving { stream, receiver: Some(receiver), held }) = state.receivers.get_mut(&wire)
+        else {
+            return;
+        };
+        let stream = *stream;
+        for _ in 0..world.rng.range(1, 3) {
+            let head = held.connection.peek(ME, HEAD_LEN);
+            let len = head.first_chunk().map_or(usize::MAX, |head| receiver.frame_len(head));
+            let whole = held.connection.peek(ME, len.min(FRAME_LEN_MAX)).len() == len;
+            if !whole && !held.connection.is_over(ME) {
+                return;
+            }
+            if whole && len > HEAD_LEN && world.rng.percent(5) {
+                let at = world.rng.range(HEAD_LEN as u64, len as u64 - 1) as usize;
+                held.connection.damage(ME, at, world.rng.below(8) as u32);
+                world.saw("postcopy frames damaged", 1);
+            }
+            if let Err(error) = receiver.frame() {
+                world.note(|| format!("postcopy receiver {stream} is over: {error}"));
+                if !matches!(error, PostcopyError::Io { .. } | PostcopyError::Closed { .. }) {
+                    world.violated(format!("at the destination: {}", explain(&error)));
+                }
+                state.receivers.remove(&wire);
+                state.heard.push_back(Event::Postcopy(PostcopyEvent::Ended(error)));
+                return;
+            }
+        }
+        let after = world.rng.range(0, 500);
+        world.schedule(after, Happening::Postcopy(wire, false));
+    }
+
+    /// Asks for pages that the guest has touched.
+    fn serve_touched(&self) {
+        let missing = self.state.borrow().missing.clone();
+        if let Some(Err(error)) = missing.map(|missing| missing.step_faults()) {
+            self.state.borrow_mut().heard.push_back(Event::Postcopy(PostcopyEvent::Faults(error)));
+        }
     }
 
     /// Whether there is something to hear.
@@ -375,19 +438,38 @@ impl Environment for Env<'_> {
         self.refuse(connection, code, text);
     }
 
-    fn admit_postcopy(&self, _connection: Request, _stream: u16) -> bool {
-        false
+    fn admit_postcopy(&self, connection: Request, stream: u16) -> bool {
+        let mut state = self.state.borrow_mut();
+        // What has arrived on the one before it may still be taken.
+        let same = state.receivers.values().filter(|receiving| receiving.stream == stream);
+        same.for_each(|receiving| receiving.held.connection.close(ME));
+        let held = connection.0;
+        self.world.borrow_mut().say(held.wire, ME, &Message::Attached { stream });
+        state.receivers.insert(held.wire, Receiving { stream, receiver: None, held });
+        true
     }
 
-    fn start_postcopy(&self, _sink: &Arc<MissingSink>, _stream: u16) -> Result<(), IncomingError> {
+    fn start_postcopy(&self, sink: &Arc<MissingSink>, stream: u16) -> Result<(), IncomingError> {
+        let mut state = self.state.borrow_mut();
+        let of_stream = |(_, receiving): &(&usize, &mut Receiving)| receiving.stream == stream;
+        if let Some((&wire, receiving)) = state.receivers.iter_mut().rev().find(of_stream) {
+            let channel = receiving.held.connection.channel(ME);
+            receiving.receiver = Some(SteppedReceiver::new(sink, channel, stream));
+            self.world.borrow_mut().schedule(0, Happening::Postcopy(wire, false));
+        }
         Ok(())
     }
 
-    fn serve_faults(&self, _sink: &Arc<MissingSink>) -> Result<(), IncomingError> {
+    fn serve_faults(&self, sink: &Arc<MissingSink>) -> Result<(), IncomingError> {
+        self.state.borrow_mut().missing = Some(sink.clone());
         Ok(())
     }
 
-    fn end_postcopy(&self) {}
+    fn end_postcopy(&self) {
+        let mut state = self.state.borrow_mut();
+        state.receivers.clear();
+        state.missing = None;
+    }
 }
 
 /// The process.
@@ -414,6 +496,11 @@ impl<'a> DestinationHost<'a> {
         self.result.is_some()
     }
 
+    /// The guest came, whole.
+    pub(super) fn is_through(&self) -> bool {
+        matches!(self.result, Some(Ok(())))
+    }
+
     /// Nobody has come.
     pub(super) fn is_idle(&self) -> bool {
         !self.env.state.borrow().agreed
@@ -431,13 +518,16 @@ impl<'a> DestinationHost<'a> {
                 env.touched(wire);
             }
             Happening::Worker(wire) => env.worker_turn(wire),
+            Happening::Postcopy(wire, _) => env.postcopy_turn(wire),
+            // The guest has run.
+            Happening::Guest(_) => env.serve_touched(),
             Happening::Tick(_) => {
                 env.ticked();
                 world.borrow_mut().schedule(super::TICK, event);
             }
             // The turn below is what it is for.
             Happening::Alarm(_) => {}
-            Happening::Abort(_) | Happening::Refuse(_) | Happening::Lane(_) | Happening::Guest(_) => {}
+            Happening::Abort(_) | Happening::Refuse(_) | Happening::Lane(_) => {}
         }
         self.turn();
     }
@@ -465,6 +555,7 @@ impl<'a> DestinationHost<'a> {
         (state.over, world.listening) = (true, false);
         state.workers.clear();
         state.heard.clear();
+        state.receivers.clear();
         self.result = Some(result);
     }
 }

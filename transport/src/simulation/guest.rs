@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
-use pagecopy::backend::{self, BackendError, DirtyLog, GuestRam, Placer, StateBlob};
+use pagecopy::backend::{self, BackendError, DirtyLog, Fault, GuestRam, MissingPages, Placer, StateBlob};
 use pagecopy::bitmap::{PageBitmap, bits};
 use pagecopy::layout::{Layout, PAGE_SIZE};
 use vm_memory::volatile_memory::VolatileSlice;
@@ -13,6 +14,9 @@ use crate::guest_memory::Memory;
 
 /// Former contents of a page that the guest may return to.
 const FORMER_MAX: usize = 3;
+
+/// Cores that it runs on once it misses pages.
+const CORES: usize = 3;
 
 /// How a guest behaves.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +31,8 @@ pub(super) struct Habits {
     pub(super) populates: bool,
     /// Its device state cannot be loaded.
     pub(super) refuses_state: bool,
+    /// It can run before its pages are there.
+    pub(super) misses: bool,
     /// Writes in all; then it rests, so that every migration can come to its end.
     pub(super) writes: u32,
 }
@@ -35,6 +41,8 @@ pub(super) struct Habits {
 pub(super) struct Guest {
     memory: Memory,
     habits: Habits,
+    /// Where it was before, whose pages must be the ones that follow.
+    origin: Option<Arc<Guest>>,
     state: Mutex<State>,
 }
 
@@ -55,11 +63,22 @@ struct State {
     armed: Vec<u64>,
     /// Pages noted since the last sync.
     noted: Vec<u64>,
+    /// For each chunk, pages that are still to come.
+    missing: Vec<u64>,
+    /// What each core waits for.
+    cores: [Option<(u32, u32)>; CORES],
+    /// What was touched since it was last asked.
+    faults: Vec<Fault>,
+    waits: u64,
+    /// It was stopped before its pages were there, for they never come.
+    lost: bool,
+    violation: Option<String>,
 }
 
 impl Guest {
     /// A guest that has run for a while, or memory for one that is to come.
-    pub(super) fn new(layout: Layout, habits: Habits, mut rng: Rng, runs: bool) -> Arc<Self> {
+    pub(super) fn new(layout: Layout, habits: Habits, mut rng: Rng, origin: Option<Arc<Self>>) -> Arc<Self> {
+        let runs = origin.is_none();
         let chunks = layout.chunks();
         let all: Vec<_> = (0..chunks).flat_map(|c| bits(layout.valid(c)).map(move |b| (c, b))).collect();
         let hot = (0..rng.range(1, 6)).map(|_| rng.pick(&all)).collect();
@@ -75,10 +94,16 @@ impl Guest {
             populated: words.clone(),
             logging: false,
             armed: words.clone(),
-            noted: words,
+            noted: words.clone(),
+            missing: words,
+            cores: [None; CORES],
+            faults: Vec::new(),
+            waits: 0,
+            lost: false,
+            violation: None,
             rng,
         };
-        let guest = Arc::new(Self { memory: Memory::new(layout), habits, state: Mutex::new(state) });
+        let guest = Arc::new(Self { memory: Memory::new(layout), habits, origin, state: Mutex::new(state) });
         if runs {
             let mut state = guest.state();
             for &(chunk, bit) in &all {
@@ -110,12 +135,53 @@ impl Guest {
         state.running && state.writes_left != 0
     }
 
-    /// The guest runs for a moment.
+    /// The guest runs for a moment, on cores that do not wait for a page.
     pub(super) fn run(&self) {
         let mut state = self.state();
         let writes = state.rng.range(1, 6);
         for _ in 0..writes {
             self.write_somewhere(&mut state);
+        }
+    }
+
+    /// Pages that are still to come.
+    pub(super) fn missing(&self) -> u64 {
+        self.state().missing.iter().map(|pages| u64::from(pages.count_ones())).sum()
+    }
+
+    /// How often a core has waited for a page.
+    pub(super) fn waits(&self) -> u64 {
+        self.state().waits
+    }
+
+    /// It was stopped because pages of it never come.
+    pub(super) fn is_lost(&self) -> bool {
+        self.state().lost
+    }
+
+    /// What happened to it that must never happen.
+    pub(super) fn violation(&self) -> Option<String> {
+        self.state().violation.take()
+    }
+
+    /// A core touches a page; false where it has to wait for it.
+    fn touch(&self, state: &mut State, (chunk, bit): (u32, u32)) -> bool {
+        if state.missing[chunk as usize] >> bit & 1 == 0 {
+            return true;
+        }
+        if let Some(core) = state.cores.iter().position(Option::is_none) {
+            state.waits += 1;
+            state.cores[core] = Some((chunk, bit));
+            state.faults.push(Fault { chunk, page: bit, thread: core as u32 });
+        }
+        false
+    }
+
+    /// Pages are there: who waits for them goes on.
+    fn came(&self, state: &mut State) {
+        let State { missing, cores, .. } = state;
+        for core in cores {
+            core.take_if(|(chunk, bit)| missing[*chunk as usize] >> *bit & 1 == 0);
         }
     }
 
@@ -127,7 +193,7 @@ impl Guest {
     }
 
     fn write_somewhere(&self, state: &mut State) {
-        if !state.running || state.writes_left == 0 {
+        if !state.running || state.writes_left == 0 || state.cores.iter().all(Option::is_some) {
             return;
         }
         state.writes_left -= 1;
@@ -138,7 +204,9 @@ impl Guest {
             let valid = self.memory.layout().valid(chunk);
             (chunk, state.rng.below(u64::from(valid.count_ones())) as u32)
         };
-        self.write(state, chunk, bit);
+        if self.touch(state, (chunk, bit)) {
+            self.write(state, chunk, bit);
+        }
     }
 
     fn write(&self, state: &mut State, chunk: u32, bit: u32) {
@@ -167,8 +235,11 @@ impl Guest {
                 }
             }
             6 => {
-                let (chunk, bit) = state.rng.pick(&state.hot.clone());
-                new = self.memory.read(chunk, bit);
+                let other = state.rng.pick(&state.hot.clone());
+                if !self.touch(state, other) {
+                    return;
+                }
+                new = self.memory.read(other.0, other.1);
             }
             // A little, which is what deltas are for.
             _ => {
@@ -190,11 +261,12 @@ impl Guest {
         }
     }
 
-    /// Where memory or device state differs from another guest's.
+    /// Where memory that is there, or device state, differs from another guest's.
     pub(super) fn difference(&self, other: &Self) -> Option<String> {
         let layout = self.memory.layout();
         for chunk in 0..layout.chunks() {
-            for bit in bits(layout.valid(chunk)) {
+            let there = layout.valid(chunk) & !other.state().missing[chunk as usize];
+            for bit in bits(there) {
                 if self.memory.read(chunk, bit) != other.memory.read(chunk, bit) {
                     return Some(format!("page {bit} of chunk {chunk}"));
                 }
@@ -214,6 +286,13 @@ impl backend::Guest for Guest {
     fn resume(&self) -> Result<(), BackendError> {
         self.set_running(true);
         Ok(())
+    }
+
+    fn stop_for_good(&self, release: &dyn Fn() -> Result<(), BackendError>) -> Result<(), BackendError> {
+        let mut state = self.state();
+        (state.running, state.lost) = (false, true);
+        drop(state);
+        release()
     }
 
     fn throttle(&self, _percent: u8) -> Result<(), BackendError> {
@@ -260,8 +339,76 @@ impl GuestRam for Guest {
         self.habits.places.then(|| Box::new(GuestPlacer(self)) as Box<dyn Placer>)
     }
 
+    fn missing_unit(&self) -> Result<u32, BackendError> {
+        if self.habits.misses { Ok(0) } else { Err(BackendError::invalid("this memory misses nothing")) }
+    }
+
+    fn miss(self: Arc<Self>, missing: &PageBitmap) -> Result<Box<dyn MissingPages>, BackendError> {
+        let mut state = self.state();
+        for (chunk, pages) in missing.iter() {
+            state.missing[chunk as usize] = pages;
+            bits(pages).for_each(|bit| self.memory.write(chunk, bit, &[0xee; PAGE_SIZE]));
+        }
+        drop(state);
+        Ok(Box::new(Missing(self)))
+    }
+
     fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
         bits(pages).for_each(|bit| self.memory.write(chunk, bit, &[0; PAGE_SIZE]));
+        Ok(())
+    }
+}
+
+/// What is still to come of it: what does come must be what its origin has.
+struct Missing(Arc<Guest>);
+
+impl Missing {
+    fn place_page(&self, state: &mut State, chunk: u32, bit: u32, page: &[u8; PAGE_SIZE]) {
+        let origin = self.0.origin.as_ref().expect("only a guest that moves misses pages");
+        if state.missing[chunk as usize] >> bit & 1 == 0 {
+            state.violation.get_or_insert(format!("page {bit} of chunk {chunk} was placed twice"));
+        } else if origin.memory.read(chunk, bit) != *page {
+            state.violation.get_or_insert(format!("page {bit} of chunk {chunk} followed and is stale"));
+        }
+        state.missing[chunk as usize] &= !(1 << bit);
+        self.0.memory.write(chunk, bit, page);
+    }
+}
+
+impl MissingPages for Missing {
+    fn wait(&self, faults: &mut Vec<Fault>, _timeout: Duration) -> Result<(), BackendError> {
+        faults.append(&mut self.0.state().faults);
+        Ok(())
+    }
+
+    fn place(&self, chunk: u32, first: u32, bytes: &[u8]) -> Result<(), BackendError> {
+        let mut state = self.0.state();
+        for (bit, page) in (first..).zip(bytes.as_chunks::<PAGE_SIZE>().0) {
+            self.place_page(&mut state, chunk, bit, page);
+        }
+        self.0.came(&mut state);
+        Ok(())
+    }
+
+    fn place_zeros(&self, chunk: u32, first: u32, count: u32) -> Result<(), BackendError> {
+        (first..first + count).try_for_each(|bit| self.place(chunk, bit, &[0; PAGE_SIZE]))
+    }
+
+    fn settle(&self, _fault: Fault) -> Result<(), BackendError> {
+        self.0.came(&mut self.0.state());
+        Ok(())
+    }
+
+    fn end(&self) -> Result<(), BackendError> {
+        let mut state = self.0.state();
+        for chunk in 0..state.missing.len() {
+            let pages = std::mem::take(&mut state.missing[chunk]);
+            if pages != 0 && state.running {
+                state.violation.get_or_insert("the guest runs on zeros instead of its pages".into());
+            }
+            bits(pages).for_each(|bit| self.0.memory.write(chunk as u32, bit, &[0; PAGE_SIZE]));
+        }
+        self.0.came(&mut state);
         Ok(())
     }
 }

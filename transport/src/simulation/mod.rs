@@ -27,7 +27,6 @@ mod destination;
 pub(crate) mod fault;
 mod guest;
 mod network;
-mod postcopy;
 mod rng;
 mod source;
 #[cfg(test)]
@@ -44,7 +43,6 @@ use self::destination::DestinationHost;
 use self::fault::Fault;
 use self::guest::Guest;
 use self::network::Side;
-pub(crate) use self::postcopy::Partial;
 use self::rng::Rng;
 use self::source::{Env, Fate, SourceHost, Task};
 use self::weather::{Plan, Strike, Trigger};
@@ -58,6 +56,8 @@ use crate::wire::SessionId;
 const TIMEOUT: Micros = 1_000_000;
 /// How long the destination waits for GO without a source.
 const HANDOVER_TIMEOUT: Micros = 5_000_000;
+/// How long the destination waits without a source for pages of a guest that runs.
+const POSTCOPY_TIMEOUT: Micros = 20_000_000;
 /// How often a side looks at the clock.
 const TICK: Micros = 100_000;
 const SESSION: SessionId = [7; 16];
@@ -134,8 +134,9 @@ pub(super) fn run(seed: u64, broken: Option<Fault>, traced: bool) -> Outcome {
     let ground =
         Ground { lanes: (0..LANES_MAX).map(|_| LaneSlot::default()).collect(), sink: OnceLock::new() };
     let mut rng = Rng::new(plan.rng.clone().next());
-    let guests = [true, false]
-        .map(|runs| Guest::new(plan.layout.clone(), plan.habits[usize::from(!runs)], rng.fork(), runs));
+    let origin = Guest::new(plan.layout.clone(), plan.habits[0], rng.fork(), None);
+    let home = Guest::new(plan.layout.clone(), plan.habits[1], rng.fork(), Some(origin.clone()));
+    let guests = [origin, home];
     let world = Rc::new(RefCell::new(World::new(rng.fork(), plan.weather, traced)));
     world.borrow_mut().note(|| format!("{plan:#?}"));
     let task = Task::new(&guests[0], &plan.attempt);
@@ -207,6 +208,8 @@ impl<'a> Run<'a> {
             world.note(|| format!("source: {source}; destination: {destination}"));
         }
         world.saw(ending.name(), 1);
+        world.saw("waits for a page", self.guests[1].waits());
+        world.saw("lost before its pages were there", u64::from(self.guests[1].is_lost()));
         Outcome {
             violation: world.violation.take(),
             digest: world.digest,
@@ -234,9 +237,11 @@ impl<'a> Run<'a> {
             }
             Event::Abort(_) | Event::Refuse(_) | Event::Lane(_) => true,
             Event::Worker(_) => false,
-            Event::Look(_, source) | Event::Tick(source) | Event::Guest(source) | Event::Alarm(source) => {
-                source
-            }
+            Event::Look(_, source)
+            | Event::Postcopy(_, source)
+            | Event::Tick(source)
+            | Event::Guest(source)
+            | Event::Alarm(source) => source,
         };
         let thaws = world.frozen[usize::from(!of_source)];
         if world.now < thaws {
@@ -276,11 +281,14 @@ impl<'a> Run<'a> {
             }
             let mut world = self.world.borrow_mut();
             let after = world.rng.range(50, 1500);
-            return world.schedule(after, event);
+            world.schedule(after, event);
         }
         let Some(destination) = &mut self.destination else { return };
         let had = self.arrived;
         destination.happen(event);
+        if let Some(what) = self.guests[1].violation() {
+            self.violated(&what);
+        }
         self.arrived |= self.guests[1].runs();
         if self.arrived
             && !had
@@ -338,6 +346,13 @@ impl<'a> Run<'a> {
         }
         if ending != Ending::Moved && self.survivable {
             self.violated("the migration did not survive lost connections");
+        }
+        let through = self.destination.as_ref().is_some_and(DestinationHost::is_through);
+        if through && self.guests[1].missing() != 0 {
+            self.violated("the destination is through, and pages are missing");
+        }
+        if fate == Some(Fate::Lost) && !self.guests[1].is_lost() {
+            self.violated("the source believes that the guest is lost, and it is not");
         }
         if fate == Some(Fate::Moved) && !self.arrived {
             self.violated("the source believes that the guest has moved, and it has not");

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::carrier::{Breaker, FrameReceiver, FrameSender, ReceiptReader, SourceEnd};
+use crate::postcopy::channel::Channel;
 use crate::sys::{ReceiveList, SendList};
 
 /// An end of a connection.
@@ -135,6 +136,33 @@ impl Connection {
         }
     }
 
+    /// What comes next for a side, as far as it is there and no longer than `len`.
+    pub(super) fn peek(&self, side: Side, len: usize) -> Vec<u8> {
+        self.state().pipes[side.other() as usize].arrived.iter().copied().take(len).collect()
+    }
+
+    /// Whether nothing more arrives for a side than what is there.
+    pub(super) fn is_over(&self, side: Side) -> bool {
+        let state = self.state();
+        state.pipes[side.other() as usize].over || state.down[side as usize]
+    }
+
+    /// Damages what comes next for a side: a bit of the byte `at`.
+    pub(super) fn damage(&self, side: Side, at: usize, bit: u32) {
+        self.state().pipes[side.other() as usize].arrived[at] ^= 1 << bit;
+    }
+
+    /// What a side has read too much of comes next for it.
+    pub(super) fn unread(&self, side: Side, bytes: &[u8]) {
+        let arrived = &mut self.state().pipes[side.other() as usize].arrived;
+        bytes.iter().rev().for_each(|&byte| arrived.push_front(byte));
+    }
+
+    /// An end of it, for postcopy.
+    pub(super) fn channel(&self, side: Side) -> Arc<dyn Channel> {
+        Arc::new(End { connection: self.clone(), side })
+    }
+
     /// Reads everything that is there; false at the end.
     pub(super) fn read_all(&self, side: Side, into: &mut Vec<u8>) -> bool {
         loop {
@@ -208,15 +236,44 @@ impl Breaker for AtSource {
     }
 }
 
+/// An end of a connection of postcopy.
+struct End {
+    connection: Connection,
+    side: Side,
+}
+
+impl Channel for End {
+    fn send(&self, list: &mut SendList<'_>) -> io::Result<usize> {
+        let bytes = drain(list);
+        let len = bytes.len();
+        self.connection.write(self.side, bytes)?;
+        Ok(len)
+    }
+
+    fn receive(&self, list: &mut ReceiveList<'_>, _wait: bool) -> io::Result<usize> {
+        self.connection.take(self.side, |bytes| list.fill(bytes))
+    }
+
+    fn shutdown(&self) {
+        self.connection.close(self.side);
+    }
+}
+
+/// All that is to be sent.
+fn drain(list: &mut SendList<'_>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while !list.is_empty() {
+        let start = bytes.len();
+        bytes.resize(start + (64 << 10), 0);
+        let copied = list.copy_to(&mut bytes[start..]);
+        bytes.truncate(start + copied);
+    }
+    bytes
+}
+
 impl FrameSender for Connection {
     fn send(&mut self, mut list: SendList<'_>) -> io::Result<u64> {
-        let mut bytes = Vec::new();
-        while !list.is_empty() {
-            let start = bytes.len();
-            bytes.resize(start + (64 << 10), 0);
-            let copied = list.copy_to(&mut bytes[start..]);
-            bytes.truncate(start + copied);
-        }
+        let bytes = drain(&mut list);
         let len = bytes.len() as u64;
         self.write(Side::Source, bytes)?;
         Ok(len)

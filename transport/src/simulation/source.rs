@@ -21,15 +21,16 @@ use super::world::{Event as Happening, Link, Micros, NextTurn, World, sleep};
 use super::{SESSION, TIMEOUT};
 use crate::carrier::SourceEnd;
 use crate::clock;
-use crate::engine::Options;
 use crate::engine::progress::{Phase, Progress};
 use crate::engine::report::Status;
 use crate::engine::source::environment::{Environment, Event, Opening, Patience};
 use crate::engine::source::leave::Leave;
 use crate::engine::source::{Attempt as Phases, Cause, Failure, SourceBackend};
 use crate::engine::tuning::Tuning;
+use crate::engine::{Options, explain};
 use crate::host::Host;
 use crate::link::{LinkError, LinkEvent};
+use crate::postcopy::stepped::SteppedServer;
 use crate::postcopy::{PageServer, PostcopyError};
 use crate::source::stepped::{LaneSlot, SteppedLane};
 use crate::source::{Batch, LaneError, PageSource, Waits};
@@ -48,6 +49,8 @@ pub(super) enum Fate {
     RunsOn,
     /// Nobody here knows, and somebody has ended the asking.
     Unknown,
+    /// The destination ran it, and lost it before its pages were there.
+    Lost,
 }
 
 /// What an attempt is like.
@@ -58,6 +61,8 @@ pub(super) struct Attempt {
     pub(super) reconnect: Micros,
     pub(super) codec: CodecMode,
     pub(super) cache_bytes: u64,
+    /// Rounds after which the guest is handed over before its pages.
+    pub(super) postcopy_after_rounds: Option<u64>,
     pub(super) limits: Limits,
 }
 
@@ -76,6 +81,7 @@ impl Task {
             timeout: Duration::from_micros(TIMEOUT),
             reconnect_timeout: Duration::from_micros(attempt.reconnect),
             cache_bytes: attempt.cache_bytes,
+            postcopy_after_rounds: attempt.postcopy_after_rounds,
             ..Options::default()
         };
         Self {
@@ -101,9 +107,18 @@ struct Lane<'a> {
     begun: Duration,
 }
 
+/// A connection of postcopy.
+struct Served {
+    wire: usize,
+    lane: SteppedServer,
+}
+
 #[derive(Default)]
 struct State<'a> {
     link: Option<Link>,
+    /// By number.
+    postcopy: BTreeMap<u16, Served>,
+    server: Option<Arc<PageServer>>,
     lanes: BTreeMap<u16, Lane<'a>>,
     slots_used: usize,
     events: VecDeque<Event>,
@@ -146,9 +161,22 @@ impl<'a> Env<'a> {
         streams.into_iter().for_each(|stream| self.wake(stream, within));
     }
 
+    fn wake_postcopy(&self) {
+        let mut world = self.world.borrow_mut();
+        for served in self.state.borrow().postcopy.values() {
+            let after = world.rng.range(0, 1000);
+            world.schedule(after, Happening::Postcopy(served.wire, true));
+        }
+    }
+
     /// Something came on a wire, or its end.
     fn touched(&self, wire: usize) {
         let state = self.state.borrow();
+        if state.postcopy.values().any(|served| served.wire == wire) {
+            let mut world = self.world.borrow_mut();
+            let after = world.rng.range(0, 100);
+            return world.schedule(after, Happening::Postcopy(wire, true));
+        }
         let stream = state.lanes.iter().find(|(_, lane)| lane.wire == wire).map(|(&stream, _)| stream);
         drop(state);
         if let Some(stream) = stream {
@@ -245,6 +273,37 @@ impl<'a> Env<'a> {
         state.events.push_back(Event::LaneEnd(end));
     }
 
+    /// A turn of a connection of postcopy: what has come, and some frames.
+    fn postcopy_turn(&self, wire: usize) {
+        let state = &mut *self.state.borrow_mut();
+        let Some(server) = state.server.clone() else { return };
+        let Some((&stream, served)) = state.postcopy.iter_mut().find(|(_, served)| served.wire == wire)
+        else {
+            return;
+        };
+        let mut world = self.world.borrow_mut();
+        let waiting = server.waiting();
+        for _ in 0..world.rng.range(1, 3) {
+            if let Err(end) = served.lane.turn() {
+                world.note(|| format!("postcopy connection {stream} is over: {}", end.error));
+                if !matches!(
+                    end.error,
+                    PostcopyError::Io { .. } | PostcopyError::Closed { .. } | PostcopyError::Timeout { .. }
+                ) {
+                    world.violated(format!("at the source: {}", explain(&end.error)));
+                }
+                world.saw("postcopy connections lost", 1);
+                state.postcopy.remove(&stream);
+                state.events.push_back(Event::PostcopyEnd(end));
+                return;
+            }
+        }
+        if server.waiting() != waiting {
+            let after = world.rng.range(0, 1500);
+            world.schedule(after, Happening::Postcopy(wire, true));
+        }
+    }
+
     /// Nothing damages what travels, so that every receipt matches unless its page was sent from where the guest writes.
     fn no_damage(&self) {
         let state = self.state.borrow();
@@ -300,7 +359,7 @@ impl Waits for Env<'_> {
 }
 
 impl Environment for Env<'_> {
-    type Postcopy = ();
+    type Postcopy = usize;
 
     fn session_id(&self) -> io::Result<SessionId> {
         Ok(SESSION)
@@ -441,20 +500,52 @@ impl Environment for Env<'_> {
 
     async fn dial_postcopy(
         &self,
-        _session: SessionId,
+        session: SessionId,
         _version: u16,
         stream: u16,
-        _timeout: Duration,
-        _given_up: &dyn Fn() -> bool,
-    ) -> Result<(), PostcopyError> {
-        Err(PostcopyError::Io { stream, source: io::ErrorKind::Unsupported.into() })
+        timeout: Duration,
+        given_up: &dyn Fn() -> bool,
+    ) -> Result<usize, PostcopyError> {
+        let wire = self.world.borrow_mut().connect(Role::Postcopy, stream, session);
+        let connection = self.world.borrow().connection(wire);
+        let (mut link, until) = (Link::new(wire, Vec::new()), clock::now() + timeout);
+        loop {
+            let heard = link.next(&mut self.world.borrow_mut(), ME);
+            let error = match heard {
+                Some(Some(Message::Attached { stream: attached })) if attached == stream => {
+                    connection.unread(ME, link.rest());
+                    return Ok(wire);
+                }
+                Some(Some(Message::Error { text, .. })) => LinkError::Refused(text),
+                Some(_) => LinkError::Closed,
+                None if given_up() => LinkError::Cancelled,
+                None if clock::now() > until => LinkError::Timeout(timeout.as_secs()),
+                None => {
+                    NextTurn::new().await;
+                    continue;
+                }
+            };
+            connection.close(ME);
+            return Err(error.into());
+        }
     }
 
-    fn start_postcopy(&self, _server: &Arc<PageServer>, (): (), _stream: u16) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn start_postcopy(&self, server: &Arc<PageServer>, wire: usize, stream: u16) -> io::Result<()> {
+        let mut state = self.state.borrow_mut();
+        let mut world = self.world.borrow_mut();
+        let lane = SteppedServer::new(server, world.connection(wire).channel(ME), stream);
+        state.server = Some(server.clone());
+        state.postcopy.insert(stream, Served { wire, lane });
+        let after = world.rng.range(0, 100);
+        world.schedule(after, Happening::Postcopy(wire, true));
+        Ok(())
     }
 
-    fn end_postcopy(&self) {}
+    fn end_postcopy(&self) {
+        let mut state = self.state.borrow_mut();
+        std::mem::take(&mut state.postcopy).into_values().for_each(|mut served| served.lane.stop());
+        state.events.retain(|event| !matches!(event, Event::PostcopyEnd(_)));
+    }
 }
 
 /// The process.
@@ -529,8 +620,10 @@ impl<'a> SourceHost<'a> {
                 env.touched(wire);
             }
             Happening::Lane(stream) => env.lane_turn(stream),
+            Happening::Postcopy(wire, _) => env.postcopy_turn(wire),
             Happening::Tick(_) => {
                 env.wake_all(1000);
+                env.wake_postcopy();
                 world.borrow_mut().schedule(super::TICK, event);
             }
             // The turn below is what it is for.
@@ -576,6 +669,8 @@ impl<'a> SourceHost<'a> {
                 world.saw("asked no more", 1);
                 Fate::Unknown
             }
+            // The destination says so; whether it may is seen in the end.
+            Some((Has::Lost, _)) => Fate::Lost,
             Some((fate, cause)) => {
                 world.violated(format!("the source ended so: {fate:?}: {cause:?}"));
                 Fate::RunsOn
@@ -603,6 +698,9 @@ impl<'a> SourceHost<'a> {
         world.saw("asked, and heard that it runs", u64::from(state.asked != 0 && moved));
         let abandoned = failure.is_some_and(|failure| matches!(failure.cause, Cause::Abandoned));
         world.saw("abandoned, and heard of it", u64::from(abandoned));
+        let postcopy = self.task.progress.report().postcopy.is_some();
+        world.saw("moved before its pages", u64::from(postcopy && moved));
+        world.saw("resumed, and moved before its pages", u64::from(postcopy && moved && resumed != 0));
         for lane in std::mem::take(&mut state.lanes).into_values() {
             if let Some(stepped) = &lane.stepped {
                 stepped.abort();

@@ -10,7 +10,6 @@ use super::rng::Rng;
 use super::source::{Attempt, SourceHost};
 use super::world::{Event, Micros, Weather};
 use super::{Run, TIMEOUT};
-use crate::wire::Role;
 
 /// When something strikes.
 #[derive(Clone, Debug)]
@@ -71,6 +70,7 @@ impl Plan {
             places,
             populates: places && rng.percent(50),
             refuses_state: false,
+            misses: false,
             writes: rng.range(0, 1000) as u32,
         });
         let low = rng.range(20, 500);
@@ -86,7 +86,9 @@ impl Plan {
             CodecMode::Zstd { level: Some(2) },
             CodecMode::Zstd { level: Some(2) },
         ]);
+        let postcopy_after_rounds = rng.pick(&[None, None, None, Some(0), Some(1), Some(3)]);
         let attempt = Attempt {
+            postcopy_after_rounds,
             streams: rng.pick(&[1, 2, 2, 3, 4]),
             reconnect: rng.pick(&[0, 4 * TIMEOUT, 20 * TIMEOUT]),
             codec,
@@ -98,6 +100,7 @@ impl Plan {
             },
         };
         habits[1].refuses_state = rng.percent(4);
+        habits[1].misses = postcopy_after_rounds.is_some() || rng.percent(50);
         let reconnect_max = rng.pick(&[0, 4 * TIMEOUT, 20 * TIMEOUT, 20 * TIMEOUT]);
         let count = rng.pick(&[0, 1, 1, 2, 2, 3, 4]);
         let strikes = (0..count).map(|_| (trigger(&mut rng), strike(&mut rng))).collect();
@@ -117,9 +120,19 @@ pub(super) fn layout(rng: &mut Rng) -> Layout {
 }
 
 fn trigger(rng: &mut Rng) -> Trigger {
-    const SOURCE: [&str; 7] = ["HELLO", "STREAM_LOST", "STATE", "FINISH", "GO", "RUNNING", "RESUME"];
-    const DESTINATION: [&str; 7] =
-        ["WELCOME", "PREPARED", "ATTACHED", "STREAM_STOPPED", "READY", "RUNNING", "RESUMED"];
+    const SOURCE: [&str; 10] =
+        ["HELLO", "STREAM_LOST", "STATE", "FINISH", "GO", "RUNNING", "RESUME", "POSTCOPY", "MISSING", "SENT"];
+    const DESTINATION: [&str; 9] = [
+        "WELCOME",
+        "PREPARED",
+        "ATTACHED",
+        "STREAM_STOPPED",
+        "READY",
+        "RUNNING",
+        "RESUMED",
+        "POSTCOPY_READY",
+        "ARRIVED",
+    ];
     if rng.percent(50) {
         // As often in the first steps as in the many that move pages.
         let most = 1 << rng.range(3, 11);
@@ -196,7 +209,7 @@ impl Run<'_> {
         world.note(|| format!("strike: {strike:?}"));
         let open = world.open_wires();
         let streams = |world: &super::World, stream: bool| -> Vec<usize> {
-            let of_kind = |&&wire: &&usize| (world.wires[wire].role == Role::Stream) == stream;
+            let of_kind = |&&wire: &&usize| world.wires[wire].is_for_data() == stream;
             open.iter().filter(of_kind).copied().collect()
         };
         match strike {
@@ -265,7 +278,7 @@ impl Run<'_> {
         world.frozen[side as usize] = world.now + during;
         if during > TIMEOUT {
             for wire in world.open_wires() {
-                if world.wires[wire].role != Role::Stream {
+                if !world.wires[wire].is_for_data() {
                     world.notice_later(wire, side.other(), TIMEOUT);
                 }
             }

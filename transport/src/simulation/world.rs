@@ -35,6 +35,8 @@ pub(super) enum Event {
     Lane(u16),
     /// A worker of the destination takes its turn.
     Worker(usize),
+    /// An end of a connection of postcopy takes its turn.
+    Postcopy(usize, bool),
     /// Somebody looks at the clock, and whatever waits is looked at again.
     Tick(bool),
     /// The guest runs for a moment.
@@ -59,6 +61,13 @@ pub(super) struct Wire {
     /// Nothing that is written arrives before this.
     stalled_until: Micros,
     cut: bool,
+}
+
+impl Wire {
+    /// It carries pages, and no pings.
+    pub(super) fn is_for_data(&self) -> bool {
+        matches!(self.role, Role::Stream | Role::Postcopy)
+    }
 }
 
 /// Clock, network and chance.
@@ -254,7 +263,7 @@ impl World {
         self.note(|| format!("wire {wire} stalls for {during} us"));
         let until = &mut self.wires[wire].stalled_until;
         *until = (*until).max(self.now + during);
-        if self.wires[wire].role != Role::Stream && during > timeout {
+        if !self.wires[wire].is_for_data() && during > timeout {
             self.notice_later(wire, Side::Source, timeout);
             self.notice_later(wire, Side::Destination, timeout);
         }
@@ -299,6 +308,11 @@ impl Link {
     /// A link whose first bytes may have come along with the preamble.
     pub(super) fn new(wire: usize, buffer: Vec<u8>) -> Self {
         Self { wire, buffer, dead: false }
+    }
+
+    /// What came after the last message.
+    pub(super) fn rest(&self) -> &[u8] {
+        &self.buffer
     }
 
     /// The next whole message; `Some(None)`, once, when the link is dead.
