@@ -116,6 +116,8 @@ fn a_stream_lost_in_the_first_pass_does_not_spoil_the_handover() {
     let world = World::new();
     let spec = Spec { rate: 0, ..large() };
     let source = world.source("a", &spec);
+    // The guest has touched all of it: the first pass has much to send.
+    wait_for("a pass", PATIENCE, || source.serial().contains(&b'\n').then_some(()));
     let (destination, uri) = world.destination("b", &spec);
     let lost = Arc::new(AtomicBool::new(false));
     let losing = lost.clone();

@@ -10,7 +10,6 @@ const FUNCTION_LINES_MAX: usize = 80;
 
 /// What is longer: a file, or a function of one, and its lines. None of them may grow, and one that no longer needs this must leave.
 const ALLOWED: &[(&str, usize)] = &[
-    ("transport/src/engine/destination.rs", 747),
     ("transport/src/engine/report.rs::summary", 128),
     ("transport/src/engine/source.rs", 772),
     ("transport/src/engine/source/converge.rs::advice_is_what_can_help", 84),

@@ -1,6 +1,8 @@
 //! Errors of this host that trying again does not mend: they end a session at once, and are never taken for a connection that broke.
 
 use std::io;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
 
 use pagecopy::layout::Layout;
 
@@ -92,6 +94,25 @@ pub(crate) fn no_memory(bytes: usize) -> io::Error {
 /// Runs `work`; a panic in it becomes a text. What `work` shares with others must bear being left half done.
 pub fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).map_err(|panic| panic_text(&*panic))
+}
+
+/// The same for work that waits.
+pub(crate) async fn guarded_while<T>(work: impl Future<Output = T>) -> Result<T, String> {
+    Guarded(pin!(work)).await
+}
+
+struct Guarded<'a, F>(Pin<&'a mut F>);
+
+impl<F: Future> Future for Guarded<'_, F> {
+    type Output = Result<F::Output, String>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        match guarded(|| self.0.as_mut().poll(context)) {
+            Ok(Poll::Pending) => Poll::Pending,
+            Ok(Poll::Ready(value)) => Poll::Ready(Ok(value)),
+            Err(what) => Poll::Ready(Err(what)),
+        }
+    }
 }
 
 #[cfg(test)]

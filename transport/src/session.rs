@@ -158,6 +158,8 @@ pub enum SourceEvent {
     },
     /// No page is missing at the destination any more.
     Arrived(Arrived),
+    /// The destination gave the session up and never runs the guest, which is the source's again.
+    Abandoned,
 }
 
 /// The source's side of a session.
@@ -209,6 +211,9 @@ impl SourceSession {
                 self.state = S::Ready;
                 SourceEvent::Ready
             }
+            // It says why next. Where that crosses GO, this settles who has the guest.
+            (S::Ready, Message::Status(SessionStatus::Abandoned)) => SourceEvent::Nothing,
+            (S::Gone, Message::Status(SessionStatus::Abandoned)) => SourceEvent::Abandoned,
             (S::Gone, Message::Running) => {
                 self.state = S::Done;
                 SourceEvent::Running

@@ -10,15 +10,10 @@ mod front;
 mod host;
 mod lobby;
 pub(crate) mod opening;
-mod postcopy;
-mod prepare;
-mod resume;
 mod session;
 mod threads;
-mod verdict;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use pagecopy::backend::{Guest, GuestRam};
 use pagecopy::layout::Layout;
@@ -33,12 +28,6 @@ use crate::wire::control::Hello;
 pub use error::IncomingError;
 use host::Host;
 use opening::Reception;
-
-/// How long a source has to take the last message.
-const FAREWELL: Duration = Duration::from_secs(1);
-
-/// Panics that a destination which has the guest bears before it stops bringing pages in.
-const PANICS_MAX: u32 = 16;
 
 /// The VMM's side of a destination: makes the memory for a guest that is offered, or refuses it.
 pub trait Incoming {

@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::clock;
+#[cfg(test)]
+use crate::simulation::fault;
 use crate::uri::Uri;
 use serde::{Deserialize, Serialize};
 
@@ -107,6 +109,8 @@ impl Progress {
     pub fn cancel(&self) -> bool {
         let phase = self.lock_phase();
         let counts = *phase != Phase::Postcopy;
+        #[cfg(test)]
+        let counts = counts || fault::is(fault::Fault::AskingEndsService);
         if counts {
             self.shared.cancel.store(true, Ordering::Relaxed);
         }

@@ -15,7 +15,6 @@ mod tests;
 mod watch;
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,8 +22,7 @@ use crate::clock;
 use crate::dial::OpenError;
 use crate::host::Side;
 use crate::link::LinkError;
-use crate::local::{check_headroom, source_bytes};
-use crate::panic_text;
+use crate::local::{check_headroom, guarded, guarded_while, source_bytes};
 use crate::postcopy::PostcopyError;
 use crate::session::SessionError;
 use crate::socket::SocketError;
@@ -61,6 +59,8 @@ const SAMPLE_BYTES: usize = 256;
 
 /// Receipts that may mismatch before the migration fails.
 const MISMATCHES_MAX: u64 = 64;
+/// Pause before a migration that panicked after GO goes on.
+const AFTER_PANIC: Duration = Duration::from_secs(1);
 /// Streams that are opened at the same time.
 const OPENING_MAX: u16 = 16;
 /// How soon a migration that waits before its switchover notices that it may go on.
@@ -263,16 +263,7 @@ pub fn migrate(
         Ok(())
     });
     let mut attempt = Attempt::new(&env, backend, options, progress, leave);
-    let mut result = prepared.and_then(|()| caught(|| block(attempt.run())));
-    while let Err(cause @ Cause::Panicked { .. }) = result {
-        if attempt.owns_guest() || progress.is_cancelled() {
-            result = Err(cause);
-            break;
-        }
-        // GO was said, and the destination may need what is here.
-        std::thread::sleep(Duration::from_secs(1));
-        result = caught(|| block(attempt.go_on(cause)));
-    }
+    let result = prepared.and_then(|()| block(attempt.carry_out()));
     let paused = attempt.paused_at.map_or(Duration::ZERO, |at| clock::now() - at);
     let downtime = attempt.downtime.unwrap_or(paused);
     let failure = block(attempt.end(result));
@@ -305,8 +296,12 @@ pub fn migrate(
 
 /// Makes an error of a panic: whoever has the guest then decides as after any other failure.
 fn caught<T>(run: impl FnOnce() -> Result<T, Cause>) -> Result<T, Cause> {
-    catch_unwind(AssertUnwindSafe(run))
-        .unwrap_or_else(|payload| Err(Cause::Panicked { what: panic_text(&*payload) }))
+    guarded(run).unwrap_or_else(|what| Err(Cause::Panicked { what }))
+}
+
+/// The same of what waits.
+async fn caught_while<T>(run: impl Future<Output = Result<T, Cause>>) -> Result<T, Cause> {
+    guarded_while(run).await.unwrap_or_else(|what| Err(Cause::Panicked { what }))
 }
 
 /// One attempt, and what it must undo.
@@ -378,8 +373,22 @@ impl<'a, E: Environment> Attempt<'a, E> {
         }
     }
 
+    /// The phases, and what is left of them after a panic.
+    pub(crate) async fn carry_out(&mut self) -> Result<(), Cause> {
+        let mut result = caught_while(self.run()).await;
+        while let Err(cause @ Cause::Panicked { .. }) = result {
+            if self.owns_guest() || self.progress.is_cancelled() {
+                return Err(cause);
+            }
+            // GO was said, and the destination may need what is here.
+            self.env.sleep(AFTER_PANIC).await;
+            result = caught_while(self.go_on(cause)).await;
+        }
+        result
+    }
+
     /// The phases.
-    pub(crate) async fn run(&mut self) -> Result<(), Cause> {
+    async fn run(&mut self) -> Result<(), Cause> {
         let patience = Patience { timeout: self.options.timeout, reconnect: self.options.reconnect_timeout };
         let mut watch = Watch::connect(self.env, patience, self.progress, &self.leave).await?;
         self.backend.log.start()?;
@@ -615,7 +624,7 @@ impl<'a, E: Environment> Attempt<'a, E> {
         }
     }
 
-    /// GO, RUNNING. Fails only where GO was not said; returns why RUNNING was not heard, if it was not.
+    /// GO, RUNNING. Fails only where the guest is this side's; returns why RUNNING was not heard, if it was not.
     async fn say_go(&mut self, next: Phase) -> Result<Option<Cause>, Cause> {
         let progress = self.progress;
         let (watch, _) = self.parts();
@@ -624,11 +633,14 @@ impl<'a, E: Environment> Attempt<'a, E> {
         }
         // The point of no return: whatever happens from here on, only the destination's word ends this.
         watch.go();
-        let heard = watch.running().await;
-        if heard.is_ok() {
-            watch.send(Message::Running);
+        match watch.running().await {
+            Ok(()) => {
+                watch.send(Message::Running);
+                Ok(None)
+            }
+            Err(Cause::Abandoned) => Err(Cause::Abandoned),
+            Err(cause) => Ok(Some(cause)),
         }
-        Ok(heard.err())
     }
 
     /// Asks the destination what became of the session, until it is known: without end for a guest, that two may not run; for one

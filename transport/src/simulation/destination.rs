@@ -16,7 +16,7 @@ use pagecopy::layout::Layout;
 use super::guest::Guest;
 use super::network::{Connection, Side};
 use super::world::{Event as Happening, Link, Micros, NextTurn, World, sleep};
-use super::{HANDOVER_TIMEOUT, POSTCOPY_TIMEOUT, SESSION, TIMEOUT};
+use super::{HANDOVER_TIMEOUT, POSTCOPY_TIMEOUT, SESSION, STRUCK, TIMEOUT, panic_silently};
 use crate::destination::stepped::SteppedWorker;
 use crate::destination::{PageSink, ReceiveError};
 use crate::engine::destination::environment::{Call, Environment, Event, PostcopyEvent, Speaks};
@@ -128,6 +128,8 @@ struct State<'a> {
     receivers: BTreeMap<usize, Receiving>,
     /// Asks for what is touched.
     missing: Option<Arc<MissingSink>>,
+    /// The phases panic where they wait next.
+    panics: bool,
 }
 
 /// A connection of postcopy.
@@ -296,7 +298,8 @@ impl<'a> Env<'a> {
             }
             if let Err(error) = receiver.frame() {
                 world.note(|| format!("postcopy receiver {stream} is over: {error}"));
-                if !matches!(error, PostcopyError::Io { .. } | PostcopyError::Closed { .. }) {
+                use PostcopyError as E;
+                if !matches!(error, E::Io { .. } | E::Closed { .. } | E::Memory { .. }) {
                     world.violated(format!("at the destination: {}", explain(&error)));
                 }
                 state.receivers.remove(&wire);
@@ -343,6 +346,9 @@ impl Environment for Env<'_> {
     type Postcopy = Request;
 
     async fn wait(&self) {
+        if std::mem::take(&mut self.state.borrow_mut().panics) {
+            panic_silently();
+        }
         if !self.has_news() {
             NextTurn::new().await;
         }
@@ -510,6 +516,12 @@ impl<'a> DestinationHost<'a> {
         format!("{:?}", self.result)
     }
 
+    /// It panics where it waits next.
+    pub(super) fn panic(&mut self) {
+        self.env.state.borrow_mut().panics = true;
+        self.turn();
+    }
+
     /// Something happens to it.
     pub(super) fn happen(&mut self, event: Happening) {
         let (env, world) = (self.env, &self.env.world);
@@ -544,8 +556,10 @@ impl<'a> DestinationHost<'a> {
     fn over(&mut self, result: Result<(), IncomingError>) {
         let mut world = self.env.world.borrow_mut();
         world.note(|| format!("the destination is through: {result:?}"));
+        world.saw("no room for what is missing", u64::from(result.as_ref().is_err_and(is_no_room)));
         match &result {
             Err(IncomingError::Session(SessionError::Peer { .. })) => {}
+            Err(IncomingError::Panicked { what }) if what == STRUCK => {}
             Err(error @ (IncomingError::Session(_) | IncomingError::Panicked { .. })) => {
                 world.violated(format!("at the destination: {error}"));
             }
@@ -558,4 +572,9 @@ impl<'a> DestinationHost<'a> {
         state.receivers.clear();
         self.result = Some(result);
     }
+}
+
+/// Whether there was no room for what is missing.
+fn is_no_room(error: &IncomingError) -> bool {
+    matches!(error, IncomingError::Backend(error) if error.source.raw_os_error() == Some(libc::ENOSPC))
 }

@@ -15,6 +15,12 @@ pub(crate) enum Fault {
     BaseNotVoided,
     /// A dead stream's pages are sent again before the destination has stopped its worker (against rule 1).
     NoStopBeforeResend,
+    /// Who cancels while a source in postcopy asks what came of GO ends the page service (against rule 5).
+    AskingEndsService,
+    /// Pages that are missing count as carried, whether their frames arrived or were lost with their stream (against rule 9).
+    MissingCarried,
+    /// A destination that gives a session up after READY does not answer its source any more (against rule 5).
+    AbandonedUnheard,
     /// What the destination says of a stream before the source knows that it was opened is forgotten.
     EarlyStopForgotten,
 }

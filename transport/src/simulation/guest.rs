@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use pagecopy::backend::{self, BackendError, DirtyLog, Fault, GuestRam, MissingPages, Placer, StateBlob};
+use pagecopy::backend::{
+    self, BackendError, DirtyLog, Fault, GuestRam, MissingPages, Placer, Room, StateBlob,
+};
 use pagecopy::bitmap::{PageBitmap, bits};
 use pagecopy::layout::{Layout, PAGE_SIZE};
 use vm_memory::volatile_memory::VolatileSlice;
@@ -31,10 +33,23 @@ pub(super) struct Habits {
     pub(super) populates: bool,
     /// Its device state cannot be loaded.
     pub(super) refuses_state: bool,
+    /// It cannot be resumed.
+    pub(super) refuses_to_run: bool,
     /// It can run before its pages are there.
     pub(super) misses: bool,
+    /// There is no room for what is missing.
+    pub(super) lacks_room: bool,
+    /// Pages that have followed when memory runs out.
+    pub(super) places_max: Option<u32>,
     /// Writes in all; then it rests, so that every migration can come to its end.
     pub(super) writes: u32,
+}
+
+impl Habits {
+    /// It cannot run here, whatever comes.
+    pub(super) fn is_faulty(&self) -> bool {
+        self.refuses_state || self.refuses_to_run || self.lacks_room || self.places_max.is_some()
+    }
 }
 
 /// A guest, wherever it is: at the source its first, at the destination its new home.
@@ -70,6 +85,10 @@ struct State {
     /// What was touched since it was last asked.
     faults: Vec<Fault>,
     waits: u64,
+    /// How often pages were taken away that did not follow.
+    taken_back: u64,
+    /// Pages that have followed.
+    placed: u32,
     /// It was stopped before its pages were there, for they never come.
     lost: bool,
     violation: Option<String>,
@@ -99,6 +118,8 @@ impl Guest {
             cores: [None; CORES],
             faults: Vec::new(),
             waits: 0,
+            taken_back: 0,
+            placed: 0,
             lost: false,
             violation: None,
             rng,
@@ -152,6 +173,11 @@ impl Guest {
     /// How often a core has waited for a page.
     pub(super) fn waits(&self) -> u64 {
         self.state().waits
+    }
+
+    /// How often pages were taken away that did not follow, for the handover was taken back.
+    pub(super) fn taken_back(&self) -> u64 {
+        self.state().taken_back
     }
 
     /// It was stopped because pages of it never come.
@@ -284,6 +310,9 @@ impl backend::Guest for Guest {
     }
 
     fn resume(&self) -> Result<(), BackendError> {
+        if self.habits.refuses_to_run {
+            return Err(BackendError::invalid("this guest cannot be resumed"));
+        }
         self.set_running(true);
         Ok(())
     }
@@ -339,6 +368,11 @@ impl GuestRam for Guest {
         self.habits.places.then(|| Box::new(GuestPlacer(self)) as Box<dyn Placer>)
     }
 
+    fn room(&self) -> Option<Room> {
+        let bytes = if self.habits.lacks_room && self.missing() != 0 { 0 } else { u64::MAX };
+        Some(Room { bytes, of: "the simulated host".into(), hint: "none" })
+    }
+
     fn missing_unit(&self) -> Result<u32, BackendError> {
         if self.habits.misses { Ok(0) } else { Err(BackendError::invalid("this memory misses nothing")) }
     }
@@ -384,6 +418,10 @@ impl MissingPages for Missing {
     fn place(&self, chunk: u32, first: u32, bytes: &[u8]) -> Result<(), BackendError> {
         let mut state = self.0.state();
         for (bit, page) in (first..).zip(bytes.as_chunks::<PAGE_SIZE>().0) {
+            state.placed += 1;
+            if self.0.habits.places_max.is_some_and(|most| state.placed > most) {
+                return Err(BackendError::new("bring a page in", std::io::ErrorKind::OutOfMemory.into()));
+            }
             self.place_page(&mut state, chunk, bit, page);
         }
         self.0.came(&mut state);
@@ -401,6 +439,7 @@ impl MissingPages for Missing {
 
     fn end(&self) -> Result<(), BackendError> {
         let mut state = self.0.state();
+        state.taken_back += u64::from(!state.lost && state.missing.iter().any(|&pages| pages != 0));
         for chunk in 0..state.missing.len() {
             let pages = std::mem::take(&mut state.missing[chunk]);
             if pages != 0 && state.running {

@@ -58,6 +58,8 @@ const TIMEOUT: Micros = 1_000_000;
 const HANDOVER_TIMEOUT: Micros = 5_000_000;
 /// How long the destination waits without a source for pages of a guest that runs.
 const POSTCOPY_TIMEOUT: Micros = 20_000_000;
+/// A destination that gave up answers for longer than this, and its source asks at least as often.
+const ANSWERED_FOR: Micros = 2_500_000;
 /// How often a side looks at the clock.
 const TICK: Micros = 100_000;
 const SESSION: SessionId = [7; 16];
@@ -68,6 +70,14 @@ const EVENTS_MAX: u64 = 100_000;
 const ASKED_MAX: u32 = 6;
 /// Lanes of a run.
 const LANES_MAX: usize = 96;
+
+/// What a process says that panics because it was struck.
+const STRUCK: &str = "struck by the simulation";
+
+/// Panics without a word: it is meant.
+fn panic_silently() -> ! {
+    std::panic::resume_unwind(Box::new(STRUCK))
+}
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +132,10 @@ struct Run<'a> {
     /// The destination had the guest.
     arrived: bool,
     events: u64,
+    /// For how long something kept the two from hearing each other, in all.
+    obstructed: Micros,
+    /// When GO was said, in events.
+    go_at: Option<u64>,
     /// Messages of [`World::said`] that were looked at.
     heard: usize,
 }
@@ -172,12 +186,12 @@ impl<'a> Run<'a> {
             destination: Some(destination),
             guests,
             strikes: plan.strikes.clone(),
-            struck: plan.habits[1].refuses_state,
-            survivable: !plan.habits[1].refuses_state
-                && plan.attempt.reconnect != 0
-                && plan.reconnect_max != 0,
+            struck: plan.habits[1].is_faulty(),
+            survivable: !plan.habits[1].is_faulty() && plan.attempt.reconnect != 0 && plan.reconnect_max != 0,
             arrived: false,
             events: 0,
+            obstructed: 0,
+            go_at: None,
             heard: 0,
         }
     }
@@ -208,7 +222,9 @@ impl<'a> Run<'a> {
             world.note(|| format!("source: {source}; destination: {destination}"));
         }
         world.saw(ending.name(), 1);
+        world.saw("both died", u64::from(self.source.is_none() && self.destination.is_none()));
         world.saw("waits for a page", self.guests[1].waits());
+        world.saw("pages taken away, and the handover taken back", self.guests[1].taken_back());
         world.saw("lost before its pages were there", u64::from(self.guests[1].is_lost()));
         Outcome {
             violation: world.violation.take(),
@@ -338,7 +354,11 @@ impl<'a> Run<'a> {
         }
         let fate = self.source.as_ref().and_then(SourceHost::fate);
         let asked_no_more = fate == Some(Fate::Unknown);
-        if ending == Ending::Gone && self.source.is_some() && self.destination.is_some() && !asked_no_more {
+        // Its source could not be reached, or memory ran out.
+        let lost = self.struck && self.guests[1].is_lost();
+        let unheard = self.obstructed > ANSWERED_FOR;
+        let alive = self.source.is_some() && self.destination.is_some();
+        if ending == Ending::Gone && alive && !asked_no_more && !lost && !unheard {
             self.violated("both processes live and nobody runs the guest");
         }
         if ending != Ending::Moved && !self.struck {

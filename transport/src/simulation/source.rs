@@ -18,7 +18,7 @@ use pagecopy::policy::Limits;
 use super::guest::Guest;
 use super::network::Side;
 use super::world::{Event as Happening, Link, Micros, NextTurn, World, sleep};
-use super::{SESSION, TIMEOUT};
+use super::{SESSION, STRUCK, TIMEOUT, panic_silently};
 use crate::carrier::SourceEnd;
 use crate::clock;
 use crate::engine::progress::{Phase, Progress};
@@ -132,6 +132,8 @@ struct State<'a> {
     asked: u32,
     /// A stream died.
     lost: bool,
+    /// The phases panic where they wait next.
+    panics: bool,
 }
 
 /// The environment: connections of the world, and lanes that take their turns when the world says so.
@@ -159,6 +161,12 @@ impl<'a> Env<'a> {
     fn wake_all(&self, within: Micros) {
         let streams: Vec<u16> = self.state.borrow().lanes.keys().copied().collect();
         streams.into_iter().for_each(|stream| self.wake(stream, within));
+    }
+
+    fn panic_if_told(&self) {
+        if std::mem::take(&mut self.state.borrow_mut().panics) {
+            panic_silently();
+        }
     }
 
     fn wake_postcopy(&self) {
@@ -354,6 +362,7 @@ impl Waits for Env<'_> {
     }
 
     async fn progress(&self, _source: &PageSource, _limit: Duration) {
+        self.panic_if_told();
         NextTurn::new().await;
     }
 }
@@ -376,12 +385,14 @@ impl Environment for Env<'_> {
     fn set_address(&self, _uri: Uri) {}
 
     async fn wait(&self) {
+        self.panic_if_told();
         if !self.has_news() {
             NextTurn::new().await;
         }
     }
 
     async fn sleep(&self, time: Duration) {
+        self.panic_if_told();
         sleep(&self.world, time.as_micros() as Micros, ME).await;
     }
 
@@ -561,7 +572,7 @@ impl<'a> SourceHost<'a> {
         let phases = async {
             let leave = Leave::new(&task.progress, clock::now());
             let mut phases = Phases::new(env, &task.backend, &task.options, &task.progress, leave);
-            let result = phases.run().await;
+            let result = phases.carry_out().await;
             phases.end(result).await
         };
         let mut host = Self { env, task, phases: Some(Box::pin(phases)), fate: None };
@@ -582,6 +593,11 @@ impl<'a> SourceHost<'a> {
         !matches!(self.task.progress.report().status, Status::None | Status::Setup)
     }
 
+    /// It does not know who has the guest, and asks.
+    pub(super) fn is_asking(&self) -> bool {
+        self.task.progress.report().status == Status::Unknown
+    }
+
     /// How often it has asked in vain what became of the guest.
     pub(super) fn asked(&self) -> u32 {
         self.env.state.borrow().asked
@@ -596,6 +612,12 @@ impl<'a> SourceHost<'a> {
         });
         let (status, rounds, error) = (report.status, report.rounds, report.error);
         format!("{:?}, {status:?} in round {rounds}, {pages:?}, {error:?}", self.fate)
+    }
+
+    /// It panics where it waits next.
+    pub(super) fn panic(&mut self) {
+        self.env.state.borrow_mut().panics = true;
+        self.turn();
     }
 
     /// Somebody cancels.
@@ -659,6 +681,9 @@ impl<'a> SourceHost<'a> {
                     Cause::Session(error) if !matches!(error, SessionError::Peer { .. }) => {
                         world.violated(format!("at the source: {error}"));
                     }
+                    Cause::Panicked { what } if what != STRUCK => {
+                        world.violated(format!("at the source: {what}"))
+                    }
                     Cause::Fatal(error) => world.violated(format!("at the source: {error}")),
                     _ => {}
                 }
@@ -667,6 +692,9 @@ impl<'a> SourceHost<'a> {
             Some((Has::Unknown, _)) => {
                 // Somebody ended the asking: the guest stays paused, and is nobody's to run here.
                 world.saw("asked no more", 1);
+                if self.task.progress.phase() == Phase::Postcopy {
+                    world.violated("the source serves no pages any more, and the destination may miss them");
+                }
                 Fate::Unknown
             }
             // The destination says so; whether it may is seen in the end.

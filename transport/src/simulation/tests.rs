@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::fault::Fault;
+use super::weather::ROWS;
 use super::{Outcome, run};
 
 /// Runs in the tests, and seeds within which every broken variant is caught.
@@ -25,7 +26,17 @@ const EXPECTED: &[(&str, u64)] = &[
     ("torn pages", 200),
     ("GO said again", 500),
     ("asked, and heard that it runs", 500),
-    ("abandoned, and heard of it", 5000),
+    ("abandoned, and heard of it", 500),
+    ("both died", 5000),
+    ("moved before its pages", 5),
+    ("resumed, and moved before its pages", 100),
+    ("postcopy connections lost", 40),
+    ("postcopy frames damaged", 50),
+    ("waits for a page", 3),
+    ("lost before its pages were there", 1000),
+    ("no room for what is missing", 1000),
+    ("pages taken away, and the handover taken back", 500),
+    ("cancelled while it asked", 200),
     ("streams connected again", 20),
     ("resumed", 40),
     ("resumed, and moved", 50),
@@ -87,7 +98,8 @@ fn no_seed_breaks_the_rules() {
         );
     }
     // Runs in which nothing happens prove nothing.
-    for (what, in_runs) in EXPECTED {
+    let rows = ROWS.as_flattened().iter().flat_map(|rows| rows.iter().copied().zip([200, 2000, 5000]));
+    for (what, in_runs) in EXPECTED.iter().copied().chain(rows) {
         let times = seen.get(what).copied().unwrap_or(0);
         assert!(times >= seeds / in_runs, "{what}: only {times} times in {seeds} runs");
     }
@@ -131,6 +143,21 @@ fn pages_sent_again_before_the_worker_stopped_are_caught() {
 #[test]
 fn a_forgotten_stop_is_caught() {
     caught(Fault::EarlyStopForgotten, &["did not stop stream"]);
+}
+
+#[test]
+fn asking_that_ends_the_page_service_is_caught() {
+    caught(Fault::AskingEndsService, &["serves no pages any more"]);
+}
+
+#[test]
+fn missing_pages_that_count_as_carried_are_caught() {
+    caught(Fault::MissingCarried, &["number of pages carried"]);
+}
+
+#[test]
+fn a_source_that_is_not_answered_is_caught() {
+    caught(Fault::AbandonedUnheard, &["nobody runs the guest"]);
 }
 
 #[test]

@@ -4,6 +4,7 @@ use pagecopy::choose::CodecMode;
 use pagecopy::layout::{Layout, PAGE_SIZE, Region};
 use pagecopy::policy::Limits;
 
+use super::destination::DestinationHost;
 use super::guest::Habits;
 use super::network::Side;
 use super::rng::Rng;
@@ -18,6 +19,8 @@ pub(super) enum Trigger {
     Event(u64),
     /// When a side has said this, the first time.
     Said(&'static str, Side),
+    /// This many events after GO was said.
+    AfterGo(u64),
 }
 
 /// What strikes.
@@ -44,7 +47,50 @@ pub(super) enum Strike {
     Freeze(Side, Micros),
     /// Somebody cancels at the source.
     Cancel,
+    /// A process panics where it waits.
+    Panic(Side),
 }
+
+/// What strikes a process.
+#[derive(Clone, Copy, Debug)]
+enum Blow {
+    Dies,
+    StandsStill,
+    Panics,
+}
+
+/// How blows are counted: each at the source and at the destination, before GO was said, after that, and while the guest that runs misses
+/// pages.
+pub(super) const ROWS: [[[&str; 3]; 2]; 3] = [
+    [
+        ["source died before GO", "source died after GO", "source died while pages were missing"],
+        [
+            "destination died before GO",
+            "destination died after GO",
+            "destination died while pages were missing",
+        ],
+    ],
+    [
+        [
+            "source stood still before GO",
+            "source stood still after GO",
+            "source stood still while pages were missing",
+        ],
+        [
+            "destination stood still before GO",
+            "destination stood still after GO",
+            "destination stood still while pages were missing",
+        ],
+    ],
+    [
+        ["source panicked before GO", "source panicked after GO", "source panicked while pages were missing"],
+        [
+            "destination panicked before GO",
+            "destination panicked after GO",
+            "destination panicked while pages were missing",
+        ],
+    ],
+];
 
 /// Everything that a seed decides ahead.
 #[derive(Clone, Debug)]
@@ -70,7 +116,10 @@ impl Plan {
             places,
             populates: places && rng.percent(50),
             refuses_state: false,
+            refuses_to_run: false,
             misses: false,
+            lacks_room: false,
+            places_max: None,
             writes: rng.range(0, 1000) as u32,
         });
         let low = rng.range(20, 500);
@@ -100,10 +149,16 @@ impl Plan {
             },
         };
         habits[1].refuses_state = rng.percent(4);
+        habits[1].refuses_to_run = rng.percent(2);
+        habits[1].lacks_room = rng.percent(2);
+        habits[1].places_max = rng.percent(2).then(|| rng.below(20) as u32);
         habits[1].misses = postcopy_after_rounds.is_some() || rng.percent(50);
         let reconnect_max = rng.pick(&[0, 4 * TIMEOUT, 20 * TIMEOUT, 20 * TIMEOUT]);
         let count = rng.pick(&[0, 1, 1, 2, 2, 3, 4]);
-        let strikes = (0..count).map(|_| (trigger(&mut rng), strike(&mut rng))).collect();
+        let mut strikes: Vec<_> = (0..count).map(|_| (trigger(&mut rng), strike(&mut rng))).collect();
+        if postcopy_after_rounds.is_some() && rng.percent(25) {
+            strikes = in_the_handover(&mut rng);
+        }
         Self { layout, habits, weather, attempt, reconnect_max, strikes, rng }
     }
 }
@@ -133,6 +188,10 @@ fn trigger(rng: &mut Rng) -> Trigger {
         "POSTCOPY_READY",
         "ARRIVED",
     ];
+    if rng.percent(15) {
+        let most = 1 << rng.range(3, 8);
+        return Trigger::AfterGo(rng.below(most));
+    }
     if rng.percent(50) {
         // As often in the first steps as in the many that move pages.
         let most = 1 << rng.range(3, 11);
@@ -145,11 +204,24 @@ fn trigger(rng: &mut Rng) -> Trigger {
     }
 }
 
+/// What is hit in a handover before all pages are there: pages that were taken away come back, and who asks is told to stop.
+fn in_the_handover(rng: &mut Rng) -> Vec<(Trigger, Strike)> {
+    if rng.percent(50) {
+        let (message, side) =
+            rng.pick(&[("FINISH", Side::Source), ("READY", Side::Destination), ("READY", Side::Destination)]);
+        return vec![(Trigger::Said(message, side), rng.pick(&[Strike::CutControl, Strike::CutAll]))];
+    }
+    let lost = rng.pick(&[("GO", Side::Source), ("RUNNING", Side::Destination)]);
+    let strike = rng.pick(&[Strike::CutControl, Strike::CutAll, Strike::Part(3 * TIMEOUT)]);
+    let cancel = Trigger::AfterGo(rng.below(60));
+    vec![(Trigger::Said(lost.0, lost.1), strike), (cancel, Strike::Cancel)]
+}
+
 fn strike(rng: &mut Rng) -> Strike {
     let side = rng.pick(&[Side::Source, Side::Destination]);
     // About as long as a side waits, and far longer or shorter.
     let during = rng.pick(&[3_000, 100_000, TIMEOUT - 20_000, TIMEOUT + 20_000, 3 * TIMEOUT, 8 * TIMEOUT]);
-    match rng.below(20) {
+    match rng.below(21) {
         0..=5 => Strike::CutStream,
         6..=8 => Strike::AbortStream(rng.range(0, 30_000)),
         9 | 10 => Strike::CutControl,
@@ -159,6 +231,7 @@ fn strike(rng: &mut Rng) -> Strike {
         16 => Strike::StallAll(during),
         17 => Strike::Crash(side, rng.percent(50)),
         18 => Strike::Freeze(side, during),
+        19 => Strike::Panic(side),
         _ => Strike::Cancel,
     }
 }
@@ -172,8 +245,13 @@ impl Run<'_> {
             return;
         }
         let events = self.events;
+        if said.contains(&("GO", Side::Source)) {
+            self.go_at.get_or_insert(events);
+        }
+        let since_go = self.go_at.map(|at| events - at);
         let due = |trigger: &Trigger| match trigger {
             Trigger::Event(number) => events >= *number,
+            Trigger::AfterGo(events) => since_go.is_some_and(|since| since >= *events),
             Trigger::Said(message, side) => said.contains(&(*message, *side)),
         };
         let (due, rest) =
@@ -191,12 +269,21 @@ impl Run<'_> {
     }
 
     fn strike_with(&mut self, strike: Strike) {
+        if let Strike::Part(during)
+        | Strike::Stall(during)
+        | Strike::StallAll(during)
+        | Strike::Freeze(_, during) = strike
+        {
+            self.obstructed += during;
+        }
         match strike {
             Strike::Crash(side, loud) => self.crash(side, loud),
             Strike::Freeze(side, during) => self.freeze(side, during),
+            Strike::Panic(side) => self.panic(side),
             Strike::Cancel => {
                 self.world.borrow_mut().note(|| "somebody cancels".into());
                 if let Some(source) = &mut self.source {
+                    self.world.borrow_mut().saw("cancelled while it asked", u64::from(source.is_asking()));
                     source.cancel();
                 }
             }
@@ -247,11 +334,37 @@ impl Run<'_> {
             Strike::StallAll(during) => {
                 open.iter().for_each(|&wire| world.stall(wire, during, TIMEOUT));
             }
-            Strike::Crash(..) | Strike::Freeze(..) | Strike::Cancel => {}
+            Strike::Crash(..) | Strike::Freeze(..) | Strike::Cancel | Strike::Panic(_) => {}
+        }
+    }
+
+    /// Counts what strikes a side once pages move, by how far the handover is.
+    fn count(&self, blow: Blow, side: Side) {
+        let mut world = self.world.borrow_mut();
+        let said = |what, by| world.said.contains(&(what, by));
+        let when = match self.guests[1].missing() {
+            _ if !said("PREPARED", Side::Destination) => return,
+            _ if !said("GO", Side::Source) => 0,
+            missing if missing != 0 && self.arrived => 2,
+            _ => 1,
+        };
+        if self.source.is_some() && self.destination.is_some() {
+            world.saw(ROWS[blow as usize][side as usize][when], 1);
+        }
+    }
+
+    /// A thread of a process panics, where it waits next.
+    fn panic(&mut self, side: Side) {
+        self.world.borrow_mut().note(|| format!("{side:?} is to panic"));
+        self.count(Blow::Panics, side);
+        match side {
+            Side::Source => self.source.iter_mut().for_each(SourceHost::panic),
+            Side::Destination => self.destination.iter_mut().for_each(DestinationHost::panic),
         }
     }
 
     fn crash(&mut self, side: Side, loud: bool) {
+        self.count(Blow::Dies, side);
         let mut world = self.world.borrow_mut();
         world.note(|| format!("the process {side:?} is killed"));
         world.listening &= side == Side::Source;
@@ -273,6 +386,7 @@ impl Run<'_> {
 
     /// The process stands still. The other side gives it up when it hears no ping for too long.
     fn freeze(&mut self, side: Side, during: Micros) {
+        self.count(Blow::StandsStill, side);
         let world = &mut *self.world.borrow_mut();
         world.note(|| format!("{side:?} stands still for {during} us"));
         world.frozen[side as usize] = world.now + during;

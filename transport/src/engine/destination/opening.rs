@@ -3,13 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pagecopy::backend::{Guest, GuestRam, Room};
+use pagecopy::backend::{Guest, GuestRam};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{Layout, PAGE_SIZE};
 
 use super::environment::{Call, Environment, Event, Speaks, say_no};
-use super::resume::Outages;
-use super::session::{Session, say_busy};
+use super::session::{Agreed, Session, caught, check_room, say_busy};
 use super::{Arrival, Incoming, IncomingError};
 use crate::clock;
 use crate::destination::PageSink;
@@ -19,7 +18,6 @@ use crate::engine::{Options, explain};
 use crate::link::LinkEvent;
 use crate::local::{destination_bytes, guarded};
 use crate::session::{DestinationEvent, DestinationSession};
-use crate::streams::DestinationStreams;
 use crate::wire::control::{ErrorCode, Hello, Message, Welcome, capability};
 
 /// A destination that waits for its guest.
@@ -55,7 +53,7 @@ impl<'a, E: Environment> Reception<'a, E> {
     /// Takes a session in, until the guest is here and runs, or the session has failed.
     pub(crate) async fn receive(mut self, incoming: &mut dyn Incoming) -> Result<Arrival, IncomingError> {
         loop {
-            let opening = self.opening().await?;
+            let opening = caught(self.opening()).await?;
             if let Some(session) = self.accept(opening, incoming) {
                 let running = session.take_in(incoming).await?;
                 return Ok(Arrival { report: self.progress.report(), running });
@@ -156,8 +154,8 @@ impl<'a, E: Environment> Reception<'a, E> {
         let reconnect = self.options.reconnect_timeout.min(Duration::from_millis(hello.reconnect_ms.into()));
         let resume = if reconnect.is_zero() { 0 } else { capability::RESUME };
         let capabilities = hello.capabilities & (self.capabilities(&hello, &*ram) | resume);
-        let agreed = capabilities & capability::RESUME != 0;
-        let outages = Outages::new(if agreed { reconnect } else { Duration::ZERO });
+        let resumes = capabilities & capability::RESUME != 0;
+        let patience = if resumes { reconnect } else { Duration::ZERO };
         let (hasher, timeout) = (PageHasher::new(hello.seed), self.options.timeout);
         let sink = Arc::new(PageSink::new(ram.clone(), hasher, capabilities, timeout));
         self.env.give_to(&call);
@@ -178,29 +176,8 @@ impl<'a, E: Environment> Reception<'a, E> {
             r.pages.total = ram.layout().pages();
             r.streams = hello.streams;
         });
-        Some(Session {
-            env: self.env,
-            options: self.options,
-            progress: self.progress,
-            machine: session,
-            link: Some(link),
-            generation,
-            hello,
-            ram,
-            guest,
-            sink,
-            dense: None,
-            populating: 0,
-            streams: DestinationStreams::new(),
-            workers: 0,
-            postcopy: None,
-            state: Vec::new(),
-            began: clock::now(),
-            setup: Duration::ZERO,
-            outages,
-            resumed: false,
-            announced: false,
-        })
+        let agreed = Agreed { machine: session, link, generation, hello, patience };
+        Some(Session::new((self.env, self.options, self.progress), agreed, ram, guest, sink))
     }
 
     /// What this side can do for such a guest, besides taking a session up again.
@@ -246,16 +223,6 @@ fn open(
     env.check_headroom(destination_bytes(ram.layout(), hello.streams))
         .map_err(|e| (ErrorCode::Local, e.to_string()))?;
     Ok((ram, guest))
-}
-
-/// Refuses a guest whose pages have no room here, before the first of them comes; `what` says how much `needed` is.
-pub(super) fn check_room(what: &str, needed: u64, room: Option<Room>) -> Result<(), String> {
-    match room {
-        Some(Room { bytes, of, hint }) if bytes < needed => {
-            Err(format!("{what}, but {of} has {bytes} left: {hint}"))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Refuses maps that are not the layout's.

@@ -1,18 +1,19 @@
 //! One session at the destination: its phases, from WELCOME until the guest is here and lacks nothing, or never will be.
 
+mod postcopy;
+mod prepare;
+mod resume;
+mod verdict;
+
 use std::ops::Range;
-use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use pagecopy::backend::{Guest, GuestRam, StateBlob};
+use pagecopy::backend::{Guest, GuestRam, Room, StateBlob};
 
 use super::environment::{Environment, Event, Speaks, say_no};
-use super::postcopy::Postcopy;
-use super::resume::Outages;
-use super::{FAREWELL, Incoming, IncomingError, PANICS_MAX};
+use super::{Incoming, IncomingError};
 use crate::clock;
 use crate::destination::{PageSink, ReceiveError};
 use crate::engine::progress::Progress;
@@ -20,11 +21,19 @@ use crate::engine::report::Status;
 use crate::engine::source::RUN_STATE;
 use crate::engine::{Options, explain, usage};
 use crate::link::{LinkError, LinkEvent};
-use crate::local::guarded;
+use crate::local::{guarded, guarded_while};
 use crate::session::{DestinationEvent, DestinationSession, SessionError, compare_totals};
 use crate::streams::{DestinationStreams, Stop};
 use crate::wire::control::{ErrorCode, Hello, Message, SessionStatus, StreamEnd, Totals, state_digest};
 use crate::wire::stream_number;
+use postcopy::Postcopy;
+use resume::Outages;
+
+/// How long a source has to take the last message.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Panics that a destination which has the guest bears before it stops bringing pages in.
+const PANICS_MAX: u32 = 16;
 
 /// What comes of READY.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,39 +46,82 @@ enum Handover {
 
 /// One session.
 pub(super) struct Session<'a, E: Environment> {
-    pub(super) env: &'a E,
-    pub(super) options: &'a Options,
-    pub(super) progress: &'a Progress,
-    pub(super) machine: DestinationSession,
+    env: &'a E,
+    options: &'a Options,
+    progress: &'a Progress,
+    machine: DestinationSession,
     /// `None` once it broke.
-    pub(super) link: Option<E::Link>,
-    pub(super) generation: u64,
-    pub(super) hello: Hello,
-    pub(super) ram: Arc<dyn GuestRam>,
-    pub(super) guest: Option<Arc<dyn Guest>>,
-    pub(super) sink: Arc<PageSink>,
+    link: Option<E::Link>,
+    generation: u64,
+    hello: Hello,
+    ram: Arc<dyn GuestRam>,
+    guest: Option<Arc<dyn Guest>>,
+    sink: Arc<PageSink>,
     /// What is to be brought in as large pages, once all streams are open: all cores are then busy, and opening them would take
     /// longer than the memory.
-    pub(super) dense: Option<Vec<Range<u32>>>,
+    dense: Option<Vec<Range<u32>>>,
     /// Threads that populate memory.
-    pub(super) populating: usize,
-    pub(super) streams: DestinationStreams,
+    populating: usize,
+    streams: DestinationStreams,
     /// Streams that have a worker.
-    pub(super) workers: usize,
+    workers: usize,
     /// Once the source has announced it.
-    pub(super) postcopy: Option<Postcopy>,
-    pub(super) state: Vec<StateBlob>,
+    postcopy: Option<Postcopy>,
+    state: Vec<StateBlob>,
     /// By the clock.
-    pub(super) began: Duration,
-    pub(super) setup: Duration,
-    pub(super) outages: Outages<E>,
+    began: Duration,
+    setup: Duration,
+    outages: Outages<E>,
     /// After GO: the guest was told to run, where there is one that is to.
-    pub(super) resumed: bool,
+    resumed: bool,
     /// After GO: the source and the VMM were told.
-    pub(super) announced: bool,
+    announced: bool,
 }
 
-impl<E: Environment> Session<'_, E> {
+/// Who is to have which session.
+pub(super) struct Agreed<L> {
+    pub(super) machine: DestinationSession,
+    pub(super) link: L,
+    pub(super) generation: u64,
+    pub(super) hello: Hello,
+    /// How long a source may stay away; zero where it does not come back at all.
+    pub(super) patience: Duration,
+}
+
+impl<'a, E: Environment> Session<'a, E> {
+    /// One whose WELCOME was said.
+    pub(super) fn new(
+        (env, options, progress): (&'a E, &'a Options, &'a Progress),
+        agreed: Agreed<E::Link>,
+        ram: Arc<dyn GuestRam>,
+        guest: Option<Arc<dyn Guest>>,
+        sink: Arc<PageSink>,
+    ) -> Self {
+        Self {
+            env,
+            options,
+            progress,
+            machine: agreed.machine,
+            link: Some(agreed.link),
+            generation: agreed.generation,
+            hello: agreed.hello,
+            ram,
+            guest,
+            sink,
+            dense: None,
+            populating: 0,
+            streams: DestinationStreams::new(),
+            workers: 0,
+            postcopy: None,
+            state: Vec::new(),
+            began: clock::now(),
+            setup: Duration::ZERO,
+            outages: Outages::new(agreed.patience),
+            resumed: false,
+            announced: false,
+        }
+    }
+
     /// All of it; whatever fails and panics, whoever must hear of it does. Says whether a guest came that runs.
     pub(super) async fn take_in(mut self, incoming: &mut dyn Incoming) -> Result<bool, IncomingError> {
         let cpu = usage::cpu_seconds();
@@ -83,11 +135,11 @@ impl<E: Environment> Session<'_, E> {
         }
         self.report(cpu, result.as_ref().err());
         if let Err(error) = result {
-            let answered = async {
-                self.answer_late(&error).await;
-                Ok(())
-            };
-            let _ = caught(answered).await;
+            for _ in 0..=PANICS_MAX {
+                if guarded_while(self.answer_late(&error)).await.is_ok() {
+                    break;
+                }
+            }
             return Err(error);
         }
         Ok(self.runs())
@@ -169,14 +221,14 @@ impl<E: Environment> Session<'_, E> {
         Ok(())
     }
 
-    pub(super) fn send(&self, message: Message) {
+    fn send(&self, message: Message) {
         if let Some(link) = &self.link {
             link.send(message);
         }
     }
 
     /// Tells whoever started this destination.
-    pub(super) fn tell(&self, notice: &str) {
+    fn tell(&self, notice: &str) {
         let _ = guarded(|| self.env.tell(notice));
     }
 
@@ -214,7 +266,7 @@ impl<E: Environment> Session<'_, E> {
     }
 
     /// Handles what is not the control link's; returns what is.
-    pub(super) async fn next(&mut self) -> Result<Option<LinkEvent>, IncomingError> {
+    async fn next(&mut self) -> Result<Option<LinkEvent>, IncomingError> {
         if self.progress.is_cancelled() && self.machine.status() != SessionStatus::Running {
             return Err(IncomingError::Cancelled);
         }
@@ -396,12 +448,7 @@ impl<E: Environment> Session<'_, E> {
     /// closed says nothing: RUNNING may have been lost with it. Memory alone has nobody who waits paused for an answer.
     async fn linger(&mut self) {
         let live = self.guest.is_some();
-        let mut patience = self.patience_for_questions(false);
-        if self.postcopy.is_some() {
-            // For as long as it would have waited for the source: that one asks without end.
-            patience = patience.max(self.options.postcopy_timeout);
-        }
-        let deadline = clock::now() + patience;
+        let deadline = clock::now() + self.patience_for_questions(false);
         // After postcopy the last word follows ARRIVED. One that comes before only says that the source knows who has the guest.
         let mut answered = self.postcopy.is_none();
         while clock::now() < deadline {
@@ -434,6 +481,10 @@ impl<E: Environment> Session<'_, E> {
         self.env.end_enlarging();
         let peer_knows = matches!(error, IncomingError::Session(SessionError::Peer { .. }));
         if let Some(link) = &self.link {
+            if self.machine.may_be_asked() && !peer_knows {
+                // It may have said GO, and need not ask.
+                link.send(Message::Status(self.machine.status()));
+            }
             if !peer_knows {
                 say_no(link, error.code(), explain(error));
             }
@@ -486,17 +537,18 @@ pub(super) fn say_busy(link: &impl Speaks) {
 }
 
 /// Does `work`; a panic in it is an error like another.
-async fn caught<T>(work: impl Future<Output = Result<T, IncomingError>>) -> Result<T, IncomingError> {
-    Caught(pin!(work)).await
+pub(super) async fn caught<T>(
+    work: impl Future<Output = Result<T, IncomingError>>,
+) -> Result<T, IncomingError> {
+    guarded_while(work).await.unwrap_or_else(|what| Err(IncomingError::Panicked { what }))
 }
 
-struct Caught<'a, F>(Pin<&'a mut F>);
-
-impl<T, F: Future<Output = Result<T, IncomingError>>> Future for Caught<'_, F> {
-    type Output = F::Output;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
-        guarded(|| self.0.as_mut().poll(context))
-            .unwrap_or_else(|what| Poll::Ready(Err(IncomingError::Panicked { what })))
+/// Refuses a guest whose pages have no room here, before the first of them comes; `what` says how much `needed` is.
+pub(super) fn check_room(what: &str, needed: u64, room: Option<Room>) -> Result<(), String> {
+    match room {
+        Some(Room { bytes, of, hint }) if bytes < needed => {
+            Err(format!("{what}, but {of} has {bytes} left: {hint}"))
+        }
+        _ => Ok(()),
     }
 }

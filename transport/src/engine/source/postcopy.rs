@@ -12,6 +12,8 @@ use std::time::Duration;
 use crate::clock;
 use crate::postcopy::{PageServer, PostcopyError, ServerOptions};
 use crate::session::{SessionError, SourceEvent};
+#[cfg(test)]
+use crate::simulation::fault;
 use crate::source::{Feeder, SourceOptions};
 use crate::wire::SessionId;
 use crate::wire::control::{
@@ -182,6 +184,8 @@ impl<E: Environment> Attempt<'_, E> {
             all.insert(chunk, pages);
         });
         let pages = source.carried_pages_without(&missing);
+        #[cfg(test)]
+        let pages = if fault::is(fault::Fault::MissingCarried) { source.carried_pages() } else { pages };
         let server = PageServer::new(ram, hasher, missing, holes, unit_chunks, options);
         self.running.as_mut().expect("set before any phase that needs it").missing = Some(all);
         let (watch, _) = self.parts();
@@ -210,6 +214,14 @@ impl<E: Environment> Attempt<'_, E> {
     /// heard, it asks what came of GO meanwhile, for the guest may need its pages already.
     pub(super) async fn serve(&mut self, unheard: Option<Cause>) -> Result<(), Cause> {
         let (env, progress, began) = (self.env, self.progress, clock::now());
+        #[cfg(test)]
+        let unheard = match unheard {
+            Some(cause) if fault::is(fault::Fault::AskingEndsService) => {
+                self.ask(cause).await?;
+                None
+            }
+            other => other,
+        };
         let running = self.running.as_mut().expect("set before any phase that needs it");
         let service = running.postcopy.as_mut().expect("set before GO");
         let watch = &mut running.watch;
@@ -239,6 +251,7 @@ impl<E: Environment> Attempt<'_, E> {
                     progress.update(|r| r.error = None);
                 }
                 Ok(_) => {}
+                Err(Cause::Abandoned) => return Err(Cause::Abandoned),
                 // The destination has failed with the guest. One that never ran it is asked for another word.
                 Err(cause @ Cause::Session(SessionError::Peer { .. })) if known => return Err(cause),
                 Err(cause) if linked => {

@@ -452,16 +452,18 @@ impl<'a, E: Environment> Watch<'a, E> {
                     return Ok(());
                 }
                 Learnt::SayGoAgain => self.send(Message::Go),
-                Learnt::Abandoned => {
-                    // As above.
-                    self.send(Message::Status(SessionStatus::Abandoned));
-                    self.env.flush(FAREWELL);
-                    return Err(Cause::Abandoned);
-                }
+                Learnt::Abandoned => return Err(self.hear_abandoned()),
                 Learnt::Unknown => return Err(self.overdue("that it runs the guest")),
             }
         }
         Err(self.overdue("STATUS"))
+    }
+
+    /// The destination never runs the guest. Lets it know that it is known; if this is lost, it only waits longer.
+    fn hear_abandoned(&self) -> Cause {
+        self.send(Message::Status(SessionStatus::Abandoned));
+        self.env.flush(FAREWELL);
+        Cause::Abandoned
     }
 
     /// Tells the destination why, unless it was the one to say so.
@@ -556,6 +558,7 @@ impl<'a, E: Environment> Watch<'a, E> {
         let event = self.session.handle(message)?;
         match &event {
             SourceEvent::Reply(reply) => self.send(reply.clone()),
+            SourceEvent::Abandoned => return Err(self.hear_abandoned()),
             SourceEvent::StreamStopped { stream, reason } => {
                 let frames = self.streams.stopped(*stream, reason.clone());
                 self.take_back(frames);

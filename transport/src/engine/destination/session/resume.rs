@@ -4,9 +4,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::IncomingError;
-use super::environment::{Environment, say_no};
-use super::session::Session;
+use super::{IncomingError, Session, say_no};
+use crate::engine::destination::environment::Environment;
 use crate::engine::explain;
 use crate::engine::progress::Outage;
 use crate::link::{LinkError, LinkEvent};

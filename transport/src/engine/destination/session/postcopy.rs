@@ -12,16 +12,16 @@ use pagecopy::backend::BackendError;
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::PAGE_SIZE;
 
-use super::IncomingError;
-use super::environment::{Environment, PostcopyEvent};
-use super::opening::check_room;
-use super::session::Session;
+use super::{IncomingError, Session, check_room};
 use crate::clock;
+use crate::engine::destination::environment::{Environment, PostcopyEvent};
 use crate::engine::explain;
 use crate::engine::report::{self, Status};
 use crate::link::LinkEvent;
 use crate::postcopy::{MissingRuns, MissingSink, PostcopyError};
 use crate::session::DestinationEvent;
+#[cfg(test)]
+use crate::simulation::fault;
 use crate::wire::WireError;
 use crate::wire::control::{ChunkRun, ErrorCode, Message, STREAMS_PUSHING_MAX};
 
@@ -62,6 +62,10 @@ impl<E: Environment> Session<'_, E> {
     /// Distinct pages that frames carried, for the account: a page that is missing counts for neither side, whether its frames arrived or
     /// were lost with their stream.
     pub(super) fn carried_pages(&self) -> u64 {
+        #[cfg(test)]
+        if fault::is(fault::Fault::MissingCarried) {
+            return self.sink.carried_pages();
+        }
         match &self.postcopy {
             Some(post) => self.sink.carried_pages_without(post.missing.pages()),
             None => self.sink.carried_pages(),

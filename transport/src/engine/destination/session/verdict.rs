@@ -4,13 +4,14 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::IncomingError;
-use super::environment::{Environment, Event, EventOf, Speaks, say_no};
-use super::session::{Session, say_busy};
+use super::{IncomingError, Session, say_busy, say_no};
 use crate::clock;
+use crate::engine::destination::environment::{Environment, Event, EventOf, Speaks};
 use crate::engine::explain;
 use crate::link::LinkEvent;
 use crate::session::SessionError;
+#[cfg(test)]
+use crate::simulation::fault;
 use crate::wire::control::{ErrorCode, Message, SessionStatus};
 
 /// Connections that are kept for a source that asks: one that asks again has given up the last.
@@ -22,6 +23,10 @@ impl<E: Environment> Session<'_, E> {
         // A source that says itself that all is over has not said GO.
         if !self.machine.may_be_asked() || matches!(error, IncomingError::Session(SessionError::Peer { .. }))
         {
+            return;
+        }
+        #[cfg(test)]
+        if fault::is(fault::Fault::AbandonedUnheard) {
             return;
         }
         let cancelled = matches!(error, IncomingError::Cancelled);
@@ -53,7 +58,9 @@ impl<E: Environment> Session<'_, E> {
         if cancelled || self.guest.is_none() {
             return options.timeout;
         }
-        options.handover_timeout.max(options.reconnect_timeout).max(options.timeout)
+        let patience = options.handover_timeout.max(options.reconnect_timeout).max(options.timeout);
+        // A source in postcopy asks without end, and is waited for as long.
+        if self.postcopy.is_some() { patience.max(options.postcopy_timeout) } else { patience }
     }
 
     /// Says whether the source has heard.

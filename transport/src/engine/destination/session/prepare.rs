@@ -5,9 +5,8 @@ use std::ops::Range;
 use pagecopy::backend::GuestRam;
 use pagecopy::layout::CHUNK_SIZE;
 
-use super::IncomingError;
-use super::environment::Environment;
-use super::session::Session;
+use super::{IncomingError, Session};
+use crate::engine::destination::environment::Environment;
 use crate::link::LinkEvent;
 use crate::wire::control::PRESENCE_CHUNKS;
 
