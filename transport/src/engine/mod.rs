@@ -8,9 +8,11 @@ pub mod source;
 pub mod tuning;
 mod usage;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::rdma::RdmaOptions;
+use crate::source::HostShare;
 use pagecopy::backend::{BackendError, GuestRam};
 use pagecopy::bitmap::{PageBitmap, runs};
 use pagecopy::choose::CodecMode;
@@ -43,6 +45,8 @@ pub struct Options {
     pub postcopy_timeout: Duration,
     /// How memory is registered for RDMA.
     pub rdma: RdmaOptions,
+    /// What a source shares with the host's other migrations, which are given the same; `None`: nothing.
+    pub shared: Option<Arc<HostShare>>,
 }
 
 impl Default for Options {
@@ -57,6 +61,7 @@ impl Default for Options {
             handover_timeout: Duration::from_secs(60),
             postcopy_timeout: Duration::from_secs(600),
             rdma: RdmaOptions::default(),
+            shared: None,
         }
     }
 }

@@ -550,9 +550,9 @@ impl<'a, E: Environment> Attempt<'a, E> {
             timeout: self.options.timeout,
             mismatches_max: MISMATCHES_MAX,
         };
-        let (ram, log) = (self.backend.ram.clone(), self.backend.log.clone());
+        let (SourceBackend { ram, log, .. }, shared) = (self.backend.clone(), self.options.shared.clone());
         self.progress.update(|r| r.pages.hole = ram.layout().pages() - populated.count());
-        Ok(Arc::new(PageSource::new(ram, log, hasher, options, populated)))
+        Ok(Arc::new(PageSource::new(ram, log, hasher, options, populated).sharing(shared)))
     }
 
     async fn open_streams(&mut self, welcome: Welcome, feeder: &Feeder) -> Result<(), Cause> {
@@ -577,7 +577,7 @@ impl<'a, E: Environment> Attempt<'a, E> {
             let env = self.env;
             let (watch, source) = self.parts();
             // Nobody is slowed down by haste any more but the guest that waits.
-            source.limit_bandwidth(None);
+            source.hurry();
             watch.hurry();
             let mut dirtied = source.dirty_sync()?;
             if progress.tuning().pause_before_switchover {

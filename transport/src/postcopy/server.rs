@@ -13,7 +13,7 @@ use pagecopy::postcopy::Order;
 
 use super::missing::runs_of;
 use crate::clock;
-use crate::source::Pace;
+use crate::source::{Bandwidth, HostShare};
 use crate::wire::control::ChunkRun;
 use crate::wire::frame::FrameHeader;
 use crate::wire::postcopy::PageRequest;
@@ -66,7 +66,7 @@ pub struct PageServer {
     pub(super) hasher: PageHasher,
     pub(super) options: ServerOptions,
     /// Holds back what nobody asked for.
-    pub(super) bandwidth: Pace,
+    pub(super) bandwidth: Bandwidth,
     pub(super) counters: ServerCounters,
     /// Pages that nobody has taken to send them.
     pub(super) pending: PageBitmap,
@@ -103,7 +103,7 @@ impl PageServer {
             ram,
             hasher,
             options,
-            bandwidth: Pace::new(),
+            bandwidth: Bandwidth::new(None),
             counters: ServerCounters::default(),
             pending: missing,
             holes,
@@ -115,6 +115,11 @@ impl PageServer {
             stop: AtomicBool::new(false),
             changed: (Mutex::new(()), Condvar::new()),
         }
+    }
+
+    /// One that shares with others what their host has, if that is to be shared. What the guest asks for does not wait for it.
+    pub fn sharing(self, host: Option<Arc<HostShare>>) -> Self {
+        Self { bandwidth: Bandwidth::new(host), ..self }
     }
 
     /// Adds to `missing` what belongs to the same units.

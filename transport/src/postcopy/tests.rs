@@ -16,6 +16,7 @@ use super::lane::ANSWERS_MAX;
 use super::partial::Partial;
 use super::{Lane, LaneEnd, MissingRuns, MissingSink, PageServer, PostcopyError, ServerOptions};
 use crate::socket::Connection;
+use crate::source::HostShare;
 use crate::wire::WireError;
 use crate::wire::control::capability;
 use crate::wire::postcopy::PageRequest;
@@ -53,6 +54,17 @@ fn content(chunk: u32, bit: u32) -> [u8; PAGE_SIZE] {
 impl Pair {
     /// Connected by one connection for requests and so many others, whose threads begin to send at once.
     fn new(chunks: u32, codec: CodecMode, pushing: u16, bytes_per_s: Option<u64>) -> Self {
+        Self::sharing(chunks, codec, pushing, bytes_per_s, None)
+    }
+
+    /// The same, on a host whose sessions share this.
+    fn sharing(
+        chunks: u32,
+        codec: CodecMode,
+        pushing: u16,
+        bytes_per_s: Option<u64>,
+        host: Option<Arc<HostShare>>,
+    ) -> Self {
         let layout = Layout::flat(u64::from(chunks) * 64 * PAGE_SIZE as u64).unwrap();
         let (source, destination) = (Partial::new(layout.clone()), Partial::new(layout.clone()));
         let missing = PageBitmap::new(chunks);
@@ -64,6 +76,7 @@ impl Pair {
         let options = ServerOptions { timeout, codec, pushing, near: false };
         let holes = PageBitmap::new(chunks);
         let server = PageServer::new(source.clone(), hasher.clone(), missing, holes, 0, options);
+        let server = server.sharing(host);
         server.limit_bandwidth(bytes_per_s);
         let mut announced = MissingRuns::new(&layout);
         announced.add(server.runs(), &layout).unwrap();
@@ -109,10 +122,8 @@ fn opened(stream: UnixStream) -> Connection {
     connection
 }
 
-#[test]
-fn what_the_guest_asks_for_does_not_wait_for_the_limit_and_the_rest_does() {
-    // The first frame that nobody asked for is sent ahead of its time, by hours.
-    let pair = Pair::new(4, CodecMode::Raw, 1, Some(1));
+/// Asks for pages while everything else is held back for hours, once a first frame was sent ahead of its time.
+fn ask_while_the_rest_waits(pair: &Pair) {
     wait_for("the first frame", || pair.sink.left() < pair.server.total());
     let left = pair.sink.left();
     let asked = 128;
@@ -126,7 +137,23 @@ fn what_the_guest_asks_for_does_not_wait_for_the_limit_and_the_rest_does() {
     }
     // It was charged for what went ahead.
     assert!(!pair.server.bandwidth.is_open());
+}
+
+#[test]
+fn what_the_guest_asks_for_does_not_wait_for_the_limit_and_the_rest_does() {
+    let pair = Pair::new(4, CodecMode::Raw, 1, Some(1));
+    ask_while_the_rest_waits(&pair);
     pair.server.limit_bandwidth(None);
+    pair.arrives();
+}
+
+#[test]
+fn nor_does_it_wait_for_the_limit_of_the_host() {
+    let host = Arc::new(HostShare::new());
+    host.limit_bandwidth(Some(1));
+    let pair = Pair::sharing(4, CodecMode::Raw, 1, None, Some(host.clone()));
+    ask_while_the_rest_waits(&pair);
+    host.limit_bandwidth(None);
     pair.arrives();
 }
 

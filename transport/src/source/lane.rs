@@ -224,13 +224,13 @@ impl<'a> LaneSender<'a> {
     /// Waits until the bandwidth limit lets a frame go.
     fn wait_pace(&mut self) -> Result<(), LaneError> {
         let (source, stream) = (self.source, self.stream);
-        if source.pace.is_open() {
+        if source.bandwidth.is_open() {
             return Ok(());
         }
         // What is gathered is paid for.
         self.flush()?;
         // A limit is a slow link: what it holds back may be spent on encoding.
-        source.pace.wait(|| source.stopped() || stream.has_failed());
+        source.bandwidth.wait(|| source.stopped() || stream.has_failed());
         self.check()
     }
 
@@ -288,7 +288,7 @@ impl<'a> LaneSender<'a> {
         self.last_doubt.note(frame.seq, frame.doubtful);
         let wire_bytes = frame.wire_bytes();
         source.carried.insert(chunk, sent);
-        source.pace.spend(wire_bytes);
+        source.bandwidth.spend(wire_bytes);
         self.launch(frame)?;
         // A carrier that places gathers by itself, so that it knows what it has to send before it waits for room to place.
         if header.raw != 0 || self.carrier.places() || self.out.len() >= GATHER_BYTES {

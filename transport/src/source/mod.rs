@@ -4,6 +4,7 @@
 //! receipted when its stream dies makes its pages pending again, and so does a receipt that does not match. There is no
 //! other retransmission.
 
+mod bandwidth;
 mod doubt;
 mod feeder;
 mod flight;
@@ -11,6 +12,7 @@ mod lane;
 mod owners;
 mod pace;
 mod receipts;
+mod share;
 #[cfg(test)]
 pub(crate) mod stepped;
 mod window;
@@ -26,13 +28,14 @@ use pagecopy::chunk::Shared;
 use pagecopy::digest::{PageHasher, receipt};
 use pagecopy::layout::PAGE_SIZE;
 
+pub(crate) use bandwidth::Bandwidth;
 use doubt::Doubts;
 pub use feeder::Feeder;
 pub(crate) use feeder::Waits;
 pub use flight::{LaneEnd, LaneError, Unreceipted};
 pub use lane::Lane;
 use owners::Owners;
-pub(crate) use pace::Pace;
+pub use share::HostShare;
 
 use crate::clock;
 #[cfg(test)]
@@ -158,7 +161,7 @@ pub struct PageSource {
     initial: PageBitmap,
     doubts: Doubts,
     owners: Owners,
-    pace: Pace,
+    bandwidth: Bandwidth,
     counters: Counters,
     progress: (Mutex<()>, Condvar),
     /// Batches given out and not yet dropped.
@@ -182,7 +185,7 @@ impl PageSource {
             initial: copy_of(&pending),
             doubts: Doubts::new(chunks, log.expects_writes()),
             owners: Owners::new(chunks),
-            pace: Pace::new(),
+            bandwidth: Bandwidth::new(None),
             counters: Counters::default(),
             progress: (Mutex::new(()), Condvar::new()),
             outstanding: AtomicU64::new(0),
@@ -192,6 +195,11 @@ impl PageSource {
             log,
             options,
         }
+    }
+
+    /// One that shares with others what their host has, if that is to be shared.
+    pub fn sharing(self, host: Option<Arc<HostShare>>) -> Self {
+        Self { bandwidth: Bandwidth::new(host), ..self }
     }
 
     pub(crate) fn ram(&self) -> &Arc<dyn GuestRam> {
@@ -225,7 +233,12 @@ impl PageSource {
 
     /// Limits the wire bytes of all streams together to so many a second, from now on; `None` lifts the limit.
     pub fn limit_bandwidth(&self, bytes_per_s: Option<u64>) {
-        self.pace.set_rate(bytes_per_s);
+        self.bandwidth.set_rate(bytes_per_s);
+    }
+
+    /// Nothing waits for a limit any more, its own or the host's, until one is set: a guest waits.
+    pub fn hurry(&self) {
+        self.bandwidth.hurry();
     }
 
     /// Distinct pages that frames carried.

@@ -1,4 +1,4 @@
-//! A limit on the wire bytes of all streams together.
+//! A limit on the wire bytes of all streams of a session together.
 //!
 //! A token bucket that may go into debt: a stream waits until the bucket holds something, sends a whole frame, and takes out
 //! what that came to. So the frame's size need not be known before it is encoded, a changed rate holds for those who wait, and over
@@ -12,15 +12,15 @@ use std::time::Duration;
 use crate::clock;
 
 /// The bucket holds what the rate gives in this time.
-const BURST: Duration = Duration::from_millis(10);
+pub(super) const BURST: Duration = Duration::from_millis(10);
 /// A stream that waits for the bucket loses nothing by waking up late, on a host that is busy, up to this.
 const LATE: Duration = Duration::from_millis(250);
 /// Longest sleep at a time, so that whoever waits sees that the session stops.
-const TICK: Duration = Duration::from_millis(20);
+pub(super) const TICK: Duration = Duration::from_millis(20);
 
 /// The bucket: pure, time comes in.
 #[derive(Debug)]
-struct Bucket {
+pub(super) struct Bucket {
     /// Bytes a second; 0: no limit.
     rate: u64,
     /// Bytes that may be sent; below 0 what was sent ahead of its time.
@@ -29,6 +29,16 @@ struct Bucket {
 }
 
 impl Bucket {
+    /// Without a limit.
+    pub(super) fn new() -> Self {
+        Self { rate: 0, tokens: 0.0, filled: Duration::ZERO }
+    }
+
+    /// Whether there is a limit.
+    pub(super) fn limits(&self) -> bool {
+        self.rate != 0
+    }
+
     /// Fills in what has come since, up to what the rate gives in `most`; what is in already stays.
     fn fill(&mut self, now: Duration, most: Duration) {
         let elapsed = now.saturating_sub(self.filled).as_secs_f64();
@@ -38,7 +48,7 @@ impl Bucket {
     }
 
     /// Changes the rate from now on. A debt is paid at the new rate, but a limit that is lifted forgives it.
-    fn set_rate(&mut self, now: Duration, rate: u64) {
+    pub(super) fn set_rate(&mut self, now: Duration, rate: u64) {
         self.fill(now, BURST);
         if self.rate == 0 || rate == 0 {
             self.tokens = 0.0;
@@ -48,7 +58,7 @@ impl Bucket {
     }
 
     /// How long a frame has to wait; zero when it may go. `waited`: it did so already.
-    fn wait(&mut self, now: Duration, waited: bool) -> Duration {
+    pub(super) fn wait(&mut self, now: Duration, waited: bool) -> Duration {
         if self.rate == 0 {
             return Duration::ZERO;
         }
@@ -60,34 +70,26 @@ impl Bucket {
         Duration::from_secs_f64(-self.tokens / self.rate as f64).max(Duration::from_micros(1))
     }
 
-    fn spend(&mut self, bytes: u64) {
+    pub(super) fn spend(&mut self, bytes: u64) {
         if self.rate != 0 {
             self.tokens -= bytes as f64;
         }
     }
 }
 
-/// The limit that the streams of a session share.
+/// The limit that the streams of a session share. One of them waits for it at a time: see [`super::bandwidth`].
 #[derive(Debug)]
-pub(crate) struct Pace {
+pub(super) struct Pace {
     bucket: Mutex<Bucket>,
     changed: Condvar,
     /// Whether there is a limit: what every frame asks without a lock. A moment late is no harm.
     limits: AtomicBool,
-    /// Held by the one stream that waits for the bucket; the others wait for it, so that one frame's worth wakes one thread.
-    turn: Mutex<()>,
 }
 
 impl Pace {
     /// Without a limit.
-    pub(crate) fn new() -> Self {
-        let bucket = Bucket { rate: 0, tokens: 0.0, filled: Duration::ZERO };
-        Self {
-            bucket: Mutex::new(bucket),
-            changed: Condvar::new(),
-            limits: AtomicBool::new(false),
-            turn: Mutex::default(),
-        }
+    pub(super) fn new() -> Self {
+        Self { bucket: Mutex::new(Bucket::new()), changed: Condvar::new(), limits: AtomicBool::new(false) }
     }
 
     fn bucket(&self) -> MutexGuard<'_, Bucket> {
@@ -95,22 +97,21 @@ impl Pace {
     }
 
     /// Bytes a second from now on, also for those who wait; `None` lifts the limit.
-    pub(crate) fn set_rate(&self, rate: Option<u64>) {
+    pub(super) fn set_rate(&self, rate: Option<u64>) {
         let mut bucket = self.bucket();
         bucket.set_rate(clock::now(), rate.unwrap_or(0));
-        self.limits.store(bucket.rate != 0, Ordering::Relaxed);
+        self.limits.store(bucket.limits(), Ordering::Relaxed);
         drop(bucket);
         self.changed.notify_all();
     }
 
     /// Whether a frame may go now.
-    pub(crate) fn is_open(&self) -> bool {
+    pub(super) fn is_open(&self) -> bool {
         !self.limits.load(Ordering::Relaxed) || self.bucket().wait(clock::now(), false).is_zero()
     }
 
     /// Waits until a frame may go, or `stopped` says yes.
-    pub(crate) fn wait(&self, stopped: impl Fn() -> bool) {
-        let _turn = self.turn.lock().unwrap_or_else(|e| e.into_inner());
+    pub(super) fn wait(&self, stopped: impl Fn() -> bool) {
         let mut bucket = self.bucket();
         let mut waited = false;
         while !stopped() {
@@ -124,7 +125,7 @@ impl Pace {
     }
 
     /// Takes out what a frame came to.
-    pub(crate) fn spend(&self, bytes: u64) {
+    pub(super) fn spend(&self, bytes: u64) {
         if self.limits.load(Ordering::Relaxed) {
             self.bucket().spend(bytes);
         }
@@ -144,7 +145,7 @@ mod tests {
             rates in prop::array::uniform2(10_000_000u64..1_000_000_000),
             frames in prop::collection::vec((50_000u64..300_000, 0u64..200_000), 1..50),
         ) {
-            let mut bucket = Bucket { rate: 0, tokens: 0.0, filled: Duration::ZERO };
+            let mut bucket = Bucket::new();
             let mut frames = frames.into_iter().cycle();
             let (mut now, mut until) = (Duration::ZERO, Duration::ZERO);
             for rate in rates {
@@ -172,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_burst_is_bounded_however_long_nothing_was_sent() {
-        let mut bucket = Bucket { rate: 0, tokens: 0.0, filled: Duration::ZERO };
+        let mut bucket = Bucket::new();
         bucket.set_rate(Duration::ZERO, 1_000_000);
         let later = Duration::from_secs(3600);
         let mut sent = 0;

@@ -187,6 +187,7 @@ impl<E: Environment> Attempt<'_, E> {
         #[cfg(test)]
         let pages = if fault::is(fault::Fault::MissingCarried) { source.carried_pages() } else { pages };
         let server = PageServer::new(ram, hasher, missing, holes, unit_chunks, options);
+        let server = server.sharing(self.options.shared.clone());
         self.running.as_mut().expect("set before any phase that needs it").missing = Some(all);
         let (watch, _) = self.parts();
         for runs in server.runs().chunks(MISSING_RUNS_MAX) {

@@ -1,5 +1,7 @@
 //! The source against a real destination, with memory, log and guest that fail or panic where a test wants.
 
+mod shared;
+
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -206,6 +208,10 @@ struct Moved {
 }
 
 fn move_with(trouble: Trouble, options: &Options, tuning: Tuning) -> Moved {
+    moving(trouble, options, &Progress::new(tuning))
+}
+
+fn moving(trouble: Trouble, options: &Options, progress: &Progress) -> Moved {
     let source = Machine::new(true, trouble);
     for chunk in 0..source.layout().chunks() {
         source.chunk(chunk).copy_from(&vec![chunk as u8 + 1; CHUNK_SIZE][..]);
@@ -221,8 +227,7 @@ fn move_with(trouble: Trouble, options: &Options, tuning: Tuning) -> Moved {
         paused: false,
         machine: String::new(),
     };
-    let progress = Progress::new(tuning);
-    let result = migrate(&backend, &uri, options, &progress);
+    let result = migrate(&backend, &uri, options, progress);
     let arrived = arriving.join().expect("a destination does not panic");
     Moved { source, destination, result, report: progress.report(), arrived }
 }
