@@ -287,8 +287,9 @@ pub struct Chooser {
     near: bool,
     /// How many workers share a core.
     crowding: f64,
-    /// How many workers share the link.
-    workers: f64,
+    /// How many workers share the link, and how many cores they do.
+    workers: u32,
+    cores: f64,
     chunks: u32,
     next_probe: usize,
 }
@@ -315,7 +316,8 @@ impl Chooser {
             references: false,
             near: false,
             crowding: 1.0,
-            workers: 1.0,
+            workers: 1,
+            cores: 1.0,
             chunks: 0,
             next_probe: 0,
         }
@@ -332,10 +334,23 @@ impl Chooser {
     }
 
     /// For one of `workers` that share the link, and `cores` cores; with a destination that is `near`, its workers share them as well.
-    pub fn sharing(self, workers: u16, cores: usize, near: bool) -> Self {
-        let workers = f64::from(workers.max(1));
-        let threads = workers * if near { 1.0 + DECODE_SHARE } else { 1.0 };
-        Self { crowding: (threads / cores.max(1) as f64).max(1.0), workers, near, ..self }
+    pub fn sharing(mut self, workers: u16, cores: usize, near: bool) -> Self {
+        (self.cores, self.near) = (cores.max(1) as f64, near);
+        self.share_with(workers.into());
+        self
+    }
+
+    /// So many workers share the link and the cores from now on, this one and those of other sessions among them. What
+    /// [`Delivered::all`] counts must be theirs.
+    pub fn share_with(&mut self, workers: u32) {
+        self.workers = workers.max(1);
+        let threads = f64::from(self.workers) * if self.near { 1.0 + DECODE_SHARE } else { 1.0 };
+        self.crowding = (threads / self.cores).max(1.0);
+    }
+
+    /// How many workers share the link, as far as it was told.
+    pub fn workers(&self) -> u32 {
+        self.workers
     }
 
     /// What the user asked for.
@@ -400,7 +415,7 @@ impl Chooser {
         busy: impl Fn() -> Option<Busy>,
     ) {
         self.link.sent(wire_bytes, nanos);
-        if self.link.close_window(delivered, self.workers, busy) {
+        if self.link.close_window(delivered, self.workers.into(), busy) {
             self.choose();
         }
     }

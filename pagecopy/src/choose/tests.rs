@@ -250,6 +250,46 @@ fn streams_that_take_turns_see_one_link() {
     assert_ne!(compressed(false), 0);
 }
 
+/// The same with two sessions of a stream each, which are told of each other while they run.
+#[test]
+fn sessions_that_take_turns_see_one_link() {
+    let moved = |told: bool| {
+        let mut chooser = Chooser::new(CodecMode::Auto).sharing(1, 2, false);
+        let (mut own, mut all, mut compressed) = (0, 0.0, 0);
+        for chunk in 0..4000u32 {
+            compressed += u32::from(chooser.plan(chunk).zstd_level.is_some());
+            let share = if chunk / 100 % 4 == 0 { 0.25 } else { 1.25 };
+            let nanos = CHUNK_SIZE as f64 * 0.6 / share;
+            own += CHUNK_SIZE as u64;
+            all += nanos / 0.3;
+            let delivered = if told { Delivered { own, all: all as u64 } } else { alone(own) };
+            chooser.share_with(if told { 2 } else { 1 });
+            chooser.observe_link(CHUNK_SIZE as u64, nanos as u64, delivered, || None);
+        }
+        (compressed, chooser.link_bytes_per_s().unwrap() * 0.6e-9)
+    };
+    let (compressed, part) = moved(true);
+    assert!(compressed == 0 && (0.99..1.01).contains(&part), "{compressed} chunks, {part} of its part");
+    assert_ne!(moved(false).0, 0);
+}
+
+/// Who is told of workers that came later reckons with them as with those that were there from the start.
+#[test]
+fn sessions_that_come_and_go_share_the_cores() {
+    for near in [false, true] {
+        let [mut told, knew] = [(1, 2), (8, 2)].map(|(workers, cores)| {
+            let chooser = Chooser::new(CodecMode::Auto);
+            chooser.sharing(workers, cores, near)
+        });
+        let before = told.crowding;
+        told.share_with(8);
+        assert_eq!((told.workers(), told.crowding), (8, knew.crowding));
+        assert!(told.crowding >= 4.0);
+        told.share_with(1);
+        assert_eq!((told.workers(), told.crowding), (1, before));
+    }
+}
+
 /// 2 MiB pass in a millisecond or two, in which whoever receives may just not have run.
 #[test]
 fn no_link_is_judged_by_a_moment() {

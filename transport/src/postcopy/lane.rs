@@ -22,6 +22,7 @@ use crate::clock;
 use crate::dial::open_attached;
 use crate::panic_text;
 use crate::socket::Connection;
+use crate::source::Sharing;
 use crate::sys::{self, ReceiveList, SendList, Soon};
 use crate::uri::Uri;
 use crate::wire::frame::{RECEIPT_HEADER_LEN, RECEIPT_MAGIC, check_receipt, decode_receipt_header};
@@ -138,6 +139,8 @@ pub(super) struct Worker {
     acked_bytes: u64,
     told_at: Option<u64>,
     idle_nanos: u64,
+    /// While it is one of those that share the host's link: what answers requests is not.
+    _sharing: Option<Sharing>,
 }
 
 impl Worker {
@@ -150,6 +153,7 @@ impl Worker {
             let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
             ChunkEncoder::new(options.codec, CLOCKS).sharing(options.pushing, cores, options.near)
         };
+        let sharing = if stream == FAULTS { None } else { server.bandwidth.join() };
         Self {
             server,
             connection,
@@ -166,6 +170,7 @@ impl Worker {
             acked_bytes: 0,
             told_at: None,
             idle_nanos: 0,
+            _sharing: sharing,
         }
     }
 
@@ -263,9 +268,12 @@ impl Worker {
         let idle = std::mem::take(&mut self.idle_nanos);
         let passed = self.told_at.map_or(0, |before| now.saturating_sub(before).saturating_sub(idle));
         self.told_at = Some(now);
-        let all = self.server.counters.wire_acked.load(Ordering::Relaxed);
+        let server = self.server.counters.wire_acked.load(Ordering::Relaxed);
+        let (streams, all) = self.server.bandwidth.all((self.server.options.pushing, server));
         let delivered = Delivered { own: self.acked_bytes, all };
-        self.sealer.chooser().observe_link(wire_bytes, passed, delivered, clock::busy);
+        let chooser = self.sealer.chooser();
+        chooser.share_with(streams);
+        chooser.observe_link(wire_bytes, passed, delivered, clock::busy);
     }
 
     /// Reads what is there and acts on it; with `wait`, for a moment at least.
@@ -351,6 +359,7 @@ impl Worker {
         self.bytes -= sent.wire_bytes;
         self.acked_bytes += sent.wire_bytes;
         self.server.counters.wire_acked.fetch_add(sent.wire_bytes, Ordering::Relaxed);
+        self.server.bandwidth.delivered(sent.wire_bytes);
         let now = clock::now() - self.began;
         self.pace.on_receipt(now, sent.wire_bytes, now.saturating_sub(sent.at));
         if seal == sent.seal {

@@ -1,10 +1,10 @@
-//! What limits the wire bytes of a session: a bucket of its own, and its part of the host's.
+//! What a session has of its link: what limits its wire bytes, a bucket of its own and its part of the host's; and who shares it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::pace::Pace;
-use super::share::{HostShare, Share};
+use super::share::{HostShare, Share, Sharing};
 
 /// See the module.
 #[derive(Debug)]
@@ -66,11 +66,48 @@ impl Bandwidth {
             share.spend(bytes);
         }
     }
+
+    /// A stream shares the link until what is returned is dropped.
+    pub(crate) fn join(&self) -> Option<Sharing> {
+        self.share.as_ref().map(|share| Sharing::new(share.host().clone()))
+    }
+
+    /// So many bytes were delivered.
+    pub(crate) fn delivered(&self, bytes: u64) {
+        if let Some(share) = &self.share {
+            share.delivered(bytes);
+        }
+    }
+
+    /// How many streams share the link, and what was delivered of them all, as the codec choice wants to know: of the host's sessions,
+    /// or, where it knows of no others, of this one.
+    pub(crate) fn all(&self, session: (u16, u64)) -> (u32, u64) {
+        match &self.share {
+            Some(share) => (share.host().streams(), share.host().delivered_bytes()),
+            None => (session.0.into(), session.1),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_session_knows_of_the_hosts_others() {
+        let alone = Bandwidth::new(None);
+        assert!(alone.join().is_none());
+        alone.delivered(7);
+        assert_eq!(alone.all((3, 500)), (3, 500));
+        let host = Arc::new(HostShare::new());
+        let [session, other] = [(); 2].map(|()| Bandwidth::new(Some(host.clone())));
+        let streams = [session.join(), other.join(), other.join()];
+        session.delivered(100);
+        other.delivered(20);
+        assert_eq!((session.all((1, 100)), other.all((2, 20))), ((3, 120), (3, 120)));
+        drop(streams);
+        assert_eq!(session.all((1, 100)), (0, 120));
+    }
 
     #[test]
     fn a_session_waits_for_its_own_limit_and_for_the_hosts() {

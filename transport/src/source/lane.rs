@@ -21,7 +21,7 @@ use super::doubt::{Doubts, LastDoubt, Leaves};
 use super::flight::{LaneEnd, LaneError, StreamState, Unreceipted};
 use super::receipts::Receipts;
 use super::window::Window;
-use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, Span};
+use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, Sharing, Span};
 use crate::carrier::{FrameSender, Placement, SourceEnd};
 use crate::clock;
 use crate::panic_text;
@@ -117,6 +117,8 @@ pub(super) struct LaneSender<'a> {
     /// When the chooser was last told what sending takes; and for how long there has been nothing to do since.
     told_at: Option<u64>,
     idle_nanos: u64,
+    /// While it is one of those that share the host's link.
+    _sharing: Option<Sharing>,
 }
 
 const CLOCKS: Clocks = Clocks { now: clock::nanos, worked: clock::worked_nanos };
@@ -139,6 +141,7 @@ impl<'a> LaneSender<'a> {
             last_doubt: LastDoubt::default(),
             told_at: None,
             idle_nanos: 0,
+            _sharing: source.bandwidth.join(),
         }
     }
 
@@ -305,11 +308,12 @@ impl<'a> LaneSender<'a> {
         let idle = std::mem::take(&mut self.idle_nanos);
         let passed = self.told_at.map_or(0, |before| now.saturating_sub(before).saturating_sub(idle));
         self.told_at = Some(now);
-        let delivered = Delivered {
-            own: self.stream.delivered_bytes(),
-            all: self.source.counters.wire_acked.load(Ordering::Relaxed),
-        };
-        self.encoder.chooser().observe_link(wire_bytes, passed, delivered, clock::busy);
+        let session = self.source.counters.wire_acked.load(Ordering::Relaxed);
+        let (streams, all) = self.source.bandwidth.all((self.source.options.streams, session));
+        let delivered = Delivered { own: self.stream.delivered_bytes(), all };
+        let chooser = self.encoder.chooser();
+        chooser.share_with(streams);
+        chooser.observe_link(wire_bytes, passed, delivered, clock::busy);
     }
 
     /// Puts a frame among those under way, and waits until the window has room for it.
@@ -475,4 +479,33 @@ fn count_pages(counters: &Counters, encoded: &EncodedChunk<'_>) {
         Counters::add(&counters.similar_bytes, encoded.encoded.len() as u64);
     }
     Counters::add(&counters.logical_acked, u64::from(encoded.unchanged.count_ones()) * PAGE_SIZE as u64);
+}
+
+#[cfg(test)]
+mod tests {
+    use pagecopy::backend::StaticLog;
+
+    use super::super::doubles::{Sink, source, stream};
+    use super::super::{Bandwidth, HostShare};
+    use super::*;
+
+    #[test]
+    fn what_chooses_the_codec_hears_of_the_hosts_other_streams() {
+        let host = Arc::new(HostShare::new());
+        let source = Arc::new(source(2, Arc::new(StaticLog)).sharing(Some(host.clone())));
+        let sink = Sink::default();
+        let stream = stream(&source, &sink);
+        let mut sender = LaneSender::new(&stream, Box::new(sink));
+        let send = |sender: &mut LaneSender<'_>, first| {
+            sender.work_off(Batch::new(&source, Span { first, count: 1 })).unwrap();
+            sender.encoder.chooser().workers()
+        };
+        let other = Bandwidth::new(Some(host.clone()));
+        let others = [other.join(), other.join()];
+        assert_eq!(send(&mut sender, 0), 3);
+        drop(others);
+        assert_eq!(send(&mut sender, 1), 1);
+        drop(sender);
+        assert_eq!(host.streams(), 0);
+    }
 }

@@ -5,6 +5,8 @@
 //! other retransmission.
 
 mod bandwidth;
+#[cfg(test)]
+mod doubles;
 mod doubt;
 mod feeder;
 mod flight;
@@ -36,6 +38,7 @@ pub use flight::{LaneEnd, LaneError, Unreceipted};
 pub use lane::Lane;
 use owners::Owners;
 pub use share::HostShare;
+pub(crate) use share::Sharing;
 
 use crate::clock;
 #[cfg(test)]

@@ -116,6 +116,7 @@ impl<'a> Receipts<'a> {
             source.pending.insert(sent.chunk, wrong);
         }
         Counters::add(&source.counters.wire_acked, sent.wire_bytes);
+        source.bandwidth.delivered(sent.wire_bytes);
         Counters::add(&source.counters.logical_acked, (pages * PAGE_SIZE) as u64);
         source.settle(&sent);
         if count == pages { Ok(()) } else { Err(ReceiptError::Count { seq, found: count, expected: pages }) }

@@ -11,9 +11,8 @@ const FRAME: u64 = (CHUNK_SIZE + FrameHeader::LEN) as u64;
 /// What a bucket holds.
 const BURST: Duration = Duration::from_millis(10);
 
-/// Moves so many machines at the same time, under a limit that their host has. Returns what each sent, and for how long the limit held.
-fn evacuate(machines: usize, rate: u64) -> (Vec<u64>, Duration) {
-    let host = Arc::new(HostShare::new());
+/// Moves so many machines of a host at the same time, under a limit that it has. Returns what each sent, and for how long the limit held.
+fn evacuate(host: &Arc<HostShare>, machines: usize, rate: u64) -> (Vec<u64>, Duration) {
     // Until all have begun.
     host.limit_bandwidth(Some(1));
     let options = Options { codec: CodecMode::Raw, shared: Some(host.clone()), ..options() };
@@ -25,6 +24,11 @@ fn evacuate(machines: usize, rate: u64) -> (Vec<u64>, Duration) {
         while !progress.iter().all(begun) {
             std::thread::sleep(Duration::from_millis(1));
         }
+        // Each stream is one of those that share the link, as long as it is there.
+        let streams = machines as u32 * u32::from(options.streams);
+        while host.streams() != streams {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let began = Instant::now();
         host.limit_bandwidth(Some(rate));
         for (moved, progress) in running.into_iter().zip(&progress) {
@@ -33,6 +37,7 @@ fn evacuate(machines: usize, rate: u64) -> (Vec<u64>, Duration) {
             assert_eq!(text, None, "{:?}", progress.report());
             assert!(moved.destination.runs());
         }
+        assert_eq!(host.streams(), 0);
         (progress.iter().map(|progress| progress.report().wire_bytes).collect(), began.elapsed())
     })
 }
@@ -40,7 +45,8 @@ fn evacuate(machines: usize, rate: u64) -> (Vec<u64>, Duration) {
 #[test]
 fn migrations_of_a_host_keep_to_its_limit_together() {
     let (rate, machines) = (40_000_000, 2);
-    let (sent, time) = evacuate(machines, rate);
+    let host = Arc::new(HostShare::new());
+    let (sent, time) = evacuate(&host, machines, rate);
     let memory = 64 * CHUNK_SIZE as u64;
     assert!(sent.iter().all(|&sent| sent >= memory), "{sent:?}");
     // Each stream overdraws by a frame: before the limit was set, and with it. A paused guest does not wait, with its one page.
@@ -48,4 +54,6 @@ fn migrations_of_a_host_keep_to_its_limit_together() {
     let most = (rate as f64 * (time + BURST).as_secs_f64()) as u64 + (2 * streams + machines as u64) * FRAME;
     let all: u64 = sent.iter().sum();
     assert!(all <= most, "{sent:?} in {time:?}: {all} bytes, at most {most}");
+    // All of it was delivered, and counted for all.
+    assert_eq!(host.delivered_bytes(), all);
 }

@@ -1,0 +1,91 @@
+//! Memory, and something to send it to, for tests of streams without a destination.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use pagecopy::backend::{BackendError, DirtyLog, GuestRam};
+use pagecopy::bitmap::PageBitmap;
+use pagecopy::choose::CodecMode;
+use pagecopy::digest::PageHasher;
+use pagecopy::layout::{CHUNK_SIZE, Layout};
+use vm_memory::volatile_memory::VolatileSlice;
+
+use super::flight::StreamState;
+use super::window::Window;
+use super::{PageSource, SourceOptions};
+use crate::carrier::{Breaker, FrameSender, WINDOW_BYTES_MIN};
+use crate::guest_memory::Memory;
+use crate::sys::SendList;
+
+/// Memory in which each chunk's pages have a content of their own.
+struct Ram(Memory);
+
+impl GuestRam for Ram {
+    fn layout(&self) -> &Layout {
+        self.0.layout()
+    }
+    fn region(&self, region: usize) -> VolatileSlice<'_> {
+        self.0.region(region)
+    }
+    fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> {
+        (first..).zip(pages).for_each(|(chunk, pages)| *pages = self.0.layout().valid(chunk));
+        Ok(())
+    }
+    fn discard(&self, _chunk: u32, _pages: u64) -> Result<(), BackendError> {
+        unreachable!("a source keeps what it has")
+    }
+}
+
+/// So many chunks that wait to be sent raw over one stream.
+pub(super) fn source(chunks: u32, log: Arc<dyn DirtyLog>) -> PageSource {
+    let memory = Memory::new(Layout::flat(u64::from(chunks) * CHUNK_SIZE as u64).unwrap());
+    let pending = PageBitmap::new(chunks);
+    for chunk in 0..chunks {
+        pending.insert(chunk, u64::MAX);
+        (0..64).for_each(|bit| memory.write(chunk, bit, &[chunk as u8 + 1; 4096]));
+    }
+    let options = SourceOptions {
+        streams: 1,
+        near: false,
+        references: false,
+        codec: CodecMode::Raw,
+        cache_bytes: 0,
+        timeout: Duration::from_secs(60),
+        mismatches_max: 0,
+    };
+    PageSource::new(Arc::new(Ram(memory)), log, PageHasher::new(1), options, pending)
+}
+
+/// A stream of it, with room for all that is sent.
+pub(super) fn stream(source: &Arc<PageSource>, sink: &Sink) -> StreamState {
+    StreamState::new(source.clone(), 0, Arc::new(sink.clone()), Window::new(WINDOW_BYTES_MIN << 10, true))
+}
+
+/// Takes whatever is sent.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sink(Arc<Mutex<Vec<u8>>>);
+
+impl Sink {
+    pub(super) fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.0.lock().unwrap()
+    }
+}
+
+impl Breaker for Sink {
+    fn shutdown(&self) {}
+}
+
+impl FrameSender for Sink {
+    fn send(&mut self, mut list: SendList<'_>) -> io::Result<u64> {
+        let mut bytes = self.bytes();
+        let before = bytes.len();
+        while !list.is_empty() {
+            let start = bytes.len();
+            bytes.resize(start + CHUNK_SIZE, 0);
+            let copied = list.copy_to(&mut bytes[start..]);
+            bytes.truncate(start + copied);
+        }
+        Ok((bytes.len() - before) as u64)
+    }
+}
