@@ -65,6 +65,12 @@ pub(crate) trait ReceiptReader: Send {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
 }
 
+/// The word of a place that keeps frames and answers nothing, such as a file: how far they are durable.
+pub(crate) trait Durable: Send {
+    /// Bytes from the stream's start that are durable; what is, stays so. `WouldBlock` when no more became so for a moment.
+    fn durable(&mut self) -> io::Result<u64>;
+}
+
 /// The destination's end: frames in, receipts out.
 pub(crate) trait FrameReceiver: Send {
     /// Receives some bytes into the list; 0 when the source closed the stream. `WouldBlock` when there are none, at once without

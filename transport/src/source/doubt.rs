@@ -35,12 +35,24 @@ pub(super) struct Verdict {
     pub(super) damaged: u64,
     /// That were, or may have been, written meanwhile.
     pub(super) torn: u64,
+    /// Of which nobody knows: in doubt, and not read back. If one was written meanwhile the dirty log has it, and it is sent again.
+    pub(super) unread: u64,
 }
 
 impl Verdict {
-    /// All of them.
+    /// Of a frame that was kept and not read back.
+    pub(super) fn unread(sent: &Unreceipted) -> Self {
+        Self { unread: sent.doubtful, ..Self::default() }
+    }
+
+    /// All that are known to differ.
     pub(super) fn wrong(self) -> u64 {
         self.damaged | self.torn
+    }
+
+    /// All that nothing may be built on.
+    pub(super) fn no_base(self) -> u64 {
+        self.wrong() | self.unread
     }
 }
 
@@ -87,7 +99,7 @@ impl Doubts {
         if redeemed != 0 {
             self.by_copy.remove(sent.chunk, redeemed);
         }
-        Verdict { damaged: wrong & !sent.doubtful, torn: wrong & sent.doubtful }
+        Verdict { damaged: wrong & !sent.doubtful, torn: wrong & sent.doubtful, unread: 0 }
     }
 }
 
@@ -138,6 +150,10 @@ mod tests {
         }
     }
 
+    fn verdict(damaged: u64, torn: u64) -> Verdict {
+        Verdict { damaged, torn, unread: 0 }
+    }
+
     /// The receipt of a frame in which these pages differ.
     fn receipt(pages: u64, wrong: u64) -> Vec<u8> {
         let digest = |bit: u32| if wrong >> bit & 1 != 0 { 7 } else { 100 + u64::from(bit) };
@@ -170,32 +186,20 @@ mod tests {
         // Frames of one chunk, one after the other.
         let rows: &[&[Frame]] = &[
             // As it was sent.
-            &[(0b11, 0b11, 0, Verdict { damaged: 0, torn: 0 }, 0)],
+            &[(0b11, 0b11, 0, verdict(0, 0), 0)],
             // Damaged at once, where there is no excuse; once it arrives from a copy all is well.
-            &[
-                (0b11, 0b00, 0b10, Verdict { damaged: 0b10, torn: 0 }, 0b10),
-                (0b10, 0b00, 0b00, Verdict { damaged: 0, torn: 0 }, 0),
-            ],
+            &[(0b11, 0b00, 0b10, verdict(0b10, 0), 0b10), (0b10, 0b00, 0b00, verdict(0, 0), 0)],
             // Torn, then whole.
-            &[
-                (0b11, 0b11, 0b01, Verdict { damaged: 0, torn: 0b01 }, 0b01),
-                (0b01, 0b00, 0b00, Verdict { damaged: 0, torn: 0 }, 0),
-            ],
+            &[(0b11, 0b11, 0b01, verdict(0, 0b01), 0b01), (0b01, 0b00, 0b00, verdict(0, 0), 0)],
             // Torn, it seemed, and from a copy again other than it was sent.
-            &[
-                (0b01, 0b01, 0b01, Verdict { damaged: 0, torn: 0b01 }, 0b01),
-                (0b01, 0b00, 0b01, Verdict { damaged: 0b01, torn: 0 }, 0b01),
-            ],
+            &[(0b01, 0b01, 0b01, verdict(0, 0b01), 0b01), (0b01, 0b00, 0b01, verdict(0b01, 0), 0b01)],
             // One page of each kind; and what is not of the frame stays as it was.
             &[
-                (0b0111, 0b0001, 0b0011, Verdict { damaged: 0b0010, torn: 0b0001 }, 0b0011),
-                (0b1010, 0b1000, 0b0000, Verdict { damaged: 0, torn: 0 }, 0b0001),
+                (0b0111, 0b0001, 0b0011, verdict(0b0010, 0b0001), 0b0011),
+                (0b1010, 0b1000, 0b0000, verdict(0, 0), 0b0001),
             ],
             // Whole by luck: in doubt, it redeems nothing.
-            &[
-                (0b01, 0b01, 0b01, Verdict { damaged: 0, torn: 0b01 }, 0b01),
-                (0b01, 0b01, 0b00, Verdict { damaged: 0, torn: 0 }, 0b01),
-            ],
+            &[(0b01, 0b01, 0b01, verdict(0, 0b01), 0b01), (0b01, 0b01, 0b00, verdict(0, 0), 0b01)],
         ];
         for row in rows {
             let doubts = Doubts::new(2, true);
@@ -214,8 +218,8 @@ mod tests {
     #[test]
     fn a_receipt_of_another_number_of_pages_is_of_none() {
         for theirs in [0b001, 0b1111] {
-            let verdict = Doubts::new(2, true).judge(&sent(0b111, 0b100), &receipt(theirs, 0));
-            assert_eq!(verdict, Verdict { damaged: 0b011, torn: 0b100 });
+            let found = Doubts::new(2, true).judge(&sent(0b111, 0b100), &receipt(theirs, 0));
+            assert_eq!(found, verdict(0b011, 0b100));
         }
     }
 

@@ -1,4 +1,4 @@
-//! What is under way on a stream, which the thread that sends and the one that takes receipts share; and how a stream ends.
+//! What is under way on a stream, which the thread that sends and the one that settles share; and how a stream ends.
 
 use std::collections::VecDeque;
 use std::io;
@@ -70,7 +70,7 @@ pub enum LaneError {
     },
 }
 
-/// A frame that was sent, or was to be sent, and has no receipt.
+/// A frame that was sent, or was to be sent, and is not settled: where a destination answers, it has no receipt.
 pub struct Unreceipted {
     pub(super) chunk: u32,
     pub(super) pages: u64,
@@ -99,7 +99,7 @@ pub struct LaneEnd {
     pub stream: u16,
     /// Its account if it ended in order.
     pub result: Result<StreamEnd, LaneError>,
-    /// Frames without receipt: for [`PageSource::take_back`], once the destination has stopped the stream's worker.
+    /// Frames that are not settled: for [`PageSource::take_back`], once the destination has stopped the stream's worker.
     pub unreceipted: Vec<Unreceipted>,
 }
 
@@ -133,7 +133,7 @@ pub(super) struct StreamState {
     breaker: Arc<dyn Breaker>,
     flight: Mutex<Flight>,
     room: Condvar,
-    /// Bytes of frames whose receipt came.
+    /// Bytes of frames that are settled.
     delivered: AtomicU64,
 }
 
@@ -167,7 +167,7 @@ impl StreamState {
         self.stream
     }
 
-    /// Bytes of frames whose receipt came.
+    /// Bytes of frames that are settled.
     pub(super) fn delivered_bytes(&self) -> u64 {
         self.delivered.load(Ordering::Relaxed)
     }
@@ -224,11 +224,21 @@ impl StreamState {
 
     /// Takes the frame off that a receipt must be for: the oldest.
     pub(super) fn receipted(&self, seq: u64, now: Duration) -> Result<Unreceipted, ReceiptError> {
+        let sent = self.take_oldest(now, |oldest| oldest.seq == seq);
+        sent.ok_or_else(|| ReceiptError::OutOfOrder { found: seq, expected: self.oldest() })
+    }
+
+    /// Takes the oldest frame off if it is settled now.
+    pub(super) fn take_oldest(
+        &self,
+        now: Duration,
+        is_settled: impl FnOnce(&Unreceipted) -> bool,
+    ) -> Option<Unreceipted> {
         let mut flight = self.flight();
-        let expected = flight.frames.front().map(|f| f.seq);
-        let Some(sent) = (if expected == Some(seq) { flight.frames.pop_front() } else { None }) else {
-            return Err(ReceiptError::OutOfOrder { found: seq, expected });
-        };
+        if !flight.frames.front().is_some_and(is_settled) {
+            return None;
+        }
+        let sent = flight.frames.pop_front()?;
         flight.bytes -= sent.wire_bytes;
         flight.waiting_since = now;
         let idle = flight.frames.is_empty();
@@ -237,16 +247,16 @@ impl StreamState {
         drop(flight);
         Counters::add(&self.delivered, sent.wire_bytes);
         self.source.counters.travelled(travelled);
-        Ok(sent)
+        Some(sent)
     }
 
-    /// Receipts came: whoever waits for room looks again.
+    /// Frames were settled: whoever waits for room looks again.
     pub(super) fn made_room(&self) {
         self.room.notify_all();
         self.source.notify();
     }
 
-    /// Whether the receipts have reached the end of an account that is closed.
+    /// Whether all frames are settled of an account that is closed.
     pub(super) fn is_settled(&self) -> bool {
         let flight = self.flight();
         flight.ended && flight.frames.is_empty()

@@ -1,4 +1,4 @@
-//! A stream at the source: one thread that encodes and sends, one that takes receipts.
+//! A stream at the source: one thread that encodes and sends, one that settles what was sent.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,7 +19,7 @@ use vm_memory::volatile_memory::VolatileSlice;
 
 use super::doubt::{Doubts, LastDoubt, Leaves};
 use super::flight::{LaneEnd, LaneError, StreamState, Unreceipted};
-use super::receipts::Receipts;
+use super::settle::Carrier;
 use super::window::Window;
 use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, Sharing, Span};
 use crate::carrier::{FrameSender, Placement, SourceEnd};
@@ -37,7 +37,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// A running stream. Dropping it does not stop it; its end is reported on the channel given to [`Lane::spawn`].
 pub struct Lane {
     stream: Arc<StreamState>,
-    /// The receipt thread, which ends last.
+    /// The thread that settles, which ends last.
     thread: JoinHandle<()>,
 }
 
@@ -51,7 +51,18 @@ impl Lane {
         work: Receiver<Batch>,
         ends: Sender<LaneEnd>,
     ) -> io::Result<Self> {
-        let SourceEnd { frames, receipts, breaker } = carrier;
+        Self::start(source, carrier.into(), stream, work, ends)
+    }
+
+    /// The same, whatever settles its frames.
+    pub(super) fn start(
+        source: Arc<PageSource>,
+        carrier: Carrier,
+        stream: u16,
+        work: Receiver<Batch>,
+        ends: Sender<LaneEnd>,
+    ) -> io::Result<Self> {
+        let Carrier { frames, settles, breaker } = carrier;
         let chooses = matches!(source.options.codec, CodecMode::Auto | CodecMode::Zstd { level: None });
         let window = Window::new(frames.window_min(), !chooses);
         let state = Arc::new(StreamState::new(source, stream, breaker, window));
@@ -64,7 +75,7 @@ impl Lane {
         let lane = state.clone();
         let thread = std::thread::Builder::new().name(format!("receipts-{stream}")).spawn(move || {
             let taken = caught(&state, || {
-                let (fold, result) = Receipts::new(&state, receipts).run();
+                let (fold, result) = settles.run(&state);
                 result.map(|()| fold)
             });
             let fold = taken.unwrap_or_else(|error| {

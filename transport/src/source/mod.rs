@@ -8,12 +8,14 @@ mod bandwidth;
 #[cfg(test)]
 mod doubles;
 mod doubt;
+mod durable;
 mod feeder;
 mod flight;
 mod lane;
 mod owners;
 mod pace;
 mod receipts;
+mod settle;
 mod share;
 #[cfg(test)]
 pub(crate) mod stepped;

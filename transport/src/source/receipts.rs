@@ -3,10 +3,8 @@
 use std::io;
 use std::sync::atomic::Ordering;
 
-use pagecopy::layout::PAGE_SIZE;
-
 use super::flight::{LaneError, StreamState};
-use super::{Counters, FatalError, ReceiptError};
+use super::{FatalError, ReceiptError};
 use crate::carrier::ReceiptReader;
 use crate::wire::frame::{self, RECEIPT_HEADER_LEN};
 
@@ -102,23 +100,8 @@ impl<'a> Receipts<'a> {
         let digests = frame::check_receipt(bytes, hasher)?;
         self.fold = frame::fold_receipt(self.fold, bytes, hasher);
         let sent = self.stream.receipted(seq, source.now())?;
+        source.deliver(&sent, source.doubts.judge(&sent, digests));
         let pages = sent.pages.count_ones() as usize;
-        let verdict = source.doubts.judge(&sent, digests);
-        let wrong = verdict.wrong();
-        if wrong != 0 {
-            // What lies there is not what was sent: it is no base for anything, and the pages are dirty again.
-            Counters::add(&source.counters.mismatches, verdict.damaged.count_ones().into());
-            Counters::add(&source.counters.torn, verdict.torn.count_ones().into());
-            if !source.log.expects_writes() {
-                Counters::add(&source.counters.written, source.written_since(&sent, wrong));
-            }
-            source.shared.void(sent.chunk, wrong);
-            source.pending.insert(sent.chunk, wrong);
-        }
-        Counters::add(&source.counters.wire_acked, sent.wire_bytes);
-        source.bandwidth.delivered(sent.wire_bytes);
-        Counters::add(&source.counters.logical_acked, (pages * PAGE_SIZE) as u64);
-        source.settle(&sent);
         if count == pages { Ok(()) } else { Err(ReceiptError::Count { seq, found: count, expected: pages }) }
     }
 }
