@@ -4,6 +4,7 @@ pub mod destination;
 pub mod plan;
 pub mod progress;
 pub mod report;
+mod runtime;
 pub mod source;
 pub mod tuning;
 mod usage;
@@ -18,6 +19,7 @@ use pagecopy::bitmap::{PageBitmap, runs};
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::ContentHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
+use tokio::runtime::Handle;
 
 /// Chunks that are scanned for holes at a time (64 GiB): each scan of a full file walks it to its end, so there should be few.
 const SCAN_CHUNKS: u32 = 1 << 18;
@@ -47,6 +49,10 @@ pub struct Options {
     pub rdma: RdmaOptions,
     /// What a source shares with the host's other migrations, which are given the same; `None`: nothing.
     pub shared: Option<Arc<HostShare>>,
+    /// The runtime on which a source has its control link, where the process has one already: with I/O and time enabled, and there for
+    /// longer than the migration. A migration blocks its thread, so none of this runtime's own may be that one, unless it is for such
+    /// (`spawn_blocking`). `None`: one that all migrations of the process share.
+    pub runtime: Option<Handle>,
 }
 
 impl Default for Options {
@@ -62,6 +68,7 @@ impl Default for Options {
             postcopy_timeout: Duration::from_secs(600),
             rdma: RdmaOptions::default(),
             shared: None,
+            runtime: None,
         }
     }
 }

@@ -254,7 +254,7 @@ pub fn migrate(
         r.pages.total = backend.ram.layout().pages();
     });
     let leave = Leave::new(progress, began);
-    let env = Host::new(uri, options.rdma, leave.clone());
+    let env = Host::new(uri, options, leave.clone());
     let prepared = caught(|| {
         crate::reserve::fill();
         let bytes = source_bytes(backend.ram.layout(), options.streams, options.cache_bytes);

@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use tokio::runtime::Runtime;
+use tokio::runtime::Handle;
 
 use super::Cause;
 use super::environment::{Environment, Event, Opening, Patience};
@@ -19,6 +19,7 @@ use super::leave::Leave;
 use super::watch::TICK;
 use crate::carrier::SourceEnd;
 use crate::dial::{Dialler, OpenError};
+use crate::engine::{Options, runtime};
 use crate::link::{Exchange, Link, LinkError};
 use crate::panic_text;
 use crate::postcopy::{self, PageServer, PostcopyError};
@@ -64,16 +65,16 @@ pub(super) struct Host {
     postcopy: RefCell<BTreeMap<u16, postcopy::Lane>>,
     /// Where those tell of their ends. Others than those get another channel: their numbers come again.
     postcopy_ends: RefCell<(Sender<postcopy::LaneEnd>, Receiver<postcopy::LaneEnd>)>,
-    /// Last, so that links' tasks outlive what uses them.
-    runtime: RefCell<Option<Runtime>>,
+    /// The one that was handed in, if any.
+    runtime: Option<Handle>,
 }
 
 impl Host {
     /// For a destination at `uri`, and attempts to reach it that end when `leave` says so.
-    pub(super) fn new(uri: &Uri, rdma: RdmaOptions, leave: Leave) -> Self {
+    pub(super) fn new(uri: &Uri, options: &Options, leave: Leave) -> Self {
         Self {
             uri: RefCell::new(uri.clone()),
-            rdma,
+            rdma: options.rdma,
             leave,
             dialler: RefCell::new(None),
             heard: unbounded(),
@@ -85,7 +86,7 @@ impl Host {
             lane_ends: unbounded(),
             postcopy: RefCell::default(),
             postcopy_ends: RefCell::new(unbounded()),
-            runtime: RefCell::new(None),
+            runtime: options.runtime.clone(),
         }
     }
 
@@ -97,15 +98,6 @@ impl Host {
                 (attempts == self.attempts.get()).then_some(Event::Opened { id, end, took })
             }
         }
-    }
-
-    fn runtime(&self) -> io::Result<tokio::runtime::Handle> {
-        let mut runtime = self.runtime.borrow_mut();
-        if runtime.is_none() {
-            let built = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-            *runtime = Some(built);
-        }
-        Ok(runtime.as_ref().expect("made above").handle().clone())
     }
 }
 
@@ -172,13 +164,13 @@ impl Environment for Host {
         timeout: Duration,
         given_up: &dyn Fn() -> bool,
     ) -> Result<(), Cause> {
+        let runtime = runtime::handle(self.runtime.as_ref(), timeout)?;
         let connection = connect(&self.uri.borrow(), role, session, timeout, given_up)?;
         let number = self.links.get() + 1;
         self.links.set(number);
         let heard = self.heard.0.clone();
-        let link = Link::spawn(&self.runtime()?, connection, timeout, heard, move |event| {
-            Heard::Link(number, event)
-        })?;
+        let link =
+            Link::spawn(&runtime, connection, timeout, heard, move |event| Heard::Link(number, event))?;
         *self.link.borrow_mut() = Some(link);
         Ok(())
     }

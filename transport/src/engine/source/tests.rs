@@ -1,5 +1,6 @@
 //! The source against a real destination, with memory, log and guest that fail or panic where a test wants.
 
+mod runtime;
 mod shared;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -8,6 +9,7 @@ use std::thread::JoinHandle;
 
 use pagecopy::bitmap::bits;
 use pagecopy::layout::{CHUNK_SIZE, Layout};
+use tokio::runtime::Handle;
 use vm_memory::volatile_memory::VolatileSlice;
 
 use super::*;
@@ -46,6 +48,8 @@ struct Machine {
     trouble: Mutex<Trouble>,
     resumed: AtomicU32,
     rehearsed: AtomicU32,
+    /// Tasks that are seen on a runtime as its state is saved.
+    watched: Mutex<Option<(Handle, usize)>>,
 }
 
 impl Machine {
@@ -60,6 +64,7 @@ impl Machine {
             trouble: Mutex::new(trouble),
             resumed: AtomicU32::new(0),
             rehearsed: AtomicU32::new(0),
+            watched: Mutex::new(None),
         })
     }
 
@@ -161,6 +166,9 @@ impl Guest for Machine {
     }
     fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
         assert!(!self.has(Trouble::SaveState), "trouble with the state");
+        if let Some((runtime, tasks)) = &mut *self.watched.lock().unwrap() {
+            *tasks = runtime.metrics().num_alive_tasks();
+        }
         Ok(Vec::new())
     }
     fn load_state(&self, _state: &[StateBlob]) -> Result<(), BackendError> {
@@ -213,6 +221,7 @@ fn move_with(trouble: Trouble, options: &Options, tuning: Tuning) -> Moved {
 
 fn moving(trouble: Trouble, options: &Options, progress: &Progress) -> Moved {
     let source = Machine::new(true, trouble);
+    *source.watched.lock().unwrap() = options.runtime.clone().map(|runtime| (runtime, 0));
     for chunk in 0..source.layout().chunks() {
         source.chunk(chunk).copy_from(&vec![chunk as u8 + 1; CHUNK_SIZE][..]);
     }
