@@ -35,6 +35,12 @@ pub enum StreamsError {
         /// Why the last one was lost.
         last: String,
     },
+    /// What was on its way when the handover began was lost, or arrived other than it was sent.
+    #[error("the last pages did not all arrive as they were sent: {last}")]
+    LateLoss {
+        /// What is known of it.
+        last: String,
+    },
     /// The destination never said that a lost stream's worker has stopped.
     #[error(
         "the destination did not stop stream {stream} within {seconds} s after it was lost, so its pages cannot be sent again"
@@ -60,6 +66,8 @@ struct Dead<F> {
 pub struct SourceStreams<F> {
     live: u32,
     ended: Vec<StreamEnd>,
+    /// Of streams that live and send no more, what their accounts will be.
+    sent: BTreeMap<u16, StreamEnd>,
     dead: BTreeMap<u16, Dead<F>>,
     /// By number, the last stream whose worker the destination has stopped, with its reason: more than that would be for a hostile one
     /// to fill.
@@ -75,6 +83,7 @@ impl<F> SourceStreams<F> {
         Self {
             live: 0,
             ended: Vec::new(),
+            sent: BTreeMap::new(),
             dead: BTreeMap::new(),
             stopped: BTreeMap::new(),
             last_error: None,
@@ -87,9 +96,15 @@ impl<F> SourceStreams<F> {
         self.live += 1;
     }
 
+    /// All of a stream is on its way, its end too; this will be its account.
+    pub fn sent(&mut self, account: StreamEnd) {
+        self.sent.insert(account.stream, account);
+    }
+
     /// A stream ended in order.
     pub fn ended(&mut self, account: StreamEnd) {
         self.live -= 1;
+        self.sent.remove(&account.stream);
         self.ended.push(account);
     }
 
@@ -98,6 +113,7 @@ impl<F> SourceStreams<F> {
     #[must_use = "the pages of these frames are pending again"]
     pub fn died(&mut self, stream: u16, error: String, frames: Vec<F>, now: Duration) -> Vec<F> {
         self.live -= 1;
+        self.sent.remove(&stream);
         let theirs = self.stopped_for(stream).filter(|reason| !reason.is_empty());
         self.last_error = Some(match theirs {
             Some(reason) => {
@@ -201,6 +217,25 @@ impl<F> SourceStreams<F> {
     /// Whether every stream has ended, in order or dead on both sides.
     pub fn all_over(&self) -> bool {
         self.live == 0 && self.dead.is_empty()
+    }
+
+    /// Whether every stream has ended, in order or dead on both sides, or has sent all that it will.
+    pub fn all_sent(&self) -> bool {
+        self.live as usize == self.sent.len() && self.dead.is_empty()
+    }
+
+    /// A stream that has sent all that it will and that the destination has stopped before its end; why.
+    pub fn stopped_in_flight(&self) -> Option<&str> {
+        self.sent.keys().find_map(|&stream| self.stopped_for(stream))
+    }
+
+    /// The accounts that all streams have or will have, for FINISH; of none that the destination calls dead.
+    pub fn promised(&self) -> Vec<StreamEnd> {
+        let all = self.ended.iter().chain(self.sent.values());
+        let mut accounts: Vec<_> =
+            all.copied().filter(|end| self.stopped_for(end.stream).is_none()).collect();
+        accounts.sort_by_key(|end| stream_number(end.stream));
+        accounts
     }
 
     /// The accounts of those that ended in order, for FINISH; of none that the destination calls dead.

@@ -594,20 +594,26 @@ impl<'a, E: Environment> Attempt<'a, E> {
             let state = Message::State(state);
             check(&state)?;
             watch.send(state);
-            feeder.settle(env, || watch.check()).await?;
+            if watch.may_finish_in_flight() {
+                feeder.send_out(env, || watch.check()).await?;
+            } else {
+                feeder.settle(env, || watch.check()).await?;
+            }
             watch.end_round(dirtied);
             self.progress.update(|r| r.rounds = rounds + 1);
         }
         Ok(digest)
     }
 
-    /// Ends the streams; FINISH, READY.
+    /// Ends the streams; FINISH, READY. Where a guest waits, all of it leaves at once: the last pages, their streams' ends, its state and
+    /// FINISH are on their way together.
     async fn finish(&mut self, feeder: Feeder, state: u64) -> Result<(), Cause> {
         let live = self.backend.guest.is_some();
         let (watch, source) = self.parts();
         watch.close();
         drop(feeder);
-        let streams = watch.streams_ended().await?;
+        let in_flight = live && watch.may_finish_in_flight();
+        let streams = if in_flight { watch.streams_sent().await? } else { watch.streams_ended().await? };
         match source.never_carried() {
             0 => {}
             pages => return Err(FatalError::NeverSent { pages }.into()),

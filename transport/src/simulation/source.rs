@@ -241,19 +241,24 @@ impl<'a> Env<'a> {
             }
         }
         let work = lane.work.as_ref().expect("a lane that was started takes from something");
-        let mut more = false;
+        let (mut more, mut sent) = (false, None);
         if !over {
             let pages = stepped.pages();
             let full = !work.is_empty() && !stepped.has_room(pages * (PAGE_SIZE as u64 + 512));
             let alive = match if full { Err(TryRecvError::Empty) } else { work.try_recv() } {
                 _ if full => true,
                 Ok(batch) => stepped.send(batch, self.world.borrow_mut().rng.percent(80)),
-                Err(TryRecvError::Disconnected) => stepped.end_sending(),
+                Err(TryRecvError::Disconnected) => {
+                    let (account, alive) = stepped.end_sending();
+                    sent = account;
+                    alive
+                }
                 Err(TryRecvError::Empty) => stepped.idle(),
             };
             over = !alive;
             more = !work.is_empty();
         }
+        state.events.extend(sent.map(Event::LaneSent));
         drop(state);
         if over {
             self.lane_over(stream);

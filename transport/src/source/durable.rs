@@ -49,7 +49,7 @@ impl<'a> Durables<'a> {
         let source = self.stream.source();
         let before = self.settled;
         while let Some(sent) =
-            self.stream.take_oldest(source.now(), |oldest| self.settled + oldest.wire_bytes() <= bytes)
+            self.stream.take_oldest(source.now(), &[], |oldest| self.settled + oldest.wire_bytes() <= bytes)
         {
             self.settled += sent.wire_bytes();
             source.deliver(&sent, Verdict::unread(&sent));
@@ -74,7 +74,7 @@ mod tests {
     use super::super::doubles::{Sink, Written, source, stream};
     use super::super::lane::{Lane, LaneSender};
     use super::super::settle::{Carrier, Settles};
-    use super::super::{Batch, PageSource, Span};
+    use super::super::{Batch, LaneNews, PageSource, Span};
     use super::*;
     use crate::carrier::{Breaker, FrameSender};
     use crate::sys::SendList;
@@ -137,7 +137,7 @@ mod tests {
         let error = durables.turn().unwrap_err();
         assert!(matches!(error, LaneError::Io { .. }), "{error}");
         stream.fail(error);
-        let end = stream.end(0);
+        let end = stream.end();
         assert!(end.result.is_err());
         assert_eq!(end.unreceipted.iter().map(|frame| frame.chunk).collect::<Vec<_>>(), [3]);
         // It goes back as any frame does whose stream has died.
@@ -161,7 +161,7 @@ mod tests {
         assert!(!durables.turn().unwrap(), "the end is not durable");
         told.tell(2 * FRAME + END);
         assert!(durables.turn().unwrap());
-        assert_eq!(stream.end(0).result.unwrap().frames, 2);
+        assert_eq!(stream.end().result.unwrap().frames, 2);
     }
 
     /// A page may be written while it goes from where it lies, and no receipt tells: it is sent again when it is dirty, even if it is then
@@ -223,8 +223,9 @@ mod tests {
             work.send(batch(&source, first, 10)).unwrap();
         }
         drop(work);
-        let end = ends.recv().unwrap();
         lane.join();
+        let ended = |news| if let LaneNews::Ended(end) = news { Some(end) } else { None };
+        let end = ends.try_iter().find_map(ended).unwrap();
         assert_eq!(end.result.unwrap().frames, 40);
         assert!(end.unreceipted.is_empty() && source.is_settled());
         assert_eq!(file.metadata().unwrap().len(), 40 * FRAME + END);

@@ -90,6 +90,20 @@ impl Feeder {
         Ok(())
     }
 
+    /// Passes until nothing is pending: every page that was dirty is on its way, and none of those is in doubt.
+    pub(crate) async fn send_out<E>(
+        &self,
+        waits: &impl Waits,
+        mut go_on: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
+        while !self.source.is_sent() {
+            go_on()?;
+            self.pass(waits, &mut go_on).await?;
+            waits.progress(&self.source, Duration::from_millis(1)).await;
+        }
+        Ok(())
+    }
+
     /// Waits until at most `bytes` page bytes are under way, so that the next dirty sync finds a round's work done but the
     /// streams not yet idle.
     pub(crate) async fn drain_to<E>(

@@ -13,6 +13,7 @@ use super::{Counters, FatalError, PageSource, ReceiptError};
 use crate::carrier::{Breaker, Placement};
 use crate::local::is_local;
 use crate::wire::control::StreamEnd;
+use crate::wire::frame::{encode_receipt, fold_receipt};
 use crate::wire::stream_number;
 
 /// How often a thread that waits for room looks whether it should stop.
@@ -103,6 +104,14 @@ pub struct LaneEnd {
     pub unreceipted: Vec<Unreceipted>,
 }
 
+/// What a stream's thread tells of it.
+pub enum LaneNews {
+    /// Everything is on its way, its end too. This will be its account, if it ends in order and nothing is damaged.
+    Sent(StreamEnd),
+    /// It has ended.
+    Ended(LaneEnd),
+}
+
 /// Frames under way on a stream.
 struct Flight {
     frames: VecDeque<Unreceipted>,
@@ -114,6 +123,8 @@ struct Flight {
     ended: bool,
     /// Frames sent in all, once `ended`.
     total: u64,
+    /// Of the receipts that came.
+    fold: u64,
     /// Set by whichever thread fails first.
     error: Option<LaneError>,
 }
@@ -151,6 +162,7 @@ impl StreamState {
             waiting_since: source.now(),
             ended: false,
             total: 0,
+            fold: 0,
             error: None,
         };
         let (flight, room, delivered) = (Mutex::new(flight), Condvar::new(), AtomicU64::new(0));
@@ -180,6 +192,7 @@ impl StreamState {
     pub(super) fn launch(&self, frame: Unreceipted, frames_max: usize) -> bool {
         let (bytes, logical) = (frame.wire_bytes, u64::from(frame.pages.count_ones()) * PAGE_SIZE as u64);
         Counters::add(&self.source.counters.logical_under_way, logical);
+        Counters::add(&self.source.doubtful, u64::from(frame.doubtful != 0));
         let mut flight = self.flight();
         if flight.frames.is_empty() {
             flight.waiting_since = frame.sent_at;
@@ -215,23 +228,42 @@ impl StreamState {
         self.flight().frames.front().map(|oldest| oldest.seq)
     }
 
-    /// No frame follows the `total` that were sent.
-    pub(super) fn end_sending(&self, total: u64) {
+    /// No frame follows the `total` that were sent. Returns what the stream's account will be if all arrives as it was sent; nothing where
+    /// that cannot be told, for a page under way is in doubt.
+    pub(super) fn end_sending(&self, total: u64) -> Option<StreamEnd> {
         let mut flight = self.flight();
         (flight.ended, flight.total) = (true, total);
         flight.waiting_since = self.source.now();
+        let (mut fold, mut receipt) = (flight.fold, Vec::new());
+        for frame in &flight.frames {
+            if frame.doubtful != 0 {
+                return None;
+            }
+            receipt.clear();
+            let hasher = &self.source.shared.hasher;
+            let digests = &frame.digests[..frame.pages.count_ones() as usize];
+            encode_receipt(&mut receipt, frame.seq, digests, hasher);
+            fold = fold_receipt(fold, &receipt, hasher);
+        }
+        Some(StreamEnd { stream: self.stream, frames: total, fold })
     }
 
     /// Takes the frame off that a receipt must be for: the oldest.
-    pub(super) fn receipted(&self, seq: u64, now: Duration) -> Result<Unreceipted, ReceiptError> {
-        let sent = self.take_oldest(now, |oldest| oldest.seq == seq);
+    pub(super) fn receipted(
+        &self,
+        seq: u64,
+        receipt: &[u8],
+        now: Duration,
+    ) -> Result<Unreceipted, ReceiptError> {
+        let sent = self.take_oldest(now, receipt, |oldest| oldest.seq == seq);
         sent.ok_or_else(|| ReceiptError::OutOfOrder { found: seq, expected: self.oldest() })
     }
 
-    /// Takes the oldest frame off if it is settled now.
+    /// Takes the oldest frame off if it is settled now, by a receipt where that is not empty.
     pub(super) fn take_oldest(
         &self,
         now: Duration,
+        receipt: &[u8],
         is_settled: impl FnOnce(&Unreceipted) -> bool,
     ) -> Option<Unreceipted> {
         let mut flight = self.flight();
@@ -239,6 +271,9 @@ impl StreamState {
             return None;
         }
         let sent = flight.frames.pop_front()?;
+        if !receipt.is_empty() {
+            flight.fold = fold_receipt(flight.fold, receipt, &self.source.shared.hasher);
+        }
         flight.bytes -= sent.wire_bytes;
         flight.waiting_since = now;
         let idle = flight.frames.is_empty();
@@ -311,14 +346,14 @@ impl StreamState {
         LaneError::Fatal { stream: self.stream, source: source.into() }
     }
 
-    /// How the stream ended, once both threads have. `fold` is of all its receipts.
-    pub(super) fn end(&self, fold: u64) -> LaneEnd {
+    /// How the stream ended, once both threads have.
+    pub(super) fn end(&self) -> LaneEnd {
         let mut flight = self.flight();
         let stream = self.stream;
         let result = match flight.error.take() {
             Some(error) => Err(error),
             None if !flight.frames.is_empty() => Err(LaneError::Stopped { stream }),
-            None => Ok(StreamEnd { stream, frames: flight.total, fold }),
+            None => Ok(StreamEnd { stream, frames: flight.total, fold: flight.fold }),
         };
         LaneEnd { stream, result, unreceipted: flight.frames.drain(..).collect() }
     }

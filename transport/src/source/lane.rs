@@ -18,7 +18,7 @@ use pagecopy::xbzrle::Page;
 use vm_memory::volatile_memory::VolatileSlice;
 
 use super::doubt::{Doubts, LastDoubt, Leaves};
-use super::flight::{LaneEnd, LaneError, StreamState, Unreceipted};
+use super::flight::{LaneError, LaneNews, StreamState, Unreceipted};
 use super::settle::Carrier;
 use super::window::Window;
 use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, Sharing, Span};
@@ -27,6 +27,7 @@ use crate::clock;
 use crate::panic_text;
 use crate::spent::Lap;
 use crate::sys::SendList;
+use crate::wire::control::StreamEnd;
 use crate::wire::frame::{FrameHeader, FrameKind};
 
 /// Small frames are gathered up to this many bytes before they are written.
@@ -49,7 +50,7 @@ impl Lane {
         carrier: SourceEnd,
         stream: u16,
         work: Receiver<Batch>,
-        ends: Sender<LaneEnd>,
+        ends: Sender<LaneNews>,
     ) -> io::Result<Self> {
         Self::start(source, carrier.into(), stream, work, ends)
     }
@@ -60,32 +61,30 @@ impl Lane {
         carrier: Carrier,
         stream: u16,
         work: Receiver<Batch>,
-        ends: Sender<LaneEnd>,
+        ends: Sender<LaneNews>,
     ) -> io::Result<Self> {
         let Carrier { frames, settles, breaker } = carrier;
         let chooses = matches!(source.options.codec, CodecMode::Auto | CodecMode::Zstd { level: None });
         let window = Window::new(frames.window_min(), !chooses);
         let state = Arc::new(StreamState::new(source, stream, breaker, window));
-        let sending = state.clone();
-        let sender = std::thread::Builder::new().name(format!("send-{stream}")).spawn(move || {
-            if let Err(error) = caught(&sending, || LaneSender::new(&sending, frames).run(&work)) {
-                sending.fail(error);
-            }
-        })?;
+        let (sending, sent) = (state.clone(), ends.clone());
+        let sender =
+            std::thread::Builder::new().name(format!("send-{stream}")).spawn(move || {
+                match caught(&sending, || LaneSender::new(&sending, frames).run(&work)) {
+                    Ok(account) => {
+                        account.into_iter().for_each(|account| drop(sent.send(LaneNews::Sent(account))))
+                    }
+                    Err(error) => sending.fail(error),
+                }
+            })?;
         let lane = state.clone();
         let thread = std::thread::Builder::new().name(format!("receipts-{stream}")).spawn(move || {
-            let taken = caught(&state, || {
-                let (fold, result) = settles.run(&state);
-                result.map(|()| fold)
-            });
-            let fold = taken.unwrap_or_else(|error| {
+            if let Err(error) = caught(&state, || settles.run(&state)) {
                 state.fail(error);
-                // An account of a stream that did not end in order is nobody's.
-                0
-            });
+            }
             // Its panics were caught.
             let _ = sender.join();
-            let _ = ends.send(state.end(fold));
+            let _ = ends.send(LaneNews::Ended(state.end()));
             state.source().notify();
         })?;
         Ok(Self { stream: lane, thread })
@@ -156,7 +155,7 @@ impl<'a> LaneSender<'a> {
         }
     }
 
-    fn run(&mut self, work: &Receiver<Batch>) -> Result<(), LaneError> {
+    fn run(&mut self, work: &Receiver<Batch>) -> Result<Option<StreamEnd>, LaneError> {
         loop {
             match work.try_recv() {
                 Ok(batch) => {
@@ -178,11 +177,12 @@ impl<'a> LaneSender<'a> {
         self.end()
     }
 
-    /// Says that no more frames come.
-    pub(super) fn end(&mut self) -> Result<(), LaneError> {
+    /// Says that no more frames come. Returns what the stream's account will be, where that can be told.
+    pub(super) fn end(&mut self) -> Result<Option<StreamEnd>, LaneError> {
         self.out.extend_from_slice(&FrameHeader::end(self.seq).encode(&self.source.shared.hasher));
-        self.stream.end_sending(self.seq);
-        self.flush()
+        let account = self.stream.end_sending(self.seq);
+        self.flush()?;
+        Ok(account)
     }
 
     /// Fails when the other thread did, or the session stopped.

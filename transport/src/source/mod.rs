@@ -36,7 +36,7 @@ pub(crate) use bandwidth::Bandwidth;
 use doubt::Doubts;
 pub use feeder::Feeder;
 pub(crate) use feeder::Waits;
-pub use flight::{LaneEnd, LaneError, Unreceipted};
+pub use flight::{LaneEnd, LaneError, LaneNews, Unreceipted};
 pub use lane::Lane;
 use owners::Owners;
 pub use share::HostShare;
@@ -73,7 +73,9 @@ impl Batch {
 
 impl Drop for Batch {
     fn drop(&mut self) {
-        self.source.outstanding.fetch_sub(1, Ordering::AcqRel);
+        if self.source.outstanding.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.source.notify();
+        }
         self.source.notify();
     }
 }
@@ -171,6 +173,8 @@ pub struct PageSource {
     progress: (Mutex<()>, Condvar),
     /// Batches given out and not yet dropped.
     outstanding: AtomicU64,
+    /// Frames under way with pages that may turn out torn.
+    doubtful: AtomicU64,
     stop: AtomicBool,
 }
 
@@ -194,6 +198,7 @@ impl PageSource {
             counters: Counters::default(),
             progress: (Mutex::new(()), Condvar::new()),
             outstanding: AtomicU64::new(0),
+            doubtful: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             pending,
             ram,
@@ -308,6 +313,19 @@ impl PageSource {
             && self.pending.is_empty()
     }
 
+    /// Nothing is pending, and nothing is under way that may turn out torn: what was dirty is on its way. Asked as
+    /// [`is_settled`](Self::is_settled).
+    fn is_sent(&self) -> bool {
+        self.outstanding.load(Ordering::Acquire) == 0
+            && self.doubtful.load(Ordering::Acquire) == 0
+            && self.pending.is_empty()
+    }
+
+    /// Whether pages wait to be sent.
+    pub(crate) fn has_pending(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
     /// The next batch at or after `chunk` that has pages pending: it ends with the chunk in which it comes to `pages_min` of them.
     fn next_batch(&self, chunk: u32, pages_min: u64) -> Option<Span> {
         let first = self.pending.next_chunk(chunk)?;
@@ -364,6 +382,7 @@ impl PageSource {
         let bytes = u64::from(frame.pages.count_ones()) * PAGE_SIZE as u64;
         self.owners.release(frame.chunk);
         frame.references.iter().for_each(|&chunk| self.return_lent(chunk));
+        self.doubtful.fetch_sub(u64::from(frame.doubtful != 0), Ordering::Release);
         self.counters.logical_under_way.fetch_sub(bytes, Ordering::Release);
     }
 

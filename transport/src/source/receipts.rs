@@ -12,23 +12,17 @@ use crate::wire::frame::{self, RECEIPT_HEADER_LEN};
 pub(super) struct Receipts<'a> {
     stream: &'a StreamState,
     carrier: Box<dyn ReceiptReader>,
-    pub(super) fold: u64,
     buffer: Vec<u8>,
     len: usize,
 }
 
 impl<'a> Receipts<'a> {
     pub(super) fn new(stream: &'a StreamState, carrier: Box<dyn ReceiptReader>) -> Self {
-        Self { stream, carrier, fold: 0, buffer: vec![0; 64 << 10], len: 0 }
+        Self { stream, carrier, buffer: vec![0; 64 << 10], len: 0 }
     }
 
-    /// Takes receipts until the stream ends, in order or not; returns the fold of those that came.
-    pub(super) fn run(mut self) -> (u64, Result<(), LaneError>) {
-        let result = self.take();
-        (self.fold, result)
-    }
-
-    fn take(&mut self) -> Result<(), LaneError> {
+    /// Takes receipts until the stream ends, in order or not.
+    pub(super) fn run(mut self) -> Result<(), LaneError> {
         while !self.turn()? {}
         Ok(())
     }
@@ -98,8 +92,7 @@ impl<'a> Receipts<'a> {
         let source = self.stream.source();
         let hasher = &source.shared.hasher;
         let digests = frame::check_receipt(bytes, hasher)?;
-        self.fold = frame::fold_receipt(self.fold, bytes, hasher);
-        let sent = self.stream.receipted(seq, source.now())?;
+        let sent = self.stream.receipted(seq, bytes, source.now())?;
         source.deliver(&sent, source.doubts.judge(&sent, digests));
         let pages = sent.pages.count_ones() as usize;
         if count == pages { Ok(()) } else { Err(ReceiptError::Count { seq, found: count, expected: pages }) }

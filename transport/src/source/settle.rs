@@ -24,11 +24,11 @@ pub(super) enum Settles {
 }
 
 impl Settles {
-    /// Settles frames until the stream ends, in order or not; returns the fold of the receipts that came.
-    pub(super) fn run(self, stream: &StreamState) -> (u64, Result<(), LaneError>) {
+    /// Settles frames until the stream ends, in order or not.
+    pub(super) fn run(self, stream: &StreamState) -> Result<(), LaneError> {
         match self {
             Self::ByReceipt(reader) => Receipts::new(stream, reader).run(),
-            Self::WhenDurable(durable) => (0, Durables::new(stream, durable).run()),
+            Self::WhenDurable(durable) => Durables::new(stream, durable).run(),
         }
     }
 }

@@ -10,6 +10,7 @@ use super::receipts::Receipts;
 use super::window::Window;
 use super::{Batch, LaneEnd, LaneError, PageSource};
 use crate::carrier::SourceEnd;
+use crate::wire::control::StreamEnd;
 
 /// Where what a stream's threads share lives for as long as either of them.
 #[derive(Default)]
@@ -69,13 +70,15 @@ impl<'a> SteppedLane<'a> {
         self.note(result)
     }
 
-    /// Ends the stream in order: no batch will come.
-    pub(crate) fn end_sending(&mut self) -> bool {
+    /// Ends the stream in order: no batch will come. Returns what its account will be, once; false when the stream is dead.
+    pub(crate) fn end_sending(&mut self) -> (Option<StreamEnd>, bool) {
         if std::mem::replace(&mut self.ended, true) {
-            return true;
+            return (None, true);
         }
-        let result = self.sender.end();
-        self.note(result)
+        match self.sender.end() {
+            Ok(account) => (account, true),
+            Err(error) => (None, self.note(Err(error))),
+        }
     }
 
     /// The receipt thread's turn: `Ok(true)` when the stream is over in order.
@@ -92,7 +95,7 @@ impl<'a> SteppedLane<'a> {
 
     /// How the stream ended, once either thread has.
     pub(crate) fn into_end(self) -> LaneEnd {
-        self.state.end(self.receipts.fold)
+        self.state.end()
     }
 
     fn note(&self, result: Result<(), LaneError>) -> bool {

@@ -377,15 +377,22 @@ impl<'a, E: Environment> Session<'a, E> {
     /// Waits for the streams' ends, compares accounts, loads device state, makes memory durable. `None` when the source has lost its
     /// connections meanwhile, and pages move again.
     async fn finish(&mut self, theirs: &Totals) -> Result<Option<Totals>, IncomingError> {
-        let deadline = clock::now() + self.options.timeout;
+        // A source that loses a stream at the last moment notices as late as this side would, and then resumes the session.
+        let patience = self.options.timeout + self.outages.patience;
+        let (mut deadline, mut before) = (clock::now() + patience, 0);
         while let Some(stream) = self.streams.unfinished() {
+            let received = self.sink.received().wire.load(Ordering::Relaxed);
+            if received != before {
+                // The last pages may be many, on a slow path.
+                (deadline, before) = (clock::now() + patience, received);
+            }
             if clock::now() > deadline {
                 return Err(IncomingError::Stream { stream: stream_number(stream) });
             }
             match self.next().await? {
                 Some(LinkEvent::Dead(error)) => {
                     self.lose_link(error)?;
-                    self.wait_resumed().await?;
+                    self.wait_resumed(Duration::MAX).await?;
                 }
                 Some(LinkEvent::Message(Message::Query)) => {
                     self.send(Message::Status(self.machine.status()));
@@ -405,10 +412,17 @@ impl<'a, E: Environment> Session<'a, E> {
         self.sink.end_placing();
         let streams = self.streams.accounts();
         let mine = Totals { streams, pages: self.carried_pages(), state: state_digest(&self.state) };
-        let mut theirs = theirs.clone();
+        let mut heard = theirs.clone();
         // What the source may not have heard yet when it said FINISH.
-        theirs.streams.retain(|end| !self.streams.is_lost(end.stream));
-        compare_totals(&mine, &theirs)?;
+        heard.streams.retain(|end| !self.streams.is_lost(end.stream));
+        if let Err(error) = compare_totals(&mine, &heard) {
+            if heard.streams.len() == theirs.streams.len() || self.outages.patience.is_zero() {
+                return Err(error.into());
+            }
+            // Pages were lost with a stream after FINISH was said of them: the source hears of that, and resumes the session.
+            self.wait_resumed(deadline).await?;
+            return Ok(None);
+        }
         self.miss_pages()?;
         if let Some(guest) = &self.guest {
             let state: Vec<_> = self.state.iter().filter(|blob| blob.name != RUN_STATE).cloned().collect();

@@ -18,13 +18,15 @@ use crate::link::LinkEvent;
 use crate::postcopy::{self, PageServer, PostcopyError};
 use crate::source::{Batch, LaneEnd, PageSource, Waits};
 use crate::uri::Uri;
-use crate::wire::control::Message;
+use crate::wire::control::{Message, StreamEnd};
 use crate::wire::{Role, SessionId};
 
 /// What a source hears.
 pub(crate) enum Event {
     /// Something came over the control link.
     Link(LinkEvent),
+    /// All of a lane is on its way, its end too; this will be its account.
+    LaneSent(StreamEnd),
     /// A lane has ended.
     LaneEnd(LaneEnd),
     /// An attempt to open a stream has ended.
@@ -115,7 +117,7 @@ pub(crate) trait Environment: Waits {
     /// Gives all attempts up that have not been told of: what they still open is closed.
     fn give_up_opening(&self);
 
-    /// Starts a lane, which takes from `work`; [`Event::LaneEnd`] tells of its end.
+    /// Starts a lane, which takes from `work`; [`Event::LaneSent`] and [`Event::LaneEnd`] tell of its end.
     fn start_lane(
         &self,
         source: &Arc<PageSource>,

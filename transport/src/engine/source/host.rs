@@ -25,7 +25,7 @@ use crate::panic_text;
 use crate::postcopy::{self, PageServer, PostcopyError};
 use crate::rdma::RdmaOptions;
 use crate::socket::Connection;
-use crate::source::{Batch, Lane, PageSource, Waits};
+use crate::source::{Batch, Lane, LaneNews, PageSource, Waits};
 use crate::uri::Uri;
 use crate::wire::control::Message;
 use crate::wire::{Preamble, Role, SessionId, VERSION_MAX, VERSION_MIN};
@@ -61,7 +61,7 @@ pub(super) struct Host {
     vain: RefCell<Arc<AtomicBool>>,
     /// All that were started and have not ended.
     lanes: RefCell<Vec<Lane>>,
-    lane_ends: (Sender<crate::source::LaneEnd>, Receiver<crate::source::LaneEnd>),
+    lane_news: (Sender<LaneNews>, Receiver<LaneNews>),
     postcopy: RefCell<BTreeMap<u16, postcopy::Lane>>,
     /// Where those tell of their ends. Others than those get another channel: their numbers come again.
     postcopy_ends: RefCell<(Sender<postcopy::LaneEnd>, Receiver<postcopy::LaneEnd>)>,
@@ -83,7 +83,7 @@ impl Host {
             attempts: Cell::new(0),
             vain: RefCell::default(),
             lanes: RefCell::default(),
-            lane_ends: unbounded(),
+            lane_news: unbounded(),
             postcopy: RefCell::default(),
             postcopy_ends: RefCell::new(unbounded()),
             runtime: options.runtime.clone(),
@@ -133,7 +133,7 @@ impl Environment for Host {
     async fn wait(&self) {
         let mut any = crossbeam_channel::Select::new();
         any.recv(&self.heard.1);
-        any.recv(&self.lane_ends.1);
+        any.recv(&self.lane_news.1);
         let postcopy_ends = self.postcopy_ends.borrow();
         any.recv(&postcopy_ends.1);
         let _ = any.ready_timeout(TICK);
@@ -149,8 +149,10 @@ impl Environment for Host {
                 return Some(event);
             }
         }
-        if let Ok(end) = self.lane_ends.1.try_recv() {
-            return Some(Event::LaneEnd(end));
+        match self.lane_news.1.try_recv() {
+            Ok(LaneNews::Sent(account)) => return Some(Event::LaneSent(account)),
+            Ok(LaneNews::Ended(end)) => return Some(Event::LaneEnd(end)),
+            Err(_) => {}
         }
         let end = self.postcopy_ends.borrow().1.try_recv().ok()?;
         self.postcopy.borrow_mut().remove(&end.stream);
@@ -247,7 +249,7 @@ impl Environment for Host {
     ) -> io::Result<()> {
         let mut lanes = self.lanes.borrow_mut();
         lanes.retain(|lane| !lane.is_finished());
-        lanes.push(Lane::spawn(source.clone(), end, id, work, self.lane_ends.0.clone())?);
+        lanes.push(Lane::spawn(source.clone(), end, id, work, self.lane_news.0.clone())?);
         Ok(())
     }
 

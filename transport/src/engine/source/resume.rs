@@ -28,8 +28,11 @@ impl<E: Environment> Attempt<'_, E> {
         let lost = matches!(
             cause,
             // A destination that does not stop a stream may be one that is not heard. Taken up again, it stops them all.
-            Cause::Streams(StreamsError::AllLost { .. } | StreamsError::NotStopped { .. })
-                | Cause::Link(LinkError::Io(_) | LinkError::Closed | LinkError::Timeout(_))
+            Cause::Streams(
+                StreamsError::AllLost { .. }
+                    | StreamsError::LateLoss { .. }
+                    | StreamsError::NotStopped { .. }
+            ) | Cause::Link(LinkError::Io(_) | LinkError::Closed | LinkError::Timeout(_))
         );
         // The control connection may break a moment later, or a path that carries nothing else may come to carry this as well.
         let undialled =
@@ -95,7 +98,7 @@ impl<E: Environment> Attempt<'_, E> {
 
 impl<E: Environment> Watch<'_, E> {
     /// Whether both sides agreed to take the session up again, and may.
-    fn is_resumable(&self) -> bool {
+    pub(super) fn is_resumable(&self) -> bool {
         !self.patience.reconnect.is_zero() && self.reopening.is_some() && self.session.may_resume()
     }
 

@@ -61,6 +61,10 @@ pub(super) struct Watch<'a, E: Environment> {
     hurried: bool,
     /// There is no stream, and the guest runs.
     pub(super) outage: Option<Outage>,
+    /// FINISH was, or is about to be, said of pages that are on their way.
+    in_flight: bool,
+    /// What became of them, where they were lost.
+    late_loss: Option<String>,
     /// Since when streams are lost without a receipt in between, and the bytes that had one.
     fruitless: Option<(Duration, u64)>,
     pub(super) progress: Progress,
@@ -94,6 +98,8 @@ impl<'a, E: Environment> Watch<'a, E> {
             reconnect_max: patience.reconnect,
             hurried: false,
             outage: None,
+            in_flight: false,
+            late_loss: None,
             fruitless: None,
             progress: progress.clone(),
             leave: leave.clone(),
@@ -308,7 +314,7 @@ impl<'a, E: Environment> Watch<'a, E> {
     /// Pages move: lanes of streams that are opened from here on take from `work`.
     pub(super) fn feed(&mut self, work: Receiver<Batch>) {
         self.work = Some(work);
-        self.hurried = false;
+        (self.hurried, self.in_flight, self.late_loss) = (false, false, None);
     }
 
     /// The guest is paused: nobody waits for streams to come back.
@@ -347,7 +353,39 @@ impl<'a, E: Environment> Watch<'a, E> {
         Ok(self.streams.take_accounts())
     }
 
-    /// FINISH; waits for READY. With a paused guest not for ever: `bounded`.
+    /// Whether FINISH may be said while the last pages are on their way: where they are lost, or damaged, the session is resumed.
+    pub(super) fn may_finish_in_flight(&self) -> bool {
+        self.is_resumable()
+    }
+
+    /// Waits until every stream has sent all that it will, and its end, or is over; returns the accounts that they have or will have, if
+    /// all arrives.
+    pub(super) async fn streams_sent(&mut self) -> Result<Vec<StreamEnd>, Cause> {
+        self.in_flight = true;
+        while !self.streams.all_sent() {
+            self.env.wait().await;
+            self.check()?;
+            self.check_flight()?;
+        }
+        Ok(self.streams.promised())
+    }
+
+    /// Fails where pages of the handover were lost on their way, or arrived other than they were sent.
+    fn check_flight(&self) -> Result<(), Cause> {
+        if !self.in_flight {
+            return Ok(());
+        }
+        let damaged = self.source.as_ref().is_some_and(|source| source.has_pending());
+        let damaged = damaged.then(|| "a receipt does not fit".to_owned());
+        let stopped =
+            self.streams.stopped_in_flight().map(|why| format!("the destination stopped a stream: {why}"));
+        match self.late_loss.clone().or(stopped).or(damaged) {
+            Some(last) => Err(StreamsError::LateLoss { last }.into()),
+            None => Ok(()),
+        }
+    }
+
+    /// FINISH; waits for READY, and for what is still on its way. With a paused guest not for ever: `bounded`.
     pub(super) async fn finish(&mut self, totals: Totals, bounded: bool) -> Result<(), Cause> {
         let finish = self.session.finish(totals);
         self.send(finish);
@@ -356,16 +394,22 @@ impl<'a, E: Environment> Watch<'a, E> {
             return Ok(());
         }
         let mut deadline = self.deadline();
-        while self.next_event().await? != SourceEvent::Ready {
-            if self.env.is_sending() {
-                // A long STATE takes its time on a slow path; the link ends by itself where nothing of it is taken.
-                deadline = self.deadline();
+        let (mut ready, mut acked) = (false, 0);
+        while !ready || (self.in_flight && !self.streams.all_over()) {
+            ready |= self.next_event().await? == SourceEvent::Ready;
+            self.check_flight()?;
+            let now_acked =
+                self.source.as_ref().map_or(0, |s| s.counters().wire_acked.load(Ordering::Relaxed));
+            if self.env.is_sending() || now_acked != acked {
+                // A long STATE and many pages take their time on a slow path; links and streams end by themselves where nothing of it is
+                // taken.
+                (deadline, acked) = (self.deadline(), now_acked);
             }
             if bounded && clock::now() > deadline {
                 return Err(self.overdue("READY"));
             }
         }
-        Ok(())
+        self.check_flight()
     }
 
     /// The destination lives and does not answer.
@@ -525,6 +569,7 @@ impl<'a, E: Environment> Watch<'a, E> {
     fn on_event(&mut self, event: Event) -> Result<SourceEvent, Cause> {
         match event {
             Event::Link(event) => return self.on_link(event),
+            Event::LaneSent(account) => self.streams.sent(account),
             Event::LaneEnd(end) => self.on_lane_end(end)?,
             Event::Opened { id, end, took } => self.opened.push_back((id, end, took)),
             Event::PostcopyEnd(end) => self.postcopy_ends.push_back((end.stream, end.error)),
@@ -574,7 +619,12 @@ impl<'a, E: Environment> Watch<'a, E> {
             Err(LaneError::Fatal { source, .. }) => return Err(source.into()),
             Err(error) => {
                 self.progress.update(|r| r.streams_lost += 1);
-                self.send(Message::StreamLost { stream: end.stream });
+                if self.in_flight {
+                    // The session is resumed, which ends every stream: nothing is said of this one.
+                    self.late_loss.get_or_insert_with(|| explain(&error));
+                } else {
+                    self.send(Message::StreamLost { stream: end.stream });
+                }
                 let now = clock::now() - self.began;
                 let waited = !end.unreceipted.is_empty();
                 let last = explain(&error);
@@ -602,7 +652,10 @@ impl<'a, E: Environment> Watch<'a, E> {
         }
         if bytes != 0 {
             self.progress.update(|r| r.resent_bytes += bytes);
-            self.say_resent();
+            // After FINISH nothing is said of pages; once the session is resumed, this is.
+            if !self.in_flight {
+                self.say_resent();
+            }
         }
     }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::{IncomingError, Session, say_no};
+use crate::clock;
 use crate::engine::destination::environment::Environment;
 use crate::engine::explain;
 use crate::engine::progress::Outage;
@@ -66,12 +67,23 @@ impl<E: Environment> Session<'_, E> {
         }
     }
 
-    /// Waits until the source takes the session up again. What it had of the handover is void by then.
-    pub(super) async fn wait_resumed(&mut self) -> Result<(), IncomingError> {
+    /// Waits until the source takes the session up again, where it is still connected not for ever. What it had of the handover is void by
+    /// then.
+    pub(super) async fn wait_resumed(&mut self, deadline: Duration) -> Result<(), IncomingError> {
         while !self.machine.is_moving() {
             self.check_outage()?;
-            if let Some(LinkEvent::Message(message)) = self.next().await? {
-                self.machine.handle(message)?;
+            if self.link.is_some() && clock::now() > deadline {
+                return Err(IncomingError::NotResumed {
+                    seconds: self.outages.patience.as_secs(),
+                    source: LinkError::Timeout(self.options.timeout.as_secs()),
+                });
+            }
+            match self.next().await? {
+                Some(LinkEvent::Message(message)) => {
+                    self.machine.handle(message)?;
+                }
+                Some(LinkEvent::Dead(error)) => self.lose_link(error)?,
+                None => {}
             }
         }
         Ok(())
