@@ -182,7 +182,9 @@ fn a_guest_that_has_all_its_pages_is_not_lost_by_a_hole() {
         let arrived = empty(memory.layout().clone());
         let guest = Toucher::new(&arrived);
         let to = Taker { ram: Tight::new(&arrived, &[]), guest: guest.clone() };
-        let options = Options { postcopy_after_rounds: Some(0), ..options(1) };
+        // A source that is done leaves without a word where its link timed out: nobody is then waited for for long.
+        let postcopy_timeout = Duration::from_secs(10);
+        let options = Options { postcopy_after_rounds: Some(0), postcopy_timeout, ..options(1) };
         let (sent, received) = ferry("tcp:127.0.0.1:0", &options, &from, to);
         let stopped = guest.stopped.load(Ordering::SeqCst);
         assert_eq!(received.is_err(), stopped, "{received:?}");
