@@ -426,3 +426,95 @@ fn code_of(error: &WireError) -> ErrorCode {
         _ => ErrorCode::Protocol,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::io::Write;
+    use std::net::TcpStream;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    const ID: SessionId = [7; 16];
+
+    fn preamble(role: Role, versions: [u16; 2], session: SessionId) -> Preamble {
+        let [version_min, version_max] = versions;
+        Preamble { version_min, version_max, role, stream: 0, session }
+    }
+
+    /// On several workers, though the front has one; and the lobby, which each enters on its way, is never free for long.
+    #[test]
+    fn control_connections_that_come_at_once_have_a_number_each() {
+        const AT_ONCE: usize = 60;
+        const TIMES: usize = 100;
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build();
+        let runtime = runtime.unwrap();
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.address().unwrap();
+        let listener = runtime.block_on(async { AsyncListener::new(listener) }).unwrap();
+        let (lobby, session) = (Arc::new(Lobby::default()), Arc::default());
+        let (events, heard) = crossbeam_channel::unbounded();
+        let timeout = Duration::from_secs(30);
+        let says = preamble(Role::Control, [1, 1], ID).encode();
+        let (over, mut numbers) = (AtomicBool::new(false), HashSet::new());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    lobby.is_clearing();
+                }
+            });
+            let _over = Over(&over);
+            for _ in 0..TIMES {
+                let mut callers = Vec::new();
+                for _ in 0..AT_ONCE {
+                    callers.push(TcpStream::connect(address).unwrap());
+                    let (connection, peer) = runtime.block_on(listener.accept()).unwrap();
+                    let (place, patience) = lobby.enter(&peer, timeout);
+                    let (session, events, place) = (Arc::clone(&session), events.clone(), Arc::new(place));
+                    runtime.spawn(Door { session, timeout, patience, events, place }.greet(connection, peer));
+                }
+                callers.iter_mut().for_each(|caller| caller.write_all(&says).unwrap());
+                for _ in 0..AT_ONCE {
+                    let call = control(&heard);
+                    assert!(numbers.insert(call.generation), "two have number {}", call.generation);
+                }
+            }
+        });
+    }
+
+    /// Ends what waits for it, also after a failure.
+    struct Over<'a>(&'a AtomicBool);
+
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The next control connection.
+    fn control(heard: &crossbeam_channel::Receiver<Event>) -> Call {
+        loop {
+            if let Event::Control(call) = heard.recv_timeout(Duration::from_secs(30)).unwrap() {
+                return call;
+            }
+        }
+    }
+
+    /// With a version that nobody speaks yet: there is only one so far.
+    #[test]
+    fn what_belongs_to_a_session_offers_the_version_that_it_agreed_on() {
+        let session = Session { agreed: Some((ID, 7)), generation: 0 };
+        let code =
+            |versions, id| session.check(&preamble(Role::Stream, versions, id)).map_err(|(code, _)| code);
+        for versions in [[7, 7], [1, 7], [7, 9], [6, 8]] {
+            assert_eq!(code(versions, ID), Ok(()), "{versions:?}");
+        }
+        for versions in [[1, 1], [1, 6], [8, 9]] {
+            assert_eq!(code(versions, ID), Err(ErrorCode::Version), "{versions:?}");
+        }
+        assert_eq!(code([7, 7], [8; 16]), Err(ErrorCode::UnknownSession));
+        let nobodys = Session::default().check(&preamble(Role::Stream, [7, 7], ID));
+        assert_eq!(nobodys.map_err(|(code, _)| code), Err(ErrorCode::UnknownSession));
+    }
+}
