@@ -85,6 +85,16 @@ impl Machine {
     fn runs(&self) -> bool {
         self.running.load(Ordering::SeqCst)
     }
+
+    fn backend(self: &Arc<Self>) -> SourceBackend {
+        SourceBackend {
+            ram: self.clone(),
+            log: self.clone(),
+            guest: Some(self.clone()),
+            paused: false,
+            machine: String::new(),
+        }
+    }
 }
 
 impl GuestRam for Machine {
@@ -229,13 +239,7 @@ fn moving(trouble: Trouble, options: &Options, progress: &Progress) -> Moved {
     if trouble == Trouble::NeverThere {
         *destination.trouble() = Trouble::Stuck;
     }
-    let backend = SourceBackend {
-        ram: source.clone(),
-        log: source.clone(),
-        guest: Some(source.clone()),
-        paused: false,
-        machine: String::new(),
-    };
+    let backend = source.backend();
     let result = migrate(&backend, &uri, options, progress);
     let arrived = arriving.join().expect("a destination does not panic");
     Moved { source, destination, result, report: progress.report(), arrived }
@@ -319,4 +323,29 @@ fn postcopy_that_will_be_needed_is_asked_for_before_the_first_page() {
         assert!(text.contains(says), "{text}");
         assert!(source.runs() && report.wire_bytes == 0, "{report:?}");
     }
+}
+
+/// Each codec is weighed by how many share the cores and the link, which are as many as WELCOME says.
+#[test]
+fn the_workers_reckon_with_the_streams_that_were_agreed() {
+    let machine = Machine::new(true, Trouble::Nowhere);
+    let (options, progress) = (Options { streams: 8, ..options() }, Progress::default());
+    let leave = Leave::new(&progress, clock::now());
+    let uri = "tcp:127.0.0.1:1".parse().unwrap();
+    let env = Host::new(&uri, options.rdma, leave.clone());
+    let backend = machine.backend();
+    let attempt = Attempt::new(&env, &backend, &options, &progress, leave);
+    let welcome = Welcome {
+        version: 1,
+        capabilities: capability::ENCODINGS,
+        // Fewer than asked for.
+        streams: 3,
+        timeout_ms: 5000,
+        reconnect_ms: 0,
+        host: 0,
+    };
+    let agreed = Agreed { welcome, hasher: PageHasher::new(1), near: false };
+    let populated = PageBitmap::new(machine.layout().chunks());
+    let source = attempt.page_source(agreed, populated).unwrap_or_else(|cause| panic!("{cause}"));
+    assert_eq!(source.options().streams, 3);
 }
