@@ -42,18 +42,24 @@ impl DestinationContext {
 /// What the destination has registered, for all streams of a session.
 struct Registrar {
     pinned_max: u64,
-    table: Mutex<Table>,
+    table: Mutex<Table<Region>>,
 }
 
-#[derive(Default)]
-struct Table {
+/// What is registered, each as an `R`, and what it counts for.
+struct Table<R> {
     /// One for each adapter that streams came in on.
     domains: Vec<Arc<Domain>>,
     /// By adapter and range; with how often it was asked for.
-    regions: HashMap<(usize, Range), (Arc<Region>, u32)>,
+    regions: HashMap<(usize, Range), (Arc<R>, u32)>,
     pinned: u64,
     /// As much as this process was allowed to pin, once it was refused more.
     allowed: Option<u64>,
+}
+
+impl<R> Default for Table<R> {
+    fn default() -> Self {
+        Self { domains: Vec::new(), regions: HashMap::new(), pinned: 0, allowed: None }
+    }
 }
 
 impl Registrar {
@@ -62,7 +68,7 @@ impl Registrar {
         Self { pinned_max, table: Mutex::default() }
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    fn table(&self) -> MutexGuard<'_, Table<Region>> {
         self.table.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -106,28 +112,20 @@ impl Registrar {
     /// Lets a range go, if whoever asked for it last does.
     fn release(&self, landing: &dyn Landing, adapter: usize, range: Range) -> Result<(), WireError> {
         let (_, _, bytes) = place_of(landing, range)?;
-        let mut table = self.table();
-        let Some((_, users)) = table.regions.get_mut(&(adapter, range)) else {
-            return Err(WireError::BadValue { field: "first chunk", value: range.first.into() });
-        };
-        *users -= 1;
-        if *users == 0 {
-            table.regions.remove(&(adapter, range));
-            table.pinned -= bytes;
-        }
-        Ok(())
+        let is_known = self.table().release((adapter, range), bytes);
+        is_known.then_some(()).ok_or(WireError::BadValue { field: "first chunk", value: range.first.into() })
     }
 }
 
-impl Table {
+impl<R> Table<R> {
     /// Takes note of what came of registering a range of `bytes`, which count as pinned already. `None`: it cannot be registered, and
     /// its pages come in messages.
     fn settle<T>(
         &mut self,
         key: (usize, Range),
         bytes: u64,
-        made: io::Result<Arc<Region>>,
-        remote: impl Fn(&Region) -> T,
+        made: io::Result<Arc<R>>,
+        remote: impl Fn(&R) -> T,
     ) -> io::Result<Option<T>> {
         match made.map_err(|e| NotRegistered::of(&e, bytes)) {
             Ok(made) => {
@@ -152,6 +150,17 @@ impl Table {
                 }
             }
         }
+    }
+
+    /// One who asked for a range of `bytes` lets it go; says whether anybody had.
+    fn release(&mut self, key: (usize, Range), bytes: u64) -> bool {
+        let Some((_, users)) = self.regions.get_mut(&key) else { return false };
+        *users -= 1;
+        if *users == 0 {
+            self.regions.remove(&key);
+            self.pinned -= bytes;
+        }
+        true
     }
 }
 
@@ -394,6 +403,24 @@ impl Drop for Receiver {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Both saw that it was not registered, and count it before they do so.
+    #[test]
+    fn a_range_that_two_streams_ask_for_at_once_is_pinned_once() {
+        let (key, bytes) = ((0, Range { first: 0, count: 2 }), 1 << 19);
+        let mut table = Table { pinned: 2 * bytes, ..Table::default() };
+        for made in ["first", "second"] {
+            let known = table.settle(key, bytes, Ok(Arc::new(made)), |region| *region).unwrap();
+            assert_eq!(known, Some("first"), "the source writes to one of them");
+        }
+        assert_eq!(table.pinned, bytes);
+        // It stays as long as one of them needs it.
+        for left in [bytes, 0] {
+            assert!(table.release(key, bytes));
+            assert_eq!(table.pinned, left);
+        }
+        assert!(!table.release(key, bytes), "nobody has it any more");
+    }
 
     #[test]
     fn a_limit_that_shows_in_mid_transfer_is_kept_to_and_one_that_allows_nothing_is_named() {
