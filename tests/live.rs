@@ -19,6 +19,10 @@ mod guests;
 mod handover;
 #[path = "live/kill.rs"]
 mod kill;
+// glibc keeps what is free, and is told how by its tunables.
+#[cfg(target_env = "gnu")]
+#[path = "live/memory.rs"]
+mod memory;
 #[path = "live/proxy.rs"]
 mod proxy;
 #[path = "live/resume.rs"]

@@ -110,6 +110,8 @@ pub(crate) struct Spec {
     pub(crate) kvm: bool,
     /// More arguments of `pageferry vm`.
     pub(crate) more: Vec<String>,
+    /// More of its environment.
+    pub(crate) environment: &'static [(&'static str, &'static str)],
 }
 
 impl Spec {
@@ -123,6 +125,7 @@ impl Spec {
             guest: "counter".into(),
             kvm: have_kvm(),
             more: Vec::new(),
+            environment: &[],
         }
     }
 
@@ -244,6 +247,7 @@ impl Vm {
             .args(["--cpus", &spec.cpus.to_string(), "--mem", &format!("{}M", spec.mem_mib)])
             .args(["--working-set", &spec.working_set.to_string(), "--rate", &spec.rate.to_string()])
             .args(&spec.more)
+            .envs(spec.environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(stdout)
             .stderr(stderr);
