@@ -18,3 +18,5 @@ mod handover;
 mod limits;
 #[path = "postcopy/links.rs"]
 mod links;
+#[path = "postcopy/threads.rs"]
+mod threads;

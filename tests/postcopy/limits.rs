@@ -8,7 +8,7 @@ use crate::vm::{PATIENCE, Spec, Vm, World, have_kvm, prove, wait_for};
 const MEM: u64 = 64 << 20;
 
 /// A quiet guest in memory of text, which a fast level brings to less than half; `None`, with the reason printed, without KVM.
-fn quiet(world: &World) -> Option<Spec> {
+pub(crate) fn quiet(world: &World) -> Option<Spec> {
     if !have_kvm() {
         println!("skipped: no KVM, without which memory has no content");
         return None;
