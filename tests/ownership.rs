@@ -9,9 +9,6 @@
 //! `PAGEFERRY_HARNESS_RUNS` says how many runs there are (24), `PAGEFERRY_HARNESS_SEED` which is the first (1; `clock` for another one each
 //! time). A run that fails says how to have it again: the faults are the same then, though the machine's own timing is not.
 
-#[path = "common/rng.rs"]
-mod rng;
-
 #[allow(dead_code, reason = "written for tests that look closer")]
 #[path = "live/proxy.rs"]
 mod proxy;

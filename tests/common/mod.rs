@@ -5,7 +5,6 @@
 
 pub(crate) mod proxy;
 pub(crate) mod raw;
-pub(crate) mod rng;
 pub(crate) mod tmpfs;
 
 use std::ffi::OsStr;
@@ -19,8 +18,7 @@ use std::time::{Duration, Instant};
 
 use pageferry::engine::report::Report;
 use tempfile::TempDir;
-
-pub(crate) use rng::Rng;
+use testkit::Rng;
 
 pub(crate) const MIB: usize = 1 << 20;
 pub(crate) const PAGE: usize = 4096;
@@ -333,9 +331,9 @@ impl Image {
 
     /// Writes an image of `len` bytes; returns its content.
     pub(crate) fn write(self, path: &Path, len: usize) -> Vec<u8> {
-        let mut rng = Rng(self as u64 + 7);
+        let mut rng = Rng::new(self as u64 + 7);
         let words: Vec<Vec<u8>> =
-            (0..4000).map(|_| (0..2 + rng.below(9)).map(|_| b'a' + rng.below(26) as u8).collect()).collect();
+            (0..4000).map(|_| (0..2 + rng.index(9)).map(|_| b'a' + rng.index(26) as u8).collect()).collect();
         let file = std::fs::File::create(path).unwrap();
         file.set_len(len as u64).unwrap();
         let mut content = vec![0; len];
@@ -352,7 +350,7 @@ impl Image {
 fn text(rng: &mut Rng, words: &[Vec<u8>]) -> Vec<u8> {
     let mut out = Vec::with_capacity(MIB + 16);
     while out.len() < MIB {
-        out.extend_from_slice(&words[rng.below(words.len())]);
+        out.extend_from_slice(&words[rng.index(words.len())]);
         out.push(b' ');
     }
     out.truncate(MIB);
@@ -361,7 +359,7 @@ fn text(rng: &mut Rng, words: &[Vec<u8>]) -> Vec<u8> {
 
 /// Pointers that share their high bytes, small numbers, zeros.
 fn heap(rng: &mut Rng) -> Vec<u8> {
-    let base = 0x7f00_0000_0000 + rng.below(1 << 28) as u64;
+    let base = 0x7f00_0000_0000 + rng.index(1 << 28) as u64;
     (0..MIB / 16)
         .flat_map(|_| {
             let random = rng.next();

@@ -13,16 +13,17 @@ use pageferry::pagecopy::bitmap::PageBitmap;
 use pageferry::pagecopy::layout::Layout;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 use pageferry::vmm_shim::kvm;
+use testkit::Rng;
 use vm_memory::Bytes;
 
 use crate::common::tmpfs::Tmpfs;
-use crate::common::{Ended, Ferry, MIB, PAGE, PATIENCE, Recv, Rng, blocks, folder, send, turn};
+use crate::common::{Ended, Ferry, MIB, PAGE, PATIENCE, Recv, blocks, folder, send, turn};
 
 /// Random pages, with a hole every 2 MiB: no part of it may come as large pages, ahead of its content.
 fn image(path: &Path, mib: usize) {
     let file = File::create(path).unwrap();
     file.set_len((mib * MIB) as u64).unwrap();
-    let mut rng = Rng(11);
+    let mut rng = Rng::new(11);
     for at in (0..mib).step_by(2) {
         file.write_all_at(&rng.bytes(2 * MIB - PAGE), (at * MIB) as u64).unwrap();
     }

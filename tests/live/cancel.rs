@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use pageferry::transport::wire::Role;
 use serde_json::json;
 
-use crate::common::rng::Rng;
 use crate::proxy::{Proxy, Seen, Verdict};
 use crate::vm::{PATIENCE, Spec, Vm, World, prove, wait_for};
+use testkit::Rng;
 
 /// Far less than the minute, and far more than a busy machine takes for what should take some milliseconds.
 const SOON: Duration = Duration::from_secs(15);
@@ -232,7 +232,7 @@ fn asking_ends_when_it_is_cancelled() {
 fn cancelled_at_random_moments() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let (count, seed) = (number("PAGEFERRY_CANCELS").unwrap_or(8), number("PAGEFERRY_SEED").unwrap_or(1));
-    let mut rng = Rng(seed);
+    let mut rng = Rng::new(seed);
     let world = World::new();
     let spec = spec();
     let source = world.source("a", &spec);
@@ -241,7 +241,7 @@ fn cancelled_at_random_moments() {
     let (mut longest, mut cancelled) = ((Duration::ZERO, String::new()), 0);
     for run in 0..count {
         let trouble = rng.below(8);
-        let (before, after) = (rng.below(1200) as u64, rng.below(600) as u64);
+        let (before, after) = (rng.below(1200), rng.below(600));
         let what =
             format!("run {run} of seed {seed}: trouble {trouble} at {before} ms, cancelled {after} ms later");
         let mut keep = None;

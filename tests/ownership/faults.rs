@@ -7,9 +7,9 @@ use std::time::Duration;
 use pageferry::transport::wire::{Role, stream_number};
 
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::rng::Rng;
 use crate::tmpfs::Tmpfs;
 use crate::vm::{send_signal, stop_process};
+use testkit::Rng;
 
 /// A step of the protocol, as it comes by between the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,10 +148,10 @@ pub(crate) struct Plan {
 impl Plan {
     /// The same for the same seed. Where there is no file system whose room could be taken, address space is taken instead.
     pub(crate) fn of(seed: u64, has_room_to_take: bool) -> Self {
-        let rng = &mut Rng(seed);
+        let rng = &mut Rng::new(seed);
         let streams = 1 + rng.below(3) as u16;
-        let reconnect_s = [0, 1, 3, 3][rng.below(4)];
-        let postcopy_after_rounds = [None, None, Some(0), Some(1)][rng.below(4)];
+        let reconnect_s = [0, 1, 3, 3][rng.index(4)];
+        let postcopy_after_rounds = [None, None, Some(0), Some(1)][rng.index(4)];
         let mut steps = STEPS.to_vec();
         if postcopy_after_rounds.is_some() {
             steps.extend(POSTCOPY);
@@ -182,21 +182,21 @@ impl Plan {
 
 impl Fault {
     fn any(rng: &mut Rng, steps: &[Step]) -> Self {
-        let step = steps[rng.below(steps.len())];
+        let step = steps[rng.index(steps.len())];
         let side = if rng.below(2) == 0 { By::Source } else { By::Destination };
         let harm = match rng.below(11) {
             0 | 1 => Harm::Kill(side),
-            2 | 3 => Harm::Freeze(side, [100, 500, 1500, 3500][rng.below(4)]),
+            2 | 3 => Harm::Freeze(side, [100, 500, 1500, 3500][rng.index(4)]),
             4..7 => Harm::Cut { control: rng.below(3) != 0, streams: rng.below(8) as u16 },
-            7 => Harm::Down([200, 1500, 4000][rng.below(3)]),
+            7 => Harm::Down([200, 1500, 4000][rng.index(3)]),
             8 => {
-                let want = [Want::Descriptors, Want::Memory(4), Want::Memory(16)][rng.below(3)];
-                Harm::Starve(side, want, [300, 2000, 5000][rng.below(3)])
+                let want = [Want::Descriptors, Want::Memory(4), Want::Memory(16)][rng.index(3)];
+                Harm::Starve(side, want, [300, 2000, 5000][rng.index(3)])
             }
             _ => {
-                let want = Want::Room([0, 64, 1 << 10][rng.below(3)]);
+                let want = Want::Room([0, 64, 1 << 10][rng.index(3)]);
                 // Short ones are over before the guest comes to what could not be brought in.
-                Harm::Starve(side, want, [10, 60, 1000][rng.below(3)])
+                Harm::Starve(side, want, [10, 60, 1000][rng.index(3)])
             }
         };
         Self { step, nth: 1 + rng.below(4) as u32 / 3, before: rng.below(2) == 0, harm }

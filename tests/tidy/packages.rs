@@ -1,6 +1,6 @@
 //! What the crates depend on, and what of: arrows, reasons, licences, sources.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
@@ -11,7 +11,15 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("pagecopy", &["transport", "pageferry-transport", "vmm-shim", "pageferry-vmm-shim", "pageferry"]),
     ("transport", &["vmm-shim", "pageferry-vmm-shim", "pageferry"]),
     ("vmm-shim", &["transport", "pageferry-transport", "pageferry"]),
+    (
+        "tests/kit",
+        &["pagecopy", "transport", "pageferry-transport", "vmm-shim", "pageferry-vmm-shim", "pageferry"],
+    ),
 ];
+/// What only tests may depend on, by either name.
+const FOR_TESTS: &[&str] = &["testkit", "pageferry-testkit"];
+/// Folders of packages that are tested, besides the root.
+const TESTED: &[&str] = &["", "pagecopy", "transport", "vmm-shim", "benches"];
 /// Licences of packages that say theirs in a file instead of their manifest: read there.
 const LICENCES_IN_FILES: &[(&str, &str)] = &[("rdma-sys", "MIT")];
 /// Packages of which Cargo.lock may have several versions, each with its reason. All but the newest cost only time to build.
@@ -65,6 +73,28 @@ fn crates_depend_one_way() {
         let manifest = fs::read_to_string(root().join(folder).join("Cargo.toml")).unwrap();
         assert!(manifest.contains("[dependencies]"));
         assert_eq!(arrows(folder, &manifest), Vec::<String>::new());
+    }
+}
+
+/// Dependencies outside of tests on what is for them alone.
+fn beyond_tests(path: &str, manifest: &str) -> Vec<String> {
+    let is_built = |header: &str| {
+        header.ends_with("dependencies")
+            && !["dev-dependencies", "workspace.dependencies"].iter().any(|tests| header.ends_with(tests))
+    };
+    let names = dependencies(manifest, is_built).into_iter();
+    let wrong = names
+        .filter(|(name, value)| FOR_TESTS.iter().any(|f| name == f || value.contains(&format!("\"{f}\""))));
+    wrong.map(|(name, _)| format!("{path}: only tests may depend on {name}")).collect()
+}
+
+#[test]
+fn only_tests_have_their_tools() {
+    for folder in TESTED {
+        let path = Path::new(folder).join("Cargo.toml");
+        let manifest = fs::read_to_string(root().join(&path)).unwrap();
+        assert!(manifest.contains("[dependencies]"));
+        assert_eq!(beyond_tests(&path.display().to_string(), &manifest), Vec::<String>::new());
     }
 }
 
@@ -248,6 +278,19 @@ mod rules {
         ] {
             assert_eq!(arrows("pagecopy", bad).len(), 1, "{bad}");
         }
+        for (table, count) in [
+            ("dev-dependencies", 0),
+            ("workspace.dependencies", 0),
+            ("target.'cfg(loom)'.dev-dependencies", 0),
+            ("dependencies", 1),
+            ("build-dependencies", 1),
+            ("target.'cfg(unix)'.dependencies", 1),
+        ] {
+            let manifest = format!("[{table}]\ntestkit.workspace = true\n");
+            assert_eq!(beyond_tests("Cargo.toml", &manifest).len(), count, "{table}");
+        }
+        let renamed = "[dependencies]\nkit = { package = \"pageferry-testkit\", path = \"tests/kit\" }\n";
+        assert_eq!(beyond_tests("Cargo.toml", renamed).len(), 1);
         let manifest =
             "[workspace.dependencies]\na = \"1\"\nb = { path = \"b\" }\nc = \"2\"\n[profile.dev]\nd = 1\n";
         let design = "# D\n\n## Dependencies\n\n| `a`, a2 | why, c |\n\n## Other\n`c`\n";
