@@ -18,13 +18,10 @@ use std::time::{Duration, Instant};
 
 use pageferry::engine::report::Report;
 use tempfile::TempDir;
-use testkit::Rng;
+use testkit::{PATIENCE, Rng};
 
 pub(crate) const MIB: usize = 1 << 20;
 pub(crate) const PAGE: usize = 4096;
-/// Longest a child may take unless the test says otherwise: far more than any needs, on a machine that is busy.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
-
 /// A folder in memory where there is one, removed in the end.
 pub(crate) fn folder() -> TempDir {
     let shm = Path::new("/dev/shm");

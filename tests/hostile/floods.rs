@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use pageferry::transport::wire::Role;
 use pageferry::transport::wire::control::Message;
+use testkit::PATIENCE;
 
 use crate::common::raw::{Peer, preamble};
-use crate::common::{Ferry, Image, Job, MIB, PATIENCE, Recv, folder, send, turn};
+use crate::common::{Ferry, Image, Job, MIB, Recv, folder, send, turn};
 
 /// A good source is served.
 fn assert_serves(job: &Job, recv: Recv) -> crate::common::Ended {

@@ -12,10 +12,10 @@ use pageferry::pagecopy::backend::{BackendError, Fault, Guest, GuestRam, Missing
 use pageferry::pagecopy::bitmap::PageBitmap;
 use pageferry::pagecopy::layout::{CHUNK_PAGES, CHUNK_SIZE, Layout, PAGE_SIZE};
 use pageferry::vmm_shim::guest_memory::GuestMemory;
+use testkit::PATIENCE;
 use vm_memory::Bytes;
 use vm_memory::volatile_memory::VolatileSlice;
 
-use crate::common::PATIENCE;
 use crate::ends::{Still, Taker, Told, differences, empty, ferry, options};
 
 /// Chunks of the guest, of which the last is a hole.

@@ -2,7 +2,9 @@
 
 use std::process::Command;
 
-use crate::common::{Ferry, Image, Job, MIB, PATIENCE, Recv, folder, send, turn};
+use testkit::PATIENCE;
+
+use crate::common::{Ferry, Image, Job, MIB, Recv, folder, send, turn};
 
 /// Whether limits can be set from outside; prints why not.
 fn have(program: &str) -> bool {

@@ -13,11 +13,11 @@ use pageferry::pagecopy::bitmap::PageBitmap;
 use pageferry::pagecopy::layout::Layout;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 use pageferry::vmm_shim::kvm;
-use testkit::Rng;
+use testkit::{PATIENCE, Rng};
 use vm_memory::Bytes;
 
 use crate::common::tmpfs::Tmpfs;
-use crate::common::{Ended, Ferry, MIB, PAGE, PATIENCE, Recv, blocks, folder, send, turn};
+use crate::common::{Ended, Ferry, MIB, PAGE, Recv, blocks, folder, send, turn};
 
 /// Random pages, with a hole every 2 MiB: no part of it may come as large pages, ahead of its content.
 fn image(path: &Path, mib: usize) {

@@ -12,8 +12,8 @@ use pageferry::transport::wire::Role;
 use serde_json::json;
 
 use crate::proxy::{Proxy, Seen, Verdict};
-use crate::vm::{PATIENCE, Spec, Vm, World, prove, wait_for};
-use testkit::Rng;
+use crate::vm::{Spec, Vm, World, prove};
+use testkit::{PATIENCE, Rng, wait_for};
 
 /// Far less than the minute, and far more than a busy machine takes for what should take some milliseconds.
 const SOON: Duration = Duration::from_secs(15);

@@ -5,10 +5,11 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use testkit::{PATIENCE, wait_for};
 
 use crate::kill::slow;
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::vm::{Ended, PATIENCE, Spec, Vm, World, pageferry, prove, wait_for};
+use crate::vm::{Ended, Spec, Vm, World, pageferry, prove};
 
 /// Asserts that a command was refused, in words that hold all of these.
 fn refused(ended: &Ended, words: &[&str]) {

@@ -1,6 +1,8 @@
 //! `pageferry demo` over what it can be asked for: it proves by itself that the guest went on.
 
-use crate::vm::{PATIENCE, World, have_kvm, pageferry};
+use testkit::PATIENCE;
+
+use crate::vm::{World, have_kvm, pageferry};
 
 /// Runs a demo with these arguments and looks at what it reports.
 fn demo(args: &[&str]) {

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use pageferry::vmm_shim::guests::boot_sector;
+use testkit::{PATIENCE, wait_for};
 
-use crate::vm::{PATIENCE, Spec, Vm, World, have_kvm, wait_for};
+use crate::vm::{Spec, Vm, World, have_kvm};
 
 /// Dots that a guest must show on each side.
 const DOTS: usize = 3;

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use pageferry::transport::wire::Role;
 use serde_json::json;
+use testkit::{PATIENCE, wait_for};
 
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::vm::{PATIENCE, Spec, Vm, World, prove, send_signal, stop_process, wait_for};
+use crate::vm::{Spec, Vm, World, prove, send_signal, stop_process};
 
 /// Whether this is the message with that name on the control connection.
 fn is(seen: &Seen<'_>, name: &str) -> bool {

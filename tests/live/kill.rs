@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use pageferry::transport::wire::Role;
 use pageferry::transport::wire::control::Message;
 use serde_json::json;
+use testkit::{PATIENCE, wait_for};
 
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::vm::{NO_RESUME, PATIENCE, Spec, Vm, World, prove, send_signal, stop_process, wait_for};
+use crate::vm::{NO_RESUME, Spec, Vm, World, prove, send_signal, stop_process};
 
 /// Moments at which a process is killed. What comes by at that moment is lost with it, so that nothing is left to chance: it
 /// either arrived before, or never does.

@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use testkit::{PATIENCE, wait_for};
 
-use crate::vm::{PATIENCE, Spec, Vm, World, wait_for};
+use crate::vm::{Spec, Vm, World};
 
 /// Has the C library keep all that is freed in one place, also the largest buffers, and take it back only when it is told to.
 const KEEPS_ALL: &[(&str, &str)] = &[(

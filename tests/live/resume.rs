@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use pageferry::transport::wire::Role;
 use serde_json::{Value, json};
+use testkit::{PATIENCE, wait_for};
 
 use crate::common::{Image, Job, MIB, Recv, send};
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::vm::{PATIENCE, Spec, Vm, World, prove, wait_for};
+use crate::vm::{Spec, Vm, World, prove};
 
 /// Bytes that may be sent twice, besides what the guest has written meanwhile.
 const TWICE_MAX: u64 = 64 << 20;

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use pageferry::transport::wire::Role;
 use serde_json::json;
+use testkit::{PATIENCE, wait_for};
 
 use crate::common::{Image, Job, MIB, Recv, send};
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::vm::{NO_RESUME, PATIENCE, Spec, World, prove, wait_for};
+use crate::vm::{NO_RESUME, Spec, World, prove};
 
 /// A guest that is big and busy enough that every stream carries some MiB.
 fn busy() -> Spec {

@@ -1,7 +1,9 @@
 //! Pages that are written while they are sent from where they lie.
 
+use testkit::PATIENCE;
+
 use crate::ends::every_page_is_torn;
-use crate::vm::{PATIENCE, pageferry};
+use crate::vm::pageferry;
 
 #[test]
 fn no_torn_page_survives() {

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use pageferry::transport::wire::Role;
 use pageferry::vmm_shim::guests::counter::Side;
 use serde_json::{Value, json};
+use testkit::{PATIENCE, wait_for};
 
 use crate::proxy::{Proxy, Seen, Verdict};
-use crate::vm::{Ended, PATIENCE, Spec, Vm, World, prove, wait_for};
+use crate::vm::{Ended, Spec, Vm, World, prove};
 
 /// A guest that rewrites 64 MiB as fast as it can, and a destination for it.
 fn restless(world: &World) -> (Spec, Vm, Vm, String) {

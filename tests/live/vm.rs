@@ -11,27 +11,13 @@ use std::time::{Duration, Instant};
 use pageferry::vmm_shim::guests::counter::{Checker, CounterParams, Side};
 use pageferry::vmm_shim::kvm;
 use serde_json::{Value, json};
-
-/// Longest wait for anything that a test has not set a time for itself: this machine may be busy.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
+use testkit::{PATIENCE, wait_for};
 
 /// A destination with this gives a session up as soon as its connections are lost, and so does its source.
 pub(crate) const NO_RESUME: &[&str] = &["--reconnect-timeout", "0"];
 
 /// The command under test.
 pub(crate) const PAGEFERRY: &str = env!("CARGO_BIN_EXE_pageferry");
-
-/// Waits until `holds` has a value; fails with `what` where it never has.
-pub(crate) fn wait_for<T>(what: &str, timeout: Duration, mut holds: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(value) = holds() {
-            return value;
-        }
-        assert!(start.elapsed() < timeout, "{what}: not within {timeout:?}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
 
 /// Whether there is KVM; prints why not.
 pub(crate) fn have_kvm() -> bool {

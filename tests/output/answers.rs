@@ -4,8 +4,9 @@ use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 use serde_json::json;
+use testkit::{PATIENCE, wait_for};
 
-use crate::vm::{Ended, PAGEFERRY, PATIENCE, Spec, Vm, World, pageferry, wait_for};
+use crate::vm::{Ended, PAGEFERRY, Spec, Vm, World, pageferry};
 
 /// A command ended with `code`, and its one JSON object says why in these words.
 #[track_caller]

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use pageferry::transport::wire::Role;
 use serde_json::json;
+use testkit::{PATIENCE, wait_for};
 
 use crate::proxy::{Proxy, Seen, Verdict};
-use crate::vm::{PATIENCE, Spec, Vm, World, prove, wait_for};
+use crate::vm::{Spec, Vm, World, prove};
 
 /// A guest that runs at the destination, and most of whose pages are at the source until it `goes`.
 struct Halfway {

@@ -6,8 +6,9 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use testkit::PATIENCE;
 
-use crate::vm::{Ended, PAGEFERRY, PATIENCE};
+use crate::vm::{Ended, PAGEFERRY};
 
 /// What a stream of output is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use pageferry::transport::wire::Role;
 use serde_json::json;
+use testkit::{PATIENCE, wait_for};
 
 use crate::proxy::{Proxy, Seen, Verdict};
 use crate::sinks::{Sink, Stream, run};
-use crate::vm::{PATIENCE, Spec, Vm, World, pageferry, prove, wait_for};
+use crate::vm::{Spec, Vm, World, pageferry, prove};
 
 /// Exit code of a command whose result could not be printed.
 const NOT_PRINTED: i32 = 6;

@@ -4,10 +4,11 @@ use std::time::{Duration, Instant};
 
 use pageferry::vmm_shim;
 use serde_json::json;
+use testkit::{PATIENCE, wait_for};
 
 use crate::faults::Hand;
 use crate::proxy::By;
-use crate::vm::{PATIENCE, Spec, Vm, prove, wait_for};
+use crate::vm::{Spec, Vm, prove};
 
 /// The exit code of a process whose guest's memory could not be had.
 const ROOM_EXIT: i32 = vmm_shim::lost_room::EXIT_CODE;

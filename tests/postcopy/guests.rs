@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use testkit::{PATIENCE, wait_for};
 
-use crate::vm::{PATIENCE, Spec, Vm, World, have_kvm, pageferry, prove, wait_for};
+use crate::vm::{Spec, Vm, World, have_kvm, pageferry, prove};
 
 /// Moves a guest by postcopy that begins at once, and looks at what both sides report.
 fn moves(spec: &Spec, more: &Value) {

@@ -7,9 +7,10 @@ use std::time::Duration;
 use pageferry::transport::wire::control::Message;
 use pageferry::transport::wire::{Role, stream_number};
 use serde_json::json;
+use testkit::{PATIENCE, wait_for};
 
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::vm::{PATIENCE, Spec, World, prove, wait_for};
+use crate::vm::{Spec, World, prove};
 
 /// A guest with enough memory that its pages are on their way for a while.
 fn large() -> Spec {

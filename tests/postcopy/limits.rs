@@ -1,8 +1,9 @@
 //! What postcopy takes of a link: pages are encoded as in precopy, and the limit of bandwidth holds.
 
 use serde_json::{Value, json};
+use testkit::{PATIENCE, wait_for};
 
-use crate::vm::{PATIENCE, Spec, Vm, World, have_kvm, prove, wait_for};
+use crate::vm::{Spec, Vm, World, have_kvm, prove};
 
 /// Memory of the guests here.
 const MEM: u64 = 64 << 20;

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use pageferry::transport::wire::Role;
 use serde_json::{Value, json};
+use testkit::{PATIENCE, wait_for};
 
 use crate::proxy::{By, Proxy, Seen, Verdict};
-use crate::vm::{PATIENCE, Spec, Vm, World, prove, wait_for};
+use crate::vm::{Spec, Vm, World, prove};
 
 /// A guest in postcopy whose connections go through a proxy, which lets nothing through while `cut` is set.
 struct Way {

@@ -1,5 +1,7 @@
 //! Tools that the tests of all crates share. It knows none of pageferry's crates, and only tests depend on it.
 
 mod rng;
+mod wait;
 
 pub use rng::Rng;
+pub use wait::{PATIENCE, wait_for, wait_until};

@@ -4,13 +4,14 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, unbounded};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{Layout, PAGE_SIZE};
+use testkit::wait_until;
 
 use super::lane::ANSWERS_MAX;
 use super::partial::Partial;
@@ -23,14 +24,6 @@ use crate::wire::postcopy::PageRequest;
 
 /// Longest wait for what must happen: this machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !holds() {
-        assert!(begun.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
 
 /// All pages of a memory, on their way from one side to the other.
 struct Pair {
@@ -96,7 +89,7 @@ impl Pair {
 
     /// Waits until all is there, and looks at it.
     fn arrives(&self) {
-        wait_for("everything arrives", || self.server.left() == 0 && self.sink.left() == 0);
+        wait_until("everything arrives", PATIENCE, || self.server.left() == 0 && self.sink.left() == 0);
         for chunk in 0..self.source.memory.layout().chunks() {
             for bit in 0..64 {
                 let found = self.destination.memory.read(chunk, bit);
@@ -124,15 +117,15 @@ fn opened(stream: UnixStream) -> Connection {
 
 /// Asks for pages while everything else is held back for hours, once a first frame was sent ahead of its time.
 fn ask_while_the_rest_waits(pair: &Pair) {
-    wait_for("the first frame", || pair.sink.left() < pair.server.total());
+    wait_until("the first frame", PATIENCE, || pair.sink.left() < pair.server.total());
     let left = pair.sink.left();
     let asked = 128;
     for page in 0..asked {
         let (chunk, bit) = (2 + page / 64, page % 64);
         pair.sink.request(chunk, bit);
-        wait_for("a page that was asked for", || !pair.destination.is_missing((chunk, bit)));
+        wait_until("a page that was asked for", PATIENCE, || !pair.destination.is_missing((chunk, bit)));
         // The next frame of the others would bring at least one page.
-        wait_for("it counts", || pair.sink.left() < left - u64::from(page));
+        wait_until("it counts", PATIENCE, || pair.sink.left() < left - u64::from(page));
         assert_eq!(pair.sink.left(), left - u64::from(page) - 1);
     }
     // It was charged for what went ahead.

@@ -4,7 +4,7 @@
 use std::io::{self, Write};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pagecopy::backend::{BackendError, GuestRam};
 use pagecopy::layout::{Layout, PAGE_SIZE};
@@ -159,10 +159,8 @@ pub(crate) fn vm(cpus: u8, guest: GuestImage, tracker: Tracker, ram: &Arc<AnonRa
 
 /// Waits until something holds, and fails where it never does, or the guest crashes.
 pub(crate) fn wait_for(vm: &Vm, what: &str, mut holds: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !holds() {
+    testkit::wait_until(what, Duration::from_secs(60), || {
         assert!(!matches!(vm.state(), VmState::Crashed(_)), "waiting for {what}: {:?}", vm.state());
-        assert!(start.elapsed() < Duration::from_secs(60), "{what} never happened");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+        holds()
+    });
 }
