@@ -3,7 +3,6 @@
 
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
-pub(crate) mod proxy;
 pub(crate) mod raw;
 pub(crate) mod tmpfs;
 

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::common::proxy::{Harm, Plan, Proxy, Way};
 use crate::common::{Image, Job, MIB, Recv, send, turn};
+use testkit::proxy::{Harm, Plan, Proxy, Way};
 
 /// `--link-timeout` of both sides, and what they may take at most.
 const TIMEOUT: u64 = 2;

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use crate::common::proxy::{Harm, Plan, Proxy, Way};
 use crate::common::{Ended, Image, Job, MIB, PAGE, Recv, send, turn};
 use pageferry::transport::wire::Preamble;
 use pageferry::transport::wire::control::Message;
 use pageferry::transport::wire::frame::FrameHeader;
+use testkit::proxy::{Harm, Plan, Proxy, Way};
 
 const LIMIT: Duration = Duration::from_secs(15);
 /// The session's id in a preamble.

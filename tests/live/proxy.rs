@@ -1,13 +1,12 @@
 //! A TCP proxy between source and destination that understands the protocol, and harms it where a test wants.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use pageferry::transport::wire::control::{CHECKSUM_LEN, HEADER_LEN, Message};
 use pageferry::transport::wire::{Preamble, Role, stream_number};
+use testkit::proxy::Port;
 
 /// Largest piece of page data that is passed on at a time.
 const PIECE_BYTES: usize = 32 << 10;
@@ -50,44 +49,28 @@ struct Shared {
     rule: Box<Rule>,
     /// By role and the stream's number.
     open: Mutex<Vec<(Role, u16, TcpStream)>>,
-    stop: AtomicBool,
 }
 
 /// A running proxy; dropping it closes everything.
 pub(crate) struct Proxy {
     shared: Arc<Shared>,
-    address: std::net::SocketAddr,
+    port: Port,
 }
 
 impl Proxy {
     /// A proxy to the destination at `uri` (`tcp:HOST:PORT`), by a rule.
     pub(crate) fn new(uri: &str, rule: impl Fn(&Seen<'_>) -> Verdict + Send + Sync + 'static) -> Self {
         let to = uri.strip_prefix("tcp:").expect("a TCP URI").to_owned();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let shared = Arc::new(Shared {
-            to,
-            rule: Box::new(rule),
-            open: Mutex::new(Vec::new()),
-            stop: AtomicBool::new(false),
-        });
-        let accepting = shared.clone();
-        std::thread::spawn(move || {
-            for client in listener.incoming() {
-                if accepting.stop.load(Ordering::Relaxed) {
-                    return;
-                }
-                let (Ok(client), shared) = (client, accepting.clone()) else { continue };
-                // Whatever breaks a connection shows at its ends.
-                std::thread::spawn(move || drop(serve(&shared, client)));
-            }
-        });
-        Self { shared, address }
+        let shared = Arc::new(Shared { to, rule: Box::new(rule), open: Mutex::new(Vec::new()) });
+        let serving = shared.clone();
+        // Whatever breaks a connection shows at its ends.
+        let port = Port::open(move |_, client| drop(serve(&serving, client)));
+        Self { shared, port }
     }
 
     /// Where the source connects.
     pub(crate) fn uri(&self) -> String {
-        format!("tcp:{}", self.address)
+        self.port.uri()
     }
 
     /// Closes all connections that are open now.
@@ -109,8 +92,7 @@ impl Proxy {
 
 impl Drop for Proxy {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        let _ = TcpStream::connect_timeout(&self.address, Duration::from_secs(1));
+        self.port.close();
         self.cut_all();
     }
 }

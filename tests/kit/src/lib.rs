@@ -1,5 +1,6 @@
 //! Tools that the tests of all crates share. It knows none of pageferry's crates, and only tests depend on it.
 
+pub mod proxy;
 mod rng;
 mod wait;
 
