@@ -219,12 +219,8 @@ fn copy(memory: &[Vec<u8>; CHUNKS], reference: Reference, pages: &mut [Page]) {
 }
 
 #[cfg(test)]
-#[path = "../../tests/fuzz/replay.rs"]
-mod replay;
-
-#[cfg(test)]
 mod tests {
-    use super::replay::replay;
+    use testkit::replay;
 
     #[test]
     fn xbzrle_decode() {

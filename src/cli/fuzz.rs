@@ -32,12 +32,8 @@ pub fn uri(bytes: &[u8]) {
 }
 
 #[cfg(test)]
-#[path = "../../tests/fuzz/replay.rs"]
-mod replay;
-
-#[cfg(test)]
 mod tests {
-    use super::replay::replay;
+    use testkit::replay;
 
     #[test]
     fn control_request() {

@@ -369,12 +369,8 @@ fn sealed(frame: &Frame<'_>, seq: u64, right: bool, hasher: &PageHasher) -> Vec<
 }
 
 #[cfg(test)]
-#[path = "../../tests/fuzz/replay.rs"]
-mod replay;
-
-#[cfg(test)]
 mod tests {
-    use super::replay::replay;
+    use testkit::replay;
 
     #[test]
     fn preamble() {
