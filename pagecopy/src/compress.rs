@@ -174,16 +174,13 @@ pub fn looks_compressible(page: &[u8; PAGE_SIZE]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use testkit::Rng;
+
     use super::*;
 
     fn random_bytes(seed: u64) -> impl Iterator<Item = u8> {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        std::iter::repeat_with(move || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 32) as u8
-        })
+        let mut rng = Rng::new(seed);
+        std::iter::repeat_with(move || rng.next() as u8)
     }
 
     fn page(bytes: impl Iterator<Item = u8>) -> [u8; PAGE_SIZE] {

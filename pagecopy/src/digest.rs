@@ -95,6 +95,8 @@ pub fn receipt(digest: PageDigest) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use testkit::Rng;
+
     use super::*;
 
     #[test]
@@ -109,13 +111,12 @@ mod tests {
 
     #[test]
     fn every_level_agrees_with_xxhash() {
-        let mut state = 7u64;
+        let mut rng = Rng::new(7);
         for seed in 0..64 {
             let hasher = PageHasher::new(seed * 0x0123_4567_89ab_cdef);
             let mut page = [0u8; PAGE_SIZE];
             for byte in &mut page {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                *byte = (state >> 56) as u8 & if seed % 4 == 0 { 1 } else { 0xff };
+                *byte = rng.next() as u8 & if seed % 4 == 0 { 1 } else { 0xff };
             }
             let expected = xxhash_rust::xxh3::xxh3_128_with_secret(&page, &hasher.secret);
             for level in Level::all() {

@@ -299,6 +299,8 @@ fn compare_avx512(old: &[u8; PAGE_SIZE], new: &[u8; PAGE_SIZE], difference: &mut
 
 #[cfg(test)]
 mod tests {
+    use testkit::Rng;
+
     use super::*;
 
     #[cfg(feature = "portable")]
@@ -336,20 +338,16 @@ mod tests {
 
     #[test]
     fn every_level_finds_the_same_difference() {
-        let mut state = 1u64;
-        let mut random = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 33) as u32
-        };
+        let mut rng = Rng::new(1);
         for round in 0..400 {
             let mut old = [0u8; PAGE_SIZE];
-            old.iter_mut().for_each(|b| *b = random() as u8);
+            old.iter_mut().for_each(|b| *b = rng.next() as u8);
             let mut new = old;
-            for _ in 0..random() % 40 {
-                let start = random() as usize % PAGE_SIZE;
-                let end = (start + random() as usize % (1 + 20 * (round % 20))).min(PAGE_SIZE);
+            for _ in 0..rng.below(40) {
+                let start = rng.index(PAGE_SIZE);
+                let end = (start + rng.index(1 + 20 * (round % 20))).min(PAGE_SIZE);
                 // Flipping only one bit also covers the top bit of a byte alone.
-                let flip = 1 << (random() % 8);
+                let flip = 1 << rng.below(8);
                 new[start..end].iter_mut().for_each(|b| *b ^= flip);
             }
             let want = expected(&old, &new);

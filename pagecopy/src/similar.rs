@@ -131,17 +131,12 @@ fn features(page: &Page, mut take: impl FnMut(u64)) {
 
 #[cfg(test)]
 mod tests {
+    use testkit::Rng;
+
     use super::*;
 
     fn noise(seed: u64) -> Vec<u8> {
-        let mut state = seed | 1;
-        let next = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 32) as u8
-        };
-        std::iter::repeat_with(next).take(2 * PAGE_SIZE).collect()
+        Rng::new(seed).bytes(2 * PAGE_SIZE)
     }
 
     fn page(bytes: &[u8]) -> Page {

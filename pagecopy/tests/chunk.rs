@@ -7,6 +7,7 @@ use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::xbzrle::Page;
 use proptest::prelude::*;
+use testkit::Rng;
 
 const CHUNKS: u32 = 3;
 
@@ -61,13 +62,8 @@ fn apply(page: &mut [u8], write: &Write) {
                 .for_each(|(i, byte)| *byte = b"some words, and more"[(i + usize::from(seed)) % 20]);
         }
         Write::Random(seed) => {
-            let mut state = seed | 1;
-            for byte in page {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                *byte = (state >> 24) as u8;
-            }
+            let mut rng = Rng::new(seed);
+            page.iter_mut().for_each(|byte| *byte = rng.next() as u8);
         }
         Write::Poke(at, value) => page[usize::from(at)] = value,
     }

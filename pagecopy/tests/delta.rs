@@ -4,30 +4,16 @@ use pagecopy::layout::PAGE_SIZE;
 use pagecopy::simd::Level;
 use pagecopy::xbzrle::{DeltaError, Encoded, Page, decode, decode_at, encode, encode_at, encode_reference};
 use proptest::prelude::*;
-
-/// xorshift64*: fast, and the same on every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-    fn below(&mut self, limit: usize) -> usize {
-        ((self.next() >> 32) as usize * limit) >> 32
-    }
-}
+use testkit::Rng;
 
 /// Changes some of a page: mostly a few short runs, now and then long ones, and sometimes bytes to what they were.
-fn change(random: &mut Random, page: &mut Page) {
-    let longest = [1, 2, 9, 40, 64, 130, 700, PAGE_SIZE][random.below(8)];
-    let most = [2, 4, 30, 80][random.below(4)];
-    for _ in 0..=random.below(most) {
-        let start = random.below(PAGE_SIZE);
-        let end = (start + 1 + random.below(longest)).min(PAGE_SIZE);
-        let (xor, step) = (random.next() as u8, 1 + random.below(3));
+fn change(random: &mut Rng, page: &mut Page) {
+    let longest = [1, 2, 9, 40, 64, 130, 700, PAGE_SIZE][random.index(8)];
+    let most = [2, 4, 30, 80][random.index(4)];
+    for _ in 0..=random.index(most) {
+        let start = random.index(PAGE_SIZE);
+        let end = (start + 1 + random.index(longest)).min(PAGE_SIZE);
+        let (xor, step) = (random.next() as u8, 1 + random.index(3));
         page[start..end].iter_mut().step_by(step).for_each(|byte| *byte ^= xor);
     }
 }
@@ -69,12 +55,12 @@ fn check(old: &Page, new: &Page, max: usize) {
 
 #[test]
 fn equals_the_reference_on_many_pairs() {
-    let mut random = Random(42);
+    let mut random = Rng::new(42);
     let mut old = [0u8; PAGE_SIZE];
     for round in 0..100_000 {
         let mut new = old;
         change(&mut random, &mut new);
-        let max = if round % 3 == 0 { 1 + random.below(PAGE_SIZE) } else { 2 * PAGE_SIZE };
+        let max = if round % 3 == 0 { 1 + random.index(PAGE_SIZE) } else { 2 * PAGE_SIZE };
         check(&old, &new, max);
         old = new;
     }
@@ -82,7 +68,7 @@ fn equals_the_reference_on_many_pairs() {
 
 #[test]
 fn a_million_pairs_come_back() {
-    let mut random = Random(7);
+    let mut random = Rng::new(7);
     let mut out = [0u8; 2 * PAGE_SIZE];
     let (mut old, mut deltas) = ([0u8; PAGE_SIZE], 0);
     for _ in 0..1_000_000 {
@@ -104,13 +90,13 @@ fn a_million_pairs_come_back() {
 /// The shapes of QEMU's own unit test: one range of random bytes in a page, anywhere.
 #[test]
 fn one_random_range() {
-    let mut random = Random(3);
+    let mut random = Rng::new(3);
     for _ in 0..10_000 {
         let mut old = [0u8; PAGE_SIZE];
         old[..1000].iter_mut().for_each(|byte| *byte = random.next() as u8);
         let mut new = old;
-        let start = random.below(PAGE_SIZE);
-        let end = start + random.below(PAGE_SIZE - start);
+        let start = random.index(PAGE_SIZE);
+        let end = start + random.index(PAGE_SIZE - start);
         new[start..end].iter_mut().for_each(|byte| *byte = random.next() as u8);
         check(&old, &new, PAGE_SIZE);
     }

@@ -16,6 +16,7 @@ use pageferry::pagecopy::choose::CodecMode;
 use pageferry::pagecopy::layout::{Layout, PAGE_SIZE};
 use pageferry::transport::wire::control::Hello;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
+use testkit::Rng;
 use vm_memory::volatile_memory::VolatileSlice;
 
 /// Called before a chunk is read, with its number and how often it was read, this time included.
@@ -112,11 +113,10 @@ impl DirtyLog for Told {
 pub(crate) fn full(mib: u64) -> Arc<GuestMemory> {
     let memory = empty(Layout::flat(mib << 20).unwrap());
     let mut bytes = vec![0u8; memory.chunk(0).len()];
-    let mut word = 1u64;
+    let mut rng = Rng::new(1);
     for chunk in 0..memory.layout().chunks() {
         for slot in bytes.as_chunks_mut::<8>().0 {
-            word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
-            *slot = word.to_le_bytes();
+            *slot = rng.next().to_le_bytes();
         }
         let memory = memory.chunk(chunk);
         memory.copy_from(&bytes[..memory.len()]);

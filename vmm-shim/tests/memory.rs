@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use pagecopy::backend::GuestRam;
 use pagecopy::bitmap::bits;
 use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE, Region};
+use testkit::Rng;
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 
 /// Three chunks and 5 pages at 1 MiB, and one chunk and 1 page above 4 GiB: chunks 0..4 and 4..6.
@@ -23,18 +24,6 @@ fn two_regions() -> Layout {
 /// Where files are made: in tmpfs and wherever temporary files live.
 fn directories() -> [PathBuf; 2] {
     ["/dev/shm".into(), std::env::temp_dir()]
-}
-
-/// A small generator of numbers, so that a failure can be repeated.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
 }
 
 /// All pages of a layout, as `(chunk, bit)`.
@@ -66,11 +55,11 @@ fn populated(memory: &GuestMemory, first: u32, count: u32) -> BTreeSet<(u32, u32
 fn follows_the_model(memory: &GuestMemory, seed: u64) {
     let layout = memory.layout().clone();
     let pages = all_pages(&layout);
-    let mut random = Random(seed);
+    let mut random = Rng::new(seed);
     let mut model = BTreeSet::new();
     for round in 0..4 {
         for _ in 0..30 {
-            let page = pages[random.next() as usize % pages.len()];
+            let page = random.pick(&pages);
             write_page(memory, page, page.1 as u8 | 1);
             model.insert(page);
         }

@@ -1,5 +1,7 @@
 //! Chunks: what is encoded, and that it decodes to the same.
 
+use testkit::Rng;
+
 use super::*;
 use crate::xbzrle::DeltaError;
 
@@ -17,11 +19,7 @@ pub(super) fn snapshot() -> Vec<u8> {
     let text = include_bytes!("../chunk.rs");
     bytes[PAGE_SIZE..2 * PAGE_SIZE].copy_from_slice(&text[..PAGE_SIZE]);
     bytes[3 * PAGE_SIZE..4 * PAGE_SIZE].copy_from_slice(&text[PAGE_SIZE..2 * PAGE_SIZE]);
-    let mut state = 1u64;
-    for byte in &mut bytes[2 * PAGE_SIZE..3 * PAGE_SIZE] {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        *byte = (state >> 56) as u8;
-    }
+    bytes[2 * PAGE_SIZE..3 * PAGE_SIZE].copy_from_slice(&Rng::new(1).bytes(PAGE_SIZE));
     bytes
 }
 
@@ -95,14 +93,8 @@ fn a_delta_is_literal_and_needs_a_base_that_was_sent() {
 fn alike() -> (Vec<u8>, Vec<u8>) {
     let text: Vec<u8> =
         (0..2 * PAGE_SIZE as u32).flat_map(|i| [b'a' + (i * i % 23) as u8, (i / 7) as u8]).collect();
-    let mut state = 9u64;
-    let mixed: Vec<u8> = text
-        .iter()
-        .map(|byte| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            byte ^ (state >> 62) as u8
-        })
-        .collect();
+    let mut rng = Rng::new(9);
+    let mixed: Vec<u8> = text.iter().map(|byte| byte ^ rng.below(4) as u8).collect();
     let (mut held, mut sent) = (vec![0; CHUNK_SIZE], vec![0; CHUNK_SIZE]);
     held[2 * PAGE_SIZE..3 * PAGE_SIZE].copy_from_slice(&mixed[..PAGE_SIZE]);
     sent[5 * PAGE_SIZE..6 * PAGE_SIZE].copy_from_slice(&mixed[PAGE_SIZE / 2..PAGE_SIZE / 2 + PAGE_SIZE]);
