@@ -143,8 +143,9 @@ fn pump(mut from: TcpStream, mut to: TcpStream, plan: Option<Plan>, done: &Atomi
                 Harm::Flip(bit) => buffer[place] ^= 1 << bit,
                 Harm::Cut | Harm::Stall => pass = place,
             }
-            let sent = to.write_all(&buffer[..pass]);
+            // Before anybody sees it: who has seen it may ask at once.
             done.store(true, Ordering::Release);
+            let sent = to.write_all(&buffer[..pass]);
             match plan.harm {
                 Harm::Flip(_) if sent.is_ok() => {}
                 Harm::Stall => {
