@@ -86,6 +86,8 @@ pub struct Sample {
     pub acked_wire_bytes: u64,
     /// How long saving, moving and loading the state of the devices is expected to take, in microseconds.
     pub state_time_us: u64,
+    /// How much of the time so far went by with nothing to send, for receipts were on their way: what is sent next takes no such time.
+    pub waited_us: u64,
 }
 
 /// Why the policy switches over.
@@ -299,7 +301,7 @@ impl Precopy {
 
     /// The downtime of a switchover with so much left to send, in microseconds.
     fn predict(&self, remaining_logical_bytes: u64) -> u64 {
-        let transfer_us = self.rate(|mark| mark.sample.acked_logical_bytes).us_for(remaining_logical_bytes);
+        let transfer_us = self.busy_rate().us_for(remaining_logical_bytes);
         transfer_us.saturating_add(self.state_time_us)
     }
 
@@ -381,6 +383,13 @@ impl Precopy {
         Rate { amount: total(last).saturating_sub(total(before)), us: (last.at_us - before.at_us).max(1) }
     }
 
+    /// What was delivered over the last rounds, by the time in which there was something to send.
+    fn busy_rate(&self) -> Rate {
+        let rate = self.rate(|mark| mark.sample.acked_logical_bytes);
+        let waited_us = self.rate(|mark| mark.sample.waited_us).amount;
+        Rate { us: rate.us.saturating_sub(waited_us).max(1), ..rate }
+    }
+
     /// Complete rounds, the first pass included.
     pub fn rounds(&self) -> u32 {
         self.rounds
@@ -399,6 +408,11 @@ impl Precopy {
     /// Logical bytes per second that were acknowledged over the last rounds.
     pub fn logical_bytes_per_s(&self) -> u64 {
         self.rate(|mark| mark.sample.acked_logical_bytes).per_s()
+    }
+
+    /// Logical bytes per second that the link has been seen to carry: over the last rounds, without what went by waiting for receipts.
+    pub fn best_bytes_per_s(&self) -> u64 {
+        self.busy_rate().per_s()
     }
 
     /// Wire bytes per second that were acknowledged over the last rounds.
@@ -438,6 +452,7 @@ mod tests {
             acked_logical_bytes: acked,
             acked_wire_bytes: acked / 4,
             state_time_us: 20_000,
+            waited_us: 0,
         }
     }
 
@@ -454,6 +469,19 @@ mod tests {
         let decision = policy.on_sync(2_900_000, sample(280_000_000, 1_900_000_000));
         let reason = SwitchReason::WithinLimit;
         assert_eq!(decision, Decision::SwitchOver { predicted_downtime_us: 300_000, reason });
+    }
+
+    /// On a long path a little takes as long as a round trip, and no more of it takes no longer.
+    #[test]
+    fn the_path_is_not_taken_for_what_is_sent() {
+        let mut policy = Precopy::new(Limits { downtime_ms: 1, ..Limits::default() }, 0);
+        let sample = |waited_us, acked| Sample { waited_us, ..sample(100_000, acked) };
+        policy.on_sync(1_000_000, sample(100_000, 90_000_000));
+        policy.on_sync(1_101_000, sample(200_000, 90_100_000));
+        policy.on_sync(1_202_000, sample(300_000, 90_200_000));
+        // 200 kB in 2 ms of 202, and 20 ms for the state.
+        assert_eq!(policy.expected_downtime_us(), 21_000);
+        assert!(policy.logical_bytes_per_s() < 1_000_000);
     }
 
     #[test]
@@ -612,6 +640,7 @@ mod tests {
                 acked_logical_bytes: c,
                 acked_wire_bytes: d,
                 state_time_us: e,
+                waited_us: 0,
             };
             (now, sample)
         })

@@ -1,7 +1,7 @@
 //! Opening the connections of a session that are not its first.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::carrier::SourceEnd;
 use crate::limit::{Limit, is_cancelled};
@@ -77,41 +77,51 @@ impl Dialler {
         Self { uri: uri.clone(), session, version, timeout, rdma }
     }
 
-    /// Opens the stream with the id `stream`. Ends soon once `cancelled`, which is asked several times a second, says yes.
-    pub fn open(&self, stream: u16, cancelled: &dyn Fn() -> bool) -> Result<SourceEnd, OpenError> {
+    /// Opens the stream with the id `stream`; returns how long its opening was answered after, too: a round trip. Ends soon once
+    /// `cancelled`, which is asked several times a second, says yes.
+    pub fn open(
+        &self,
+        stream: u16,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<(SourceEnd, Duration), OpenError> {
+        let begun = Instant::now();
         let Self { version, session, timeout, .. } = *self;
         let preamble =
             Preamble { version_min: version, version_max: version, role: Role::Stream, stream, session };
         match (&self.uri, &self.rdma) {
             (Uri::Rdma { host, port }, Some(context)) => {
-                Ok(rdma::connect(context, (host, *port), preamble, timeout, cancelled)?)
+                let end = rdma::connect(context, (host, *port), preamble, timeout, cancelled)?;
+                // There and back to find the way, and once more until it is attached.
+                Ok((end, begun.elapsed() / 2))
             }
             (uri, _) => {
-                let connection = open_attached::<OpenError>(uri, &preamble, timeout, cancelled)?;
-                Ok(connection.into_source_end(timeout).map_err(LinkError::Io)?)
+                let (connection, answered) = open_attached::<OpenError>(uri, &preamble, timeout, cancelled)?;
+                Ok((connection.into_source_end(timeout).map_err(LinkError::Io)?, answered))
             }
         }
     }
 }
 
-/// Opens a connection that belongs to a session, blocking: preamble out, ATTACHED back. One that is closed before any answer, as by a
+/// Opens a connection that belongs to a session, blocking: preamble out, ATTACHED back. Returns how long that took, without the
+/// connecting, which a forwarder on the way may answer itself. One that is closed before any answer, as by a
 /// destination that has more strangers than it bears, is opened again within the time-out.
 pub(crate) fn open_attached<E: From<SocketError> + From<LinkError>>(
     uri: &Uri,
     preamble: &Preamble,
     timeout: Duration,
     cancelled: &dyn Fn() -> bool,
-) -> Result<Connection, E> {
+) -> Result<(Connection, Duration), E> {
     let limit = Limit::new(timeout, cancelled);
     let mut pause = AGAIN_PAUSE_MIN;
     loop {
         let connection = Connection::connect(uri, timeout, cancelled)?;
+        let begun = Instant::now();
         let attached = connection
             .tune(timeout)
             .map_err(LinkError::Io)
             .and_then(|()| attach(&connection, preamble, timeout, cancelled));
         let error = match attached {
-            Ok(()) => return Ok(connection),
+            Ok(()) => return Ok((connection, begun.elapsed())),
             Err(error) => error,
         };
         let step = match limit.step() {

@@ -16,6 +16,7 @@ mod watch;
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::clock;
@@ -264,8 +265,7 @@ pub fn migrate(
     });
     let mut attempt = Attempt::new(&env, backend, options, progress, leave);
     let result = prepared.and_then(|()| block(attempt.carry_out()));
-    let paused = attempt.paused_at.map_or(Duration::ZERO, |at| clock::now() - at);
-    let downtime = attempt.downtime.unwrap_or(paused);
+    let downtime = attempt.downtime.or_else(|| attempt.stood_still()).unwrap_or_default();
     let failure = block(attempt.end(result));
     let total = clock::now() - began;
     progress.update(|r| {
@@ -463,6 +463,18 @@ impl<'a, E: Environment> Attempt<'a, E> {
         };
         self.finish(feeder, state).await?;
         Ok(Stage::Ready)
+    }
+
+    /// How long a guest has stood still whose destination says now that it runs: since then it took the word one way, at least.
+    fn stood_still(&self) -> Option<Duration> {
+        self.paused_at.map(|at| (clock::now() - at).saturating_sub(self.way()))
+    }
+
+    /// The shortest way from the destination that was seen.
+    fn way(&self) -> Duration {
+        let seen = self.running.as_ref().map(|running| running.source.counters());
+        let seen = seen.map(|counters| Duration::from_nanos(counters.round_trip.load(Ordering::Relaxed)));
+        seen.filter(|path| !path.is_zero()).or(self.round_trip).unwrap_or_default() / 2
     }
 
     /// Whether GO was not said.

@@ -72,7 +72,7 @@ impl Lane {
         let io = |source| PostcopyError::Io { stream, source };
         let preamble =
             Preamble { version_min: version, version_max: version, role: Role::Postcopy, stream, session };
-        let connection = open_attached::<PostcopyError>(uri, &preamble, timeout, cancelled)?;
+        let (connection, _) = open_attached::<PostcopyError>(uri, &preamble, timeout, cancelled)?;
         connection.set_timeouts(Some(TICK), Some(timeout)).map_err(io)?;
         Ok(connection)
     }

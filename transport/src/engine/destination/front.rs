@@ -493,7 +493,7 @@ mod tests {
     }
 
     /// The next control connection.
-    fn control(heard: &crossbeam_channel::Receiver<Event>) -> Call {
+    fn control(heard: &crossbeam_channel::Receiver<Heard>) -> Call<FrontLink> {
         loop {
             if let Event::Control(call) = heard.recv_timeout(Duration::from_secs(30)).unwrap() {
                 return call;

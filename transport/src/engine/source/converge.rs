@@ -17,8 +17,11 @@ use crate::clock;
 use crate::engine::progress::Progress;
 use crate::engine::tuning::Tuning;
 
-/// Round trips while the guest stands still: the streams' end, FINISH and READY, GO and RUNNING.
-const HANDOVER_TRIPS: u32 = 3;
+/// Ways, of which a round trip has two, while the guest stands still: the last pages with FINISH, READY, GO.
+const WAYS: u32 = 3;
+/// Where the streams end before FINISH, for the session cannot be resumed: the last pages and their receipts, the streams' ends and theirs
+/// besides.
+const WAYS_SETTLED: u32 = 7;
 
 /// A round takes at least this long: what was dirtied in less is not worth a sync, and where only the state takes too long,
 /// rounds would follow each other for nothing.
@@ -69,6 +72,10 @@ struct Course<'a> {
     brake: Option<Brake<'a>>,
     /// A round trip, as opening the streams showed it; what delayed that need not delay the handover.
     round_trip: Duration,
+    /// Ways that the handover takes.
+    ways: u32,
+    /// How long there was nothing to send, for receipts were on their way.
+    waited: Duration,
     /// Trials of the state's time so far.
     rehearsals: u32,
     /// A trial left the guest paused that is to run, since then.
@@ -149,6 +156,7 @@ impl<'a> Course<'a> {
         source: &'a PageSource,
         began: Duration,
         round_trip: Duration,
+        ways: u32,
     ) -> Result<Self, Cause> {
         let acked = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = source.counters();
@@ -177,6 +185,8 @@ impl<'a> Course<'a> {
             sync_now: false,
             brake,
             round_trip,
+            ways,
+            waited: Duration::ZERO,
             rehearsals: 0,
             left_paused: None,
             state_time,
@@ -236,7 +246,22 @@ impl<'a> Course<'a> {
         // Sync when the round is all but delivered: the streams still have work, and what was dirtied early is not sent
         // once more for nothing.
         let under_way = self.source.counters().logical_under_way.load(Ordering::Relaxed);
-        feeder.drain_to(env, (under_way / 4).max(CHUNK_SIZE as u64), || self.check(watch)).await
+        let path = self.path();
+        // What the path holds by itself: the streams have no work any more, and chunks with frames under way could not change streams.
+        let held = self.policy.best_bytes_per_s().saturating_mul(path.as_micros() as u64) / 1_000_000;
+        let left = if under_way <= held { 0 } else { (under_way / 4).max(CHUNK_SIZE as u64) };
+        let begun = clock::now();
+        let drained = feeder.drain_to(env, left, || self.check(watch)).await;
+        self.waited += (clock::now() - begun).min(path);
+        drained
+    }
+
+    /// A round trip of what carries data: the shortest so far.
+    fn path(&self) -> Duration {
+        match self.source.counters().round_trip.load(Ordering::Relaxed) {
+            0 => self.round_trip,
+            nanos => Duration::from_nanos(nanos),
+        }
     }
 
     /// Sends what is dirty, finds what was dirtied meanwhile, and decides.
@@ -267,6 +292,7 @@ impl<'a> Course<'a> {
             acked_logical_bytes: counters.logical_acked.load(Ordering::Relaxed),
             acked_wire_bytes: counters.wire_acked.load(Ordering::Relaxed),
             state_time_us: (self.switch_time() + sync_time).as_micros() as u64,
+            waited_us: self.waited.as_micros() as u64,
         };
         let decision = self.policy.on_sync(micros(self.began), sample);
         if decision == Decision::NextRound
@@ -286,6 +312,7 @@ impl<'a> Course<'a> {
             }
             let left = ROUND_MIN.saturating_sub(clock::now() - begun);
             watch.env.sleep(left.min(Duration::from_millis(1))).await;
+            self.waited += left.min(Duration::from_millis(1));
         }
         Ok(decision)
     }
@@ -318,24 +345,46 @@ impl<'a> Course<'a> {
 
     /// What the state and the messages of the handover take.
     fn switch_time(&self) -> Duration {
-        let best = match self.source.counters().round_trip.load(Ordering::Relaxed) {
-            0 => self.round_trip,
-            nanos => self.round_trip.min(Duration::from_nanos(nanos)),
-        };
-        self.state_time + best * HANDOVER_TRIPS
+        self.state_time + self.path() * self.ways / 2
     }
 
     /// Shows others how it goes.
     fn report(&self) {
         let policy = &self.policy;
         let expected = Some(policy.expected_downtime_us()).filter(|&us| us != u64::MAX);
-        let stall = policy.stalled().then(|| self.advice());
+        let stall = (policy.stalled() || self.is_far()).then(|| self.advice());
         let throttle = self.throttle_percents();
         self.progress.update(|r| {
             r.dirty_pages_per_s = policy.dirty_pages_per_s() as f64;
             r.expected_downtime_ms = expected.map_or(0.0, |us| us as f64 / 1e3);
             r.stalled = stall;
             r.throttle_percent = throttle;
+        });
+    }
+
+    /// Whether state and path alone take longer than the guest may stand still, however little is left.
+    fn is_far(&self) -> bool {
+        self.switch_time() >= Duration::from_millis(self.policy.limits().downtime_ms)
+    }
+
+    /// Says so before the first pass, where it is so.
+    fn foretell(&self) {
+        let limit = self.policy.limits().downtime_ms;
+        if !self.is_far() || limit == 0 {
+            return;
+        }
+        let time = self.switch_time();
+        let postcopy = if self.progress.can_postcopy() { "`ctl postcopy`, " } else { "" };
+        let text = format!(
+            "pausing, state and round trips alone take {:.0} ms of the {limit} ms allowed, a round trip {:.0} ms; what may help: \
+             {postcopy}--downtime-limit {} (ms), or `ctl switchover` to accept the downtime",
+            time.as_secs_f64() * 1e3,
+            self.path().as_secs_f64() * 1e3,
+            time.as_millis() * 21 / 20 + 1
+        );
+        self.progress.update(|r| {
+            r.expected_downtime_ms = time.as_secs_f64() * 1e3;
+            r.stalled = Some(text);
         });
     }
 
@@ -461,7 +510,11 @@ impl<E: Environment> Attempt<'_, E> {
         let round_trip = self.round_trip.unwrap_or_default();
         let (watch, source) = self.parts();
         let source = source.clone();
-        let mut course = Course::new(backend, progress, &source, began, round_trip)?;
+        let ways = if watch.may_finish_in_flight() { WAYS } else { WAYS_SETTLED };
+        let mut course = Course::new(backend, progress, &source, began, round_trip, ways)?;
+        if live {
+            course.foretell();
+        }
         // Those before the connections were lost count, too.
         let mut rounds = progress.report().rounds;
         loop {

@@ -35,7 +35,7 @@ pub(crate) enum Event {
         id: u16,
         /// Its end of it.
         end: Result<SourceEnd, OpenError>,
-        /// How long that took.
+        /// How long it was answered after: a round trip of what carries data.
         took: Duration,
     },
     /// A connection of postcopy has ended.

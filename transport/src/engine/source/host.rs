@@ -3,7 +3,6 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -21,7 +20,7 @@ use crate::carrier::SourceEnd;
 use crate::dial::{Dialler, OpenError};
 use crate::engine::{Options, runtime};
 use crate::link::{Exchange, Link, LinkError};
-use crate::panic_text;
+use crate::local::guarded;
 use crate::postcopy::{self, PageServer, PostcopyError};
 use crate::rdma::RdmaOptions;
 use crate::socket::Connection;
@@ -222,15 +221,17 @@ impl Environment for Host {
         let (heard, attempts, vain) = (self.heard.0.clone(), self.attempts.get(), self.vain.borrow().clone());
         let name = format!("open-{}", crate::wire::stream_number(id));
         std::thread::Builder::new().name(name).spawn(move || {
-            let begun = Instant::now();
             let given_up = || vain.load(Ordering::Relaxed) || leave.is_over();
-            let open = AssertUnwindSafe(|| dialler.open(id, &given_up));
-            let end = catch_unwind(open).unwrap_or_else(|payload| {
-                let text = format!("opening it panicked: {}", panic_text(&*payload));
+            let opened = guarded(|| dialler.open(id, &given_up)).unwrap_or_else(|what| {
+                let text = format!("opening it panicked: {what}");
                 Err(LinkError::Io(io::Error::other(text)).into())
             });
+            let (end, took) = match opened {
+                Ok((end, took)) => (Ok(end), took),
+                Err(error) => (Err(error), Duration::ZERO),
+            };
             // Nobody listens any more where the session went on without it.
-            let _ = heard.send(Heard::Opened { attempts, id, end, took: begun.elapsed() });
+            let _ = heard.send(Heard::Opened { attempts, id, end, took });
         })?;
         Ok(())
     }

@@ -149,7 +149,7 @@ impl<E: Environment> Attempt<'_, E> {
         running.watch.finish(totals, true).await?;
         let unheard = self.say_go(Phase::Postcopy).await?;
         if unheard.is_none() {
-            self.downtime = self.paused_at.map(|at| clock::now() - at);
+            self.downtime = self.stood_still();
         }
         let running = self.running.as_mut().expect("as above");
         if let Some(service) = &mut running.postcopy {
@@ -223,6 +223,8 @@ impl<E: Environment> Attempt<'_, E> {
             }
             other => other,
         };
+        let (paused_at, way) = (self.paused_at, self.way());
+        let stood_still = || paused_at.map(|at| (clock::now() - at).saturating_sub(way));
         let running = self.running.as_mut().expect("set before any phase that needs it");
         let service = running.postcopy.as_mut().expect("set before GO");
         let watch = &mut running.watch;
@@ -247,7 +249,7 @@ impl<E: Environment> Attempt<'_, E> {
                 Ok(SourceEvent::Running) => {
                     // It came late.
                     (linked, known) = (true, true);
-                    self.downtime = self.paused_at.map(|at| clock::now() - at);
+                    self.downtime = stood_still();
                     watch.send(Message::Running);
                     progress.update(|r| r.error = None);
                 }
@@ -278,7 +280,7 @@ impl<E: Environment> Attempt<'_, E> {
                 }
                 if linked && !known {
                     known = true;
-                    self.downtime = self.paused_at.map(|at| clock::now() - at);
+                    self.downtime = stood_still();
                 }
             }
             let delivered = service.server.left() == 0;

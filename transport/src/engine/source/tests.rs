@@ -332,7 +332,7 @@ fn the_workers_reckon_with_the_streams_that_were_agreed() {
     let (options, progress) = (Options { streams: 8, ..options() }, Progress::default());
     let leave = Leave::new(&progress, clock::now());
     let uri = "tcp:127.0.0.1:1".parse().unwrap();
-    let env = Host::new(&uri, options.rdma, leave.clone());
+    let env = Host::new(&uri, &options, leave.clone());
     let backend = machine.backend();
     let attempt = Attempt::new(&env, &backend, &options, &progress, leave);
     let welcome = Welcome {

@@ -276,8 +276,7 @@ impl<'a, E: Environment> Watch<'a, E> {
                 result = match end {
                     Ok(end) => {
                         started += 1;
-                        // There and back to connect, and once more until it is attached.
-                        round_trip = round_trip.min(took / 2);
+                        round_trip = round_trip.min(took);
                         self.start(end, stream, work.clone())
                     }
                     Err(source) => Err(self.last_word(Cause::Stream { stream, source }).await),
