@@ -11,9 +11,7 @@ const FUNCTION_LINES_MAX: usize = 80;
 /// What is longer: a file, or a function of one, and its lines. None of them may grow, and one that no longer needs this must leave.
 const ALLOWED: &[(&str, usize)] = &[
     ("transport/src/engine/report.rs::summary", 128),
-    ("transport/src/engine/source.rs", 772),
     ("transport/src/engine/source/converge.rs::advice_is_what_can_help", 84),
-    ("transport/src/session.rs", 799),
 ];
 
 /// The functions of a file, each with its number of lines.

@@ -136,7 +136,8 @@ impl Worker {
                     if sink.stopped() {
                         return Err(PostcopyError::Stopped { stream });
                     }
-                    let waited = clock::now() - *since.get_or_insert_with(clock::now);
+                    let now = clock::now();
+                    let waited = now - *since.get_or_insert(now);
                     if begun && waited > sink.timeout {
                         return Err(PostcopyError::Timeout { stream, seconds: sink.timeout.as_secs() });
                     }

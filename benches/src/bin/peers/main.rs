@@ -5,6 +5,7 @@
 mod acceptance;
 mod contender;
 mod delta;
+mod forward;
 mod guest_ram;
 mod limit;
 mod link;
@@ -57,6 +58,9 @@ enum Command {
     /// What benches/converge.sh asks for
     #[command(hide = true)]
     Live(live::LiveArgs),
+    /// What benches/long-path.sh moves a guest over
+    #[command(hide = true)]
+    Forward(forward::ForwardArgs),
 }
 
 /// Measures the figures that pageferry is held to, each with its target
@@ -173,6 +177,7 @@ fn run(cli: &Cli) -> ExitCode {
         Command::FillGuest(args) => guest_ram::fill(args).map(|()| true),
         Command::Limit(args) => limit::run(args).map(|()| true),
         Command::Live(args) => live::run(args).map(|()| true),
+        Command::Forward(args) => forward::run(args).map(|()| true),
     };
     match done {
         _ if signals::cancelled() => ExitCode::from(130),

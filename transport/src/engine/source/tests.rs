@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use pagecopy::backend::BackendError;
 use pagecopy::bitmap::bits;
 use pagecopy::layout::{CHUNK_SIZE, Layout};
 use tokio::runtime::Handle;
