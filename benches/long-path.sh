@@ -18,7 +18,7 @@ failures=0
 children=()
 
 clean_up() {
-    for pid in "${children[@]}"; do kill "$pid" 2> /dev/null; done
+    for pid in "${children[@]}"; do kill -KILL "$pid" 2> /dev/null; done
     wait 2> /dev/null
     rm -rf "$work"
 }
@@ -50,7 +50,7 @@ begin() {
 }
 
 end() {
-    for pid in "${children[@]}"; do kill "$pid" 2> /dev/null; done
+    for pid in "${children[@]}"; do kill -KILL "$pid" 2> /dev/null; done
     wait 2> /dev/null
     children=()
 }

@@ -1,3 +1,5 @@
+//! What the policy decides, by rounds that are made up.
+
 use super::*;
 use proptest::prelude::*;
 

@@ -1,3 +1,5 @@
+//! Both machines of a session, message by message.
+
 use super::*;
 
 fn totals(pages: u64) -> Totals {

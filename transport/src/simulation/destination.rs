@@ -478,10 +478,12 @@ impl Environment for Env<'_> {
     }
 }
 
+type Phases<'a> = Pin<Box<dyn Future<Output = Result<Arrival, IncomingError>> + 'a>>;
+
 /// The process.
 pub(super) struct DestinationHost<'a> {
     env: &'a Env<'a>,
-    phases: Option<Pin<Box<dyn Future<Output = Result<Arrival, IncomingError>> + 'a>>>,
+    phases: Option<Phases<'a>>,
     /// What it came to.
     result: Option<Result<(), IncomingError>>,
 }

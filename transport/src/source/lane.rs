@@ -71,9 +71,8 @@ impl Lane {
         let sender =
             std::thread::Builder::new().name(format!("send-{stream}")).spawn(move || {
                 match caught(&sending, || LaneSender::new(&sending, frames).run(&work)) {
-                    Ok(account) => {
-                        account.into_iter().for_each(|account| drop(sent.send(LaneNews::Sent(account))))
-                    }
+                    Ok(Some(account)) => drop(sent.send(LaneNews::Sent(account))),
+                    Ok(None) => {}
                     Err(error) => sending.fail(error),
                 }
             })?;

@@ -135,7 +135,7 @@ impl<'a> SourceHost<'a> {
                         world.violated(format!("at the source: {error}"));
                     }
                     Cause::Panicked { what } if what != STRUCK => {
-                        world.violated(format!("at the source: {what}"))
+                        world.violated(format!("at the source: {what}"));
                     }
                     Cause::Fatal(error) => world.violated(format!("at the source: {error}")),
                     _ => {}
