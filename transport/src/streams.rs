@@ -185,6 +185,12 @@ impl<F> SourceStreams<F> {
         self.live != 0
     }
 
+    /// Whether a stream has died here whose worker the destination has not stopped, as far as is known: its pages are still to be sent
+    /// again.
+    pub fn any_dead(&self) -> bool {
+        !self.dead.is_empty()
+    }
+
     /// Whether the session can go on, when the destination has `timeout` to stop a worker.
     pub fn check(&self, now: Duration, timeout: Duration) -> Result<(), StreamsError> {
         if let Some(last) = self.all_lost(now) {

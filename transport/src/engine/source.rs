@@ -443,6 +443,12 @@ impl<'a, E: Environment> Attempt<'a, E> {
             watch.send(state);
             if watch.may_finish_in_flight() {
                 feeder.send_out(env, || watch.check()).await?;
+                // What died with a stream goes over the others, as soon as it may.
+                while watch.streams.any_dead() {
+                    env.wait().await;
+                    watch.check()?;
+                    feeder.send_out(env, || watch.check()).await?;
+                }
             } else {
                 feeder.settle(env, || watch.check()).await?;
             }
