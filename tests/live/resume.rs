@@ -141,7 +141,9 @@ fn one_of_four_streams_cut_again_and_again() {
     assert_eq!(report["status"], "completed", "{report}");
     println!("{cuts} cuts: {report}");
     assert!(number(&report, "streams_reconnected") >= 3, "after {cuts} cuts: {report}");
-    assert_eq!((number(&report, "reconnects"), number(&report, "mismatches")), (0, 0), "{report}");
+    // The session is resumed only where a cut hits the last pages on their way, with the guest paused.
+    assert!(number(&report, "reconnects") <= 3, "{report}");
+    assert_eq!(number(&report, "mismatches"), 0, "{report}");
     prove(&spec, &[&source, &destination]);
 }
 
