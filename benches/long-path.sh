@@ -13,14 +13,14 @@ set -u
 ferry=$(realpath "${1:-target/release/pageferry}")
 peers=$(dirname "$ferry")/peers
 runs=${RUNS:-10}
-work=$(mktemp -d)
+work=$(mktemp -d) figures=$(mktemp -d)
 failures=0
 children=()
 
 clean_up() {
     for pid in "${children[@]}"; do kill -KILL "$pid" 2> /dev/null; done
     wait 2> /dev/null
-    rm -rf "$work"
+    rm -rf "$work" "$figures"
 }
 trap clean_up EXIT
 [ -w /dev/kvm ] || { echo "/dev/kvm is not there, or may not be used" >&2; exit 2; }
@@ -56,17 +56,17 @@ end() {
 }
 
 for delay in 0 25 50 100; do
-    : > "$work.gaps"; : > "$work.reported"; : > "$work.predicted"
+    : > "$figures/gaps"; : > "$figures/reported"; : > "$figures/predicted"
     for ((run = 0; run < runs; run++)); do
         begin "$delay"
         report=$("$ferry" ctl "unix:$work/a" migrate "$uri" --streams 4 --downtime-limit 1000 --json)
         sleep 0.3
-        "$ferry" ctl "unix:$work/b" status --json | field longest_gap_ms >> "$work.gaps"
-        field downtime_ms <<< "$report" >> "$work.reported"
-        field expected_downtime_ms <<< "$report" >> "$work.predicted"
+        "$ferry" ctl "unix:$work/b" status --json | field longest_gap_ms >> "$figures/gaps"
+        field downtime_ms <<< "$report" >> "$figures/reported"
+        field expected_downtime_ms <<< "$report" >> "$figures/predicted"
         end
     done
-    gap=$(median < "$work.gaps") reported=$(median < "$work.reported") predicted=$(median < "$work.predicted")
+    gap=$(median < "$figures/gaps") reported=$(median < "$figures/reported") predicted=$(median < "$figures/predicted")
     echo "$delay ms each way, medians of $runs: the guest stood still for $gap ms; reported $reported ms, predicted $predicted ms"
     expect "at most 1.6 round trips and 20 ms" "$gap <= 1.6 * 2 * $delay + 20"
     expect "predicted within 20 % or 5 ms" "($predicted - $gap)^2 <= 5^2 || ($predicted - $gap)^2 <= (0.2 * $gap)^2"
@@ -83,5 +83,4 @@ done
 echo "100 ms each way, a limit of 200 ms, in round ${rounds:-?}: ${said:-nothing was said}"
 expect "an impossible limit is told before the first pass" "${rounds:-9} <= 1 && $([[ $said == *"round trips alone take"* ]] && echo 1 || echo 0)"
 end
-rm -f "$work".*
 exit "$failures"

@@ -383,7 +383,7 @@ impl Precopy {
         Rate { amount: total(last).saturating_sub(total(before)), us: (last.at_us - before.at_us).max(1) }
     }
 
-    /// What was delivered over the last rounds, by the time in which there was something to send.
+    /// Growth of the acknowledged logical bytes, as [`rate`](Self::rate), without the time that went by waiting for receipts.
     fn busy_rate(&self) -> Rate {
         let rate = self.rate(|mark| mark.sample.acked_logical_bytes);
         let waited_us = self.rate(|mark| mark.sample.waited_us).amount;
@@ -410,8 +410,8 @@ impl Precopy {
         self.rate(|mark| mark.sample.acked_logical_bytes).per_s()
     }
 
-    /// Logical bytes per second that the link has been seen to carry: over the last rounds, without what went by waiting for receipts.
-    pub fn best_bytes_per_s(&self) -> u64 {
+    /// Logical bytes per second that were acknowledged over the last rounds, of the time in which there was something to send.
+    pub fn busy_bytes_per_s(&self) -> u64 {
         self.busy_rate().per_s()
     }
 

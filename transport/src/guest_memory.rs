@@ -2,6 +2,8 @@
 
 use std::sync::atomic::AtomicU8;
 
+use pagecopy::backend::{BackendError, GuestRam};
+use pagecopy::bitmap::bits;
 use pagecopy::layout::{Layout, PAGE_SIZE};
 use vm_memory::volatile_memory::VolatileSlice;
 
@@ -44,5 +46,26 @@ impl Memory {
 
     pub(crate) fn write(&self, chunk: u32, bit: u32, bytes: &[u8; PAGE_SIZE]) {
         self.page(chunk, bit).copy_from(&bytes[..]);
+    }
+}
+
+/// Memory without holes, of a guest that does nothing with it.
+impl GuestRam for Memory {
+    fn layout(&self) -> &Layout {
+        self.layout()
+    }
+
+    fn region(&self, region: usize) -> VolatileSlice<'_> {
+        self.region(region)
+    }
+
+    fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> {
+        (first..).zip(pages).for_each(|(chunk, pages)| *pages = self.layout.valid(chunk));
+        Ok(())
+    }
+
+    fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
+        bits(pages).for_each(|bit| self.write(chunk, bit, &[0; PAGE_SIZE]));
+        Ok(())
     }
 }

@@ -365,6 +365,11 @@ impl DestinationStreams {
         }
     }
 
+    /// How many streams have a worker that may still write to memory.
+    pub fn running_count(&self) -> usize {
+        self.streams.values().filter(|entry| entry.worker == Worker::Runs).count()
+    }
+
     /// Whether there ever was a stream.
     pub fn any(&self) -> bool {
         !self.streams.is_empty()

@@ -164,6 +164,19 @@ impl<'a> SendList<'a> {
         at
     }
 
+    /// All that is left.
+    #[cfg(test)]
+    pub(crate) fn drain(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while !self.is_empty() {
+            let start = bytes.len();
+            bytes.resize(start + (64 << 10), 0);
+            let copied = self.copy_to(&mut bytes[start..]);
+            bytes.truncate(start + copied);
+        }
+        bytes
+    }
+
     /// Sends what is left, as much as one call takes.
     pub(crate) fn send(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let message = self.parts.message();

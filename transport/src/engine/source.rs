@@ -16,7 +16,6 @@ mod tests;
 mod watch;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::clock;
@@ -307,9 +306,8 @@ impl<'a, E: Environment> Attempt<'a, E> {
 
     /// The shortest way from the destination that was seen.
     fn way(&self) -> Duration {
-        let seen = self.running.as_ref().map(|running| running.source.counters());
-        let seen = seen.map(|counters| Duration::from_nanos(counters.round_trip.load(Ordering::Relaxed)));
-        seen.filter(|path| !path.is_zero()).or(self.round_trip).unwrap_or_default() / 2
+        let opened = self.round_trip.unwrap_or_default();
+        self.running.as_ref().map_or(opened, |running| running.source.counters().path(opened)) / 2
     }
 
     /// Whether GO was not said.

@@ -41,8 +41,7 @@ impl GuestRam for Ram {
     }
 
     fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> {
-        (first..).zip(pages).for_each(|(chunk, pages)| *pages = self.layout().valid(chunk));
-        Ok(())
+        self.0.populated(first, pages)
     }
 
     fn placer(self: Arc<Self>) -> Option<Box<dyn Placer>> {
@@ -58,8 +57,7 @@ impl GuestRam for Ram {
     }
 
     fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
-        bits(pages).for_each(|bit| self.0.write(chunk, bit, &[0; PAGE_SIZE]));
-        Ok(())
+        self.0.discard(chunk, pages)
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -20,7 +19,7 @@ use super::sealed::Sealer;
 use super::{PageServer, PostcopyError};
 use crate::clock;
 use crate::dial::open_attached;
-use crate::panic_text;
+use crate::local::guarded;
 use crate::socket::Connection;
 use crate::source::Sharing;
 use crate::sys::{self, ReceiveList, SendList, Soon};
@@ -87,9 +86,8 @@ impl Lane {
         let connection = Arc::new(connection);
         let mut worker = Worker::new(server.clone(), connection.clone(), stream);
         let thread = std::thread::Builder::new().name(format!("postcopy-{stream}")).spawn(move || {
-            let run = AssertUnwindSafe(|| worker.run());
-            let error = catch_unwind(run)
-                .unwrap_or_else(|payload| PostcopyError::Panicked { stream, what: panic_text(&*payload) });
+            let error =
+                guarded(|| worker.run()).unwrap_or_else(|what| PostcopyError::Panicked { stream, what });
             // Whoever opened it may have gone.
             let _ = ends.send(worker.end(error));
         })?;

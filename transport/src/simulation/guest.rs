@@ -388,8 +388,7 @@ impl GuestRam for Guest {
     }
 
     fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
-        bits(pages).for_each(|bit| self.memory.write(chunk, bit, &[0; PAGE_SIZE]));
-        Ok(())
+        self.memory.discard(chunk, pages)
     }
 }
 

@@ -2,9 +2,10 @@
 //!
 //! What runs is the real thing: the session machines, the stream bookkeeping, every message and frame encoded and decoded, lanes
 //! and workers with their codecs, delta cache, digests, receipts and chunk ownership, the pending bitmap, the feeder's batches,
-//! the windows and the precopy policy. What is simulated is what they stand on: connections ([`network`]), the clock
-//! ([`world`]), guest memory and its dirty log ([`guest`]), and the two processes, which go through the engine's phases
-//! ([`source`], [`destination`]) one step at a time. One number, the seed, decides everything, so a run that went wrong can be
+//! the windows and the precopy policy, both ends of postcopy's connections, and both sides' phases, on environments of this world
+//! ([`source`], [`destination`]). What is simulated is what they stand on: connections ([`network`]), the clock ([`world`]), guest
+//! memory and its dirty log ([`guest`]), and two processes, of which one goes on at a time. One number, the seed, decides
+//! everything, so a run that went wrong can be
 //! repeated and looked at:
 //!
 //! ```text
@@ -19,9 +20,10 @@
 //! - every receipt matches: no delta meets another base than the one it was made from, and no old version of a page is written
 //!   over a newer one;
 //! - no side ever takes the other's messages, frames or accounts for wrong;
+//! - pages that follow a guest are those that it left, each once, and it never runs on zeros instead;
 //! - it ends: in fair weather at the destination, and there, too, where nothing but connections was lost that both sides take up
-//!   again; after any fault with exactly one side running the guest, unless a process
-//!   that may have had it died, or the destination waited for GO in vain.
+//!   again; after any fault with exactly one side running the guest, unless a process that may have had it died, pages that it misses
+//!   never come, somebody ended the asking, or the two could not hear each other for longer than an abandoned session is answered for.
 
 mod destination;
 pub(crate) mod fault;

@@ -244,7 +244,7 @@ struct End {
 
 impl Channel for End {
     fn send(&self, list: &mut SendList<'_>) -> io::Result<usize> {
-        let bytes = drain(list);
+        let bytes = list.drain();
         let len = bytes.len();
         self.connection.write(self.side, bytes)?;
         Ok(len)
@@ -259,21 +259,9 @@ impl Channel for End {
     }
 }
 
-/// All that is to be sent.
-fn drain(list: &mut SendList<'_>) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    while !list.is_empty() {
-        let start = bytes.len();
-        bytes.resize(start + (64 << 10), 0);
-        let copied = list.copy_to(&mut bytes[start..]);
-        bytes.truncate(start + copied);
-    }
-    bytes
-}
-
 impl FrameSender for Connection {
     fn send(&mut self, mut list: SendList<'_>) -> io::Result<u64> {
-        let bytes = drain(&mut list);
+        let bytes = list.drain();
         let len = bytes.len() as u64;
         self.write(Side::Source, bytes)?;
         Ok(len)

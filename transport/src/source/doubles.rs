@@ -4,12 +4,11 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use pagecopy::backend::{BackendError, DirtyLog, GuestRam};
+use pagecopy::backend::{BackendError, DirtyLog};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, Layout};
-use vm_memory::volatile_memory::VolatileSlice;
 
 use super::flight::StreamState;
 use super::window::Window;
@@ -17,25 +16,6 @@ use super::{PageSource, SourceOptions};
 use crate::carrier::{Breaker, FrameSender, WINDOW_BYTES_MIN};
 use crate::guest_memory::Memory;
 use crate::sys::SendList;
-
-/// Memory in which each chunk's pages have a content of their own.
-struct Ram(Memory);
-
-impl GuestRam for Ram {
-    fn layout(&self) -> &Layout {
-        self.0.layout()
-    }
-    fn region(&self, region: usize) -> VolatileSlice<'_> {
-        self.0.region(region)
-    }
-    fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> {
-        (first..).zip(pages).for_each(|(chunk, pages)| *pages = self.0.layout().valid(chunk));
-        Ok(())
-    }
-    fn discard(&self, _chunk: u32, _pages: u64) -> Result<(), BackendError> {
-        unreachable!("a source keeps what it has")
-    }
-}
 
 /// The log of memory that may be written.
 pub(super) struct Written;
@@ -58,7 +38,7 @@ impl DirtyLog for Written {
     }
 }
 
-/// So many chunks that wait to be sent raw over one stream.
+/// So many chunks that wait to be sent raw over one stream, the pages of each with a content of their own.
 pub(super) fn source(chunks: u32, log: Arc<dyn DirtyLog>) -> PageSource {
     let memory = Memory::new(Layout::flat(u64::from(chunks) * CHUNK_SIZE as u64).unwrap());
     let pending = PageBitmap::new(chunks);
@@ -66,7 +46,12 @@ pub(super) fn source(chunks: u32, log: Arc<dyn DirtyLog>) -> PageSource {
         pending.insert(chunk, u64::MAX);
         (0..64).for_each(|bit| memory.write(chunk, bit, &[chunk as u8 + 1; 4096]));
     }
-    let options = SourceOptions {
+    PageSource::new(Arc::new(memory), log, PageHasher::new(1), options(), pending)
+}
+
+/// Raw pages over one stream.
+pub(super) fn options() -> SourceOptions {
+    SourceOptions {
         streams: 1,
         near: false,
         references: false,
@@ -74,8 +59,7 @@ pub(super) fn source(chunks: u32, log: Arc<dyn DirtyLog>) -> PageSource {
         cache_bytes: 0,
         timeout: Duration::from_secs(60),
         mismatches_max: 0,
-    };
-    PageSource::new(Arc::new(Ram(memory)), log, PageHasher::new(1), options, pending)
+    }
 }
 
 /// A stream of it, with room for all that is sent.
@@ -99,14 +83,8 @@ impl Breaker for Sink {
 
 impl FrameSender for Sink {
     fn send(&mut self, mut list: SendList<'_>) -> io::Result<u64> {
-        let mut bytes = self.bytes();
-        let before = bytes.len();
-        while !list.is_empty() {
-            let start = bytes.len();
-            bytes.resize(start + CHUNK_SIZE, 0);
-            let copied = list.copy_to(&mut bytes[start..]);
-            bytes.truncate(start + copied);
-        }
-        Ok((bytes.len() - before) as u64)
+        let bytes = list.drain();
+        self.bytes().extend_from_slice(&bytes);
+        Ok(bytes.len() as u64)
     }
 }

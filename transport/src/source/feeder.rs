@@ -79,26 +79,30 @@ impl Feeder {
     pub(crate) async fn settle<E>(
         &self,
         waits: &impl Waits,
-        mut go_on: impl FnMut() -> Result<(), E>,
+        go_on: impl FnMut() -> Result<(), E>,
     ) -> Result<(), E> {
-        while !self.source.is_settled() {
-            go_on()?;
-            self.pass(waits, &mut go_on).await?;
-            // Chunks that belong to a stream with frames under way stayed pending; a receipt frees them.
-            waits.progress(&self.source, Duration::from_millis(1)).await;
-        }
-        Ok(())
+        self.pass_until(waits, PageSource::is_settled, go_on).await
     }
 
     /// Passes until nothing is pending: every page that was dirty is on its way, and none of those is in doubt.
     pub(crate) async fn send_out<E>(
         &self,
         waits: &impl Waits,
+        go_on: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.pass_until(waits, PageSource::is_sent, go_on).await
+    }
+
+    async fn pass_until<E>(
+        &self,
+        waits: &impl Waits,
+        is_done: fn(&PageSource) -> bool,
         mut go_on: impl FnMut() -> Result<(), E>,
     ) -> Result<(), E> {
-        while !self.source.is_sent() {
+        while !is_done(&self.source) {
             go_on()?;
             self.pass(waits, &mut go_on).await?;
+            // Chunks that belong to a stream with frames under way stayed pending; a receipt frees them.
             waits.progress(&self.source, Duration::from_millis(1)).await;
         }
         Ok(())

@@ -1,7 +1,6 @@
 //! A stream at the source: one thread that encodes and sends, one that settles what was sent.
 
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -24,7 +23,7 @@ use super::window::Window;
 use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, Sharing, Span};
 use crate::carrier::{FrameSender, Placement, SourceEnd};
 use crate::clock;
-use crate::panic_text;
+use crate::local::guarded;
 use crate::spent::Lap;
 use crate::sys::SendList;
 use crate::wire::control::StreamEnd;
@@ -108,8 +107,7 @@ impl Lane {
 
 /// Runs a thread of a stream. A panic ends its session, for what it was about to do is not known.
 fn caught<T>(stream: &StreamState, run: impl FnOnce() -> Result<T, LaneError>) -> Result<T, LaneError> {
-    catch_unwind(AssertUnwindSafe(run))
-        .unwrap_or_else(|payload| Err(stream.fatal(FatalError::Panicked { what: panic_text(&*payload) })))
+    guarded(run).unwrap_or_else(|what| Err(stream.fatal(FatalError::Panicked { what })))
 }
 
 /// The thread that encodes and sends.

@@ -143,6 +143,14 @@ impl Counters {
         counter.fetch_add(value, Ordering::Relaxed);
     }
 
+    /// The shortest round trip of a frame and its receipt so far; before the first, `otherwise`.
+    pub(crate) fn path(&self, otherwise: Duration) -> Duration {
+        match self.round_trip.load(Ordering::Relaxed) {
+            0 => otherwise,
+            nanos => Duration::from_nanos(nanos),
+        }
+    }
+
     /// Takes note of how long a frame and its receipt travelled.
     fn travelled(&self, time: Duration) {
         let nanos = (time.as_nanos() as u64).max(1);
@@ -500,17 +508,8 @@ mod tests {
     use crate::nowhere::Nowhere;
 
     fn nowhere(layout: Layout, pending: PageBitmap) -> PageSource {
-        let options = SourceOptions {
-            streams: 1,
-            near: false,
-            references: false,
-            codec: CodecMode::Raw,
-            cache_bytes: 0,
-            timeout: Duration::from_secs(1),
-            mismatches_max: 0,
-        };
         let (ram, log) = (Arc::new(Nowhere(layout)), Arc::new(StaticLog));
-        PageSource::new(ram, log, PageHasher::new(1), options, pending)
+        PageSource::new(ram, log, PageHasher::new(1), doubles::options(), pending)
     }
 
     #[test]

@@ -63,8 +63,6 @@ pub(super) struct Session<'a, E: Environment> {
     /// Threads that populate memory.
     populating: usize,
     streams: DestinationStreams,
-    /// Streams that have a worker.
-    workers: usize,
     /// Once the source has announced it.
     postcopy: Option<Postcopy>,
     state: Vec<StateBlob>,
@@ -111,7 +109,6 @@ impl<'a, E: Environment> Session<'a, E> {
             dense: None,
             populating: 0,
             streams: DestinationStreams::new(),
-            workers: 0,
             postcopy: None,
             state: Vec::new(),
             began: clock::now(),
@@ -315,7 +312,7 @@ impl<'a, E: Environment> Session<'a, E> {
     /// A data stream of this session was opened.
     fn attach(&mut self, request: E::Request, stream: u16) -> Result<(), IncomingError> {
         let (number, again) = (stream_number(stream), stream != stream_number(stream));
-        let moving = self.machine.is_moving() && !self.setup.is_zero() && !self.outages.is_taking_up();
+        let moving = self.machine.is_moving() && !self.outages.is_taking_up();
         let agreed = if again && self.outages.patience.is_zero() { 0 } else { self.hello.streams };
         if let Err(why) = self.streams.admit(stream, agreed, moving) {
             let text = format!("stream {number} is refused: {why}");
@@ -334,8 +331,7 @@ impl<'a, E: Environment> Session<'a, E> {
             return Ok(());
         }
         self.streams.started(stream);
-        self.workers += 1;
-        if self.workers == usize::from(self.hello.streams)
+        if self.streams.running_count() == usize::from(self.hello.streams)
             && let Some(dense) = self.dense.take()
         {
             self.env.enlarge(&self.sink, dense);
@@ -351,7 +347,6 @@ impl<'a, E: Environment> Session<'a, E> {
         result: Result<StreamEnd, ReceiveError>,
     ) -> Result<(), IncomingError> {
         if self.streams.runs(stream) {
-            self.workers -= 1;
             self.env.join_worker(stream);
         }
         let result = match result {

@@ -248,7 +248,7 @@ impl<'a> Course<'a> {
         let under_way = self.source.counters().logical_under_way.load(Ordering::Relaxed);
         let path = self.path();
         // What the path holds by itself: the streams have no work any more, and chunks with frames under way could not change streams.
-        let held = self.policy.best_bytes_per_s().saturating_mul(path.as_micros() as u64) / 1_000_000;
+        let held = self.policy.busy_bytes_per_s().saturating_mul(path.as_micros() as u64) / 1_000_000;
         let left = if under_way <= held { 0 } else { (under_way / 4).max(CHUNK_SIZE as u64) };
         let begun = clock::now();
         let drained = feeder.drain_to(env, left, || self.check(watch)).await;
@@ -258,10 +258,7 @@ impl<'a> Course<'a> {
 
     /// A round trip of what carries data: the shortest so far.
     fn path(&self) -> Duration {
-        match self.source.counters().round_trip.load(Ordering::Relaxed) {
-            0 => self.round_trip,
-            nanos => Duration::from_nanos(nanos),
-        }
+        self.source.counters().path(self.round_trip)
     }
 
     /// Sends what is dirty, finds what was dirtied meanwhile, and decides.

@@ -8,7 +8,6 @@ use std::sync::{Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use pagecopy::backend::BackendError;
-use pagecopy::bitmap::bits;
 use pagecopy::layout::{CHUNK_SIZE, Layout};
 use tokio::runtime::Handle;
 use vm_memory::volatile_memory::VolatileSlice;
@@ -106,13 +105,10 @@ impl GuestRam for Machine {
         self.memory.region(region)
     }
     fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> {
-        let layout = self.memory.layout();
-        (first..).zip(pages).for_each(|(chunk, pages)| *pages = layout.valid(chunk));
-        Ok(())
+        self.memory.populated(first, pages)
     }
     fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
-        bits(pages).for_each(|bit| self.memory.write(chunk, bit, &[0; PAGE_SIZE]));
-        Ok(())
+        self.memory.discard(chunk, pages)
     }
     fn missing_unit(&self) -> Result<u32, BackendError> {
         if self.postcopy { Ok(0) } else { Err(BackendError::invalid("no pages are missed here")) }
