@@ -13,6 +13,8 @@ mod common;
 mod demo;
 #[path = "common/ends.rs"]
 mod ends;
+#[path = "live/flight.rs"]
+mod flight;
 #[path = "live/guests.rs"]
 mod guests;
 #[path = "live/handover.rs"]

@@ -2,7 +2,10 @@
 //!
 //! A page that leaves from where it lies may be written between the look that hashes it and the one that sends it, and arrive newer than
 //! its digest. That is found by its receipt, as damage is, and has an excuse once: it counts as torn, is pending again, and goes from a
-//! private copy the next time. A copy has no excuse, so that damage is found one send later at most. All of this rule is here.
+//! private copy the next time. A copy has no excuse, so that damage is found one send later at most. A guest
+//! that stands still writes nothing, and what leaves then is beyond doubt wherever it lies. All of this rule is here.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pagecopy::bitmap::{PageBitmap, bits};
 use pagecopy::choose::Plan;
@@ -24,6 +27,8 @@ pub(super) enum Leaves {
 pub(super) struct Doubts {
     /// Memory may be written while it is sent.
     written: bool,
+    /// It is not for now: the guest stands still.
+    still: AtomicBool,
     /// Pages to be sent from a copy the next time.
     by_copy: PageBitmap,
 }
@@ -58,7 +63,12 @@ impl Verdict {
 
 impl Doubts {
     pub(super) fn new(chunks: u32, written: bool) -> Self {
-        Self { written, by_copy: PageBitmap::new(chunks) }
+        Self { written, still: AtomicBool::new(false), by_copy: PageBitmap::new(chunks) }
+    }
+
+    /// Whether nobody writes memory from now on, though it is such that is written. Before the first write, where somebody does again.
+    pub(super) fn set_still(&self, still: bool) {
+        self.still.store(still, Ordering::Relaxed);
     }
 
     /// Whether a chunk's pages are hashed where they lie, by the plan for it. A page that was torn so has been sent before.
@@ -73,11 +83,12 @@ impl Doubts {
 
     /// Pages of a frame whose receipt may differ without damage.
     pub(super) fn of_frame(&self, leaves: Leaves, raw: u64, delta: u64) -> u64 {
+        let moves = if self.still.load(Ordering::Relaxed) { 0 } else { u64::MAX };
         match leaves {
             _ if !self.written => 0,
-            Leaves::InPlace => raw,
-            // A delta's base may have been a page that was placed.
-            Leaves::Placed(placed) => placed | delta,
+            Leaves::InPlace => raw & moves,
+            // A delta's base may have been a page that was placed, however still memory is now.
+            Leaves::Placed(placed) => placed & moves | delta,
             Leaves::Copied => 0,
         }
     }
@@ -174,6 +185,11 @@ mod tests {
             (false, Leaves::Copied, 0),
         ] {
             let doubts = Doubts::new(2, written);
+            assert_eq!(doubts.of_frame(leaves, raw, delta), doubtful, "{written} {leaves:?}");
+            // While the guest stands still only what was placed before can be torn.
+            doubts.set_still(true);
+            assert_eq!(doubts.of_frame(leaves, raw, delta), doubtful & delta, "{written} {leaves:?}");
+            doubts.set_still(false);
             assert_eq!(doubts.of_frame(leaves, raw, delta), doubtful, "{written} {leaves:?}");
         }
     }

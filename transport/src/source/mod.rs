@@ -254,9 +254,16 @@ impl PageSource {
         self.bandwidth.set_rate(bytes_per_s);
     }
 
-    /// Nothing waits for a limit any more, its own or the host's, until one is set: a guest waits.
+    /// The guest stands still, and waits. Nothing waits for a limit any more, its own or the host's, until one is set; and what leaves from
+    /// where it lies is beyond doubt, until [`goes_on`](Self::goes_on).
     pub fn hurry(&self) {
         self.bandwidth.hurry();
+        self.doubts.set_still(true);
+    }
+
+    /// The guest goes on, and with it whoever wrote this memory.
+    pub fn goes_on(&self) {
+        self.doubts.set_still(false);
     }
 
     /// Distinct pages that frames carried.

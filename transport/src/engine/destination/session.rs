@@ -387,7 +387,7 @@ impl<'a, E: Environment> Session<'a, E> {
             match self.next().await? {
                 Some(LinkEvent::Dead(error)) => {
                     self.lose_link(error)?;
-                    self.wait_resumed(Duration::MAX).await?;
+                    self.wait_resumed().await?;
                 }
                 Some(LinkEvent::Message(Message::Query)) => {
                     self.send(Message::Status(self.machine.status()));
@@ -411,12 +411,8 @@ impl<'a, E: Environment> Session<'a, E> {
         // What the source may not have heard yet when it said FINISH.
         heard.streams.retain(|end| !self.streams.is_lost(end.stream));
         if let Err(error) = compare_totals(&mine, &heard) {
-            if heard.streams.len() == theirs.streams.len() || self.outages.patience.is_zero() {
-                return Err(error.into());
-            }
-            // Pages were lost with a stream after FINISH was said of them: the source hears of that, and resumes the session.
-            self.wait_resumed(deadline).await?;
-            return Ok(None);
+            let lost = heard.streams.len() != theirs.streams.len();
+            return self.wait_late_loss(error, lost || mine.streams != heard.streams, deadline).await;
         }
         self.miss_pages()?;
         if let Some(guest) = &self.guest {

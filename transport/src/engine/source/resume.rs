@@ -52,6 +52,8 @@ impl<E: Environment> Attempt<'_, E> {
         if let Some(guest) = &self.backend.guest
             && self.paused_at.is_some()
         {
+            // Before it writes.
+            self.parts().1.goes_on();
             if !self.backend.paused {
                 guest.resume()?;
             }

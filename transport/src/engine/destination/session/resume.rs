@@ -11,7 +11,7 @@ use crate::engine::explain;
 use crate::engine::progress::Outage;
 use crate::link::{LinkError, LinkEvent};
 use crate::session::SessionError;
-use crate::wire::control::{ErrorCode, Message};
+use crate::wire::control::{ErrorCode, Message, Totals};
 
 /// Lost connections, and who comes to take their place.
 pub(super) struct Outages<E: Environment> {
@@ -67,26 +67,46 @@ impl<E: Environment> Session<'_, E> {
         }
     }
 
-    /// Waits until the source takes the session up again, where it is still connected not for ever. What it had of the handover is void by
-    /// then.
-    pub(super) async fn wait_resumed(&mut self, deadline: Duration) -> Result<(), IncomingError> {
+    /// The accounts differ. Pages were lost, or damaged, after FINISH was said of them, if it is by their `streams`: the source hears of
+    /// that, by a stream's end or a receipt, and resumes the session. Whatever else they differ by is a fault.
+    pub(super) async fn wait_late_loss(
+        &mut self,
+        error: SessionError,
+        streams: bool,
+        deadline: Duration,
+    ) -> Result<Option<Totals>, IncomingError> {
+        if !streams || self.outages.patience.is_zero() {
+            return Err(error.into());
+        }
         while !self.machine.is_moving() {
-            self.check_outage()?;
+            // It hears as much over streams that work. Where it has not, its account is wrong, and so is this side's.
             if self.link.is_some() && clock::now() > deadline {
-                return Err(IncomingError::NotResumed {
-                    seconds: self.outages.patience.as_secs(),
-                    source: LinkError::Timeout(self.options.timeout.as_secs()),
-                });
+                return Err(error.into());
             }
-            match self.next().await? {
-                Some(LinkEvent::Message(message)) => {
-                    self.machine.handle(message)?;
-                }
-                Some(LinkEvent::Dead(error)) => self.lose_link(error)?,
-                None => {}
-            }
+            self.wait_resumption().await?;
+        }
+        Ok(None)
+    }
+
+    /// Waits until the source takes the session up again. What it had of the handover is void by then.
+    pub(super) async fn wait_resumed(&mut self) -> Result<(), IncomingError> {
+        while !self.machine.is_moving() {
+            self.wait_resumption().await?;
         }
         Ok(())
+    }
+
+    /// Hears what comes meanwhile, or waits a moment for it.
+    async fn wait_resumption(&mut self) -> Result<(), IncomingError> {
+        self.check_outage()?;
+        match self.next().await? {
+            Some(LinkEvent::Message(message)) => {
+                self.machine.handle(message)?;
+                Ok(())
+            }
+            Some(LinkEvent::Dead(error)) => self.lose_link(error),
+            None => Ok(()),
+        }
     }
 
     /// Something on a connection that is not the session's own: it may become that. Returns the source's last word.
