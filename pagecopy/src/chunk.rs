@@ -35,11 +35,13 @@
 mod alone;
 mod decoder;
 
+use std::sync::Arc;
+
 use vm_memory::volatile_memory::VolatileSlice;
 
 use crate::bitmap::{bits, runs};
 use crate::cache::{CachedChunk, PageCache};
-use crate::choose::{Chooser, CodecMode, DELTA_BYTES_MAX, EncodeKind, Plan, Took};
+use crate::choose::{Chooser, CodecMode, DELTA_BYTES_MAX, Effort, EncodeKind, Plan, Took};
 use crate::compress::{Compress, RAW_CONTENT, looks_compressible};
 use crate::digest::{PageDigest, PageHasher};
 use crate::layout::{CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE};
@@ -52,8 +54,6 @@ pub use decoder::{Announced, ChunkDecoder, DecodeError, Decoded};
 
 /// Bytes of a delta's length in the section.
 const LENGTH_BYTES: usize = 2;
-/// Most pages that a trial compresses where no level is in use: enough that a cold cache does not make it look slow.
-const PROBE_PAGES: usize = 16;
 /// A zstd frame is used when it takes at most this much of the pages' bytes, in percent.
 const FRAME_PERCENT_MAX: usize = 90;
 /// Most pages that a section may refer to: with those it stands for, all fits the window of the levels that are worth it.
@@ -208,10 +208,15 @@ pub struct ChunkEncoder {
 }
 
 impl ChunkEncoder {
-    /// An encoder. `clocks` decide only between codecs.
+    /// An encoder that chooses by itself. `clocks` decide only between codecs.
     pub fn new(mode: CodecMode, clocks: Clocks) -> Self {
+        Self::of(Arc::new(Effort::new(mode)), clocks)
+    }
+
+    /// An encoder of one of a session's streams, which choose together.
+    pub fn of(effort: Arc<Effort>, clocks: Clocks) -> Self {
         Self {
-            chooser: Chooser::new(mode),
+            chooser: Chooser::new(effort),
             compress: Compress::new(),
             clocks,
             section: vec![0; CHUNK_SIZE].into_boxed_slice(),
@@ -228,14 +233,10 @@ impl ChunkEncoder {
         Self { chooser: self.chooser.each_once(), ..self }
     }
 
-    /// For a destination that takes references; see [`Chooser::referring`].
-    pub fn referring(self, references: bool) -> Self {
-        Self { chooser: self.chooser.referring(references), ..self }
-    }
-
-    /// For one of several workers; see [`Chooser::sharing`].
-    pub fn sharing(self, workers: u16, cores: usize, near: bool) -> Self {
-        Self { chooser: self.chooser.sharing(workers, cores, near), ..self }
+    /// For a destination that takes references; see [`Effort::refer`].
+    pub fn referring(mut self, references: bool) -> Self {
+        self.chooser.refer(references);
+        self
     }
 
     /// What chooses the codec, to be told what sending takes.
@@ -257,13 +258,14 @@ impl ChunkEncoder {
         pages: u64,
         first_pass: bool,
     ) -> EncodedChunk<'_> {
-        let plan = self.plan(chunk);
+        let plan = self.plan(chunk, 0);
         self.encode_as(plan, shared, Job { chunk, snapshot, pages, first_pass }, &mut |_, _| false)
     }
 
     /// How to encode the next chunk, which is this one; for [`encode_as`](Self::encode_as) or [`survey`](Self::survey).
-    pub fn plan(&mut self, chunk: u32) -> Plan {
-        self.chooser.plan(chunk)
+    /// See [`Chooser::plan`].
+    pub fn plan(&mut self, chunk: u32, ahead_nanos: u64) -> Plan {
+        self.chooser.plan(chunk, ahead_nanos)
     }
 
     /// [`encode`](Self::encode) by a plan that was made for this chunk. `lend` is asked for pages that resemble the chunk's, of
@@ -435,7 +437,7 @@ impl ChunkEncoder {
         plan: Plan,
         start: usize,
     ) -> (u64, usize) {
-        if plan.zstd_level.is_none() && plan.probe.is_none() {
+        if plan.zstd_level.is_none() {
             return (0, start);
         }
         let begin = self.clocks.read();
@@ -449,16 +451,15 @@ impl ChunkEncoder {
         }
         let kin = kin.filter(|_| plan.references);
         let head = kin.map_or(0, |kin| self.refer(kin, snapshot, likely, start));
-        // What references cost counts for every level that is tried with them.
+        // What references cost counts for every step that has them.
         let referring = guessed.until(self.clocks.read());
-        if let Some(level) = plan.probe {
-            // In use, a level gets all the pages at once. Where none is, a trial should take little of a link that is fast.
-            let most = if plan.zstd_level.is_some() { CHUNK_PAGES } else { PROBE_PAGES };
-            let some = bits(likely).take(most).fold(0, |pages, bit| pages | 1u64 << bit);
-            self.squeeze(snapshot, some, level, start + head, EncodeKind::Probe { level }, referring);
+        if let Some((level, references)) = plan.probe {
+            let kind = EncodeKind::Probe { level, references };
+            self.squeeze(snapshot, likely, kind, start + head, referring);
         }
         let squeezed = plan.zstd_level.and_then(|level| {
-            self.squeeze(snapshot, likely, level, start + head, EncodeKind::Zstd { level }, referring)
+            let kind = EncodeKind::Zstd { level, references: plan.references };
+            self.squeeze(snapshot, likely, kind, start + head, referring)
         });
         match squeezed {
             Some(length) => (likely, start + head + length),
@@ -516,20 +517,21 @@ impl ChunkEncoder {
         &mut self,
         snapshot: &[Page],
         pages: u64,
-        level: i32,
-        start: usize,
         kind: EncodeKind,
+        start: usize,
         referring: Took,
     ) -> Option<usize> {
+        let (EncodeKind::Zstd { level, references } | EncodeKind::Probe { level, references }) = kind else {
+            return None;
+        };
         let begin = self.clocks.read();
         let bytes = pages.count_ones() as usize * PAGE_SIZE;
-        // The list of references is paid for by what it saves. A level that would not have them in use is tried without.
-        let refers = self.chooser.refers(level);
+        // The list of references is paid for by what it saves.
         let head = match self.references.len() {
-            count if count != 0 && refers => 1 + REFERENCE_BYTES * count,
+            count if count != 0 && references => 1 + REFERENCE_BYTES * count,
             _ => 0,
         };
-        let referring = if refers { referring } else { Took::default() };
+        let referring = if references { referring } else { Took::default() };
         let most = (bytes * FRAME_PERCENT_MAX / 100).saturating_sub(head);
         let source = together(snapshot, pages, &mut self.gathered);
         let frame = &mut self.section[start..start + most];

@@ -8,7 +8,7 @@ mod simd;
 
 use vm_memory::volatile_memory::VolatileSlice;
 use xxhash_rust::const_xxh3::const_custom_default_secret;
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64_with_seed};
+use xxhash_rust::xxh3::{Xxh3, Xxh3Default, xxh3_64_with_seed};
 
 use crate::layout::PAGE_SIZE;
 use crate::simd::Level;
@@ -67,6 +67,27 @@ impl PageHasher {
     pub fn checksum(&self, bytes: &[u8]) -> u64 {
         xxh3_64_with_seed(bytes, self.seed)
     }
+
+    /// The same of bytes that come in pieces.
+    pub fn running_checksum(&self) -> RunningChecksum {
+        RunningChecksum(Box::new(Xxh3::with_seed(self.seed)))
+    }
+}
+
+/// A [checksum](PageHasher::checksum) of bytes that come in pieces.
+#[derive(Clone)]
+pub struct RunningChecksum(Box<Xxh3>);
+
+impl RunningChecksum {
+    /// More bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// Of all bytes so far.
+    pub fn digest(&self) -> u64 {
+        self.0.digest()
+    }
 }
 
 /// xxh3-128 of content that comes in pieces, unseeded: what `xxhsum -H128` prints.
@@ -107,6 +128,19 @@ mod tests {
         assert_ne!(a.zero(), b.zero());
         assert_ne!(a.checksum(b"x"), b.checksum(b"x"));
         assert_eq!(a.zero(), a.page(&[0; PAGE_SIZE]));
+    }
+
+    #[test]
+    fn a_checksum_of_pieces_is_that_of_the_whole() {
+        let hasher = PageHasher::new(11);
+        let bytes = Rng::new(3).bytes(5000);
+        for cut in [0, 1, 24, 240, 241, 1024, 4999, 5000] {
+            let mut running = hasher.running_checksum();
+            running.update(&bytes[..cut]);
+            running.update(&bytes[cut..]);
+            assert_eq!(running.digest(), hasher.checksum(&bytes), "cut at {cut}");
+        }
+        assert_eq!(hasher.running_checksum().digest(), hasher.checksum(&[]));
     }
 
     #[test]

@@ -164,7 +164,7 @@ impl Pair {
     fn send(&mut self, chunk: usize) {
         let Self { shared, encoder, decoder, source, destination, .. } = self;
         let (pages, first_pass) = (self.dirty[chunk], self.first[chunk]);
-        let plan = encoder.plan(chunk as u32);
+        let plan = encoder.plan(chunk as u32, 10_000_000);
         let job = Job { chunk: chunk as u32, snapshot: &source[chunk], pages, first_pass };
         // Pages that were written, or got lost, since they were sent are lent as well: the encoder must tell them.
         let sent = encoder.encode_as(plan, shared, job, &mut |reference, pages| {

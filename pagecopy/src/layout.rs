@@ -1,6 +1,7 @@
 //! Guest-physical layout: regions, pages and chunks, and how they are numbered.
 //!
-//! Regions are numbered in the order of their guest-physical address. Every region is cut into *chunks* of
+//! Regions are numbered in the order of their guest-physical address; those without one follow, in the order of their names. Every
+//! region is cut into *chunks* of
 //! [`CHUNK_PAGES`] pages, counted from the region's start, and chunks are numbered through all regions. A page is named
 //! by its chunk and its bit (0..64) in that chunk: so the dirty set of a chunk is one `u64`, and a whole guest's
 //! dirty bitmap is a slice of words that matches KVM's per-slot bitmaps word for word.
@@ -20,15 +21,34 @@ pub const REGION_NAME_MAX: usize = 255;
 /// Largest guest, in bytes (64 TiB): bounds every bitmap and table that is sized by a layout.
 pub const GUEST_BYTES_MAX: u64 = 64 << 40;
 
-/// A contiguous guest-physical range (QEMU: RAMBlock; KVM: memslot).
+/// A contiguous part of a guest's memory (QEMU: RAMBlock; KVM: memslot): known by its name, and by its address where it has one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Region {
     /// Name, unique in a layout.
     pub name: String,
-    /// Guest-physical address of the first byte, a multiple of [`PAGE_SIZE`].
-    pub gpa: u64,
+    /// Guest-physical address of the first byte, a multiple of [`PAGE_SIZE`]; `None` for memory that the guest does not see at any
+    /// fixed address, such as a device's own or that of a program without a VM.
+    pub gpa: Option<u64>,
     /// Length in bytes, a multiple of [`PAGE_SIZE`], not 0.
     pub len: u64,
+}
+
+impl Region {
+    /// A region at a guest-physical address.
+    pub fn new(name: impl Into<String>, gpa: u64, len: u64) -> Self {
+        Self { name: name.into(), gpa: Some(gpa), len }
+    }
+
+    /// A region that is known by its name alone.
+    pub fn unplaced(name: impl Into<String>, len: u64) -> Self {
+        Self { name: name.into(), gpa: None, len }
+    }
+
+    /// The guest-physical addresses, where it has some.
+    pub fn addresses(&self) -> Option<Range<u64>> {
+        // Of a layout's regions none ends beyond 2^64.
+        self.gpa.map(|gpa| gpa..gpa.saturating_add(self.len))
+    }
 }
 
 /// Why a list of regions is not a layout.
@@ -73,6 +93,16 @@ pub enum LayoutError {
         /// The higher one.
         second: String,
     },
+    /// Chunks that there are not.
+    #[error("chunks {first}..{end} were asked for, but the layout has {chunks}")]
+    NoChunks {
+        /// The first one asked for.
+        first: u32,
+        /// One past the last one.
+        end: u64,
+        /// How many there are.
+        chunks: u32,
+    },
     /// A name that is empty, too long, or used twice.
     #[error("region name {name:?} is empty, longer than {REGION_NAME_MAX} bytes, or used twice")]
     BadName {
@@ -103,6 +133,17 @@ impl ChunkPlace {
     }
 }
 
+/// A part of a region that a run of chunks covers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Index of the region in [`Layout::regions`].
+    pub region: usize,
+    /// Offsets in the region, in bytes.
+    pub bytes: Range<u64>,
+    /// Which of the chunks that were asked for these are, counted from the first.
+    pub words: Range<usize>,
+}
+
 /// A validated list of regions, with the numbering of chunks through them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
@@ -120,26 +161,32 @@ impl Layout {
         if regions.len() > REGIONS_MAX {
             return Err(LayoutError::TooManyRegions { count: regions.len() });
         }
-        regions.sort_by_key(|r| r.gpa);
+        regions.sort_by(|a, b| match (a.gpa, b.gpa) {
+            (Some(a), Some(b)) => a.cmp(&b),
+            (None, None) => a.name.cmp(&b.name),
+            (a, b) => a.is_none().cmp(&b.is_none()),
+        });
         let mut first_chunk = Vec::with_capacity(regions.len() + 1);
         let (mut chunk, mut total) = (0u32, 0u64);
         let page = PAGE_SIZE as u64;
         for (i, r) in regions.iter().enumerate() {
+            let gpa = r.gpa.unwrap_or(0);
             if r.name.is_empty()
                 || r.name.len() > REGION_NAME_MAX
                 || regions[..i].iter().any(|o| o.name == r.name)
             {
                 return Err(LayoutError::BadName { name: r.name.chars().take(REGION_NAME_MAX).collect() });
             }
-            if r.len == 0 || r.len % page != 0 || r.gpa % page != 0 {
-                return Err(LayoutError::Misaligned { name: r.name.clone(), gpa: r.gpa, len: r.len });
+            if r.len == 0 || r.len % page != 0 || gpa % page != 0 {
+                return Err(LayoutError::Misaligned { name: r.name.clone(), gpa, len: r.len });
             }
             total = total.saturating_add(r.len);
-            if r.gpa.checked_add(r.len).is_none() || total > GUEST_BYTES_MAX {
-                return Err(LayoutError::TooLarge { name: r.name.clone(), gpa: r.gpa, len: r.len });
+            if gpa.checked_add(r.len).is_none() || total > GUEST_BYTES_MAX {
+                return Err(LayoutError::TooLarge { name: r.name.clone(), gpa, len: r.len });
             }
             if let Some(before) = i.checked_sub(1).map(|b| &regions[b])
-                && before.gpa + before.len > r.gpa
+                && let (Some(of_before), Some(_)) = (before.addresses(), r.gpa)
+                && of_before.end > gpa
             {
                 return Err(LayoutError::Overlap { first: before.name.clone(), second: r.name.clone() });
             }
@@ -153,10 +200,10 @@ impl Layout {
 
     /// A guest of one region, `ram`, that starts at address 0.
     pub fn flat(len: u64) -> Result<Self, LayoutError> {
-        Self::new(vec![Region { name: "ram".into(), gpa: 0, len }])
+        Self::new(vec![Region::new("ram", 0, len)])
     }
 
-    /// The regions, by ascending address.
+    /// The regions, by ascending address, and then those without one, by name.
     pub fn regions(&self) -> &[Region] {
         &self.regions
     }
@@ -193,18 +240,53 @@ impl Layout {
         Some(ChunkPlace { region, offset, pages })
     }
 
+    /// The parts of regions that `count` chunks from `first` make up.
+    ///
+    /// # Errors
+    /// [`LayoutError::NoChunks`], where the layout has not so many.
+    pub fn spans(&self, first: u32, count: usize) -> Result<impl Iterator<Item = Span> + '_, LayoutError> {
+        let chunks = self.chunks();
+        let end = u64::from(first) + count as u64;
+        if end > u64::from(chunks) {
+            return Err(LayoutError::NoChunks { first, end, chunks });
+        }
+        let end = end as u32;
+        Ok(self.regions.iter().enumerate().filter_map(move |(region, r)| {
+            let of_region = self.region_chunks(region);
+            let (low, high) = (of_region.start.max(first), of_region.end.min(end));
+            let byte = |chunk: u32| u64::from(chunk - of_region.start) * CHUNK_SIZE as u64;
+            (low < high).then(|| Span {
+                region,
+                bytes: byte(low)..byte(high).min(r.len),
+                words: (low - first) as usize..(high - first) as usize,
+            })
+        }))
+    }
+
     /// The bits of `chunk` that name a page; 0 where there is no such chunk.
     pub fn valid(&self, chunk: u32) -> u64 {
         self.locate(chunk).map_or(0, |place| place.valid())
     }
 
+    /// The region that has these bytes, at least one, and their offset in it; `None` where they do not lie in one region.
+    pub fn find(&self, gpa: u64, len: u64) -> Option<(usize, u64)> {
+        // Regions without an address are the last ones.
+        let region =
+            self.regions.partition_point(|r| r.gpa.is_some_and(|start| start <= gpa)).checked_sub(1)?;
+        let of = self.regions[region].addresses()?;
+        let end = gpa.checked_add(len)?;
+        (of.contains(&gpa) && end <= of.end).then(|| (region, gpa - of.start))
+    }
+
+    /// The guest-physical address of a page; `None` where there is no such page, or its region has no address.
+    pub fn address(&self, chunk: u32, bit: u32) -> Option<u64> {
+        let place = self.locate(chunk).filter(|place| (bit as usize) < place.pages)?;
+        Some(self.regions[place.region].gpa? + place.offset + u64::from(bit) * PAGE_SIZE as u64)
+    }
+
     /// The chunk and bit of the page at a guest-physical address, if it lies in a region.
     pub fn page_at(&self, gpa: u64) -> Option<(u32, u32)> {
-        let region = self.regions.partition_point(|r| r.gpa <= gpa).checked_sub(1)?;
-        let offset = gpa - self.regions[region].gpa;
-        if offset >= self.regions[region].len {
-            return None;
-        }
+        let (region, offset) = self.find(gpa, 1)?;
         let page = offset / PAGE_SIZE as u64;
         Some((
             self.first_chunk[region] + (page / CHUNK_PAGES as u64) as u32,
@@ -218,7 +300,7 @@ mod tests {
     use super::*;
 
     fn region(name: &str, gpa: u64, len: u64) -> Region {
-        Region { name: name.into(), gpa, len }
+        Region::new(name, gpa, len)
     }
 
     #[test]
@@ -237,6 +319,25 @@ mod tests {
         assert_eq!(layout.page_at((1 << 32) + 65 * PAGE_SIZE as u64), Some((3, 1)));
         assert_eq!(layout.page_at(CHUNK_SIZE as u64 + 2 * PAGE_SIZE as u64), None);
         assert_eq!(layout.region_chunks(1), 2..5);
+    }
+
+    #[test]
+    fn regions_without_an_address_are_the_last_ones() {
+        let layout = Layout::new(vec![
+            Region::unplaced("vram", 4096),
+            region("ram", 1 << 32, 8192),
+            Region::unplaced("rom", 4096),
+        ])
+        .unwrap();
+        let names: Vec<&str> = layout.regions().iter().map(|r| r.name.as_str()).collect();
+        assert_eq!(names, ["ram", "rom", "vram"]);
+        assert_eq!(
+            (layout.address(0, 1), layout.address(1, 0), layout.address(0, 2)),
+            (Some((1 << 32) + 4096), None, None)
+        );
+        assert_eq!((layout.page_at(0), layout.page_at((1 << 32) + 4096)), (None, Some((0, 1))));
+        assert_eq!(layout.find(1 << 32, 8192), Some((0, 0)));
+        assert_eq!((layout.find(1 << 32, 8193), layout.find(u64::MAX, 2)), (None, None));
     }
 
     #[test]

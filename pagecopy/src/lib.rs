@@ -31,3 +31,5 @@ pub mod table;
 pub mod throttle;
 pub mod xbzrle;
 pub mod zero;
+
+pub use vm_memory;

@@ -1,7 +1,7 @@
 //! Chunks through encoder and decoder: a source whose pages change, streams that die, sections that are damaged.
 
 use pagecopy::bitmap::bits;
-use pagecopy::choose::{CodecMode, Delivered};
+use pagecopy::choose::CodecMode;
 use pagecopy::chunk::{Announced, ChunkDecoder, ChunkEncoder, Clocks, EncodedChunk, Job, Reference, Shared};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
@@ -150,7 +150,7 @@ proptest! {
                 }
                 Step::Send { chunk } => {
                     let i = chunk as usize;
-                    let plan = encoder.plan(chunk);
+                    let plan = encoder.plan(chunk, u64::from(chunk) << 22);
                     let job = Job { chunk, snapshot: &source[i], pages: dirty[i], first_pass: first[i] };
                     // Also pages that were written, or got lost, since they were sent: it must tell them.
                     let sent = encoder.encode_as(plan, &shared, job, &mut |reference, pages| {
@@ -166,8 +166,7 @@ proptest! {
                     }
                     deliver(&sent, i, &source[i], &mut destination, &mut decoder);
                     (dirty[i], first[i]) = (0, false);
-                    let delivered = Delivered { own: u64::from(chunk) << 20, all: 0 };
-                    encoder.chooser().observe_link(1 << 20, u64::from(chunk) << 24, delivered, || None);
+                    encoder.chooser().observe_sent(u64::from(chunk) << 24, u64::from(chunk) << 22, || None);
                 }
             }
         }

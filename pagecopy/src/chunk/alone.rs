@@ -73,7 +73,7 @@ mod tests {
             let mut encoder = ChunkEncoder::new(mode, clocks()).referring(true).each_once();
             let mut scratch = vec![7; CHUNK_SIZE];
             for _ in 0..2 {
-                let plan = encoder.plan(1);
+                let plan = encoder.plan(1, 0);
                 let encoded = encoder.encode_alone(plan, &hasher, &memory, &mut scratch, 0b1111);
                 assert_eq!((encoded.zero, encoded.zstd, encoded.raw), (1, zstd, 0b1110 & !zstd), "{mode}");
                 assert_eq!((encoded.unchanged, encoded.delta, encoded.references), (0, 0, &[][..]));

@@ -28,7 +28,7 @@ fn a_survey_finds_what_encoding_finds() {
     let (a, b) = (shared(), shared());
     let mut bytes = snapshot();
     let mut encoder = ChunkEncoder::new(CodecMode::Raw, clocks());
-    let plan = encoder.plan(1);
+    let plan = encoder.plan(1, 0);
     assert!(plan.in_place(true) && !plan.in_place(false));
     let job = Job { chunk: 1, snapshot: &bytes, pages: 0b1110, first_pass: true };
     let encoded = encoder.encode_as(plan, &a, job, &mut |_, _| false);
@@ -110,7 +110,7 @@ fn pages_refer_to_what_resembles_them_and_was_sent_as_it_is() {
     // Chunk 3 was sent.
     let begun = || {
         let (shared, mut encoder) = (shared(), ChunkEncoder::new(mode, clocks()).referring(true));
-        let plan = encoder.plan(3);
+        let plan = encoder.plan(3, 0);
         encoder.encode_as(plan, &shared, first, &mut |_, _| panic!("nothing is known yet"));
         (shared, encoder, plan)
     };
