@@ -1,13 +1,14 @@
-//! The properties that every dirty tracker must have, as one suite that runs over each of them.
+//! The rules that every dirty tracker must keep, as one suite that runs over each of them.
 //!
-//! It belongs in tests: like them, it panics at what it finds. A tracker is put under test as a [`Subject`], which
-//! joins it with its memory and with something that writes that memory in the way the tracker watches (a thread, a
-//! vCPU).
+//! For tests: a VMM with a dirty log of its own runs [`run`] over it, and learns which [`Rule`] it breaks. A log is put under test as a
+//! [`Subject`], which joins it with its memory and with something that writes that memory in the way the log watches (a thread, a vCPU);
+//! [`Written`] is one for logs whose memory a function can write.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-use pagecopy::backend::{DirtyLog, GuestRam};
+use pagecopy::backend::{BackendError, DirtyLog, GuestRam};
 use pagecopy::bitmap::{PageBitmap, bits};
 use pagecopy::layout::PAGE_SIZE;
 
@@ -44,34 +45,174 @@ pub trait Subject: Sync {
     }
 }
 
-/// Runs the whole suite over a subject. The log is stopped at the end.
+/// What every dirty log must do: the rules of [`DirtyLog`], one by one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Rule {
+    /// `start`, `sync`, `clear` and `stop` do not fail; `stop` neither before the first `start` nor twice in a row.
+    Works,
+    /// After `start` nothing is reported that was written before.
+    StartsQuiet,
+    /// The first and last pages of regions are reported like any other.
+    ReportsEdges,
+    /// Every page that was written is reported.
+    ReportsWrites,
+    /// A page that was reported and cleared is not reported again, unless it was written again.
+    ReportsOnce,
+    /// An exact log reports no page that nobody wrote.
+    ReportsNothingElse,
+    /// Reports name pages that there are.
+    NamesPages,
+    /// `sync` returns no less than it reports.
+    Counts,
+    /// `sync` adds to the bitmap, and takes nothing out.
+    AddsToBitmap,
+    /// What is written between `sync` and `clear`, or after `clear`, is not lost.
+    KeepsWritesAroundClear,
+    /// `clear` of some pages of a chunk concerns these alone, and all of these.
+    ClearsInPart,
+    /// `start` after `stop` starts afresh.
+    StartsAfresh,
+    /// A guest that writes everything is reported whole.
+    ReportsEverything,
+    /// Copies of what is reported, made beside a writer, come to equal memory: what is written while the log is asked is not lost.
+    Converges,
+}
+
+impl Rule {
+    /// All of them, in the order in which they are tried for the first time.
+    pub const ALL: [Self; 14] = [
+        Self::Works,
+        Self::NamesPages,
+        Self::Counts,
+        Self::StartsQuiet,
+        Self::ReportsEdges,
+        Self::ReportsNothingElse,
+        Self::ReportsOnce,
+        Self::ReportsWrites,
+        Self::AddsToBitmap,
+        Self::KeepsWritesAroundClear,
+        Self::ClearsInPart,
+        Self::StartsAfresh,
+        Self::ReportsEverything,
+        Self::Converges,
+    ];
+}
+
+/// A rule that a log does not keep.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{rule:?}: {what}")]
+pub struct Violation {
+    /// The rule.
+    pub rule: Rule,
+    /// What was done, and which pages show it.
+    pub what: String,
+}
+
+impl Violation {
+    /// As an error, unless a condition holds.
+    fn unless(holds: bool, rule: Rule, what: impl FnOnce() -> String) -> Result<(), Self> {
+        if holds { Ok(()) } else { Err(Self { rule, what: what() }) }
+    }
+}
+
+/// Runs the whole suite over a subject. The log is stopped at the end, if it keeps all rules.
+///
+/// # Errors
+/// The first rule that the log does not keep.
 ///
 /// # Panics
-/// When the tracker lacks a property, with a text that says which one and what pages show it.
-pub fn check(subject: &dyn Subject) {
+/// When the subject has fewer than 64 pages that can be written.
+pub fn run(subject: &dyn Subject) -> Result<(), Violation> {
     let pages = subject.writable();
     assert!(
         pages.len() >= 64,
         "the subject offers {} writable pages; the suite takes at least 64",
         pages.len()
     );
-    must(subject.log().stop(), "stop of a log that was never started");
+    must(subject.log().stop(), "stop of a log that was never started")?;
     let suite = Suite { subject, pages };
-    suite.starts_quiet();
-    suite.reports_each_write_once();
-    suite.reports_region_edges();
-    suite.keeps_what_the_bitmap_held();
-    suite.survives_writes_around_clear();
-    suite.clears_in_part();
-    suite.starts_again();
-    suite.reports_everything();
-    suite.copies_come_to_equal_memory();
-    must(subject.log().stop(), "the last stop");
-    must(subject.log().stop(), "a second stop in a row");
+    suite.starts_quiet()?;
+    suite.reports_region_edges()?;
+    suite.reports_each_write_once()?;
+    suite.keeps_what_the_bitmap_held()?;
+    suite.survives_writes_around_clear()?;
+    suite.clears_in_part()?;
+    suite.starts_again()?;
+    suite.reports_everything()?;
+    suite.copies_come_to_equal_memory()?;
+    must(subject.log().stop(), "the last stop")?;
+    must(subject.log().stop(), "a second stop in a row")
 }
 
-fn must<T>(result: Result<T, pagecopy::backend::BackendError>, what: &str) -> T {
-    result.unwrap_or_else(|e| panic!("{what}: {e}: {}", e.source))
+fn must<T>(result: Result<T, BackendError>, what: &str) -> Result<T, Violation> {
+    result.map_err(|e| Violation { rule: Rule::Works, what: format!("{what}: {e}: {}", e.source) })
+}
+
+/// A log over memory that a function writes: for most logs all that [`run`] needs.
+///
+/// ```
+/// use std::sync::Arc;
+/// use pagecopy::backend::GuestRam;
+/// use vmm_shim::adapter::VmMemory;
+/// use vmm_shim::bitmap_log::BitmapLog;
+/// use vmm_shim::conformance::{Written, run};
+/// use vmm_shim::vm_memory::bitmap::AtomicBitmap;
+/// use vmm_shim::vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+///
+/// let memory = GuestMemoryMmap::<AtomicBitmap>::from_ranges(&[(GuestAddress(0), 1 << 20), (GuestAddress(1 << 32), 20 << 12)])?;
+/// let ram = Arc::new(VmMemory::new(memory.clone())?);
+/// let layout = ram.layout().clone();
+/// let log = BitmapLog::new(memory.clone(), &layout)?;
+/// let write = move |(chunk, bit), number: u64| {
+///     let gpa = layout.address(chunk, bit).expect("a page");
+///     memory.write_obj(number, GuestAddress(gpa)).expect("guest memory");
+/// };
+/// run(&Written::new(ram, log, write))?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct Written<L, W> {
+    ram: Arc<dyn GuestRam>,
+    log: L,
+    write: W,
+    exact: bool,
+    number: AtomicU64,
+}
+
+impl<L: DirtyLog, W: Fn(Page, u64) + Sync> Written<L, W> {
+    /// `write` puts a number somewhere into a page, as those do whose writes the log reports; no number comes twice.
+    pub fn new(ram: Arc<dyn GuestRam>, log: L, write: W) -> Self {
+        Self { ram, log, write, exact: true, number: AtomicU64::new(0) }
+    }
+
+    /// The log may report pages that nobody wrote.
+    #[must_use]
+    pub fn inexact(mut self) -> Self {
+        self.exact = false;
+        self
+    }
+
+    /// The log.
+    pub fn log(&self) -> &L {
+        &self.log
+    }
+}
+
+impl<L: DirtyLog, W: Fn(Page, u64) + Sync> Subject for Written<L, W> {
+    fn ram(&self) -> &dyn GuestRam {
+        &*self.ram
+    }
+    fn log(&self) -> &dyn DirtyLog {
+        &self.log
+    }
+    fn write(&self, pages: &[Page]) {
+        for &page in pages {
+            (self.write)(page, self.number.fetch_add(1, Ordering::Relaxed) + 1);
+        }
+    }
+    fn exact(&self) -> bool {
+        self.exact
+    }
 }
 
 /// A few of the pages, for a message.
@@ -91,76 +232,87 @@ impl Suite<'_> {
     }
 
     /// Starts the log and makes sure that it is quiet.
-    fn start(&self, when: &str) {
-        must(self.log().start(), "start");
-        let reported = self.report();
+    fn start(&self, rule: Rule, when: &str) -> Result<(), Violation> {
+        must(self.log().start(), "start")?;
+        let reported = self.report()?;
         let extra = self.subject.extra_pages();
-        assert!(
-            reported.len() <= extra,
-            "{when}: nothing was written since start, but sync reports {}; {extra} are allowed",
-            some(&reported)
-        );
+        Violation::unless(reported.len() <= extra, rule, || {
+            format!(
+                "{when}: nothing was written since start, but sync reports {}; {extra} are allowed",
+                some(&reported)
+            )
+        })
     }
 
     /// One sync into a new bitmap, whose words are checked. Nothing is cleared.
-    fn sync(&self) -> BTreeSet<Page> {
+    fn sync(&self) -> Result<BTreeSet<Page>, Violation> {
         let layout = self.subject.ram().layout();
         let dirty = PageBitmap::new(layout.chunks());
-        let count = must(self.log().sync(&dirty), "sync");
+        let count = must(self.log().sync(&dirty), "sync")?;
         for (chunk, word) in dirty.iter() {
             let wrong = word & !layout.valid(chunk);
-            assert!(wrong == 0, "sync reports bits {wrong:#x} of chunk {chunk}, which name no page");
+            Violation::unless(wrong == 0, Rule::NamesPages, || {
+                format!("sync reports bits {wrong:#x} of chunk {chunk}, which name no page")
+            })?;
         }
         let pages: BTreeSet<Page> =
             dirty.iter().flat_map(|(chunk, word)| bits(word).map(move |bit| (chunk, bit))).collect();
-        assert!(
-            count >= pages.len() as u64,
-            "sync says that it held {count} pages, but reports {}",
-            pages.len()
-        );
-        pages
+        Violation::unless(count >= pages.len() as u64, Rule::Counts, || {
+            format!("sync says that it held {count} pages, but reports {}", pages.len())
+        })?;
+        Ok(pages)
     }
 
     /// Clears these pages, chunk by chunk.
-    fn clear(&self, pages: &BTreeSet<Page>) {
+    fn clear(&self, pages: &BTreeSet<Page>) -> Result<(), Violation> {
         let set = PageBitmap::new(self.subject.ram().layout().chunks());
         for &(chunk, bit) in pages {
             set.insert(chunk, 1 << bit);
         }
         for (chunk, word) in set.iter() {
-            must(self.log().clear(chunk, &[word]), "clear");
+            must(self.log().clear(chunk, &[word]), "clear")?;
         }
+        Ok(())
     }
 
     /// One sync, all of whose pages are cleared with one call that covers every chunk.
-    fn report(&self) -> BTreeSet<Page> {
-        let pages = self.sync();
+    fn report(&self) -> Result<BTreeSet<Page>, Violation> {
+        let pages = self.sync()?;
         let mut words = vec![0; self.subject.ram().layout().chunks() as usize];
         for &(chunk, bit) in &pages {
             words[chunk as usize] |= 1 << bit;
         }
-        must(self.log().clear(0, &words), "clear of all chunks");
-        pages
+        must(self.log().clear(0, &words), "clear of all chunks")?;
+        Ok(pages)
     }
 
-    /// Asserts that `reported` holds all of `written` and, of an exact tracker, hardly anything else but `maybe`.
+    /// That `reported` holds all of `written`, as the rule says, and, of an exact tracker, hardly anything else but `maybe`.
     fn compare(
         &self,
+        rule: Rule,
         what: &str,
         reported: &BTreeSet<Page>,
         written: &BTreeSet<Page>,
         maybe: &BTreeSet<Page>,
-    ) {
+    ) -> Result<(), Violation> {
         let lost: BTreeSet<Page> = written.difference(reported).copied().collect();
-        assert!(lost.is_empty(), "{what}: written, but not reported: {}", some(&lost));
+        Violation::unless(lost.is_empty(), rule, || {
+            format!("{what}: written, but not reported: {}", some(&lost))
+        })?;
         let over: BTreeSet<Page> =
             reported.iter().filter(|p| !written.contains(p) && !maybe.contains(p)).copied().collect();
         let extra = self.subject.extra_pages();
-        assert!(
-            !self.subject.exact() || over.len() <= extra,
-            "{what}: reported, but not written: {}; {extra} are allowed",
-            some(&over)
-        );
+        let few = !self.subject.exact() || over.len() <= extra;
+        Violation::unless(few, Rule::ReportsNothingElse, || {
+            format!("{what}: reported, but not written: {}; {extra} are allowed", some(&over))
+        })
+    }
+
+    /// That a report made when nothing was written since the last one is empty, but for what may always be in it.
+    fn quiet(&self, what: &str, reported: &BTreeSet<Page>) -> Result<(), Violation> {
+        Violation::unless(reported.len() <= self.subject.extra_pages(), Rule::ReportsOnce, || {
+            format!("{what}: reported twice, but written once: {}", some(reported))
+        })
     }
 
     /// Pages chosen by a step through the list: the same ones in every run.
@@ -173,33 +325,27 @@ impl Suite<'_> {
         self.subject.write(&list);
     }
 
-    fn starts_quiet(&self) {
-        self.start("first start");
-        must(self.log().stop(), "stop");
+    fn starts_quiet(&self) -> Result<(), Violation> {
+        self.start(Rule::StartsQuiet, "first start")?;
+        must(self.log().stop(), "stop")?;
         // Populated pages, written before the log runs.
         self.write(&self.every(2, 0));
-        self.start("start with populated pages");
-        let again = self.report();
-        self.compare("a second sync without writes", &again, &BTreeSet::new(), &BTreeSet::new());
+        self.start(Rule::StartsQuiet, "start with populated pages")?;
+        self.quiet("a second sync without writes", &self.report()?)
     }
 
-    fn reports_each_write_once(&self) {
+    fn reports_each_write_once(&self) -> Result<(), Violation> {
         for (step, offset) in [(1000, 0), (7, 3), (3, 1), (64, 63), (7, 3)] {
             let written = self.every(step, offset.min(self.pages.len() - 1));
             self.write(&written);
-            let reported = self.report();
-            self.compare(&format!("every {step}. page written"), &reported, &written, &BTreeSet::new());
-            let again = self.report();
-            self.compare("a sync after the report was cleared", &again, &BTreeSet::new(), &BTreeSet::new());
-            assert!(
-                again.len() <= self.subject.extra_pages(),
-                "reported twice, but written once: {}",
-                some(&again)
-            );
+            let what = format!("every {step}. page written");
+            self.compare(Rule::ReportsWrites, &what, &self.report()?, &written, &BTreeSet::new())?;
+            self.quiet("a sync after the report was cleared", &self.report()?)?;
         }
+        Ok(())
     }
 
-    fn reports_region_edges(&self) {
+    fn reports_region_edges(&self) -> Result<(), Violation> {
         let layout = self.subject.ram().layout();
         let mut edges = BTreeSet::new();
         for region in 0..layout.regions().len() {
@@ -211,93 +357,98 @@ impl Suite<'_> {
         }
         edges.retain(|page| self.pages.contains(page));
         self.write(&edges);
-        self.compare("first and last pages of regions", &self.report(), &edges, &BTreeSet::new());
+        let what = "first and last pages of regions";
+        self.compare(Rule::ReportsEdges, what, &self.report()?, &edges, &BTreeSet::new())?;
+        self.quiet("a sync after these were cleared", &self.report()?)
     }
 
-    fn keeps_what_the_bitmap_held(&self) {
+    fn keeps_what_the_bitmap_held(&self) -> Result<(), Violation> {
         let dirty = PageBitmap::new(self.subject.ram().layout().chunks());
         let (held, written) = (self.pages[5], self.pages[6]);
         dirty.insert(held.0, 1 << held.1);
         self.subject.write(&[written]);
-        must(self.log().sync(&dirty), "sync");
+        must(self.log().sync(&dirty), "sync")?;
         for page in [held, written] {
-            assert!(
-                dirty.get(page.0) >> page.1 & 1 == 1,
-                "sync must add to the bitmap; {page:?} is not in it"
-            );
+            Violation::unless(dirty.get(page.0) >> page.1 & 1 == 1, Rule::AddsToBitmap, || {
+                format!(
+                    "after sync, {page:?} is not in a bitmap that held {held:?} when {written:?} was written"
+                )
+            })?;
         }
-        self.clear(&BTreeSet::from([written]));
-        self.report();
+        self.clear(&BTreeSet::from([written]))?;
+        self.report().map(drop)
     }
 
     /// A page written between sync and clear is covered by the read that follows clear, if it was in the report; any
     /// other page, and any page after clear, must be in the next report.
-    fn survives_writes_around_clear(&self) {
+    fn survives_writes_around_clear(&self) -> Result<(), Violation> {
         let first = self.every(4, 0);
         self.write(&first);
-        let reported = self.sync();
-        self.compare("before writes around clear", &reported, &first, &BTreeSet::new());
+        let reported = self.sync()?;
+        self.compare(Rule::ReportsWrites, "before writes around clear", &reported, &first, &BTreeSet::new())?;
         // In the same chunks as those about to be cleared.
         let others: BTreeSet<Page> = self.every(4, 2).difference(&reported).copied().collect();
         let both: BTreeSet<Page> = first.union(&others).copied().collect();
         self.write(&both);
-        self.clear(&reported);
+        self.clear(&reported)?;
         let after = self.every(8, 0);
         self.write(&after);
         let due = after.union(&others).copied().collect();
-        self.compare("written between sync and clear, or after clear", &self.report(), &due, &reported);
-        self.compare("a sync after that", &self.report(), &BTreeSet::new(), &BTreeSet::new());
+        let what = "written between sync and clear, or after clear";
+        self.compare(Rule::KeepsWritesAroundClear, what, &self.report()?, &due, &reported)?;
+        self.quiet("a sync after that", &self.report()?)
     }
 
-    fn clears_in_part(&self) {
+    fn clears_in_part(&self) -> Result<(), Violation> {
+        let rule = Rule::ClearsInPart;
         let written = self.every(2, 1);
         self.write(&written);
-        let reported = self.sync();
-        self.compare("before a partial clear", &reported, &written, &BTreeSet::new());
+        let reported = self.sync()?;
+        self.compare(Rule::ReportsWrites, "before a partial clear", &reported, &written, &BTreeSet::new())?;
         let cleared: BTreeSet<Page> = written.iter().copied().step_by(2).collect();
         let held: BTreeSet<Page> = reported.difference(&cleared).copied().collect();
-        self.clear(&cleared);
+        self.clear(&cleared)?;
         // What was not cleared may be reported again, or not: its consumer has it already.
-        let quiet = self.sync();
-        self.compare("a sync after a partial clear", &quiet, &BTreeSet::new(), &held);
+        let quiet = self.sync()?;
         let twice: BTreeSet<Page> = quiet.difference(&held).copied().collect();
-        assert!(twice.len() <= self.subject.extra_pages(), "cleared, but reported again: {}", some(&twice));
+        self.quiet("a sync after a partial clear", &twice)?;
         self.write(&cleared);
-        let reported = self.sync();
-        self.compare("written after a partial clear", &reported, &cleared, &held);
+        let reported = self.sync()?;
+        self.compare(rule, "written after a partial clear", &reported, &cleared, &held)?;
         let all: BTreeSet<Page> = held.union(&reported).copied().collect();
-        self.clear(&all);
+        self.clear(&all)?;
         // Not what was reported beyond that: the writer may not be able to write it.
         let rest: BTreeSet<Page> = written.difference(&cleared).copied().collect();
         self.write(&rest);
-        self.compare("written after the rest was cleared", &self.report(), &rest, &BTreeSet::new());
+        self.compare(rule, "written after the rest was cleared", &self.report()?, &rest, &BTreeSet::new())
     }
 
-    fn starts_again(&self) {
+    fn starts_again(&self) -> Result<(), Violation> {
         self.write(&self.every(5, 0));
-        must(self.log().stop(), "stop with pages not yet reported");
+        must(self.log().stop(), "stop with pages not yet reported")?;
         self.write(&self.every(5, 1));
-        self.start("start after a stop with pages not yet reported");
+        self.start(Rule::StartsAfresh, "start after a stop with pages not yet reported")?;
         let written = self.every(5, 2);
         self.write(&written);
-        self.compare("written after another start", &self.report(), &written, &BTreeSet::new());
+        let what = "written after another start";
+        self.compare(Rule::StartsAfresh, what, &self.report()?, &written, &BTreeSet::new())
     }
 
-    fn reports_everything(&self) {
+    fn reports_everything(&self) -> Result<(), Violation> {
         let all = self.every(1, 0);
         self.write(&all);
-        self.compare("all pages written", &self.report(), &all, &BTreeSet::new());
+        self.compare(Rule::ReportsEverything, "all pages written", &self.report()?, &all, &BTreeSet::new())
     }
 
     /// What migration does: copy what is reported, after clear, while a writer runs; the copy must converge on memory.
-    fn copies_come_to_equal_memory(&self) {
+    fn copies_come_to_equal_memory(&self) -> Result<(), Violation> {
         const BATCHES: usize = 300;
         /// Batches that the writer may be ahead of the rounds of the reader, so that they do meet on a busy machine.
         const LEAD: usize = 10;
         let ram = self.subject.ram();
         let chunks = ram.layout().chunks();
-        must(self.log().stop(), "stop");
-        must(self.log().start(), "start");
+        must(self.log().stop(), "stop")?;
+        must(self.log().start(), "start")?;
         let mut copy = vec![0u8; chunks as usize * 64 * PAGE_SIZE];
         let dirty = PageBitmap::full(ram.layout());
         let (done, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
@@ -317,19 +468,20 @@ impl Suite<'_> {
                     self.subject.write(&list);
                 }
             });
-            // Should the reader panic, the writer is let go.
+            // Should the reader leave early, the writer is let go.
             let _released = Released(&rounds);
             while !done.load(Ordering::Acquire) {
-                must(self.log().sync(&dirty), "sync beside a writer");
-                self.copy_dirty(&dirty, &mut copy);
+                must(self.log().sync(&dirty), "sync beside a writer")?;
+                self.copy_dirty(&dirty, &mut copy)?;
                 rounds.fetch_add(1, Ordering::Release);
             }
             if let Err(panic) = writer.join() {
                 std::panic::resume_unwind(panic);
             }
-        });
-        must(self.log().sync(&dirty), "the last sync");
-        self.copy_dirty(&dirty, &mut copy);
+            Ok(())
+        })?;
+        must(self.log().sync(&dirty), "the last sync")?;
+        self.copy_dirty(&dirty, &mut copy)?;
         let mut now = vec![0u8; PAGE_SIZE];
         let mut wrong = BTreeSet::new();
         for chunk in 0..chunks {
@@ -340,25 +492,27 @@ impl Suite<'_> {
                 }
             }
         }
-        assert!(
-            wrong.is_empty(),
-            "copies made beside a writer, and once more after it, differ from memory: {}",
-            some(&wrong)
-        );
+        Violation::unless(wrong.is_empty(), Rule::Converges, || {
+            format!(
+                "copies made beside a writer, and once more after it, differ from memory: {}",
+                some(&wrong)
+            )
+        })
     }
 
     /// Clears and copies all that is in the bitmap, chunk by chunk, as stream workers do.
-    fn copy_dirty(&self, dirty: &PageBitmap, copy: &mut [u8]) {
+    fn copy_dirty(&self, dirty: &PageBitmap, copy: &mut [u8]) -> Result<(), Violation> {
         for chunk in 0..dirty.chunks() {
             let word = dirty.take(chunk);
             if word == 0 {
                 continue;
             }
-            must(self.log().clear(chunk, &[word]), "clear beside a writer");
+            must(self.log().clear(chunk, &[word]), "clear beside a writer")?;
             for bit in bits(word) {
                 read_page(self.subject.ram(), (chunk, bit), &mut copy[copied(chunk, bit)]);
             }
         }
+        Ok(())
     }
 }
 

@@ -11,8 +11,6 @@
 //!   [`crate::lost_room`]'s hands.
 //! * A private mapping of a file opened for reading keeps writes to itself; see [`GuestMemory::open_ram_file`].
 
-mod fault;
-mod pages;
 mod placer;
 mod sys;
 
@@ -20,33 +18,27 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pagecopy::backend::{BackendError, GuestRam, MissingPages, Placer, Room};
+use pagecopy::backend::{BackendError, GuardedPages, GuestRam, MissingPages, Placer, Room};
 use pagecopy::bitmap::{PageBitmap, runs};
 use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
-use rustix::fs::{FallocateFlags, MemfdFlags};
+use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use rustix::mm::Advice;
 use vm_memory::volatile_memory::VolatileSlice;
 
-use fault::UffdMissing;
-use pages::set_pages;
 use placer::UffdPlacer;
 use sys::{HUGE_SIZE, Mapping};
 
 use crate::lost_room::Watched;
-use crate::pagemap::{Pagemap, Query};
-use crate::ram_file::{
-    Kind, check_huge_regions, create_file, kind_of, memfd, open_file, require_regular, seek_data,
-};
+use crate::mapped::{Mapped, memory_room, place_of};
+use crate::pagemap::Pagemap;
+use crate::ram_file::{Kind, check_huge_regions, create_file, kind_of, memfd, open_file, require_regular};
 use crate::room;
-use crate::sys::scan;
-
-/// The unit in which the system counts a file's blocks, in bytes.
-const BLOCK_SIZE: u64 = 512;
+use crate::uffd_guard::{self, Grain, UffdGuard};
+use crate::uffd_missing::{self, MissingRam, UffdMissing};
 
 /// What guest memory is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,6 +63,21 @@ pub enum Backing {
 }
 
 /// Guest RAM: one mapping a region. See the [module](self) for what it is made of.
+///
+/// ```
+/// use pagecopy::backend::GuestRam;
+/// use pagecopy::layout::{Layout, Region};
+/// use vmm_shim::guest_memory::{Backing, GuestMemory};
+///
+/// let layout = Layout::new(vec![Region::new("ram", 0, 1 << 20), Region::unplaced("vram", 1 << 16)])?;
+/// let memory = GuestMemory::create(layout, &Backing::Memfd)?;
+/// memory.region(1).copy_from(&[7u8]);
+/// // One word for each chunk of 64 pages: four of the first region, one of the second.
+/// let mut pages = [0; 5];
+/// memory.populated(0, &mut pages)?;
+/// assert_eq!(pages, [0, 0, 0, 0, 1]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// Regions lie one after another in a file, in the order of the layout. Mappings lie at addresses that are equal to
 /// the guest-physical ones modulo 2 MiB, so that KVM can map huge pages as such. They are not inherited by child
@@ -206,8 +213,9 @@ impl GuestMemory {
         check_page_size()?;
         let mut regions = Vec::with_capacity(layout.regions().len());
         for region in layout.regions() {
-            let mapping = Mapping::new(None, region.len, HUGE_SIZE, region.gpa % HUGE_SIZE, false)
-                .map_err(|e| mapping_error(&region.name, region.len, Kind::Anonymous, e))?;
+            let mapping =
+                Mapping::new(None, region.len, HUGE_SIZE, region.gpa.unwrap_or(0) % HUGE_SIZE, false)
+                    .map_err(|e| mapping_error(&region.name, region.len, Kind::Anonymous, e))?;
             mapping.advise_size(huge);
             regions.push(mapping);
         }
@@ -246,9 +254,14 @@ impl GuestMemory {
         let mut watched = Vec::new();
         let mut offset = 0;
         for region in layout.regions() {
-            let mapping =
-                Mapping::new(Some((&file, offset)), region.len, align, skew_of(region.gpa), private_file)
-                    .map_err(|e| mapping_error(&region.name, region.len, kind, e))?;
+            let mapping = Mapping::new(
+                Some((&file, offset)),
+                region.len,
+                align,
+                skew_of(region.gpa.unwrap_or(0)),
+                private_file,
+            )
+            .map_err(|e| mapping_error(&region.name, region.len, kind, e))?;
             if kind == Kind::Shmem {
                 // Dirtiness is tracked by pages of 4 KiB, which huge shmem pages would blur to 2 MiB. A tmpfs mounted
                 // with huge=always keeps huge pages all the same.
@@ -273,74 +286,14 @@ impl GuestMemory {
         })
     }
 
-    /// The parts of regions that `count` chunks from `first` make up.
-    fn spans(&self, first: u32, count: usize) -> Result<impl Iterator<Item = Span> + '_, BackendError> {
-        let chunks = self.layout.chunks();
-        let end = u64::from(first) + count as u64;
-        if end > u64::from(chunks) {
-            return Err(BackendError::invalid(format!(
-                "chunks {first}..{end} were asked for, but the layout has {chunks}"
-            )));
-        }
-        let end = end as u32;
-        Ok(self.layout.regions().iter().enumerate().filter_map(move |(region, r)| {
-            let of_region = self.layout.region_chunks(region);
-            let (low, high) = (of_region.start.max(first), of_region.end.min(end));
-            let byte = |chunk: u32| u64::from(chunk - of_region.start) * CHUNK_SIZE as u64;
-            (low < high).then(|| Span {
-                region,
-                bytes: byte(low)..byte(high).min(r.len),
-                words: (low - first) as usize..(high - first) as usize,
-            })
-        }))
-    }
-
-    /// The runs of data of a span of the file, by SEEK_DATA and SEEK_HOLE, as offsets in the region.
-    fn file_data(&self, file: &File, span: &Span, each: impl FnMut(u64, u64)) -> io::Result<()> {
-        let base: u64 = self.layout.regions()[..span.region].iter().map(|r| r.len).sum();
-        if matches!(self.kind, Kind::Hugetlb(_)) {
-            // hugetlbfs does not look for holes; but a file without any block is one.
-            let mut each = each;
-            if file.metadata()?.blocks() != 0 {
-                each(span.bytes.start, span.bytes.end);
-            }
-            return Ok(());
-        }
-        // A file in memory that has all its blocks has no hole. That is known without a walk, which takes 11 ms for 1 GiB.
-        if self.kind == Kind::Shmem {
-            let metadata = file.metadata()?;
-            if metadata.blocks().saturating_mul(BLOCK_SIZE) >= metadata.len() {
-                let mut each = each;
-                each(span.bytes.start, span.bytes.end);
-                return Ok(());
-            }
-        }
-        seek_data(file, base, span.bytes.clone(), each)
-    }
-
-    /// The runs of a span that are private pages of this process, as offsets in the region.
-    fn private_data(&self, span: &Span, mut each: impl FnMut(u64, u64)) -> io::Result<()> {
-        let Some(pagemap) = &self.pagemap else {
-            each(span.bytes.start, span.bytes.end);
-            return Ok(());
-        };
-        let base = self.host_range(span.region).start;
-        let (start, end) = (base + span.bytes.start, base + span.bytes.end);
-        let not = scan::PFNZERO | scan::FILE;
-        let query = Query {
-            inverted: not,
-            all_of: not,
-            any_of: scan::PRESENT | scan::SWAPPED,
-            report: scan::PRESENT,
-            ..Query::default()
-        };
-        let result = pagemap.scan(&query, start, end, |from, to| each(from - base, to - base));
-        match result {
-            // Before Linux 6.7.
-            Err(e) if e.raw_os_error() == Some(Errno::NOTTY.raw_os_error()) => {
-                pagemap.read_present(start, end, |from, to| each(from - base, to - base))
-            }
-            other => other,
+    /// A region, with what is behind it.
+    fn mapped(&self, region: usize) -> Mapped<'_> {
+        let base = || self.layout.regions()[..region].iter().map(|r| r.len).sum();
+        Mapped {
+            memory: self.regions[region].slice(),
+            file: self.file.as_ref().map(|file| (file.as_fd(), base())),
+            kind: self.kind,
+            private: self.private_file,
         }
     }
 
@@ -354,45 +307,20 @@ impl GuestMemory {
         }
         let Room { bytes, of, hint } = room;
         let what = format!("the guest's memory takes {needed} bytes, but {of} has {bytes} left: {hint}");
-        Err(BackendError::new(what, Errno::NOSPC.into()))
-    }
-
-    /// The error of bringing memory in: says where there is no room, if that is why.
-    pub(crate) fn no_room(&self, what: String, error: io::Error) -> BackendError {
-        let room = if room::is_for_want_of_room(&error) { self.room() } else { None };
-        let Some(Room { bytes, of, hint }) = room else { return BackendError::new(what, error) };
-        // To the kernel a page that cannot be had is a bad address, and a full tmpfs lacks memory.
-        let source = if self.path.is_some() { Errno::NOSPC.into() } else { Errno::NOMEM.into() };
-        BackendError::new(format!("{what}: {of} has {bytes} bytes left; {hint}"), source)
+        Err(BackendError::new(what, io::Error::from(Errno::NOSPC)))
     }
 
     /// Brings a run of pages in.
     fn bring_run_in(&self, region: usize, offset: u64, len: u64, advice: Advice) -> Result<(), BackendError> {
-        let result = match self.regions[region].advise(offset, len, advice) {
-            // Before Linux 5.14: pages come in as they are touched, which those of a file that has its blocks can be.
-            Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
-                let base: u64 = self.layout.regions()[..region].iter().map(|r| r.len).sum();
-                let allocate =
-                    |file| rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, base + offset, len);
-                match self.file.as_ref().filter(|_| !self.private_file).map_or(Ok(()), allocate) {
-                    Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-                    other => other.map_err(io::Error::from),
-                }
-            }
-            other => other,
-        };
-        result.map_err(|e| {
+        self.mapped(region).bring_in(offset, len, advice).map_err(|e| {
             let name = &self.layout.regions()[region].name;
             self.no_room(format!("bring {len} bytes in at {offset:#x} of region {name:?}"), e)
         })
     }
 
-    /// Whether a range of a region is whole pages of what it is kept in.
-    fn whole_pages(&self, offset: u64, len: u64) -> bool {
-        match self.kind {
-            Kind::Hugetlb(size) => offset.is_multiple_of(size) && len.is_multiple_of(size),
-            _ => true,
-        }
+    /// The error of bringing memory in: says where there is no room, if that is why.
+    pub(crate) fn no_room(&self, what: String, error: io::Error) -> BackendError {
+        room::no_room(self, self.path.is_some(), what, error)
     }
 
     /// The bytes of a huge page where memory comes in no smaller pieces, else 0; or why the kernel cannot tell who touches a
@@ -410,28 +338,18 @@ impl GuestMemory {
         }
     }
 
-    /// Makes `len` bytes at `offset` of a region read as zero.
-    pub(crate) fn discard_run(&self, region: usize, offset: u64, len: u64) -> io::Result<()> {
-        let mapping = &self.regions[region];
-        match (&self.file, self.kind) {
-            (None, _) => mapping.advise(offset, len, Advice::LinuxDontNeed),
-            (Some(file), Kind::Shmem | Kind::Disk | Kind::Hugetlb(_)) if self.whole_pages(offset, len) => {
-                let base: u64 = self.layout.regions()[..region].iter().map(|r| r.len).sum();
-                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                match rustix::fs::fallocate(file, flags, base + offset, len) {
-                    // A file system without holes.
-                    Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
-                        mapping.zero(offset, len);
-                        Ok(())
-                    }
-                    other => other.map_err(io::Error::from),
-                }
-            }
-            (Some(_), _) => {
-                mapping.zero(offset, len);
-                Ok(())
-            }
-        }
+    /// How it is guarded, or why the kernel cannot.
+    fn guard_grain(&self) -> Result<Grain, BackendError> {
+        uffd_guard::grain(self.kind, self.private_file, self.pagemap.is_some())
+    }
+}
+
+impl MissingRam for GuestMemory {
+    fn discard_run(&self, region: usize, offset: u64, len: u64) -> io::Result<()> {
+        self.mapped(region).discard(offset, len)
+    }
+    fn no_room(&self, what: String, error: io::Error) -> BackendError {
+        self.no_room(what, error)
     }
 }
 
@@ -449,17 +367,10 @@ impl GuestRam for GuestMemory {
     /// Memory of huge pages from hugetlbfs: all of it, unless nothing was ever touched.
     fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> {
         pages.fill(0);
-        for span in self.spans(first, pages.len())? {
+        for span in self.layout.spans(first, pages.len())? {
             let words = &mut pages[span.words.clone()];
-            let start = span.bytes.start;
-            let mut mark = |from: u64, to: u64| set_pages(words, from - start, to - start);
-            let mut found = Ok(());
-            if let Some(file) = &self.file {
-                found = self.file_data(file, &span, &mut mark);
-            }
-            if found.is_ok() && (self.file.is_none() || self.private_file) {
-                found = self.private_data(&span, &mut mark);
-            }
+            let (offset, len) = (span.bytes.start, span.bytes.end - span.bytes.start);
+            let found = self.mapped(span.region).populated(self.pagemap.as_ref(), offset, len, words);
             found.map_err(|e| {
                 let name = &self.layout.regions()[span.region].name;
                 BackendError::new(
@@ -480,7 +391,7 @@ impl GuestRam for GuestMemory {
     fn populate(&self, first: u32, count: u32) -> Result<(), BackendError> {
         // Privately mapped huge pages would be copied whole by write faults.
         let advice = if self.private_file { Advice::LinuxPopulateRead } else { Advice::LinuxPopulateWrite };
-        for span in self.spans(first, count as usize)? {
+        for span in self.layout.spans(first, count as usize)? {
             let (offset, len) = (span.bytes.start, span.bytes.end - span.bytes.start);
             self.bring_run_in(span.region, offset, len, advice)?;
         }
@@ -502,11 +413,6 @@ impl GuestRam for GuestMemory {
     }
 
     fn room(&self) -> Option<Room> {
-        let memory = |bytes| Room {
-            bytes,
-            of: "this host's memory and swap, within its cgroup's limit,".into(),
-            hint: "free some, raise the limit, or use a smaller guest",
-        };
         let (kind, file) = (self.kind, self.file.as_ref());
         let of_file = || Some((room::of_file(file?).ok()??, self.path.as_ref()?));
         let of_file = of_file().map(|(bytes, path)| Room {
@@ -516,12 +422,12 @@ impl GuestRam for GuestMemory {
         });
         match kind {
             _ if self.private_file => None,
-            Kind::Anonymous => Some(memory(room::memory_bytes())),
+            Kind::Anonymous => Some(memory_room()),
             // Mapping it took its huge pages out of the reserve.
             Kind::Hugetlb(_) => None,
             Kind::Disk => of_file,
             Kind::Shmem => {
-                let memory = memory(room::memory_bytes());
+                let memory = memory_room();
                 Some(of_file.filter(|of_file| of_file.bytes <= memory.bytes).unwrap_or(memory))
             }
         }
@@ -533,7 +439,7 @@ impl GuestRam for GuestMemory {
         if self.kind != Kind::Shmem || self.private_file {
             return;
         }
-        let Ok(spans) = self.spans(first, count as usize) else { return };
+        let Ok(spans) = self.layout.spans(first, count as usize) else { return };
         for span in spans {
             let (offset, len) = (span.bytes.start, span.bytes.end - span.bytes.start);
             // A hint that is not taken costs nothing but time.
@@ -550,7 +456,7 @@ impl GuestRam for GuestMemory {
     }
 
     fn enlarge(&self, first: u32, count: u32) -> bool {
-        let Ok(mut spans) = self.spans(first, count as usize) else { return false };
+        let Ok(mut spans) = self.layout.spans(first, count as usize) else { return false };
         self.enlarges
             && spans.all(|span| {
                 let (mapping, len) = (&self.regions[span.region], span.bytes.end - span.bytes.start);
@@ -568,21 +474,29 @@ impl GuestRam for GuestMemory {
     }
 
     fn missing_unit(&self) -> Result<u32, BackendError> {
-        fault::check()?;
+        uffd_missing::check()?;
         Ok((self.missing_bytes()? / CHUNK_SIZE as u64) as u32)
     }
 
     fn miss(self: Arc<Self>, missing: &PageBitmap) -> Result<Box<dyn MissingPages>, BackendError> {
-        Ok(Box::new(UffdMissing::new(self, missing)?))
+        let unit = self.missing_bytes()?;
+        Ok(Box::new(UffdMissing::of(self, unit, missing)?))
+    }
+
+    fn guard_check(&self) -> Result<(), BackendError> {
+        uffd_guard::check()?;
+        self.guard_grain().map(drop)
+    }
+
+    fn guard(self: Arc<Self>, pages: &PageBitmap) -> Result<Box<dyn GuardedPages>, BackendError> {
+        let grain = self.guard_grain()?;
+        Ok(Box::new(UffdGuard::of(self, |_| grain, pages)?))
     }
 
     /// Pages become holes, except parts of huge pages in hugetlbfs, and in file systems that cannot punch holes: there zeros
     /// are written.
     fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
-        let place =
-            self.layout.locate(chunk).filter(|place| pages & !place.valid() == 0).ok_or_else(|| {
-                BackendError::invalid(format!("discard pages {pages:#x} of chunk {chunk}: no such pages"))
-            })?;
+        let place = place_of(&self.layout, chunk, pages)?;
         if self.private_file {
             return Err(BackendError::invalid(format!(
                 "discard pages {pages:#x} of chunk {chunk}: the RAM file is open for reading only"
@@ -591,7 +505,7 @@ impl GuestRam for GuestMemory {
         for (first, length) in runs(pages) {
             let offset = place.offset + u64::from(first) * PAGE_SIZE as u64;
             let len = u64::from(length) * PAGE_SIZE as u64;
-            self.discard_run(place.region, offset, len).map_err(|e| {
+            self.mapped(place.region).discard(offset, len).map_err(|e| {
                 let name = &self.layout.regions()[place.region].name;
                 BackendError::new(format!("discard {len} bytes at {offset:#x} of region {name:?}"), e)
             })?;
@@ -617,16 +531,6 @@ impl GuestRam for GuestMemory {
     }
 }
 
-/// A part of a region that a run of chunks covers.
-#[derive(Debug)]
-struct Span {
-    region: usize,
-    /// Offsets in the region.
-    bytes: Range<u64>,
-    /// The words of the asked-for run that belong to these bytes.
-    words: Range<usize>,
-}
-
 /// Refuses hosts whose pages are not 4 KiB: there the unit of dirtiness is not the unit of mapping.
 fn check_page_size() -> Result<(), BackendError> {
     let size = rustix::param::page_size();
@@ -635,7 +539,7 @@ fn check_page_size() -> Result<(), BackendError> {
     }
     Err(BackendError::new(
         format!("this host has pages of {size} bytes; only hosts with pages of {PAGE_SIZE} are supported"),
-        io::ErrorKind::Unsupported.into(),
+        io::Error::from(io::ErrorKind::Unsupported),
     ))
 }
 
@@ -667,15 +571,15 @@ fn collapse_works() -> bool {
 
 #[cfg(test)]
 mod tests {
+    use pagecopy::layout::Region;
+
     use super::*;
 
     #[test]
     fn mappings_are_congruent_to_guest_addresses() {
-        let layout = Layout::new(vec![
-            pagecopy::layout::Region { name: "low".into(), gpa: 0x10_0000, len: 0x30_0000 },
-            pagecopy::layout::Region { name: "high".into(), gpa: 1 << 32, len: 0x1000 },
-        ])
-        .unwrap();
+        let layout =
+            Layout::new(vec![Region::new("low", 0x10_0000, 0x30_0000), Region::new("high", 1 << 32, 0x1000)])
+                .unwrap();
         for backing in [Backing::Anonymous { huge: true }, Backing::Memfd] {
             let memory = GuestMemory::create(layout.clone(), &backing).unwrap();
             assert_eq!(memory.host_range(0).start % HUGE_SIZE, 0x10_0000, "{backing:?}");

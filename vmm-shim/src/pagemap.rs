@@ -30,13 +30,13 @@ pub(crate) struct Query {
     pub(crate) report: u64,
 }
 
-/// The page table of this process.
+/// The page table of this process, open: `/proc/self/pagemap`. A process that gives `/proc` up later opens it before.
 #[derive(Debug)]
-pub(crate) struct Pagemap(File);
+pub struct Pagemap(File);
 
 impl Pagemap {
-    /// Opens `/proc/self/pagemap`; needs no privilege, but a mounted `/proc`.
-    pub(crate) fn open() -> io::Result<Self> {
+    /// Opens it; needs no privilege, but a mounted `/proc`.
+    pub fn open() -> io::Result<Self> {
         File::open("/proc/self/pagemap").map(Self)
     }
 

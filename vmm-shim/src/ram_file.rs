@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -27,7 +28,7 @@ pub(crate) enum Kind {
 /// Calls `each` with the runs of data in `range`, counted from `base` in the file. A file system that knows no holes
 /// has one run.
 pub(crate) fn seek_data(
-    file: &File,
+    file: BorrowedFd<'_>,
     base: u64,
     range: Range<u64>,
     mut each: impl FnMut(u64, u64),
@@ -68,14 +69,14 @@ pub(crate) fn memfd(layout: &Layout, extra: MemfdFlags) -> Result<File, BackendE
             "make a memfd of 2 MiB pages: does this kernel have hugetlbfs, with pages of that size?"
                 .to_owned()
         };
-        BackendError::new(what, e.into())
+        BackendError::new(what, io::Error::from(e))
     })?;
     let file = File::from(fd);
     file.set_len(layout.bytes())
         .map_err(|e| BackendError::new(format!("give a memfd {} bytes", layout.bytes()), e))?;
     // Nobody who gets the descriptor can then cut the memory off under our feet.
     rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-        .map_err(|e| BackendError::new("seal a memfd against a change of size", e.into()))?;
+        .map_err(|e| BackendError::new("seal a memfd against a change of size", io::Error::from(e)))?;
     Ok(file)
 }
 
@@ -135,8 +136,12 @@ pub(crate) fn require_regular(path: &Path, file: &File) -> Result<u64, BackendEr
 
 /// What file system a file is on.
 pub(crate) fn kind_of(file: &File) -> Result<Kind, BackendError> {
-    let fs = rustix::fs::fstatfs(file)
-        .map_err(|e| BackendError::new("ask what file system the RAM file is on", e.into()))?;
+    kind_of_fd(file.as_fd()).map_err(|e| BackendError::new("ask what file system the RAM file is on", e))
+}
+
+/// What file system a file is on.
+pub(crate) fn kind_of_fd(file: BorrowedFd<'_>) -> io::Result<Kind> {
+    let fs = rustix::fs::fstatfs(file)?;
     // The types differ between C libraries; all magic numbers are 32 bits.
     Ok(match fs.f_type as u32 {
         magic if magic == libc::TMPFS_MAGIC as u32 => Kind::Shmem,

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use pagecopy::backend::{BackendError, GuestRam, Room};
 use rustix::io::Errno;
 
 /// Bytes that this process may take of the host's memory without swapping; as good as endless where the kernel does not say.
@@ -34,6 +35,15 @@ pub(crate) fn of_file(file: &File) -> io::Result<Option<u64>> {
 pub(crate) fn is_for_want_of_room(error: &io::Error) -> bool {
     const NO_ROOM: [Errno; 5] = [Errno::NOSPC, Errno::NOMEM, Errno::DQUOT, Errno::FAULT, Errno::FBIG];
     error.raw_os_error().is_some_and(|code| NO_ROOM.iter().any(|errno| errno.raw_os_error() == code))
+}
+
+/// The error of bringing memory in: says where there is no room, if that is why. `in_file`: the memory is in a file with a path.
+pub(crate) fn no_room(ram: &dyn GuestRam, in_file: bool, what: String, error: io::Error) -> BackendError {
+    let room = if is_for_want_of_room(&error) { ram.room() } else { None };
+    let Some(Room { bytes, of, hint }) = room else { return BackendError::new(what, error) };
+    // To the kernel a page that cannot be had is a bad address, and a full tmpfs lacks memory.
+    let source = io::Error::from(if in_file { Errno::NOSPC } else { Errno::NOMEM });
+    BackendError::new(format!("{what}: {of} has {bytes} bytes left; {hint}"), source)
 }
 
 /// What can be had of memory.

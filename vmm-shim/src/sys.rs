@@ -1,4 +1,4 @@
-//! Raw system calls: `PAGEMAP_SCAN`, and of userfaultfd asynchronous write-protect, missing pages, and placing pages.
+//! Raw system calls: advice about memory, `PAGEMAP_SCAN`, and of userfaultfd write-protect, missing pages, and placing pages.
 //!
 //! Nothing here changes what is mapped; that is in `guest_memory`.
 
@@ -6,7 +6,11 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::mm::Advice;
 use vm_memory::volatile_memory::VolatileSlice;
 
 /// Categories and flags of `PAGEMAP_SCAN`. Source: Documentation/admin-guide/mm/pagemap.rst and linux/fs.h.
@@ -21,6 +25,8 @@ pub(crate) mod scan {
     pub(crate) const SWAPPED: u64 = 1 << 4;
     /// The entry is the kernel's shared page of zeros.
     pub(crate) const PFNZERO: u64 = 1 << 5;
+    /// The page is part of a huge page that is mapped as such.
+    pub(crate) const HUGE: u64 = 1 << 6;
 }
 
 /// A run of pages that `PAGEMAP_SCAN` reports: `struct page_region`.
@@ -80,11 +86,28 @@ pub(crate) fn pagemap_scan(
     if count < 0 { Err(io::Error::last_os_error()) } else { Ok((count as usize).min(out.len())) }
 }
 
+/// Advises the kernel about memory.
+pub(crate) fn advise(memory: &VolatileSlice<'_>, advice: Advice) -> io::Result<()> {
+    loop {
+        // SAFETY: the slice is live memory that is only accessed by volatile and raw copies. No advice used in this crate unmaps anything;
+        // `DONTNEED` makes pages of anonymous memory read as zero, which is a write like any other to a volatile reader, and those of
+        // shared memory as what they were.
+        let result =
+            unsafe { rustix::mm::madvise(memory.ptr_guard_mut().as_ptr().cast(), memory.len(), advice) };
+        match result {
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            other => return other.map_err(io::Error::from),
+        }
+    }
+}
+
 /// `PAGEMAP_SCAN`: write-protect the pages that match.
 pub(crate) const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 /// `PAGEMAP_SCAN`: fail where the memory is not registered for asynchronous write-protect.
 pub(crate) const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
+/// userfaultfd: faults tell whether the page is protected.
+pub(crate) const UFFD_FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
 /// userfaultfd: markers keep the protection of pages that have no page table entry.
 pub(crate) const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 /// userfaultfd: pages that were never touched can be protected too.
@@ -197,15 +220,16 @@ const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
 /// Flag of userfaultfd(2): faults by the kernel are not handed out; needs no privilege.
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 
-/// A userfaultfd. Of memory registered for write-protect it never stops an access: it tracks writes ([`Self::register_wp`]) and
-/// places pages ([`Self::copy`]). Memory registered by [`Self::register_missing`] stops whoever touches a page that is not there.
+/// A userfaultfd. Memory registered by [`Self::register_wp`] stops whoever writes a protected page. Not so where the descriptor has agreed
+/// on [`UFFD_FEATURE_WP_ASYNC`]: that never stops an access, but tracks writes, and places pages ([`Self::copy`]). Memory registered by
+/// [`Self::register_missing`] stops whoever touches a page that is not there.
 #[derive(Debug)]
 pub(crate) struct Userfaultfd(OwnedFd);
 
 impl Userfaultfd {
     /// Opens one: by the system call where that is allowed, else from /dev/userfaultfd.
     ///
-    /// Faults in kernel mode are never asked for, which would need a privilege: asynchronous write-protect hands no
+    /// Faults in kernel mode are not asked for, which would need a privilege: asynchronous write-protect hands no
     /// fault out, and tracks writes by the kernel all the same.
     pub(crate) fn open() -> io::Result<Self> {
         Self::open_with(UFFD_USER_MODE_ONLY)
@@ -243,7 +267,7 @@ impl Userfaultfd {
         Ok(arg.features)
     }
 
-    /// Registers a range for write-protect. The descriptor must have agreed on [`UFFD_FEATURE_WP_ASYNC`].
+    /// Registers a range for write-protect. Nothing is protected yet.
     pub(crate) fn register_wp(&self, range: Range<u64>) -> io::Result<()> {
         let mut arg = UffdRegister { range: UffdRange::of(range), mode: 1 << 1, ioctls: 0 };
         self.ioctl(UFFDIO_REGISTER, &mut arg)
@@ -270,6 +294,15 @@ impl Userfaultfd {
         }
     }
 
+    /// Waits until there are faults, at most `timeout`, and tells them as [`Self::faults`] does. A signal ends it early.
+    pub(crate) fn wait(&self, timeout: Duration, each: impl FnMut(u64, u32)) -> io::Result<()> {
+        let timeout = Timespec::try_from(timeout).ok();
+        match poll(&mut [PollFd::new(self, PollFlags::IN)], timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => self.faults(each).map(drop),
+            Err(e) => Err(e.into()),
+        }
+    }
+
     /// Tells each fault that waits to be told of, address and thread; returns how many, 0 where there is none.
     pub(crate) fn faults(&self, mut each: impl FnMut(u64, u32)) -> io::Result<usize> {
         let mut messages = [UffdMessage::default(); EVENTS_MAX];
@@ -290,9 +323,16 @@ impl Userfaultfd {
         Ok(messages.len())
     }
 
-    /// Protects a registered range, including what is not populated.
+    /// Protects a registered range. Pages of shared memory that are not there are protected, too; those of private memory only where the
+    /// descriptor has agreed on [`UFFD_FEATURE_WP_UNPOPULATED`].
     pub(crate) fn write_protect(&self, range: Range<u64>) -> io::Result<()> {
         let mut arg = UffdWriteProtect { range: UffdRange::of(range), mode: 1 };
+        self.ioctl(UFFDIO_WRITEPROTECT, &mut arg)
+    }
+
+    /// Takes the protection of a registered range away, and lets those who wait to write it go on.
+    pub(crate) fn unprotect(&self, range: Range<u64>) -> io::Result<()> {
+        let mut arg = UffdWriteProtect { range: UffdRange::of(range), mode: 0 };
         self.ioctl(UFFDIO_WRITEPROTECT, &mut arg)
     }
 
@@ -302,8 +342,18 @@ impl Userfaultfd {
     /// who wait for these pages go on.
     pub(crate) fn copy(&self, to: &VolatileSlice<'_>, bytes: &[u8], wake: bool) -> io::Result<usize> {
         assert!(bytes.len() <= to.len(), "{} bytes for {} bytes of memory", bytes.len(), to.len());
+        // SAFETY: live memory that is only accessed by volatile and raw copies, and that has as many bytes.
+        unsafe { self.copy_to(to.ptr_guard_mut().as_ptr() as u64, bytes, wake) }
+    }
+
+    /// The same for an address.
+    ///
+    /// # Safety
+    /// As many bytes from the address on are memory that others may write at any time; or the descriptor is another process's, whose
+    /// addresses these are.
+    pub(crate) unsafe fn copy_to(&self, to: u64, bytes: &[u8], wake: bool) -> io::Result<usize> {
         let mut arg = UffdCopy {
-            to: to.ptr_guard_mut().as_ptr() as u64,
+            to,
             from: bytes.as_ptr() as u64,
             len: bytes.len() as u64,
             mode: if wake { 0 } else { UFFDIO_COPY_MODE_DONTWAKE },
@@ -311,7 +361,7 @@ impl Userfaultfd {
         };
         loop {
             // SAFETY: the kernel reads and writes the struct of this request, reads `bytes`, and writes at most as many
-            // bytes from the start of `to`, which has them: live memory that is only accessed by volatile and raw copies.
+            // bytes from `to` on, which the caller may have written.
             let result =
                 unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_COPY as _, std::ptr::from_mut(&mut arg)) };
             let error = io::Error::last_os_error();
@@ -326,7 +376,7 @@ impl Userfaultfd {
         }
     }
 
-    /// Ends the registration of a range and takes its protection away.
+    /// Ends the registration of a range and takes its protection away. Who waits for a protected page is not woken.
     pub(crate) fn unregister(&self, range: Range<u64>) -> io::Result<()> {
         self.ioctl(UFFDIO_UNREGISTER, &mut UffdRange::of(range))
     }
@@ -346,6 +396,12 @@ impl Userfaultfd {
                 return Err(error);
             }
         }
+    }
+}
+
+impl From<OwnedFd> for Userfaultfd {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd)
     }
 }
 

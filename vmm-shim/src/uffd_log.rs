@@ -15,6 +15,7 @@
 //! * hugetlbfs, and tmpfs mounted with huge pages: always 512 pages for one written.
 //! * Anonymous memory: a page that was never written, when it is read. Migration does not read those.
 
+use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,8 +25,10 @@ use pagecopy::bitmap::PageBitmap;
 use pagecopy::layout::{CHUNK_PAGES, PAGE_SIZE};
 
 use crate::guest_memory::GuestMemory;
+use crate::mapped::is_private;
 use crate::pagemap::{Pagemap, Query};
 use crate::sys::{self, Userfaultfd, scan};
+use crate::watched::{self, Spans};
 
 /// What the tracker cannot do without.
 const FEATURES: u64 =
@@ -33,12 +36,40 @@ const FEATURES: u64 =
 
 /// Tracks writes to guest memory by write-protecting it. See the [module](self) for what it sees and what it
 /// over-reports.
+///
+/// ```no_run
+/// use std::sync::Arc;
+/// use pagecopy::backend::{DirtyLog, GuestRam};
+/// use pagecopy::bitmap::PageBitmap;
+/// use pagecopy::layout::Layout;
+/// use vmm_shim::guest_memory::{Backing, GuestMemory};
+/// use vmm_shim::uffd_log::UffdLog;
+///
+/// let memory = Arc::new(GuestMemory::create(Layout::flat(1 << 20)?, &Backing::Anonymous { huge: false })?);
+/// let log = UffdLog::new(memory.clone())?;
+/// log.start()?;
+/// memory.region(0).copy_from(&[7u8]);
+/// let dirty = PageBitmap::new(memory.layout().chunks());
+/// assert_eq!(log.sync(&dirty)?, 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct UffdLog {
-    memory: Arc<GuestMemory>,
+    memory: Memory,
+    /// The regions' addresses, and whether their pages are private to this process, so that its page table knows all of them.
+    regions: Vec<(Range<u64>, bool)>,
     pagemap: Pagemap,
     /// The descriptor that the regions are registered with, between `start` and `stop`.
     active: Mutex<Option<Userfaultfd>>,
+}
+
+/// The memory, which stays mapped for as long as it is tracked.
+struct Memory(Arc<dyn GuestRam>);
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Memory").field(self.0.layout()).finish()
+    }
 }
 
 impl UffdLog {
@@ -54,11 +85,31 @@ impl UffdLog {
                 "track writes to a RAM file that is open for reading only: nothing can write it; use the static log",
             ));
         }
+        let private = memory.is_anonymous();
+        Self::of(memory, |_| private)
+    }
+
+    /// The same for any memory of this process. Of files that are mapped privately it may report pages that were only read.
+    ///
+    /// # Errors
+    /// When the kernel lacks the features or refuses them to this process.
+    pub fn over(memory: Arc<dyn GuestRam>) -> Result<Self, BackendError> {
+        Self::of(memory, is_private)
+    }
+
+    /// `private` tells by a region's first address.
+    fn of(memory: Arc<dyn GuestRam>, private: impl Fn(u64) -> bool) -> Result<Self, BackendError> {
         open()?;
         let pagemap = Pagemap::open().map_err(|e| {
             BackendError::new("open /proc/self/pagemap to find written pages: mount /proc", e)
         })?;
-        Ok(Self { memory, pagemap, active: Mutex::new(None) })
+        let region = |region| {
+            let slice = memory.region(region);
+            let start = slice.ptr_guard_mut().as_ptr() as u64;
+            (start..start + slice.len() as u64, private(start))
+        };
+        let regions = (0..memory.layout().regions().len()).map(region).collect();
+        Ok(Self { memory: Memory(memory), regions, pagemap, active: Mutex::new(None) })
     }
 
     fn active(&self) -> MutexGuard<'_, Option<Userfaultfd>> {
@@ -66,10 +117,10 @@ impl UffdLog {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The regions' addresses, with their names.
-    fn regions(&self) -> impl Iterator<Item = (usize, &str, Range<u64>)> {
-        let regions = self.memory.layout().regions().iter().enumerate();
-        regions.map(|(i, r)| (i, r.name.as_str(), self.memory.host_range(i)))
+    /// The regions' names and addresses, and whether they are private.
+    fn regions(&self) -> impl Iterator<Item = (usize, &str, Range<u64>, bool)> {
+        let regions = self.memory.0.layout().regions().iter().zip(&self.regions).enumerate();
+        regions.map(|(i, (r, (range, private)))| (i, r.name.as_str(), range.clone(), *private))
     }
 
     /// Finds written pages and protects them again: looks first, and then walks once more over what was found.
@@ -78,13 +129,13 @@ impl UffdLog {
     /// it ends, a vCPU that faults anywhere in the VM starts over. Syncs that follow each other closely would so keep a guest
     /// from ever finishing its fault, although it writes nothing. A walk that only looks announces nothing; so a guest is
     /// disturbed only after it has written, and only about where it wrote.
-    fn harvest(&self, range: Range<u64>, mut each: impl FnMut(u64, u64)) -> io::Result<()> {
+    fn harvest(&self, range: Range<u64>, private: bool, mut each: impl FnMut(u64, u64)) -> io::Result<()> {
         // Private memory: only pages that exist. Otherwise the kernel would report every untouched page that shares a
         // page table with a touched one, and leave markers there that look like swapped pages to `populated` and keep
         // huge pages out. In shared memory, a page without an entry may have content, and markers were set by
         // `protect`. PFNZERO does not take part: a page that was written with zeros can be merged into the kernel's
         // page of zeros.
-        let any_of = if self.memory.is_anonymous() { scan::PRESENT | scan::SWAPPED } else { 0 };
+        let any_of = if private { scan::PRESENT | scan::SWAPPED } else { 0 };
         let look = Query {
             flags: sys::PM_SCAN_CHECK_WPASYNC,
             all_of: scan::WRITTEN,
@@ -102,13 +153,13 @@ impl UffdLog {
     }
 
     /// Protects a registered region.
-    fn protect(&self, fd: &Userfaultfd, range: Range<u64>) -> io::Result<()> {
-        if self.memory.is_anonymous() { self.harvest(range, |_, _| ()) } else { fd.write_protect(range) }
+    fn protect(&self, fd: &Userfaultfd, range: Range<u64>, private: bool) -> io::Result<()> {
+        if private { self.harvest(range, true, |_, _| ()) } else { fd.write_protect(range) }
     }
 }
 
 impl DirtyLog for UffdLog {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "uffd-wp"
     }
 
@@ -117,11 +168,10 @@ impl DirtyLog for UffdLog {
         self.stop()?;
         let mut active = self.active();
         let fd = open()?;
-        for (_, name, range) in self.regions() {
+        for (_, name, range, private) in self.regions() {
             // On an error, closing the descriptor ends the registrations made so far.
-            fd.register_wp(range.clone())
-                .map_err(|e| BackendError::new(format!("register region {name:?} for write tracking"), e))?;
-            self.protect(&fd, range)
+            fd.register_wp(range.clone()).map_err(|e| watched::not_registered(name, "write tracking", e))?;
+            self.protect(&fd, range, private)
                 .map_err(|e| BackendError::new(format!("write-protect region {name:?}"), e))?;
         }
         *active = Some(fd);
@@ -129,7 +179,7 @@ impl DirtyLog for UffdLog {
     }
 
     fn sync(&self, dirty: &PageBitmap) -> Result<u64, BackendError> {
-        let layout = self.memory.layout();
+        let layout = self.memory.0.layout();
         if dirty.chunks() != layout.chunks() {
             return Err(BackendError::invalid(format!(
                 "sync into a bitmap of {} chunks: the layout has {}",
@@ -139,15 +189,15 @@ impl DirtyLog for UffdLog {
         }
         let active = self.active();
         if active.is_none() {
-            return Err(BackendError::invalid("sync of a dirty log that was not started"));
+            return Err(BackendError::not_started(self.name()));
         }
         let mut count = 0;
         // By one thread: two were no faster over 4 GiB without writes, and up to five times slower where one page of
         // ten was written (presumably because protections must then be flushed from the other's CPU too).
-        for (region, name, range) in self.regions() {
+        for (region, name, range, private) in self.regions() {
             let first = layout.region_chunks(region).start;
             let base = range.start;
-            self.harvest(range, |from, to| {
+            self.harvest(range, private, |from, to| {
                 count += (to - from) / PAGE_SIZE as u64;
                 insert_run(dirty, first, (from - base) / PAGE_SIZE as u64..(to - base) / PAGE_SIZE as u64);
             })
@@ -158,28 +208,11 @@ impl DirtyLog for UffdLog {
 
     fn stop(&self) -> Result<(), BackendError> {
         let Some(fd) = self.active().take() else { return Ok(()) };
-        for (_, name, range) in self.regions() {
+        for (_, name, range, _) in self.regions() {
             fd.unregister(range)
                 .map_err(|e| BackendError::new(format!("end write tracking of region {name:?}"), e))?;
         }
         Ok(())
-    }
-}
-
-/// Runs of addresses, ascending, brought together where little lies between them.
-#[derive(Debug, Default)]
-struct Spans(Vec<Range<u64>>);
-
-impl Spans {
-    /// Runs that are no further apart become one: a system call costs more than passing over this much.
-    const GAP_MAX: u64 = 2 << 20;
-
-    /// Adds a run that does not start before the one added last; it may have been added before.
-    fn add(&mut self, from: u64, to: u64) {
-        match self.0.last_mut() {
-            Some(last) if from <= last.end.saturating_add(Self::GAP_MAX) => last.end = last.end.max(to),
-            _ => self.0.push(from..to),
-        }
     }
 }
 
@@ -229,16 +262,6 @@ fn open() -> Result<Userfaultfd, BackendError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn runs_come_together_where_they_are_near() {
-        let gap = Spans::GAP_MAX;
-        let mut spans = Spans::default();
-        for (from, to) in [(10, 20), (15, 18), (20 + gap, 30 + gap), (31 + 2 * gap, 40 + 2 * gap)] {
-            spans.add(from, to);
-        }
-        assert_eq!(spans.0, [10..30 + gap, 31 + 2 * gap..40 + 2 * gap]);
-    }
 
     #[test]
     fn runs_cross_chunks() {

@@ -19,7 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use pagecopy::backend::{BackendError, Guest, GuestRam, PAUSE_PATIENCE, StateBlob};
+use pagecopy::backend::{self, BackendError, Guest, GuestRam, PAUSE_PATIENCE, StateBlob, StateSink};
 use pagecopy::layout::PAGE_SIZE;
 use vm_memory::volatile_memory::VolatileSlice;
 
@@ -66,17 +66,13 @@ impl WriterOptions {
                 "a working set of {bytes} bytes is less than a page for each of {threads} threads"
             )));
         }
-        let regions = ram.layout().regions();
-        let found = regions.iter().position(|r| {
-            gpa >= r.gpa && bytes <= r.len && gpa - r.gpa <= r.len - bytes && gpa % PAGE_SIZE as u64 == 0
-        });
-        let region = found.ok_or_else(|| {
+        let layout = ram.layout();
+        layout.find(gpa, bytes).filter(|_| gpa % PAGE_SIZE as u64 == 0).ok_or_else(|| {
             BackendError::invalid(format!(
                 "a working set of {bytes} bytes at {gpa:#x} does not lie, page-aligned, in one of the {} regions",
-                regions.len()
+                layout.regions().len()
             ))
-        })?;
-        Ok((region, gpa - regions[region].gpa))
+        })
     }
 }
 
@@ -206,7 +202,7 @@ impl MemoryWriter {
             "pausing: {} of {threads} writer threads do not stop; they wait for pages that have not come, or for their console",
             threads - control.parked - control.dead
         );
-        (control, Err(BackendError::new(what, std::io::ErrorKind::TimedOut.into())))
+        (control, Err(BackendError::new(what, std::io::Error::from(std::io::ErrorKind::TimedOut))))
     }
 
     fn spawn(&self, threads: u8) -> Result<(), BackendError> {
@@ -258,26 +254,18 @@ impl Guest for MemoryWriter {
         Ok(())
     }
 
-    fn throttle(&self, percent: u8) -> Result<(), BackendError> {
-        if percent > 99 {
-            return Err(BackendError::invalid(format!("throttle by {percent} percent: use 0 to 99")));
-        }
-        let mut control = self.shared.control();
-        control.throttle = percent;
-        let order = control.order;
-        self.shared.order(&mut control, order);
-        Ok(())
+    fn throttle(&self) -> Option<&dyn backend::Throttle> {
+        Some(self)
     }
 
-    fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
+    fn save_state(&self, out: &mut dyn StateSink) -> Result<(), BackendError> {
         let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner).len();
         let control = self.shared.control();
         self.shared.alive(&control)?;
         if control.order != Order::Park || control.parked < threads {
             return Err(BackendError::invalid("save the state of a memory writer that runs: pause it first"));
         }
-        let bytes = encode(&control.options, &control.counters);
-        Ok(vec![StateBlob { name: STATE_NAME.into(), version: STATE_VERSION, bytes }])
+        out.piece(STATE_NAME, STATE_VERSION, &encode(&control.options, &control.counters))
     }
 
     /// The options come with the state: those that this writer was made with are replaced.
@@ -304,6 +292,19 @@ impl Guest for MemoryWriter {
         }
         control.options = options;
         control.counters = counters;
+        Ok(())
+    }
+}
+
+impl backend::Throttle for MemoryWriter {
+    fn set(&self, percent: u8) -> Result<(), BackendError> {
+        if percent > 99 {
+            return Err(BackendError::invalid(format!("throttle by {percent} percent: use 0 to 99")));
+        }
+        let mut control = self.shared.control();
+        control.throttle = percent;
+        let order = control.order;
+        self.shared.order(&mut control, order);
         Ok(())
     }
 }

@@ -3,17 +3,21 @@
 
 mod common;
 
+use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use common::kvm;
-use pagecopy::backend::{BackendError, DirtyLog, GuestRam};
+use pagecopy::backend::{DirtyLog, GuestRam};
 use pagecopy::bitmap::{PageBitmap, bits};
 use pagecopy::layout::{Layout, PAGE_SIZE, Region};
-use vmm_shim::conformance::{Page, Subject, check};
+use vmm_shim::bitmap_log::{BitmapLog, MarkedMemory};
+use vmm_shim::conformance::{Page, Subject, run};
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 use vmm_shim::guests::map;
 use vmm_shim::uffd_log::UffdLog;
+use vmm_shim::union_log::UnionLog;
+use vmm_shim::vm_memory::bitmap::AtomicBitmap;
 use vmm_shim::vmm::writer::{FIRST_FREE, Writer};
 use vmm_shim::vmm::{GuestImage, Tracker, Vm, VmConfig};
 
@@ -23,61 +27,44 @@ const PAGE: u64 = PAGE_SIZE as u64;
 /// Two regions, neither a whole number of chunks.
 fn layout() -> Layout {
     Layout::new(vec![
-        Region { name: "low".into(), gpa: 0, len: 16 * MIB + 5 * PAGE },
-        Region { name: "high".into(), gpa: 4 << 30, len: MIB + 67 * PAGE },
+        Region::new("low", 0, 16 * MIB + 5 * PAGE),
+        Region::new("high", 4 << 30, MIB + 67 * PAGE),
     ])
     .unwrap()
 }
 
-/// A tracker together with what the host writes to guest memory, which KVM does not see: a VMM owes the union of both.
-struct WithHostWrites {
-    log: Arc<dyn DirtyLog>,
-    /// Pages the host has written since the last sync.
-    host: PageBitmap,
-}
+/// What the host writes to the memory of one of our own VMs: it goes by address, so it is marked by hand.
+#[derive(Clone)]
+struct Marks(Arc<Vec<(u64, AtomicBitmap)>>);
 
-impl DirtyLog for WithHostWrites {
-    fn name(&self) -> &'static str {
-        self.log.name()
-    }
-    fn start(&self) -> Result<(), BackendError> {
-        for chunk in 0..self.host.chunks() {
-            self.host.take(chunk);
-        }
-        self.log.start()
-    }
-    fn sync(&self, dirty: &PageBitmap) -> Result<u64, BackendError> {
-        let mut pages = self.log.sync(dirty)?;
-        for chunk in 0..self.host.chunks() {
-            let written = self.host.take(chunk);
-            dirty.insert(chunk, written);
-            pages += u64::from(written.count_ones());
-        }
-        Ok(pages)
-    }
-    fn clear(&self, first: u32, pages: &[u64]) -> Result<(), BackendError> {
-        self.log.clear(first, pages)
-    }
-    fn stop(&self) -> Result<(), BackendError> {
-        self.log.stop()
+impl Marks {
+    fn new(layout: &Layout) -> Self {
+        let page = NonZeroUsize::new(PAGE_SIZE).unwrap();
+        let bitmap = |r: &Region| (r.len, AtomicBitmap::new(r.len as usize, page));
+        Self(Arc::new(layout.regions().iter().map(bitmap).collect()))
     }
 }
 
-/// Memory that a vCPU writes.
+impl MarkedMemory for Marks {
+    fn each_bitmap(&self, each: &mut dyn FnMut(u64, &AtomicBitmap)) {
+        self.0.iter().for_each(|(len, bitmap)| each(*len, bitmap));
+    }
+}
+
+/// Memory that a vCPU writes, and the host.
 struct Written<'a> {
     memory: Arc<GuestMemory>,
-    log: WithHostWrites,
+    log: UnionLog<Arc<dyn DirtyLog>, BitmapLog<Marks>>,
+    marks: Marks,
     writer: Mutex<Writer<'a>>,
 }
 
 impl Written<'_> {
-    /// The pages through which the guest is told what to write.
+    /// The pages through which the guest is told what to write: all in the first region, which starts at 0.
     fn note_host_writes(&self, pages: usize) {
-        let list = (0..=pages as u64 * 8 / PAGE).map(|page| map::FREE + page * PAGE);
-        for gpa in list.chain([map::PARAMS]) {
-            let (chunk, bit) = self.memory.layout().page_at(gpa).unwrap();
-            self.log.host.insert(chunk, 1 << bit);
-        }
+        let (_, bitmap) = &self.marks.0[0];
+        bitmap.set_addr_range(map::FREE as usize, pages * 8 + 1);
+        bitmap.set_addr_range(map::PARAMS as usize, 1);
     }
 }
 
@@ -90,14 +77,9 @@ impl Subject for Written<'_> {
     }
     fn write(&self, pages: &[Page]) {
         let layout = self.memory.layout();
-        let addresses: Vec<u64> = pages
-            .iter()
-            .map(|&(chunk, bit)| {
-                let place = layout.locate(chunk).unwrap();
-                layout.regions()[place.region].gpa + place.offset + u64::from(bit) * PAGE
-            })
-            .collect();
-        // Before, for a sync that comes between; and after, for one that came too early.
+        let addresses: Vec<u64> =
+            pages.iter().map(|&(chunk, bit)| layout.address(chunk, bit).unwrap()).collect();
+        // After the writes, as whoever marks what it writes does. The guest's are in the log already then, so before, too.
         self.note_host_writes(pages.len());
         self.writer.lock().unwrap().write(&addresses).unwrap();
         self.note_host_writes(pages.len());
@@ -134,8 +116,9 @@ fn conforms(tracker: Tracker, backing: &Backing) {
             Err(e) => return println!("skipped: {e}: {}", e.source),
         },
     };
-    let log = WithHostWrites { log, host: PageBitmap::new(layout().chunks()) };
-    check(&Written { memory, log, writer: Mutex::new(Writer::new(&vm)) });
+    let marks = Marks::new(memory.layout());
+    let log = UnionLog::new(log, BitmapLog::new(marks.clone(), memory.layout()).unwrap());
+    run(&Written { memory, log, marks, writer: Mutex::new(Writer::new(&vm)) }).unwrap();
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::*;
-use pagecopy::backend::{DirtyLog, Guest, GuestRam};
+use pagecopy::backend::{DirtyLog, Guest, GuestRam, StateBlob};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::layout::{Layout, PAGE_SIZE, Region};
 use vmm_shim::guests::counter::{Checker, CounterParams, Side};
@@ -21,11 +21,8 @@ const HIGH: u64 = 4 << 30;
 
 /// Two regions, neither a whole number of chunks.
 fn ragged() -> Layout {
-    Layout::new(vec![
-        Region { name: "low".into(), gpa: 0, len: 16 * MIB + 5 * PAGE },
-        Region { name: "high".into(), gpa: HIGH, len: MIB + 67 * PAGE },
-    ])
-    .unwrap()
+    Layout::new(vec![Region::new("low", 0, 16 * MIB + 5 * PAGE), Region::new("high", HIGH, MIB + 67 * PAGE)])
+        .unwrap()
 }
 
 fn started(tracker: Tracker, ram: &Arc<AnonRam>) -> (Vm, Arc<dyn DirtyLog>) {
@@ -39,13 +36,9 @@ fn started(tracker: Tracker, ram: &Arc<AnonRam>) -> (Vm, Arc<dyn DirtyLog>) {
 fn report(log: &dyn DirtyLog, layout: &Layout) -> BTreeSet<u64> {
     let dirty = PageBitmap::new(layout.chunks());
     assert_eq!(log.sync(&dirty).unwrap(), dirty.count(), "{}", log.name());
-    let address = |chunk, bit: u32| {
-        let place = layout.locate(chunk).unwrap();
-        layout.regions()[place.region].gpa + place.offset + u64::from(bit) * PAGE
-    };
     let pages =
         dirty.iter().flat_map(|(chunk, pages)| pagecopy::bitmap::bits(pages).map(move |b| (chunk, b)));
-    pages.map(|(chunk, bit)| address(chunk, bit)).filter(|&gpa| gpa >= FIRST_FREE).collect()
+    pages.map(|(chunk, bit)| layout.address(chunk, bit).unwrap()).filter(|&gpa| gpa >= FIRST_FREE).collect()
 }
 
 fn clear(log: &dyn DirtyLog, layout: &Layout, addresses: &BTreeSet<u64>) {
@@ -204,7 +197,7 @@ fn loses_nothing(cpus: u8, tracker: Tracker, one_by_one: bool) {
     println!("{tracker:?}, {cpus} vCPUs: {moved} pages in {rounds} rounds, {full} full rings");
     assert!(moved > 1000, "the guest wrote all the time: {moved} pages moved");
 
-    let state = a.save_state().unwrap();
+    let state = StateBlob::all_of(&a).unwrap();
     let (b, console_b) = vm(cpus, GuestImage::Incoming, Tracker::None, &ram_b);
     b.load_state(&state).unwrap();
     b.resume().unwrap();

@@ -31,7 +31,7 @@ fn dropped_vms_leave_nothing() {
         let log = vm.dirty_log().unwrap();
         log.start().unwrap();
         if i % 3 != 0 {
-            vm.throttle(if i % 5 == 0 { 60 } else { 0 }).unwrap();
+            vm.throttle().unwrap().set(if i % 5 == 0 { 60 } else { 0 }).unwrap();
             vm.resume().unwrap();
             wait_for(&vm, "output", || console.lines() > 0);
         }

@@ -33,7 +33,7 @@ impl Left {
         vm.resume().unwrap();
         wait_for(&vm, "passes", || console.passes(CPUS) >= 2);
         vm.pause().unwrap();
-        let state = vm.save_state().unwrap();
+        let state = StateBlob::all_of(&vm).unwrap();
         Self { ram, console, state }
     }
 }
@@ -137,7 +137,7 @@ fn it_is_stopped_for_good_whatever_it_waits_for() {
         });
         let error = came.vm.resume().unwrap_err().to_string();
         assert!(error.contains("cannot resume"), "{error}");
-        assert!(came.vm.save_state().is_err());
+        assert!(StateBlob::all_of(&came.vm).is_err());
     }
 }
 
@@ -152,7 +152,8 @@ fn where_it_cannot_be_paused_it_runs_on() {
         wait_for(&came.vm, "a fault", || came.waiting.load(Ordering::SeqCst) > 0);
         match came.vm.pause() {
             Err(error) => {
-                assert!(error.what.contains("vCPU 0") && error.what.contains("page"), "{error}");
+                // Either may be the one for which KVM itself reads a page.
+                assert!(error.what.contains("vCPU ") && error.what.contains("page"), "{error}");
                 assert_eq!(came.vm.state(), VmState::Running);
             }
             // KVM got by without reading memory itself.

@@ -21,7 +21,7 @@ fn counter(working_set: u64, page_words: u32) -> CounterParams {
 /// Moves a running guest into a new VM with memory of its own; the new one is running.
 fn go_on(a: &Vm, ram_a: &AnonRam) -> (Vm, Console, Arc<AnonRam>) {
     a.pause().unwrap();
-    let state = a.save_state().unwrap();
+    let state = StateBlob::all_of(a).unwrap();
     let ram = AnonRam::new(pagecopy::backend::GuestRam::layout(ram_a).clone());
     copy_ram(ram_a, &ram);
     let (b, console) = vm(a.cpus(), GuestImage::Incoming, Tracker::None, &ram);
@@ -39,7 +39,7 @@ fn moves(cpus: u8, params: CounterParams) {
     wait_for(&a, "20 passes", || console_a.passes(cpus) >= 20);
     a.pause().unwrap();
     let printed = console_a.len();
-    let state = a.save_state().unwrap();
+    let state = StateBlob::all_of(&a).unwrap();
 
     let (b, console_b) = vm(cpus, GuestImage::Incoming, Tracker::Bitmap, &ram_b);
     copy_ram(&ram_a, &ram_b);
@@ -219,12 +219,12 @@ fn time_never_goes_back() {
         let before = count(&ram);
         wait_for(&guest, "readings", || count(&ram) > before + 1000);
         guest.pause().unwrap();
-        clocks.push(clock(&guest.save_state().unwrap()));
+        clocks.push(clock(&StateBlob::all_of(&guest).unwrap()));
         let next = go_on(&guest, &ram);
         assert_eq!(console.bytes(), b"", "time went back");
         (guest, console, ram) = next;
         guest.pause().unwrap();
-        clocks.push(clock(&guest.save_state().unwrap()));
+        clocks.push(clock(&StateBlob::all_of(&guest).unwrap()));
         guest.resume().unwrap();
     }
     let second = u64::from(guest.tsc_khz()) * 1000;
@@ -251,7 +251,7 @@ fn crash(guest: GuestImage) -> String {
     for _ in 0..5000 {
         if let VmState::Crashed(why) = a.state() {
             a.pause().unwrap();
-            assert!(a.resume().is_err() && a.save_state().is_err());
+            assert!(a.resume().is_err() && StateBlob::all_of(&a).is_err());
             return why;
         }
         std::thread::sleep(Duration::from_millis(2));
@@ -300,9 +300,9 @@ fn pausing_works_at_any_time() {
     }
     let ram = AnonRam::flat(32 * MIB);
     let (a, console) = vm(4, GuestImage::Counter(counter(4 * MIB, 8)), Tracker::None, &ram);
-    assert!(a.throttle(100).is_err());
+    assert!(a.throttle().unwrap().set(100).is_err());
     for percent in [0, 50, 99, 0] {
-        a.throttle(percent).unwrap();
+        a.throttle().unwrap().set(percent).unwrap();
         for _ in 0..50 {
             a.resume().unwrap();
             a.pause().unwrap();
@@ -326,7 +326,7 @@ fn refuses_state_that_is_not_right() {
     }
     let ram = AnonRam::flat(16 * MIB);
     let (a, _) = vm(2, GuestImage::Writer, Tracker::None, &ram);
-    let good = a.save_state().unwrap();
+    let good = StateBlob::all_of(&a).unwrap();
     let (b, _) = vm(2, GuestImage::Incoming, Tracker::None, &ram);
     let refused = |state: &[StateBlob], name: &str| {
         let why = b.load_state(state).unwrap_err().to_string();
@@ -370,7 +370,7 @@ fn a_state_that_the_kernel_refuses_never_runs() {
     }
     let ram = AnonRam::flat(16 * MIB);
     let (a, _) = vm(1, GuestImage::Writer, Tracker::None, &ram);
-    let mut state = a.save_state().unwrap();
+    let mut state = StateBlob::all_of(&a).unwrap();
     // An MSR that does not exist.
     let msrs = state.iter_mut().find(|b| b.name == "vcpu/0/msrs").unwrap();
     msrs.bytes[..4].copy_from_slice(&0x5eed_5eedu32.to_le_bytes());

@@ -15,8 +15,8 @@ use vmm_shim::guest_memory::{Backing, GuestMemory};
 fn two_regions() -> Layout {
     let (chunk, page) = (CHUNK_SIZE as u64, PAGE_SIZE as u64);
     Layout::new(vec![
-        Region { name: "low".into(), gpa: 1 << 20, len: 3 * chunk + 5 * page },
-        Region { name: "high".into(), gpa: 1 << 32, len: chunk + page },
+        Region::new("low", 1 << 20, 3 * chunk + 5 * page),
+        Region::new("high", 1 << 32, chunk + page),
     ])
     .unwrap()
 }

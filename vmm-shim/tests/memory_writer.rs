@@ -19,11 +19,7 @@ const HANG: Duration = Duration::from_secs(60);
 const OPTIONS: WriterOptions = WriterOptions { threads: 3, gpa: 0x5000, bytes: 40 << 12, pages_per_s: 0 };
 
 fn layout() -> Layout {
-    Layout::new(vec![
-        Region { name: "low".into(), gpa: 0x4000, len: 64 << 12 },
-        Region { name: "high".into(), gpa: 1 << 32, len: 1 << 20 },
-    ])
-    .unwrap()
+    Layout::new(vec![Region::new("low", 0x4000, 64 << 12), Region::new("high", 1 << 32, 1 << 20)]).unwrap()
 }
 
 fn memory() -> Arc<GuestMemory> {
@@ -100,7 +96,7 @@ fn goes_on_in_other_memory_where_it_stood() {
     // Made otherwise: what it does comes with the state.
     let other = WriterOptions { threads: 1, gpa: 1 << 32, bytes: 4096, pages_per_s: 1 };
     let (destination, lines) = writer(&memory, other);
-    destination.load_state(&source.save_state().unwrap()).unwrap();
+    destination.load_state(&StateBlob::all_of(&source).unwrap()).unwrap();
     assert_eq!(destination.options(), OPTIONS);
     destination.resume().unwrap();
     let passes = follower.at.values().map(|(pass, _)| pass + 2).max().unwrap();
@@ -144,7 +140,7 @@ fn migrates_live_with_a_dirty_log() {
         follower.check(&line);
     }
     let (destination, lines) = writer(&memory, OPTIONS);
-    destination.load_state(&source.save_state().unwrap()).unwrap();
+    destination.load_state(&StateBlob::all_of(&source).unwrap()).unwrap();
     destination.resume().unwrap();
     let passes = follower.at.values().map(|(pass, _)| pass + 2).max().unwrap();
     follower.until(&lines, passes);
@@ -192,15 +188,15 @@ fn a_paused_guest_writes_nothing() {
     for round in 1..20 {
         guest.resume().unwrap();
         lines.recv_timeout(HANG).unwrap();
-        guest.throttle(if round % 2 == 0 { 99 } else { 0 }).unwrap();
+        guest.throttle().unwrap().set(if round % 2 == 0 { 99 } else { 0 }).unwrap();
         guest.pause().unwrap();
-        let (steps, state) = (guest.steps(), guest.save_state().unwrap());
+        let (steps, state) = (guest.steps(), StateBlob::all_of(&guest).unwrap());
         copy_all(&source_memory, &copy);
         for _ in 0..100 {
             std::thread::yield_now();
         }
         assert_eq!(guest.steps(), steps);
-        assert_eq!(guest.save_state().unwrap(), state);
+        assert_eq!(StateBlob::all_of(&guest).unwrap(), state);
         for chunk in 0..layout().chunks() {
             let (mut a, mut b) = (vec![0u8; 64 * PAGE_SIZE], vec![1u8; 64 * PAGE_SIZE]);
             source_memory.chunk(chunk).copy_to(&mut a[..]);
@@ -221,7 +217,7 @@ fn paced_and_throttled_guests_pause_and_go_on() {
     let mut follower = Follower::new(&slow);
     guest.resume().unwrap();
     for round in 1..6 {
-        guest.throttle(99).unwrap();
+        guest.throttle().unwrap().set(99).unwrap();
         follower.until(&lines, round);
         guest.pause().unwrap();
         guest.resume().unwrap();
@@ -246,7 +242,7 @@ fn bad_options_and_states_are_refused() {
     }
 
     let (guest, lines) = writer(&memory, OPTIONS);
-    let good = guest.save_state().unwrap();
+    let good = StateBlob::all_of(&guest).unwrap();
     let load = |name: &str, version, bytes: &[u8]| {
         let blob = StateBlob { name: name.into(), version, bytes: bytes.to_vec() };
         guest.load_state(&[blob]).unwrap_err().to_string()
@@ -262,11 +258,11 @@ fn bad_options_and_states_are_refused() {
     elsewhere[8..16].copy_from_slice(&(1u64 << 40).to_le_bytes());
     assert!(load(&name, version, &elsewhere).contains("0x10000000000"));
     assert_eq!(guest.options(), OPTIONS, "a refused state changes nothing");
-    assert!(guest.throttle(100).is_err());
+    assert!(guest.throttle().unwrap().set(100).is_err());
 
     guest.resume().unwrap();
     lines.recv_timeout(HANG).unwrap();
-    assert!(guest.save_state().unwrap_err().to_string().contains("pause"));
+    assert!(StateBlob::all_of(&guest).unwrap_err().to_string().contains("pause"));
     guest.pause().unwrap();
     assert!(guest.load_state(&good).unwrap_err().to_string().contains("has run"));
 }
@@ -282,7 +278,7 @@ fn a_thread_that_dies_is_an_error_and_not_a_hang() {
     guest.resume().unwrap();
     gone.recv_timeout(HANG).unwrap();
     assert!(guest.pause().unwrap_err().to_string().contains("panic"));
-    assert!(guest.save_state().is_err());
+    assert!(StateBlob::all_of(&guest).is_err());
     assert!(guest.resume().is_err());
 }
 
@@ -306,7 +302,7 @@ fn a_writer_whose_pages_never_come_is_stopped_for_good() {
     }
     let missing = memory.clone().miss(&all).unwrap();
     let (destination, lines) = writer(&memory, OPTIONS);
-    destination.load_state(&source.save_state().unwrap()).unwrap();
+    destination.load_state(&StateBlob::all_of(&source).unwrap()).unwrap();
     destination.resume().unwrap();
     let mut faults = Vec::new();
     while faults.len() < usize::from(OPTIONS.threads) {

@@ -95,17 +95,9 @@ impl Mapping {
     pub(super) fn advise(&self, offset: u64, len: u64, advice: Advice) -> io::Result<()> {
         let in_range = offset.checked_add(len).is_some_and(|end| end <= self.len as u64);
         assert!(in_range, "advice for {len} bytes at {offset:#x} of a mapping of {} bytes", self.len);
-        loop {
-            // SAFETY: the range lies in the mapping. No advice used here unmaps anything; `DONTNEED` makes pages of anonymous memory
-            // read as zero, which is a write like any other to a volatile reader, and those of shared memory as what they were.
-            let result = unsafe {
-                rustix::mm::madvise(self.base.as_ptr().add(offset as usize).cast(), len as usize, advice)
-            };
-            match result {
-                Err(Errno::INTR | Errno::AGAIN) => {}
-                other => return other.map_err(io::Error::from),
-            }
-        }
+        let part =
+            self.slice().subslice(offset as usize, len as usize).expect("the range lies in the mapping");
+        crate::sys::advise(&part, advice)
     }
 
     /// Makes large pages of a range of shared memory, of which it keeps the content; what was never touched in it is zeros then and
@@ -134,16 +126,6 @@ impl Mapping {
     pub(super) fn advise_size(&self, huge: bool) {
         let advice = if huge { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
         let _ = self.advise(0, self.len as u64, advice);
-    }
-
-    /// Writes zeros to a range of the mapping, which must lie in it.
-    pub(super) fn zero(&self, offset: u64, len: u64) {
-        let range =
-            self.slice().subslice(offset as usize, len as usize).expect("a run of pages lies in its region");
-        let zeros = [0u8; PAGE_SIZE];
-        for page in (0..len as usize).step_by(PAGE_SIZE) {
-            range.subslice(page, PAGE_SIZE).expect("whole pages").copy_from(&zeros);
-        }
     }
 
     /// Lets go of all pages of a large mapping, with all cores: unmapping takes 14 ms for each GiB of small pages, one after the other.

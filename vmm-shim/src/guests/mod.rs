@@ -62,7 +62,7 @@ pub fn fill(ram: &dyn GuestRam, bytes: &[u8]) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "there is nothing to fill memory with"));
     }
     for (index, region) in ram.layout().regions().iter().enumerate() {
-        let first = map::FREE.saturating_sub(region.gpa).min(region.len);
+        let first = map::FREE.saturating_sub(region.gpa.unwrap_or(map::FREE)).min(region.len);
         for at in (first..region.len).step_by(bytes.len()) {
             let part = bytes.len().min((region.len - at) as usize);
             ram.region(index).write_slice(&bytes[..part], at as usize).map_err(io::Error::other)?;

@@ -1,13 +1,17 @@
 //! The dirty tracker on KVM's per-slot bitmap.
 
-use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvm_bindings::{
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+};
 use pagecopy::backend::{BackendError, DirtyLog};
 use pagecopy::bitmap::PageBitmap;
-use pagecopy::layout::CHUNK_PAGES;
+use pagecopy::layout::{CHUNK_PAGES, PAGE_SIZE};
 
-use super::{Slots, sys};
+use super::sys;
+use super::sys::slots::{KvmSlots, Slot, of_slot};
 
 /// Most pages re-armed by one ioctl in [`start`](DirtyLog::start): 256 MiB of guest memory. The kernel holds
 /// the lock that every page fault of the guest takes, for a time in proportion.
@@ -27,16 +31,16 @@ const ARM_PAGES: u64 = 1 << 16;
 ///
 /// Without manual protection, [`sync`](DirtyLog::sync) reads and re-arms at once, and `clear` does nothing.
 ///
-/// Only what vCPUs write is logged.
+/// Only what vCPUs write is logged. [`KvmSlots`] shows how one is made.
 pub struct KvmBitmapLog {
-    slots: Arc<Slots>,
+    slots: Arc<KvmSlots>,
     manual: Manual,
     state: Mutex<State>,
 }
 
 /// What `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` offers and the VM has enabled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Manual {
+enum Manual {
     No,
     Protect,
     ProtectInitiallySet,
@@ -46,15 +50,43 @@ struct State {
     on: bool,
     /// Reported, not cleared since: set in the kernel's bitmap, too. Only with manual protection.
     reported: Vec<u64>,
+    /// What the kernel's bitmap of a slot is read into.
+    words: Vec<u64>,
 }
 
 impl KvmBitmapLog {
-    pub(crate) fn new(slots: Arc<Slots>, manual: Manual) -> Self {
-        let reported = match manual {
-            Manual::No => Vec::new(),
-            _ => vec![0; slots.ram.layout().chunks() as usize],
-        };
-        Self { slots, manual, state: Mutex::new(State { on: false, reported }) }
+    /// A log over these slots. Enables manual protection for the whole VM, where the kernel has it: whoever reads the log of another slot
+    /// of this VM has to clear it, too.
+    ///
+    /// # Errors
+    /// When the kernel refuses to enable what it offers.
+    pub fn new(slots: Arc<KvmSlots>) -> Result<Self, BackendError> {
+        let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+        let offered = sys::check_extension(slots.vm(), cap);
+        let wanted = offered & (KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+        if wanted & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE == 0 {
+            return Ok(Self::with(slots, Manual::No));
+        }
+        sys::enable_cap(slots.vm(), cap, wanted.into()).map_err(|e| {
+            BackendError::new(
+                format!("enabling manual protection of dirty logs, KVM_ENABLE_CAP {cap} ({wanted:#x})"),
+                e,
+            )
+        })?;
+        let set = wanted & KVM_DIRTY_LOG_INITIALLY_SET != 0;
+        Ok(Self::with(slots, if set { Manual::ProtectInitiallySet } else { Manual::Protect }))
+    }
+
+    /// A log without manual protection, for a VM that must not have it. Where it has been enabled all the same, pages are reported again
+    /// and again.
+    pub fn without_manual_protection(slots: Arc<KvmSlots>) -> Self {
+        Self::with(slots, Manual::No)
+    }
+
+    fn with(slots: Arc<KvmSlots>, manual: Manual) -> Self {
+        let chunks = slots.ram().layout().chunks() as usize;
+        let reported = vec![0; if manual == Manual::No { 0 } else { chunks }];
+        Self { slots, manual, state: Mutex::new(State { on: false, reported, words: Vec::new() }) }
     }
 
     /// Held over the ioctls, too: a report between the kernel's clear and our own would name pages that
@@ -63,27 +95,22 @@ impl KvmBitmapLog {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn clear_range(&self, region: usize, first_page: u64, bitmap: &[u64]) -> Result<(), BackendError> {
-        let region_pages = self.slots.ram.layout().regions()[region].len / pagecopy::layout::PAGE_SIZE as u64;
+    /// Clears pages of a slot, from the start of chunk `skip` of it on.
+    fn clear_range(&self, slot: &Slot, skip: usize, bitmap: &[u64]) -> Result<(), BackendError> {
+        let first_page = (skip * CHUNK_PAGES) as u64;
         // The ioctl wants whole words, but for a slot's end, where it wants the exact number of pages.
-        let pages = (region_pages - first_page).min((bitmap.len() * CHUNK_PAGES) as u64);
-        sys::clear_dirty_log(&self.slots.vm, region as u32, first_page, pages as u32, bitmap).map_err(|e| {
-            BackendError::new(
-                format!("KVM_CLEAR_DIRTY_LOG of slot {region}, {pages} pages from {first_page}"),
-                e,
-            )
-        })
+        let pages = (slot.len / PAGE_SIZE as u64 - first_page).min((bitmap.len() * CHUNK_PAGES) as u64);
+        sys::clear_dirty_log(self.slots.vm(), slot.number, first_page, pages as u32, bitmap)
+            .map_err(|e| of_slot(slot, &format!("KVM_CLEAR_DIRTY_LOG of {pages} pages from {first_page}"), e))
     }
 
     /// Arms every page of every slot.
     fn arm_all(&self) -> Result<(), BackendError> {
-        let layout = self.slots.ram.layout();
         let ones = vec![u64::MAX; ARM_PAGES as usize / CHUNK_PAGES];
-        for region in 0..layout.regions().len() {
-            let words = layout.region_chunks(region).len();
-            for first in (0..words).step_by(ones.len()) {
-                let count = (words - first).min(ones.len());
-                self.clear_range(region, (first * CHUNK_PAGES) as u64, &ones[..count])?;
+        for (slot, chunks) in self.slots.iter() {
+            for skip in (0..chunks.len()).step_by(ones.len()) {
+                let count = (chunks.len() - skip).min(ones.len());
+                self.clear_range(slot, skip, &ones[..count])?;
             }
         }
         Ok(())
@@ -91,7 +118,7 @@ impl KvmBitmapLog {
 }
 
 impl DirtyLog for KvmBitmapLog {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "kvm-bitmap"
     }
 
@@ -112,21 +139,22 @@ impl DirtyLog for KvmBitmapLog {
     fn sync(&self, dirty: &PageBitmap) -> Result<u64, BackendError> {
         let mut state = self.state();
         if !state.on {
-            return Err(not_started(self.name()));
+            return Err(BackendError::not_started(self.name()));
         }
-        let layout = self.slots.ram.layout();
+        let layout = self.slots.ram().layout();
+        let State { reported, words, .. } = &mut *state;
         let mut count = 0;
-        for (region, r) in layout.regions().iter().enumerate() {
-            let log = self.slots.vm.get_dirty_log(region as u32, r.len as usize).map_err(|e| {
-                BackendError::new(format!("KVM_GET_DIRTY_LOG of slot {region}"), io::Error::from(e))
-            })?;
+        for (slot, chunks) in self.slots.iter() {
+            words.resize(chunks.len(), 0);
+            sys::get_dirty_log(self.slots.vm(), slot, words)
+                .map_err(|e| of_slot(slot, "KVM_GET_DIRTY_LOG", e))?;
             // One chunk of the layout is one word of the slot's bitmap.
-            for (chunk, word) in layout.region_chunks(region).zip(log) {
+            for (chunk, &word) in chunks.zip(words.iter()) {
                 let mut pages = word & layout.valid(chunk);
                 if pages == 0 {
                     continue;
                 }
-                if let Some(reported) = state.reported.get_mut(chunk as usize) {
+                if let Some(reported) = reported.get_mut(chunk as usize) {
                     pages &= !*reported;
                     *reported |= pages;
                 }
@@ -141,28 +169,28 @@ impl DirtyLog for KvmBitmapLog {
         if self.manual == Manual::No {
             return Ok(());
         }
-        let layout = self.slots.ram.layout();
+        let chunks = self.slots.ram().layout().chunks();
         let end = first as usize + pages.len();
-        if end > layout.chunks() as usize {
-            let chunks = layout.chunks();
+        if end > chunks as usize {
             return Err(BackendError::invalid(format!("chunks {first}..{end} to clear; there are {chunks}")));
         }
+        let asked = first..end as u32;
         let mut state = self.state();
         if !state.on {
-            return Err(not_started(self.name()));
+            return Err(BackendError::not_started(self.name()));
         }
-        let mut at = first;
-        while (at as usize) < end {
-            let Some(place) = layout.locate(at) else { break };
-            let region_end = layout.region_chunks(place.region).end.min(end as u32);
-            let words = &pages[(at - first) as usize..(region_end - first) as usize];
+        for (slot, of) in self.slots.iter() {
+            let Range { start, end } = asked.start.max(of.start)..asked.end.min(of.end);
+            if start >= end {
+                continue;
+            }
+            let words = &pages[(start - first) as usize..(end - first) as usize];
             if words.iter().any(|&w| w != 0) {
-                self.clear_range(place.region, place.offset / pagecopy::layout::PAGE_SIZE as u64, words)?;
-                for (reported, word) in state.reported[at as usize..].iter_mut().zip(words) {
+                self.clear_range(slot, (start - of.start) as usize, words)?;
+                for (reported, word) in state.reported[start as usize..].iter_mut().zip(words) {
                     *reported &= !word;
                 }
             }
-            at = region_end;
         }
         Ok(())
     }
@@ -175,8 +203,4 @@ impl DirtyLog for KvmBitmapLog {
         }
         Ok(())
     }
-}
-
-pub(super) fn not_started(name: &str) -> BackendError {
-    BackendError::new(format!("the dirty log {name} is not started"), io::ErrorKind::InvalidInput.into())
 }

@@ -1,9 +1,13 @@
 //! KVM: opening it with errors that help, and its two dirty trackers.
 //!
 //! [`KvmBitmapLog`] reads the per-slot bitmap (`KVM_GET_DIRTY_LOG`, with manual protection where the kernel
-//! has it), [`KvmRingLog`] the per-vCPU dirty rings. Both track what *vCPUs* write. What the VMM itself
-//! writes into guest RAM is not in them. And KVM may report a page that the guest has only read: when it
-//! first maps the page, it maps it writable where it may, and takes that for a write.
+//! has it), [`KvmRingLog`] the per-vCPU dirty rings. Both serve any VM of this process, whoever made it: [`KvmSlots`] tells them its
+//! descriptor and its memory slots.
+//!
+//! Both track what *vCPUs* write. What the VMM itself writes into guest RAM is not in them, nor what devices write, in the VMM or
+//! beside it: a guest with such devices loses pages unless [`UnionLog`](crate::union_log::UnionLog) adds what they write. And KVM may
+//! report a page that the guest has only read: when it first maps the page, it maps it writable where it may, and takes that for a
+//! write.
 //!
 //! The loader of [`crate::vmm`] writes to guest RAM, but only before the guest and any log start.
 
@@ -13,13 +17,12 @@ pub(crate) mod ring_log;
 pub(crate) mod sys;
 
 use std::io;
-use std::sync::Arc;
 
-use kvm_ioctls::{Kvm, VmFd};
-use pagecopy::backend::{BackendError, GuestRam};
+use kvm_ioctls::Kvm;
 
 pub use bitmap_log::KvmBitmapLog;
-pub use ring_log::KvmRingLog;
+pub use ring_log::{DirtyRings, KvmRingLog};
+pub use sys::slots::{KvmSlots, Slot};
 
 /// Why KVM cannot be used at all.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +63,16 @@ pub enum OpenError {
 }
 
 /// Opens `/dev/kvm`.
+///
+/// # Errors
+/// Where it cannot be; the text says what to do.
+///
+/// ```
+/// match vmm_shim::kvm::open() {
+///     Ok(kvm) => assert_eq!(kvm.get_api_version(), 12),
+///     Err(error) => println!("no VM here: {error}"),
+/// }
+/// ```
 pub fn open() -> Result<Kvm, OpenError> {
     let kvm = Kvm::new().map_err(|e| open_error(e.into()))?;
     match kvm.get_api_version() {
@@ -77,28 +90,6 @@ fn open_error(source: io::Error) -> OpenError {
             OpenError::Missing { source }
         }
         _ => OpenError::Open { source },
-    }
-}
-
-/// A VM and the RAM that is its memory: slot `i` is region `i`. The VM goes first when dropped.
-pub(crate) struct Slots {
-    pub(crate) vm: VmFd,
-    pub(crate) ram: Arc<dyn GuestRam>,
-}
-
-impl Slots {
-    /// Turns dirty logging of all slots on or off.
-    fn log(&self, on: bool) -> Result<(), BackendError> {
-        for (slot, region) in self.ram.layout().regions().iter().enumerate() {
-            sys::set_slot(&self.vm, &*self.ram, slot, on).map_err(|e| {
-                let what = if on { "on" } else { "off" };
-                BackendError::new(
-                    format!("turning dirty logging {what} for slot {slot} ({})", region.name),
-                    e,
-                )
-            })?;
-        }
-        Ok(())
     }
 }
 

@@ -1,23 +1,27 @@
-//! The KVM calls that `kvm-ioctls` lacks, and the pages shared with the kernel. All `unsafe` of the KVM code
-//! is here.
+//! The KVM calls that `kvm-ioctls` lacks, those that serve anybody's VM, and the pages shared with the kernel. All `unsafe` of the KVM
+//! code is here.
 //!
 //! Ioctl numbers and structures: Linux `include/uapi/linux/kvm.h` and `Documentation/virt/kvm/api.rst`.
 
+pub(crate) mod slots;
+
+use std::cell::Cell;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::{offset_of, size_of};
 use std::os::fd::AsRawFd;
-use std::sync::Once;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::{Arc, Once};
 
 use kvm_bindings::{
-    KVM_DIRTY_LOG_PAGE_OFFSET, KVM_MEM_LOG_DIRTY_PAGES, kvm_device_attr, kvm_dirty_gfn, kvm_run,
+    KVM_DIRTY_LOG_PAGE_OFFSET, kvm_device_attr, kvm_dirty_gfn, kvm_dirty_log, kvm_enable_cap, kvm_run,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use memmap2::{MmapOptions, MmapRaw};
-use pagecopy::backend::GuestRam;
 use pagecopy::layout::PAGE_SIZE;
+
+use slots::Slot;
 
 const KVMIO: u64 = 0xae;
 
@@ -37,6 +41,10 @@ const fn size_of_request(request: u64) -> usize {
     (request >> 16) as usize & 0x3fff
 }
 
+const CHECK_EXTENSION: u64 = KVMIO << 8 | 0x03;
+const SET_USER_MEMORY_REGION: u64 = iow(0x46, size_of::<kvm_userspace_memory_region>());
+const GET_DIRTY_LOG: u64 = iow(0x42, size_of::<kvm_dirty_log>());
+const ENABLE_CAP: u64 = iow(0xa3, size_of::<kvm_enable_cap>());
 const CLEAR_DIRTY_LOG: u64 = iowr(0xc0, size_of::<ClearDirtyLog>());
 const RESET_DIRTY_RINGS: u64 = KVMIO << 8 | 0xc7;
 const SET_DEVICE_ATTR: u64 = iow(0xe1, size_of::<kvm_device_attr>());
@@ -113,28 +121,44 @@ pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> io::Result<()> {
     check(unsafe { libc::ioctl(vcpu.as_raw_fd(), SET_DEVICE_ATTR as _, &raw const attr) }).map(drop)
 }
 
-/// Makes a region a memory slot of the same number, with dirty logging or without; also changes only the
-/// flag.
+/// `KVM_SET_USER_MEMORY_REGION`: makes a slot, or changes its flags.
 ///
-/// The caller keeps `ram` alive until the VM is gone.
-pub(crate) fn set_slot(vm: &VmFd, ram: &dyn GuestRam, region: usize, log: bool) -> io::Result<()> {
-    let mapping = ram.region(region);
-    let slot = kvm_userspace_memory_region {
-        slot: region as u32,
-        flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
-        guest_phys_addr: ram.layout().regions()[region].gpa,
-        memory_size: mapping.len() as u64,
-        userspace_addr: mapping.ptr_guard_mut().as_ptr() as u64,
-    };
-    // SAFETY: the range is a whole mapping that the caller keeps; it is guest RAM, which this program touches
-    // by volatile accesses only, so the guest may write it at any time.
-    unsafe { vm.set_user_memory_region(slot) }.map_err(io::Error::from)
+/// # Safety
+/// The slot's memory may be written at any time, and stays so until the VM is gone.
+unsafe fn set_user_memory_region(vm: &impl AsRawFd, region: &kvm_userspace_memory_region) -> io::Result<()> {
+    // SAFETY: the kernel reads the structure of this request; what becomes of the memory is the caller's promise.
+    check(unsafe { libc::ioctl(vm.as_raw_fd(), SET_USER_MEMORY_REGION as _, std::ptr::from_ref(region)) })
+        .map(drop)
+}
+
+/// What `KVM_CHECK_EXTENSION` tells of a capability; 0 where there is no such.
+pub(crate) fn check_extension(vm: &impl AsRawFd, cap: u32) -> u32 {
+    // SAFETY: the argument is a number.
+    check(unsafe { libc::ioctl(vm.as_raw_fd(), CHECK_EXTENSION as _, libc::c_ulong::from(cap)) }).unwrap_or(0)
+}
+
+/// `KVM_ENABLE_CAP` of a VM, with one argument. Only of capabilities that log what is written.
+pub(crate) fn enable_cap(vm: &impl AsRawFd, cap: u32, arg: u64) -> io::Result<()> {
+    let mut enable = kvm_enable_cap { cap, ..kvm_enable_cap::default() };
+    enable.args[0] = arg;
+    // SAFETY: the kernel reads the structure of this request; the argument of these capabilities is a number.
+    check(unsafe { libc::ioctl(vm.as_raw_fd(), ENABLE_CAP as _, &raw const enable) }).map(drop)
+}
+
+/// `KVM_GET_DIRTY_LOG`: fills `bitmap`, which must have a bit for each page of the slot.
+pub(crate) fn get_dirty_log(vm: &impl AsRawFd, slot: &Slot, bitmap: &mut [u64]) -> io::Result<()> {
+    assert!(bitmap.len() as u64 * 64 * PAGE_SIZE as u64 >= slot.len, "a bit for each page");
+    let mut arg = kvm_dirty_log { slot: slot.number, ..kvm_dirty_log::default() };
+    arg.__bindgen_anon_1.dirty_bitmap = bitmap.as_mut_ptr().cast();
+    // SAFETY: the kernel writes a bit for each page of the slot, rounded up to words. The slice holds them: KVM has refused the slot if
+    // it had another length, and whoever told of the slot has promised that it stays.
+    check(unsafe { libc::ioctl(vm.as_raw_fd(), GET_DIRTY_LOG as _, &raw const arg) }).map(drop)
 }
 
 /// `KVM_CLEAR_DIRTY_LOG`: clears and re-arms the pages that `bitmap` names, from `first_page` (a multiple of
 /// 64).
 pub(crate) fn clear_dirty_log(
-    vm: &VmFd,
+    vm: &impl AsRawFd,
     slot: u32,
     first_page: u64,
     num_pages: u32,
@@ -147,7 +171,7 @@ pub(crate) fn clear_dirty_log(
 }
 
 /// `KVM_RESET_DIRTY_RINGS`: re-arms all pages that were harvested from the rings; returns how many.
-pub(crate) fn reset_dirty_rings(vm: &VmFd) -> io::Result<u32> {
+pub(crate) fn reset_dirty_rings(vm: &impl AsRawFd) -> io::Result<u32> {
     // SAFETY: the ioctl has no argument.
     check(unsafe { libc::ioctl(vm.as_raw_fd(), RESET_DIRTY_RINGS as _, 0) })
 }
@@ -162,7 +186,7 @@ pub(crate) fn internal_error(run: &kvm_run) -> (u32, Vec<u64>) {
 }
 
 /// Maps a part of a vCPU's file, shared.
-fn map(vcpu: &VcpuFd, offset: usize, len: usize) -> io::Result<MmapRaw> {
+fn map(vcpu: &dyn AsRawFd, offset: usize, len: usize) -> io::Result<MmapRaw> {
     MmapOptions::new().offset(offset as u64).len(len).map_raw(vcpu.as_raw_fd())
 }
 
@@ -202,7 +226,7 @@ const GFN_RESET: u32 = 2;
 
 impl DirtyRing {
     /// Maps the ring of a vCPU whose VM has rings of `entries` (a power of two).
-    pub(crate) fn new(vcpu: &VcpuFd, entries: u32) -> io::Result<Self> {
+    pub(crate) fn new(vcpu: &dyn AsRawFd, entries: u32) -> io::Result<Self> {
         assert!(entries.is_power_of_two());
         let bytes = entries as usize * size_of::<kvm_dirty_gfn>();
         let map = map(vcpu, KVM_DIRTY_LOG_PAGE_OFFSET as usize * PAGE_SIZE, bytes)?;
@@ -246,14 +270,45 @@ fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN() + 3
 }
 
-extern "C" fn on_kick(_: libc::c_int) {}
+thread_local! {
+    /// What says that a kick of this thread is on its way.
+    static KICKED: Cell<*const AtomicBool> = const { Cell::new(std::ptr::null()) };
+}
 
-/// Installs the handler of the kick signal, once: it does nothing, and without `SA_RESTART`, so that a system
+extern "C" fn on_kick(_: libc::c_int) {
+    let kicked = KICKED.get();
+    if !kicked.is_null() {
+        // SAFETY: `expect_kicks` made it of a value that lives until it is taken back, on this thread.
+        unsafe { (*kicked).store(false, Ordering::SeqCst) };
+    }
+}
+
+/// Has the handler take back `kicked`, which says that a kick of this thread is on its way; until what this returns is dropped.
+pub(crate) fn expect_kicks(kicked: &Arc<AtomicBool>) -> ExpectsKicks {
+    KICKED.set(Arc::as_ptr(kicked));
+    ExpectsKicks { _kicked: kicked.clone(), _of_this_thread: PhantomData }
+}
+
+/// See [`expect_kicks`].
+pub(crate) struct ExpectsKicks {
+    /// Lives for as long as the handler looks at it.
+    _kicked: Arc<AtomicBool>,
+    _of_this_thread: PhantomData<*const ()>,
+}
+
+impl Drop for ExpectsKicks {
+    fn drop(&mut self) {
+        KICKED.set(std::ptr::null());
+    }
+}
+
+/// Installs the handler of the kick signal, once: it takes note that the signal came, and is without `SA_RESTART`, so that a system
 /// call it interrupts returns `EINTR`.
 pub(crate) fn install_kick_handler() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        // SAFETY: the action is fully initialised, and its handler does nothing, thus is async-signal-safe.
+        // SAFETY: the action is fully initialised, and its handler is async-signal-safe: it reads a thread-local of a constant, which
+        // needs no set-up, and stores to an atomic.
         let result = unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_kick as extern "C" fn(libc::c_int) as usize;
@@ -304,8 +359,8 @@ impl Drop for SignalsBlocked {
     }
 }
 
-/// Interrupts a thread of this process. That it is gone is no error.
-pub(crate) fn kick(thread_id: i32) {
+/// Interrupts a thread of this process; says whether the signal is on its way. That the thread is gone is no error.
+pub(crate) fn kick(thread_id: i32) -> bool {
     // SAFETY: no memory is passed; the handler is installed before any vCPU thread exists.
-    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread_id, kick_signal()) };
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread_id, kick_signal()) == 0 }
 }

@@ -62,12 +62,8 @@ pub(super) fn check_len(blob: &StateBlob, len: usize) -> Result<(), BackendError
     Err(BackendError::invalid(format!("state: {name} has {got} bytes; it must have {len}")))
 }
 
-/// A blob of version 1.
-pub(super) fn blob(name: impl Into<String>, bytes: Vec<u8>) -> StateBlob {
-    StateBlob { name: name.into(), version: 1, bytes }
-}
-
 /// An error of an ioctl on a vCPU.
 pub(super) fn vcpu_error(index: u8, what: &str, source: impl Into<io::Error>) -> BackendError {
-    BackendError::new(format!("vCPU {index}: {what}"), source.into())
+    let source: io::Error = source.into();
+    BackendError::new(format!("vCPU {index}: {what}"), source)
 }

@@ -103,20 +103,20 @@ fn load_counter(ram: &dyn GuestRam, params: &CounterParams, cpus: u8, tsc_khz: u
 fn room(ram: &dyn GuestRam) -> Result<Room, VmError> {
     let regions = ram.layout().regions();
     let low = &regions[0];
-    if low.gpa != 0 || low.len < LOW_MIN {
+    if low.gpa != Some(0) || low.len < LOW_MIN {
         let (gpa, len) = (low.gpa, low.len);
         let why = format!(
-            "the first region ({len:#x} bytes at {gpa:#x}) must start at 0 and hold {LOW_MIN:#x} bytes"
+            "the first region ({len:#x} bytes at {gpa:#x?}) must start at 0 and hold {LOW_MIN:#x} bytes"
         );
         return Err(VmError::Image { why });
     }
-    let high = regions.get(1).filter(|r| r.gpa == HIGH_START);
+    let high = regions.get(1).filter(|r| r.gpa == Some(HIGH_START));
     if let Some(r) = regions.get(1 + usize::from(high.is_some())) {
         let why =
-            format!("region {:?} at {:#x}: guests know low memory and one region at 4 GiB", r.name, r.gpa);
+            format!("region {:?} at {:#x?}: guests know low memory and one region at 4 GiB", r.name, r.gpa);
         return Err(VmError::Image { why });
     }
-    let (high_len, gap) = high.map_or((0, 0), |r| (r.len, r.gpa - low.len));
+    let (high_len, gap) = high.map_or((0, 0), |r| (r.len, HIGH_START - low.len));
     if HIGH_START + high_len > TABLES_MAX {
         return Err(VmError::Image {
             why: format!("guests of more than {TABLES_MAX:#x} bytes are not supported"),
@@ -138,7 +138,7 @@ fn load_64(ram: &dyn GuestRam, code: &[u8]) -> Result<(), VmError> {
     // The processor reads two bytes at a time; the last must be ones (Intel SDM 1, 19.5.2).
     tss[TSS_LEN as usize + IO_BITMAP_LEN] = 0xff;
     put(ram, map::TSS, &tss)?;
-    let end = ram.layout().regions().iter().map(|r| r.gpa + r.len).max().unwrap_or(0);
+    let end = ram.layout().regions().iter().filter_map(|r| Some(r.addresses()?.end)).max().unwrap_or(0);
     let (page, gibs) = (PAGE_SIZE as u64, end.div_ceil(GIB));
     let pdpt = map::TABLES + page;
     put_words(ram, map::TABLES, &[pdpt | TABLE])?;
@@ -201,18 +201,14 @@ pub(crate) fn set_registers(vcpu: &VcpuFd, image: &GuestImage, index: u8) -> Res
 }
 
 fn put(ram: &dyn GuestRam, gpa: u64, bytes: &[u8]) -> Result<(), VmError> {
-    let layout = ram.layout();
-    let place =
-        layout.regions().iter().position(|r| r.gpa <= gpa && gpa + bytes.len() as u64 <= r.gpa + r.len);
-    let Some(region) = place else {
+    let Some((region, offset)) = ram.layout().find(gpa, bytes.len() as u64) else {
         let len = bytes.len();
         return Err(VmError::Image {
             why: format!("{len} bytes at {gpa:#x} do not lie in one region of guest memory"),
         });
     };
-    let offset = (gpa - layout.regions()[region].gpa) as usize;
     ram.region(region)
-        .write_slice(bytes, offset)
+        .write_slice(bytes, offset as usize)
         .map_err(|e| VmError::Image { why: format!("writing {} bytes at {gpa:#x}: {e}", bytes.len()) })
 }
 

@@ -5,10 +5,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, Msrs, kvm_clock_data, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
-use pagecopy::backend::{BackendError, StateBlob};
+use pagecopy::backend::{BackendError, StateSink};
 
 use super::Vm;
-use super::blobs::{Reader, blob, vcpu_error};
+use super::blobs::{Reader, vcpu_error};
 use super::vcpu::lock;
 use crate::kvm::sys::{set_tsc_offset, tsc_offset};
 
@@ -74,7 +74,7 @@ impl Clock {
                 return Err(vcpu_error(vcpu.index, &why, io::ErrorKind::Unsupported));
             }
         }
-        let vm_fd = &vm.machine.slots.vm;
+        let vm_fd = &vm.machine.vm;
         let clock = self.kvmclock.saturating_add(self.gap(wall_clock()));
         let data = kvm_clock_data { clock, ..kvm_clock_data::default() };
         vm_fd.set_clock(&data).map_err(|e| BackendError::new("KVM_SET_CLOCK", io::Error::from(e)))
@@ -87,16 +87,12 @@ impl Clock {
 }
 
 /// Saves `vm/clock` and each `vcpu/N/tsc`.
-pub(super) fn save(vm: &Vm, blobs: &mut Vec<StateBlob>) -> Result<(), BackendError> {
+pub(super) fn save(vm: &Vm, out: &mut dyn StateSink) -> Result<(), BackendError> {
     let vcpus = &vm.machine.vcpus;
     let first = lock(&vcpus[0].fd);
     let offset = tsc_offset(&first).ok();
-    let data = vm
-        .machine
-        .slots
-        .vm
-        .get_clock()
-        .map_err(|e| BackendError::new("KVM_GET_CLOCK", io::Error::from(e)))?;
+    let data =
+        vm.machine.vm.get_clock().map_err(|e| BackendError::new("KVM_GET_CLOCK", io::Error::from(e)))?;
     // Where KVM does not tell the wall clock of the same moment, ours is a little late: then the destination
     // adds that little less. The TSC, read last, is never early.
     let realtime = if data.flags & KVM_CLOCK_REALTIME != 0 { data.realtime } else { wall_clock() };
@@ -113,12 +109,13 @@ pub(super) fn save(vm: &Vm, blobs: &mut Vec<StateBlob>) -> Result<(), BackendErr
         }
         _ => late,
     };
-    blobs.push(blob("vm/clock", Clock { kvmclock: data.clock, realtime, tsc, tsc_khz: vm.tsc_khz }.encode()));
+    let clock = Clock { kvmclock: data.clock, realtime, tsc, tsc_khz: vm.tsc_khz };
+    out.piece("vm/clock", 1, &clock.encode())?;
     for vcpu in vcpus {
         let own = if offset.is_some() { tsc_offset(&lock(&vcpu.fd)).ok() } else { None };
         // Without offsets KVM keeps the TSCs of a VM equal that were written equal.
         let delta = own.zip(offset).map_or(0, |(own, first)| own.wrapping_sub(first) as i64);
-        blobs.push(blob(format!("vcpu/{}/tsc", vcpu.index), delta.to_le_bytes().to_vec()));
+        out.piece(&format!("vcpu/{}/tsc", vcpu.index), 1, &delta.to_le_bytes())?;
     }
     Ok(())
 }

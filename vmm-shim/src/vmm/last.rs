@@ -136,9 +136,8 @@ fn walk(ram: &dyn GuestRam, cr3: u64, address: u64) -> (Vec<u64>, Option<Vec<u8>
 
 /// Bytes of guest memory; `None` where there is none.
 fn read(ram: &dyn GuestRam, gpa: u64, len: u64) -> Option<Vec<u8>> {
-    let regions = ram.layout().regions();
-    let region = regions.iter().position(|r| r.gpa <= gpa && gpa + len <= r.gpa + r.len)?;
+    let (region, offset) = ram.layout().find(gpa, len)?;
     let mut bytes = vec![0; len as usize];
-    ram.region(region).read_slice(&mut bytes, (gpa - regions[region].gpa) as usize).ok()?;
+    ram.region(region).read_slice(&mut bytes, offset as usize).ok()?;
     Some(bytes)
 }

@@ -15,31 +15,30 @@ mod last;
 mod serial;
 pub mod state;
 mod state_vcpu;
+mod sys;
 mod vcpu;
 pub mod writer;
 
 use std::fmt;
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{
-    CpuId, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES, kvm_dirty_gfn,
-    kvm_enable_cap, kvm_pit_config,
-};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
-use pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, PAUSE_PATIENCE, StateBlob};
+use pagecopy::backend::{
+    BackendError, DirtyLog, Guest, GuestRam, PAUSE_PATIENCE, Rehearsal, StateBlob, StateSink, Throttle,
+};
 use pagecopy::layout::{Layout, LayoutError, Region};
 use vm_memory::Bytes;
 
 use crate::guests::counter::CounterParams;
 use crate::guests::map;
-use crate::kvm::bitmap_log::Manual;
-use crate::kvm::sys::{DirtyRing, install_kick_handler, set_slot};
-use crate::kvm::{KvmBitmapLog, KvmRingLog, OpenError, Slots, ring_log};
+use crate::kvm::sys::install_kick_handler;
+use crate::kvm::{DirtyRings, KvmBitmapLog, KvmRingLog, KvmSlots, OpenError, kick};
 use serial::Serial;
 use vcpu::{Machine, Vcpu, Want, lock};
 
@@ -136,13 +135,9 @@ pub enum VmError {
         /// The number asked for.
         entries: u32,
     },
-    /// The kernel lacks what was asked for.
-    #[error("this kernel's KVM has no dirty ring (Linux 5.11): use the bitmap")]
-    NoRing {
-        /// The system's word.
-        #[source]
-        source: io::Error,
-    },
+    /// Memory slots or their dirty log could not be had.
+    #[error(transparent)]
+    Log(#[from] BackendError),
     /// A system call failed.
     #[error("{what}")]
     System {
@@ -177,9 +172,9 @@ pub enum VmState {
 /// The layout of a PC with `bytes` of memory: up to 3 GiB at 0, the rest at 4 GiB.
 pub fn layout(bytes: u64) -> Result<Layout, LayoutError> {
     let low = bytes.min(boot::LOW_END);
-    let mut regions = vec![Region { name: "ram-low".into(), gpa: 0, len: low }];
+    let mut regions = vec![Region::new("ram-low", 0, low)];
     if bytes > low {
-        regions.push(Region { name: "ram-high".into(), gpa: boot::HIGH_START, len: bytes - low });
+        regions.push(Region::new("ram-high", boot::HIGH_START, bytes - low));
     }
     Layout::new(regions)
 }
@@ -188,6 +183,20 @@ pub fn layout(bytes: u64) -> Result<Layout, LayoutError> {
 ///
 /// Made stopped; [`start`](Self::start) makes the vCPU threads, [`resume`](Guest::resume) lets them run.
 /// Dropping it ends them.
+///
+/// ```no_run
+/// use std::sync::Arc;
+/// use pagecopy::backend::Guest;
+/// use vmm_shim::guest_memory::{Backing, GuestMemory};
+/// use vmm_shim::vmm::{GuestImage, Tracker, Vm, VmConfig, layout};
+///
+/// let ram = Arc::new(GuestMemory::create(layout(256 << 20)?, &Backing::Memfd)?);
+/// let guest = GuestImage::MemTest { bytes: 64 << 20 };
+/// let vm = Vm::new(VmConfig { cpus: 2, guest, tracker: Tracker::Bitmap }, ram, Box::new(std::io::sink()))?;
+/// vm.start()?;
+/// vm.resume()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Vm {
     threads: Mutex<Vec<JoinHandle<()>>>,
     ticker: Mutex<Option<Ticker>>,
@@ -237,8 +246,11 @@ impl Vm {
             return Err(VmError::Cpus { cpus });
         }
         let hole = boot::LOW_END..boot::HIGH_START;
-        if let Some(r) =
-            ram.layout().regions().iter().find(|r| r.gpa < hole.end && r.gpa + r.len > hole.start)
+        if let Some(r) = ram
+            .layout()
+            .regions()
+            .iter()
+            .find(|r| r.addresses().is_some_and(|of| of.start < hole.end && of.end > hole.start))
         {
             return Err(VmError::DeviceHole { name: r.name.clone() });
         }
@@ -253,31 +265,24 @@ impl Vm {
         vm.set_tss_address(TSS_ADDRESS).map_err(|e| VmError::system("KVM_SET_TSS_ADDR", e))?;
         vm.create_irq_chip().map_err(|e| VmError::system("KVM_CREATE_IRQCHIP", e))?;
         vm.create_pit2(kvm_pit_config::default()).map_err(|e| VmError::system("KVM_CREATE_PIT2", e))?;
-        let (manual, ring) = enable_tracker(&vm, tracker)?;
-        for region in 0..ram.layout().regions().len() {
-            set_slot(&vm, &*ram, region, false)
-                .map_err(|e| VmError::system(format!("KVM_SET_USER_MEMORY_REGION of slot {region}"), e))?;
-        }
-        let slots = Arc::new(Slots { vm, ram });
+        let rings = enable_rings(&vm, tracker)?;
+        let slots = Arc::new(sys::give_memory(&vm, &ram)?);
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(|e| VmError::system("KVM_GET_SUPPORTED_CPUID", e))?;
         install_kick_handler();
         let mut vcpus = Vec::new();
         for index in 0..cpus {
-            vcpus.push(Arc::new(make_vcpu(&slots.vm, &cpuid, index)?));
+            vcpus.push(Arc::new(make_vcpu(&vm, &cpuid, index)?));
         }
         let tsc_khz = lock(&vcpus[0].fd).get_tsc_khz().map_err(|e| VmError::system("KVM_GET_TSC_KHZ", e))?;
-        let ring = match ring {
-            0 => None,
-            entries => Some(Arc::new(make_rings(&slots, &vcpus, entries)?)),
-        };
+        let ring = rings.map(|rings| make_ring_log(&slots, &vcpus, rings).map(Arc::new)).transpose()?;
         let log: Option<Arc<dyn DirtyLog>> = match (&ring, tracker) {
             (Some(ring), _) => Some(ring.clone()),
-            (None, Tracker::Bitmap) => Some(Arc::new(KvmBitmapLog::new(slots.clone(), manual))),
+            (None, Tracker::Bitmap) => Some(Arc::new(KvmBitmapLog::new(slots)?)),
             _ => None,
         };
-        boot::load(&*slots.ram, &guest, cpus, tsc_khz)?;
+        boot::load(&*ram, &guest, cpus, tsc_khz)?;
         for v in &vcpus {
             boot::set_registers(&lock(&v.fd), &guest, v.index)
                 .map_err(|e| VmError::system(format!("setting the registers of vCPU {}", v.index), e))?;
@@ -290,7 +295,8 @@ impl Vm {
             lost: AtomicBool::new(false),
             signal: Mutex::new(0),
             signalled: Condvar::new(),
-            slots,
+            vm,
+            ram,
         };
         Ok(Self {
             threads: Mutex::default(),
@@ -345,7 +351,7 @@ impl Vm {
 
     /// Its memory.
     pub fn ram(&self) -> &Arc<dyn GuestRam> {
-        &self.machine.slots.ram
+        &self.machine.ram
     }
 
     /// Number of vCPUs.
@@ -413,7 +419,7 @@ impl Vm {
                     "pausing: vCPU {} does not stop; it waits for a page that has not come, or for this host's memory",
                     vcpu.index
                 );
-                Err(BackendError::new(what, io::ErrorKind::TimedOut.into()))
+                Err(BackendError::new(what, io::Error::from(io::ErrorKind::TimedOut)))
             }
         }
     }
@@ -471,7 +477,10 @@ impl Guest for Vm {
             return Err(error);
         }
         if lock(&self.threads).len() != self.machine.vcpus.len() {
-            return Err(BackendError::new("resume before start", io::ErrorKind::InvalidInput.into()));
+            return Err(BackendError::new(
+                "resume before start",
+                io::Error::from(io::ErrorKind::InvalidInput),
+            ));
         }
         (status.running, status.used) = (true, true);
         for vcpu in &self.machine.vcpus {
@@ -480,15 +489,55 @@ impl Guest for Vm {
         Ok(())
     }
 
-    fn throttle(&self, percent: u8) -> Result<(), BackendError> {
-        self.throttle_each(&vec![percent; self.machine.vcpus.len()])
+    fn throttle(&self) -> Option<&dyn Throttle> {
+        Some(self)
     }
 
-    fn throttle_each(&self, percents: &[u8]) -> Result<(), BackendError> {
+    fn rehearsal(&self) -> Option<&dyn Rehearsal> {
+        Some(self)
+    }
+
+    fn save_state(&self, out: &mut dyn StateSink) -> Result<(), BackendError> {
+        let status = lock(&self.status);
+        if let Some(error) = self.gone("save the guest's state") {
+            return Err(error);
+        }
+        if status.running {
+            return Err(BackendError::new(
+                "saving the state of a running guest",
+                io::Error::from(io::ErrorKind::InvalidInput),
+            ));
+        }
+        state::save(self, out)
+    }
+
+    fn load_state(&self, blobs: &[StateBlob]) -> Result<(), BackendError> {
+        let status = lock(&self.status);
+        if let Some(error) = self.gone("load state") {
+            return Err(error);
+        }
+        if status.used {
+            let what = "loading state into a guest that has run";
+            return Err(BackendError::new(what, io::Error::from(io::ErrorKind::InvalidInput)));
+        }
+        let plan = state::check(self, blobs)?;
+        state::apply(self, &plan).inspect_err(|e| {
+            // Half a state must never run.
+            self.machine.crash(format!("loading its state failed: {e}"));
+        })
+    }
+}
+
+impl Throttle for Vm {
+    fn set(&self, percent: u8) -> Result<(), BackendError> {
+        self.set_each(&vec![percent; self.machine.vcpus.len()])
+    }
+
+    fn set_each(&self, percents: &[u8]) -> Result<(), BackendError> {
         let most = percents.iter().copied().max().unwrap_or(0);
         if most > 99 || percents.len() != self.machine.vcpus.len() {
             let what = format!("throttling {} vCPUs by {percents:?} %", self.machine.vcpus.len());
-            return Err(BackendError::new(what, io::ErrorKind::InvalidInput.into()));
+            return Err(BackendError::new(what, io::Error::from(io::ErrorKind::InvalidInput)));
         }
         let mut ticker = lock(&self.ticker);
         for (vcpu, &percent) in self.machine.vcpus.iter().zip(percents) {
@@ -509,48 +558,20 @@ impl Guest for Vm {
         }
         Ok(())
     }
+}
 
-    fn rehearse(&self, limit: Duration) -> Result<Option<Duration>, BackendError> {
+impl Rehearsal for Vm {
+    fn rehearse(&self, limit: Duration) -> Result<Duration, BackendError> {
         let running = lock(&self.status).running;
         let begun = Instant::now();
         if running {
             self.pause_within(limit)?;
         }
-        let saved = self.save_state();
+        let saved = self.save_state(&mut Vec::new());
         if running {
             self.resume()?;
         }
-        saved.map(|_| Some(begun.elapsed()))
-    }
-
-    fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
-        let status = lock(&self.status);
-        if let Some(error) = self.gone("save the guest's state") {
-            return Err(error);
-        }
-        if status.running {
-            return Err(BackendError::new(
-                "saving the state of a running guest",
-                io::ErrorKind::InvalidInput.into(),
-            ));
-        }
-        state::save(self)
-    }
-
-    fn load_state(&self, blobs: &[StateBlob]) -> Result<(), BackendError> {
-        let status = lock(&self.status);
-        if let Some(error) = self.gone("load state") {
-            return Err(error);
-        }
-        if status.used {
-            let what = "loading state into a guest that has run";
-            return Err(BackendError::new(what, io::ErrorKind::InvalidInput.into()));
-        }
-        let plan = state::check(self, blobs)?;
-        state::apply(self, &plan).inspect_err(|e| {
-            // Half a state must never run.
-            self.machine.crash(format!("loading its state failed: {e}"));
-        })
+        saved.map(|()| begun.elapsed())
     }
 }
 
@@ -597,49 +618,17 @@ fn tick(machine: &Machine, stop: &(Mutex<bool>, Condvar)) {
     }
 }
 
-/// Enables what a tracker needs before there are vCPUs; returns what the bitmap has, and the entries of each
-/// ring.
-fn enable_tracker(vm: &VmFd, tracker: Tracker) -> Result<(Manual, u32), VmError> {
-    let enable = |cap: u32, arg: u64| {
-        let mut enable = kvm_enable_cap { cap, ..kvm_enable_cap::default() };
-        enable.args[0] = arg;
-        vm.enable_cap(&enable).map_err(|e| VmError::system(format!("KVM_ENABLE_CAP {cap} ({arg:#x})"), e))
+/// Gives vCPUs the rings that a tracker needs, before there are vCPUs.
+fn enable_rings(vm: &VmFd, tracker: Tracker) -> Result<Option<DirtyRings>, VmError> {
+    let entries = match tracker {
+        Tracker::Bitmap | Tracker::None => return Ok(None),
+        Tracker::RingOf { entries } => entries,
+        Tracker::Ring => RING_ENTRIES,
     };
-    match tracker {
-        Tracker::None => Ok((Manual::No, 0)),
-        Tracker::Bitmap => {
-            let cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
-            let offered = u32::try_from(vm.check_extension_raw(cap.into())).unwrap_or(0);
-            let wanted = offered & (KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
-            if wanted & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE == 0 {
-                return Ok((Manual::No, 0));
-            }
-            enable(cap, wanted.into())?;
-            let set = wanted & KVM_DIRTY_LOG_INITIALLY_SET != 0;
-            Ok((if set { Manual::ProtectInitiallySet } else { Manual::Protect }, 0))
-        }
-        Tracker::Ring | Tracker::RingOf { .. } => {
-            let wanted = match tracker {
-                Tracker::RingOf { entries } => entries,
-                _ => RING_ENTRIES,
-            };
-            if !wanted.is_power_of_two() || !(RING_ENTRIES_MIN..=RING_ENTRIES).contains(&wanted) {
-                return Err(VmError::RingEntries { entries: wanted });
-            }
-            for cap in [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING] {
-                let most = u32::try_from(vm.check_extension_raw(cap.into())).unwrap_or(0);
-                let entry = size_of::<kvm_dirty_gfn>() as u32;
-                let bytes = most.min(wanted * entry);
-                if bytes >= RING_ENTRIES_MIN * entry {
-                    // A power of two, which both are.
-                    let entries = 1 << (bytes / entry).ilog2();
-                    enable(cap, u64::from(entries) * u64::from(entry))?;
-                    return Ok((Manual::No, entries));
-                }
-            }
-            Err(VmError::NoRing { source: ring_log::unsupported() })
-        }
+    if !entries.is_power_of_two() || !(RING_ENTRIES_MIN..=RING_ENTRIES).contains(&entries) {
+        return Err(VmError::RingEntries { entries });
     }
+    Ok(Some(DirtyRings::enable(vm, entries)?))
 }
 
 fn make_vcpu(vm: &VmFd, cpuid: &CpuId, index: u8) -> Result<Vcpu, VmError> {
@@ -650,13 +639,13 @@ fn make_vcpu(vm: &VmFd, cpuid: &CpuId, index: u8) -> Result<Vcpu, VmError> {
     Vcpu::new(index, fd).map_err(|e| VmError::system(format!("mapping kvm_run of vCPU {index}"), e))
 }
 
-fn make_rings(slots: &Arc<Slots>, vcpus: &[Arc<Vcpu>], entries: u32) -> Result<KvmRingLog, VmError> {
-    let mut rings = Vec::new();
-    for v in vcpus {
-        let ring = DirtyRing::new(&lock(&v.fd), entries)
-            .map_err(|e| VmError::system(format!("mapping the dirty ring of vCPU {}", v.index), e))?;
-        rings.push(ring);
-    }
-    let kickers = vcpus.iter().map(|v| v.kicker.clone()).collect();
-    Ok(KvmRingLog::new(slots.clone(), kickers, rings))
+fn make_ring_log(
+    slots: &Arc<KvmSlots>,
+    vcpus: &[Arc<Vcpu>],
+    rings: DirtyRings,
+) -> Result<KvmRingLog, BackendError> {
+    let fds: Vec<_> = vcpus.iter().map(|v| lock(&v.fd)).collect();
+    let fds: Vec<&dyn AsRawFd> = fds.iter().map(|fd| &**fd as &dyn AsRawFd).collect();
+    let kickers: Vec<_> = vcpus.iter().map(|v| v.kicker.clone()).collect();
+    KvmRingLog::new(slots.clone(), rings, &fds, move || kick::flush(&kickers))
 }

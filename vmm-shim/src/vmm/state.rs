@@ -31,9 +31,9 @@
 //! needs hardware that scales, else the state is refused.
 
 use kvm_bindings::{kvm_irqchip, kvm_pit_state2};
-use pagecopy::backend::{BackendError, StateBlob};
+use pagecopy::backend::{BackendError, StateBlob, StateSink};
 
-use super::blobs::{Blobs, Reader, blob};
+use super::blobs::{Blobs, Reader};
 use super::clock::{self, Clock};
 use super::serial::Serial;
 use super::state_vcpu::{self, VcpuState};
@@ -57,33 +57,32 @@ pub(super) struct Plan<'a> {
     vcpus: Vec<VcpuState<'a>>,
 }
 
-/// Reads the whole state of a paused VM.
-pub(super) fn save(vm: &Vm) -> Result<Vec<StateBlob>, BackendError> {
+/// Says the whole state of a paused VM.
+pub(super) fn save(vm: &Vm, out: &mut dyn StateSink) -> Result<(), BackendError> {
     let machine = &vm.machine;
-    let fd = &machine.slots.vm;
-    let mut blobs = vec![blob("vm/info", u32::from(vm.cpus()).to_le_bytes().to_vec())];
+    let fd = &machine.vm;
+    out.piece("vm/info", 1, &u32::from(vm.cpus()).to_le_bytes())?;
     // Before all else: asking for it may let a vCPU take a pending INIT or SIPI.
     let mut mp_states = Vec::new();
     for vcpu in &machine.vcpus {
         mp_states.push(state_vcpu::save_mp_state(vcpu)?);
     }
     for (vcpu, mp_state) in machine.vcpus.iter().zip(mp_states) {
-        state_vcpu::save(vm, vcpu, mp_state, &mut blobs)?;
+        state_vcpu::save(vm, vcpu, &mp_state, out)?;
     }
-    clock::save(vm, &mut blobs)?;
+    clock::save(vm, out)?;
     for chip in 0..3u32 {
         let mut bytes = vec![0; IRQCHIP_LEN];
         bytes[..4].copy_from_slice(&chip.to_le_bytes());
         get_struct(fd, GET_IRQCHIP, &mut bytes).map_err(|e| BackendError::new("KVM_GET_IRQCHIP", e))?;
-        blobs.push(blob(format!("vm/irqchip/{chip}"), bytes));
+        out.piece(&format!("vm/irqchip/{chip}"), 1, &bytes)?;
     }
     let mut pit = vec![0; PIT_LEN];
     get_struct(fd, GET_PIT2, &mut pit).map_err(|e| BackendError::new("KVM_GET_PIT2", e))?;
-    blobs.push(blob("vm/pit", pit));
+    out.piece("vm/pit", 1, &pit)?;
     let mut serial = lock(&machine.serial);
     serial.flush();
-    blobs.push(blob("vm/serial", serial.save()));
-    Ok(blobs)
+    out.piece("vm/serial", 1, &serial.save())
 }
 
 /// Checks names, versions, lengths, and what can be known of the content.
@@ -123,7 +122,7 @@ pub(super) fn check<'a>(vm: &Vm, blobs: &'a [StateBlob]) -> Result<Plan<'a>, Bac
 /// Puts checked state into the VM.
 pub(super) fn apply(vm: &Vm, plan: &Plan<'_>) -> Result<(), BackendError> {
     let machine = &vm.machine;
-    let fd = &machine.slots.vm;
+    let fd = &machine.vm;
     for (vcpu, state) in machine.vcpus.iter().zip(&plan.vcpus) {
         state_vcpu::apply(vm, vcpu, state, plan.clock.tsc_khz)?;
     }

@@ -8,10 +8,10 @@ use kvm_bindings::{
     kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
-use pagecopy::backend::{BackendError, StateBlob};
+use pagecopy::backend::{BackendError, StateBlob, StateSink};
 
 use super::Vm;
-use super::blobs::{Blobs, Reader, blob, check_len, vcpu_error};
+use super::blobs::{Blobs, Reader, check_len, vcpu_error};
 use super::clock::MSR_TSC;
 use super::vcpu::{Vcpu, lock};
 use crate::kvm::sys::{get_struct, get_xsave2, ior, iow, set_struct, set_xsave, xsave_len};
@@ -120,7 +120,7 @@ fn set(fd: &VcpuFd, index: u8, what: &Plain, bytes: &[u8]) -> Result<(), Backend
 
 /// Whether special registers have the second form here.
 fn sregs_of(vm: &Vm) -> Plain {
-    if vm.machine.slots.vm.check_extension_raw(CAP_SREGS2) > 0 { SREGS2 } else { SREGS }
+    if vm.machine.vm.check_extension_raw(CAP_SREGS2) > 0 { SREGS2 } else { SREGS }
 }
 
 pub(super) fn save_mp_state(vcpu: &Vcpu) -> Result<Vec<u8>, BackendError> {
@@ -130,37 +130,35 @@ pub(super) fn save_mp_state(vcpu: &Vcpu) -> Result<Vec<u8>, BackendError> {
 pub(super) fn save(
     vm: &Vm,
     vcpu: &Vcpu,
-    mp_state: Vec<u8>,
-    blobs: &mut Vec<StateBlob>,
+    mp_state: &[u8],
+    out: &mut dyn StateSink,
 ) -> Result<(), BackendError> {
     let (fd, index) = (&*lock(&vcpu.fd), vcpu.index);
     let name = |of: &str| format!("vcpu/{index}/{of}");
-    blobs.push(blob(name(MP_STATE.name), mp_state));
+    out.piece(&name(MP_STATE.name), 1, mp_state)?;
     let sregs = sregs_of(vm);
     let version = if sregs.len == SREGS.len { 1 } else { 2 };
-    blobs.push(StateBlob { name: name(sregs.name), version, bytes: get(fd, index, &sregs)? });
+    out.piece(&name(sregs.name), version, &get(fd, index, &sregs)?)?;
     for what in &PLAIN {
-        blobs.push(blob(name(what.name), get(fd, index, what)?));
+        out.piece(&name(what.name), 1, &get(fd, index, what)?)?;
     }
-    let vm_fd = &vm.machine.slots.vm;
+    let vm_fd = &vm.machine.vm;
     let mut xsave = vec![0; xsave_len(vm_fd)];
     if xsave.len() > 4096 || vm_fd.check_extension_raw(208) > 0 {
         get_xsave2(fd, vm_fd, &mut xsave).map_err(|e| vcpu_error(index, "KVM_GET_XSAVE2", e))?;
     } else {
         get_struct(fd, ior(0xa4, 4096), &mut xsave).map_err(|e| vcpu_error(index, "KVM_GET_XSAVE", e))?;
     }
-    blobs.push(blob(name("xsave"), xsave));
-    blobs.push(blob(name(LAPIC.name), get(fd, index, &LAPIC)?));
+    out.piece(&name("xsave"), 1, &xsave)?;
+    out.piece(&name(LAPIC.name), 1, &get(fd, index, &LAPIC)?)?;
     let msrs = read_msrs(vm, fd).map_err(|e| vcpu_error(index, "reading its MSRs", e))?;
-    blobs.push(blob(name("msrs"), msrs.iter().flat_map(encode_msr).collect()));
+    let msrs: Vec<u8> = msrs.iter().flat_map(encode_msr).collect();
+    out.piece(&name("msrs"), 1, &msrs)?;
     // Last: the other calls may move pending events.
-    blobs.push(blob(name(EVENTS.name), get(fd, index, &EVENTS)?));
+    out.piece(&name(EVENTS.name), 1, &get(fd, index, &EVENTS)?)?;
     let cpuid = lock(&vm.cpuids);
-    blobs.push(blob(
-        name("cpuid"),
-        cpuid[usize::from(index)].as_slice().iter().flat_map(encode_cpuid).collect(),
-    ));
-    Ok(())
+    let cpuid: Vec<u8> = cpuid[usize::from(index)].as_slice().iter().flat_map(encode_cpuid).collect();
+    out.piece(&name("cpuid"), 1, &cpuid)
 }
 
 fn encode_msr(msr: &kvm_msr_entry) -> Vec<u8> {
@@ -212,7 +210,7 @@ pub(super) fn check<'a>(vm: &Vm, index: u8, blobs: &mut Blobs<'a>) -> Result<Vcp
         plain.push(blobs.take_sized(&name(what.name), what.len)?);
     }
     let xsave = blobs.take(&name("xsave"), &[1])?;
-    let (len, own) = (xsave.bytes.len(), xsave_len(&vm.machine.slots.vm));
+    let (len, own) = (xsave.bytes.len(), xsave_len(&vm.machine.vm));
     if !(4096..=own).contains(&len) {
         let why =
             format!("state: {} has {len} bytes; this host's processor state has 4096 to {own}", xsave.name);
@@ -314,7 +312,7 @@ pub(super) fn apply(vm: &Vm, vcpu: &Vcpu, state: &VcpuState<'_>, tsc_khz: u32) -
     for (what, bytes) in PLAIN.iter().zip(&state.plain) {
         set(fd, index, what, bytes)?;
     }
-    set_xsave(fd, &vm.machine.slots.vm, &state.xsave).map_err(|e| vcpu_error(index, "KVM_SET_XSAVE", e))?;
+    set_xsave(fd, &vm.machine.vm, &state.xsave).map_err(|e| vcpu_error(index, "KVM_SET_XSAVE", e))?;
     write_msrs(fd, index, state.msrs.iter().filter(|m| !MSRS_LAST.contains(&m.index)))?;
     set(fd, index, &LAPIC, state.lapic)
 }

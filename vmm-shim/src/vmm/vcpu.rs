@@ -6,15 +6,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
-use kvm_ioctls::{VcpuExit, VcpuFd};
-use pagecopy::backend::Room;
-use pagecopy::layout::Region;
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use pagecopy::backend::{GuestRam, Room};
 
 use super::last::Last;
 use super::serial::{self, Serial};
+use crate::kvm::KvmRingLog;
 use crate::kvm::kick::Kicker;
 use crate::kvm::sys::internal_error;
-use crate::kvm::{KvmRingLog, Slots};
 
 /// A port to which a guest writes a 32-bit number to tell the VMM that it is done with something.
 pub(crate) const SIGNAL_PORT: u16 = 0x4f8;
@@ -62,7 +61,9 @@ pub(crate) struct Machine {
     pub(crate) signal: Mutex<u32>,
     pub(crate) signalled: Condvar,
     /// After everything that refers to the VM's mappings.
-    pub(crate) slots: Arc<Slots>,
+    pub(crate) vm: VmFd,
+    /// After the VM.
+    pub(crate) ram: Arc<dyn GuestRam>,
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -141,8 +142,8 @@ enum Ended {
 impl Machine {
     /// The body of a vCPU's thread.
     pub(crate) fn run_vcpu(&self, vcpu: &Vcpu) {
-        vcpu.kicker.attach();
-        let mut last = Last::new(&self.slots.vm, &mut lock(&vcpu.fd));
+        let attached = vcpu.kicker.attach();
+        let mut last = Last::new(&self.vm, &mut lock(&vcpu.fd));
         loop {
             let mut control = lock(&vcpu.control);
             while control.want == Want::Pause || (control.want == Want::Run && self.crashed.get().is_some()) {
@@ -152,7 +153,7 @@ impl Machine {
             }
             if control.want == Want::Quit {
                 control.parked = true;
-                vcpu.kicker.detach();
+                drop(attached);
                 vcpu.changed.notify_all();
                 return;
             }
@@ -228,7 +229,7 @@ impl Machine {
                         let (suberror, data) = internal_error(fd.get_kvm_run());
                         format!(", suberror {suberror}, data {data:x?}")
                     } else if shutdown {
-                        last.tell(&*self.slots.ram)
+                        last.tell(&*self.ram)
                     } else {
                         String::new()
                     };
@@ -243,7 +244,6 @@ impl Machine {
     /// A page of the guest's memory could not be had: who has no room for it.
     fn lost_page(&self) -> String {
         let room = self
-            .slots
             .ram
             .room()
             .map_or_else(String::new, |Room { bytes, of, .. }| format!("; {of} has {bytes} bytes left"));
@@ -257,8 +257,7 @@ impl Machine {
         else {
             return String::new();
         };
-        let has = |region: &Region| (region.gpa..region.gpa.saturating_add(region.len)).contains(gpa);
-        if self.slots.ram.layout().regions().iter().any(has) { self.lost_page() } else { String::new() }
+        if self.ram.layout().find(*gpa, 1).is_some() { self.lost_page() } else { String::new() }
     }
 
     /// Sleeps so long that the time since `slice` is the share that throttling leaves.

@@ -6,6 +6,8 @@
 //!
 //! Memory of huge pages from hugetlbfs comes in by whole huge pages only: what is placed is gathered until one is complete.
 
+mod sys;
+
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
@@ -13,27 +15,63 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use pagecopy::backend::{BackendError, Fault, GuestRam, MissingPages};
+use pagecopy::backend::{BackendError, Fault, GuestRam, MissingPages, Room};
 use pagecopy::bitmap::{PageBitmap, runs};
-use pagecopy::layout::{CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use pagecopy::layout::{CHUNK_PAGES, CHUNK_SIZE, Layout, PAGE_SIZE};
+use vm_memory::volatile_memory::VolatileSlice;
 
-use crate::guest_memory::GuestMemory;
 use crate::room;
-use crate::sys::{self, Userfaultfd};
+use crate::sys::{self as uffd, Userfaultfd};
+use crate::watched::{self, Watched};
 
 /// What it cannot do without.
 const FEATURES: u64 =
-    sys::UFFD_FEATURE_MISSING_SHMEM | sys::UFFD_FEATURE_MISSING_HUGETLBFS | sys::UFFD_FEATURE_THREAD_ID;
+    uffd::UFFD_FEATURE_MISSING_SHMEM | uffd::UFFD_FEATURE_MISSING_HUGETLBFS | uffd::UFFD_FEATURE_THREAD_ID;
 
 /// Pages that a page of zeros is copied to at a time, where the kernel fills none by itself.
 const ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
-/// Guest memory that misses pages.
+/// Memory of this process that can miss pages.
+pub(crate) trait MissingRam: GuestRam {
+    /// Makes `len` bytes at `offset` of a region holes.
+    fn discard_run(&self, region: usize, offset: u64, len: u64) -> io::Result<()>;
+
+    /// The error of bringing memory in: says where there is no room, if that is why.
+    fn no_room(&self, what: String, error: io::Error) -> BackendError;
+}
+
+/// Memory that misses pages, by a userfaultfd: this process's own ([`over`](Self::over)), or that of whoever has handed out its
+/// userfaultfd ([`foreign`](Self::foreign)).
+///
+/// A VMM's own [`GuestRam`] misses pages by two lines:
+///
+/// ```
+/// use std::sync::Arc;
+/// use pagecopy::backend::{BackendError, GuestRam, MissingPages};
+/// use pagecopy::bitmap::PageBitmap;
+/// # use pagecopy::layout::Layout;
+/// use vmm_shim::uffd_missing::{UffdMissing, check};
+/// # use vmm_shim::vm_memory::volatile_memory::VolatileSlice;
+/// # struct Mine(vmm_shim::guest_memory::GuestMemory);
+///
+/// impl GuestRam for Mine {
+///     fn missing_unit(&self) -> Result<u32, BackendError> {
+///         check().map(|()| 0)
+///     }
+///     fn miss(self: Arc<Self>, missing: &PageBitmap) -> Result<Box<dyn MissingPages>, BackendError> {
+///         Ok(Box::new(UffdMissing::over(self, missing)?))
+///     }
+///     // and so on
+/// #    fn layout(&self) -> &Layout { self.0.layout() }
+/// #    fn region(&self, region: usize) -> VolatileSlice<'_> { self.0.region(region) }
+/// #    fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> { self.0.populated(first, pages) }
+/// #    fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError> { self.0.discard(chunk, pages) }
+/// }
+/// ```
 #[derive(Debug)]
-pub(crate) struct UffdMissing {
-    memory: Arc<GuestMemory>,
-    fd: Userfaultfd,
+pub struct UffdMissing {
+    watched: Watched<dyn MissingRam>,
+    layout: Layout,
     /// Bytes of a huge page where memory comes in no smaller pieces, else 0.
     unit: u64,
     /// Huge pages that are not complete, by region and offset.
@@ -51,60 +89,61 @@ struct Gathered {
 }
 
 /// Whether this process may stop vCPUs at missing pages; the error says what to do.
-pub(crate) fn check() -> Result<(), BackendError> {
+pub fn check() -> Result<(), BackendError> {
     open().map(drop)
 }
 
 fn open() -> Result<Userfaultfd, BackendError> {
-    let fd = Userfaultfd::open_for_kernel().map_err(|e| {
-        let hint = match e.raw_os_error() {
-            Some(libc::ENOSYS) => "this kernel has none; it takes CONFIG_USERFAULTFD",
-            Some(libc::EPERM | libc::EACCES) => {
-                "this process may not see faults of vCPUs; run it with CAP_SYS_PTRACE, set the sysctl \
-                 vm.unprivileged_userfaultfd to 1, or give it access to /dev/userfaultfd"
-            }
-            _ => "see userfaultfd(2)",
-        };
-        BackendError::new(format!("open a userfaultfd for missing pages: {hint}"), e)
-    })?;
-    fd.api(FEATURES).map_err(|e| {
-        BackendError::new(
-            "userfaultfd of this kernel cannot tell missing pages of shared memory: it takes Linux 4.14",
-            e,
-        )
-    })?;
-    Ok(fd)
+    watched::open("missing pages", FEATURES, "missing pages of shared memory: it takes Linux 4.14")
 }
 
 impl UffdMissing {
-    /// Takes the missing pages away and registers all regions.
-    pub(crate) fn new(memory: Arc<GuestMemory>, missing: &PageBitmap) -> Result<Self, BackendError> {
-        let unit = memory.missing_bytes()?;
+    /// Takes the missing pages of memory of this process away, by [`GuestRam::discard`], and registers all regions. Memory of small
+    /// pages only: anonymous memory, memfds, and files in tmpfs.
+    ///
+    /// # Errors
+    /// Where this process may not ([`check`]), and where the kernel does not do it with this memory.
+    pub fn over(ram: Arc<dyn GuestRam>, missing: &PageBitmap) -> Result<Self, BackendError> {
+        Self::of(Arc::new(Plain(ram)), 0, missing)
+    }
+
+    /// Takes the missing pages away, and registers all regions; memory comes in by no smaller pieces than `unit` bytes, where that is
+    /// not 0.
+    pub(crate) fn of(
+        memory: Arc<dyn MissingRam>,
+        unit: u64,
+        missing: &PageBitmap,
+    ) -> Result<Self, BackendError> {
         let fd = open()?;
-        for (region, offset, len) in spans(&memory, missing) {
+        for (region, offset, len) in spans(memory.layout(), missing) {
             memory.discard_run(region, offset, len).map_err(|e| {
                 let name = &memory.layout().regions()[region].name;
                 BackendError::new(format!("take {len} stale bytes at {offset:#x} of region {name:?} away"), e)
             })?;
         }
-        for (region, r) in memory.layout().regions().iter().enumerate() {
-            fd.register_missing(memory.host_range(region)).map_err(|e| {
-                BackendError::new(format!("register region {:?} for missing pages", r.name), e)
-            })?;
+        let layout = memory.layout().clone();
+        let watched = Watched::own(fd, memory);
+        for (region, r) in layout.regions().iter().enumerate() {
+            let registered = watched.fd().register_missing(watched.range(region));
+            registered.map_err(|e| watched::not_registered(&r.name, "missing pages", e))?;
         }
-        Ok(Self { memory, fd, unit, gathered: Mutex::new(HashMap::new()), ended: AtomicBool::new(false) })
+        Ok(Self::new(watched, layout, unit))
+    }
+
+    fn new(watched: Watched<dyn MissingRam>, layout: Layout, unit: u64) -> Self {
+        Self { watched, layout, unit, gathered: Mutex::new(HashMap::new()), ended: AtomicBool::new(false) }
     }
 
     /// Region and offset in it of a page.
     fn locate(&self, chunk: u32, page: u32) -> (usize, u64) {
-        let place = self.memory.layout().locate(chunk).expect("chunk number was validated");
+        let place = self.layout.locate(chunk).expect("chunk number was validated");
         (place.region, place.offset + u64::from(page) * PAGE_SIZE as u64)
     }
 
     /// Addresses of pages.
     fn range(&self, chunk: u32, first: u32, count: u32) -> Range<u64> {
         let (region, offset) = self.locate(chunk, first);
-        let start = self.memory.host_range(region).start + offset;
+        let start = self.watched.range(region).start + offset;
         start..start + u64::from(count) * PAGE_SIZE as u64
     }
 
@@ -115,30 +154,19 @@ impl UffdMissing {
 
     /// The fault at an address.
     fn fault_at(&self, address: u64, thread: u32) -> Option<Fault> {
-        let layout = self.memory.layout();
-        (0..layout.regions().len()).find_map(|region| {
-            let range = self.memory.host_range(region);
-            if !range.contains(&address) {
-                return None;
-            }
-            let offset = address - range.start;
-            let offset = if self.unit == 0 { offset } else { offset - offset % self.unit };
-            let first = layout.region_chunks(region).start;
-            let chunk = first + (offset / CHUNK_SIZE as u64) as u32;
-            let page = (offset % CHUNK_SIZE as u64) as usize / PAGE_SIZE;
-            Some(Fault { chunk, page: page as u32, thread })
-        })
+        let (region, offset) = self.watched.find(address)?;
+        let offset = if self.unit == 0 { offset } else { offset - offset % self.unit };
+        let first = self.layout.region_chunks(region).start;
+        let chunk = first + (offset / CHUNK_SIZE as u64) as u32;
+        let page = (offset % CHUNK_SIZE as u64) as usize / PAGE_SIZE;
+        Some(Fault { chunk, page: page as u32, thread })
     }
 
     /// Copies pages in, past those that are there.
     fn copy(&self, region: usize, offset: u64, bytes: &[u8], step: usize) -> Result<(), BackendError> {
-        let memory = self.memory.region(region);
         let mut at = 0;
         while at < bytes.len() {
-            let to = memory
-                .subslice(offset as usize + at, bytes.len() - at)
-                .expect("pages of a chunk lie in its region");
-            match self.fd.copy(&to, &bytes[at..], true) {
+            match self.watched.copy(region, offset + at as u64, &bytes[at..]) {
                 Ok(copied) => at += copied,
                 Err(e) if e.raw_os_error() == Some(libc::EEXIST) => at += step,
                 Err(e) if self.is_there(region, offset + at as u64, &e) => at += PAGE_SIZE,
@@ -151,18 +179,24 @@ impl UffdMissing {
     /// Whether a page that could not be had for want of room is there: the kernel takes room for it before it looks.
     fn is_there(&self, region: usize, offset: u64, error: &io::Error) -> bool {
         // A huge page is looked for first.
-        if self.unit != 0 || !room::is_for_want_of_room(error) {
+        let Some(memory) =
+            self.watched.memory().filter(|_| self.unit == 0 && room::is_for_want_of_room(error))
+        else {
             return false;
-        }
-        let chunk = self.memory.layout().region_chunks(region).start + (offset / CHUNK_SIZE as u64) as u32;
+        };
+        let chunk = self.layout.region_chunks(region).start + (offset / CHUNK_SIZE as u64) as u32;
         let page = offset % CHUNK_SIZE as u64 / PAGE_SIZE as u64;
         let mut pages = [0];
-        self.memory.populated(chunk, &mut pages).is_ok() && pages[0] >> page & 1 != 0
+        memory.populated(chunk, &mut pages).is_ok() && pages[0] >> page & 1 != 0
     }
 
     fn no_room(&self, region: usize, offset: u64, len: usize, error: io::Error) -> BackendError {
-        let name = &self.memory.layout().regions()[region].name;
-        self.memory.no_room(format!("bring {len} bytes in at {offset:#x} of region {name:?}"), error)
+        let name = &self.layout.regions()[region].name;
+        let what = format!("bring {len} bytes in at {offset:#x} of region {name:?}");
+        match self.watched.memory() {
+            Some(memory) => memory.no_room(what, error),
+            None => BackendError::new(what, error),
+        }
     }
 
     /// Adds pages to their huge page, and brings that in once it is complete.
@@ -198,21 +232,20 @@ impl UffdMissing {
             start..start + self.unit
         };
         // Where it was there already, nobody was woken.
-        self.fd.wake(range).map_err(|e| BackendError::new("wake whoever waits for a page that is there", e))
+        self.watched
+            .fd()
+            .wake(range)
+            .map_err(|e| BackendError::new("wake whoever waits for a page that is there", e))
     }
 }
 
 impl MissingPages for UffdMissing {
     fn wait(&self, faults: &mut Vec<Fault>, timeout: Duration) -> Result<(), BackendError> {
-        let failed = |e| BackendError::new("wait for faults of missing pages", e);
-        let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
-        let timeout = Timespec::try_from(timeout).ok();
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(e) => return Err(failed(e.into())),
-        }
         let each = |address, thread| faults.extend(self.fault_at(address, thread));
-        self.fd.faults(each).map(drop).map_err(failed)
+        self.watched
+            .fd()
+            .wait(timeout, each)
+            .map_err(|e| BackendError::new("wait for faults of missing pages", e))
     }
 
     fn place(&self, chunk: u32, first: u32, bytes: &[u8]) -> Result<(), BackendError> {
@@ -230,12 +263,12 @@ impl MissingPages for UffdMissing {
         }
         let mut range = self.range(chunk, first, count);
         while range.start < range.end {
-            match self.fd.zero(range.clone()) {
+            match self.watched.fd().zero(range.clone()) {
                 Ok(bytes) => range.start += bytes as u64,
                 Err(e) if e.raw_os_error() == Some(libc::EEXIST) => range.start += PAGE_SIZE as u64,
                 Err(e) => {
                     let (region, _) = self.locate(chunk, first);
-                    let offset = range.start - self.memory.host_range(region).start;
+                    let offset = range.start - self.watched.range(region).start;
                     if self.is_there(region, offset, &e) {
                         range.start += PAGE_SIZE as u64;
                         continue;
@@ -257,12 +290,50 @@ impl MissingPages for UffdMissing {
 
     fn end(&self) -> Result<(), BackendError> {
         self.ended.store(true, Ordering::Release);
-        for (region, r) in self.memory.layout().regions().iter().enumerate() {
-            self.fd.unregister(self.memory.host_range(region)).map_err(|e| {
+        for (region, r) in self.layout.regions().iter().enumerate() {
+            self.watched.fd().unregister(self.watched.range(region)).map_err(|e| {
                 BackendError::new(format!("end the registration of region {:?} for missing pages", r.name), e)
             })?;
         }
         Ok(())
+    }
+}
+
+/// Any memory of this process, of small pages.
+struct Plain(Arc<dyn GuestRam>);
+
+impl GuestRam for Plain {
+    fn layout(&self) -> &Layout {
+        self.0.layout()
+    }
+    fn region(&self, region: usize) -> VolatileSlice<'_> {
+        self.0.region(region)
+    }
+    fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> {
+        self.0.populated(first, pages)
+    }
+    fn room(&self) -> Option<Room> {
+        self.0.room()
+    }
+    fn discard(&self, chunk: u32, pages: u64) -> Result<(), BackendError> {
+        self.0.discard(chunk, pages)
+    }
+}
+
+impl MissingRam for Plain {
+    fn discard_run(&self, region: usize, offset: u64, len: u64) -> io::Result<()> {
+        let first = self.layout().region_chunks(region).start;
+        let (mut page, end) = (offset / PAGE_SIZE as u64, (offset + len) / PAGE_SIZE as u64);
+        while page < end {
+            let (chunk, bit) = (page / CHUNK_PAGES as u64, page % CHUNK_PAGES as u64);
+            let count = (end - page).min(CHUNK_PAGES as u64 - bit);
+            self.discard(first + chunk as u32, mask(bit as u32, count as u32)).map_err(io::Error::other)?;
+            page += count;
+        }
+        Ok(())
+    }
+    fn no_room(&self, what: String, error: io::Error) -> BackendError {
+        room::no_room(self, false, what, error)
     }
 }
 
@@ -272,10 +343,10 @@ fn mask(first: u32, count: u32) -> u64 {
 }
 
 /// The runs of pages in a set, across chunks: region, offset and length in bytes.
-fn spans(memory: &GuestMemory, pages: &PageBitmap) -> Vec<(usize, u64, u64)> {
+fn spans(layout: &Layout, pages: &PageBitmap) -> Vec<(usize, u64, u64)> {
     let mut spans: Vec<(usize, u64, u64)> = Vec::new();
     for (chunk, word) in pages.iter() {
-        let place = memory.layout().locate(chunk).expect("a bitmap of the memory's layout");
+        let place = layout.locate(chunk).expect("a bitmap of the memory's layout");
         for (first, count) in runs(word) {
             let offset = place.offset + u64::from(first) * PAGE_SIZE as u64;
             let len = u64::from(count) * PAGE_SIZE as u64;
@@ -294,11 +365,10 @@ fn spans(memory: &GuestMemory, pages: &PageBitmap) -> Vec<(usize, u64, u64)> {
 mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use pagecopy::layout::Layout;
     use vm_memory::Bytes;
 
     use super::*;
-    use crate::guest_memory::Backing;
+    use crate::guest_memory::{Backing, GuestMemory};
 
     /// Reads the first word of a page of chunk `chunk`.
     fn word(memory: &GuestMemory, chunk: u32, page: usize) -> u64 {
@@ -406,6 +476,29 @@ mod tests {
                 missing.settle(faults[0]).unwrap();
             });
         }
+    }
+
+    #[test]
+    fn any_memory_of_this_process_may_miss_pages() {
+        let layout = Layout::flat(3 * CHUNK_SIZE as u64).unwrap();
+        let memory: Arc<dyn GuestRam> =
+            Arc::new(GuestMemory::create(layout, &Backing::Anonymous { huge: false }).unwrap());
+        if let Err(error) = check() {
+            return println!("skipped: {error}");
+        }
+        memory.chunk(0).copy_from(&whole(0xee, CHUNK_PAGES)[..]);
+        memory.chunk(1).copy_from(&whole(0xee, CHUNK_PAGES)[..]);
+        let pages = PageBitmap::new(3);
+        pages.insert(0, 1 << 63);
+        pages.insert(1, 0b11);
+        let missing = UffdMissing::over(memory.clone(), &pages).unwrap();
+        let mut there = [0; 3];
+        memory.populated(0, &mut there).unwrap();
+        assert_eq!(there, [u64::MAX >> 1, !0b11, 0]);
+        missing.place(1, 1, &whole(4, 1)).unwrap();
+        missing.end().unwrap();
+        assert_eq!(memory.chunk(1).read_obj::<u8>(PAGE_SIZE).unwrap(), 4);
+        assert_eq!(memory.chunk(1).read_obj::<u8>(0).unwrap(), 0, "never came");
     }
 
     #[test]
