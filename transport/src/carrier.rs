@@ -11,6 +11,7 @@ use pagecopy::backend::GuestRam;
 use pagecopy::digest::PageHasher;
 
 use crate::sys::{ReceiveList, SendList};
+use crate::wire::frame::FrameHeader;
 
 /// Bytes that may be under way at any rate, of a carrier that asks for no more: two whole chunks, so that one can be built while the
 /// other travels.
@@ -46,6 +47,19 @@ pub(crate) trait FrameSender: Send {
     /// Whether raw pages may be placed at all.
     fn places(&self) -> bool {
         false
+    }
+
+    /// Whether it keeps frames in a form of its own, each of which stands for itself: with what memory must hold after it, and with no base
+    /// in another. There is no end of a stream then.
+    fn seals(&self) -> bool {
+        false
+    }
+
+    /// Appends a frame in that form to `out`, up to its encoded section; returns the bytes of the whole. `seals` are what receipts would
+    /// say, and `out` is what the next [`send`](Self::send) begins with. `None`: the frame goes as it is on the wire.
+    fn seal(&mut self, header: &FrameHeader, seals: &[u64], out: &mut Vec<u8>) -> Option<u64> {
+        let _ = (header, seals, out);
+        None
     }
 
     /// Queues these pages of a chunk to be placed, before the header that is sent next; `None` if they must travel with

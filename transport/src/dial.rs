@@ -1,13 +1,17 @@
 //! Opening the connections of a session that are not its first.
 
 use std::io;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+use rustls::ClientConfig;
 
 use crate::carrier::SourceEnd;
 use crate::limit::{Limit, is_cancelled};
 use crate::link::{Exchange, LinkError};
+use crate::local::lock;
 use crate::rdma::{self, RdmaError, RdmaOptions, SourceContext};
-use crate::socket::{Connection, SocketError};
+use crate::socket::{Connection, Connector, SessionKey, SocketError, Tls, TlsError};
 use crate::source::PageSource;
 use crate::uri::Uri;
 use crate::wire::control::Message;
@@ -54,6 +58,7 @@ pub fn warm_up(uri: &Uri) {
 
 /// Opens the streams of a session.
 pub struct Dialler {
+    route: Route,
     uri: Uri,
     session: SessionId,
     version: u16,
@@ -66,6 +71,7 @@ impl Dialler {
     /// at most `timeout`.
     pub fn new(
         source: &PageSource,
+        route: &Route,
         uri: &Uri,
         session: SessionId,
         version: u16,
@@ -74,7 +80,7 @@ impl Dialler {
     ) -> Self {
         let context = || SourceContext::new(source.ram(), source.hasher(), rdma, source.initial());
         let rdma = matches!(uri, Uri::Rdma { .. }).then(context);
-        Self { uri: uri.clone(), session, version, timeout, rdma }
+        Self { route: route.clone(), uri: uri.clone(), session, version, timeout, rdma }
     }
 
     /// Opens the stream with the id `stream`; returns how long its opening was answered after, too: a round trip. Ends soon once
@@ -95,10 +101,69 @@ impl Dialler {
                 Ok((end, begun.elapsed() / 2))
             }
             (uri, _) => {
-                let (connection, answered) = open_attached::<OpenError>(uri, &preamble, timeout, cancelled)?;
+                let (connection, answered) =
+                    open_attached::<OpenError>(&self.route, uri, &preamble, timeout, cancelled)?;
                 Ok((connection.into_source_end(timeout).map_err(LinkError::Io)?, answered))
             }
         }
+    }
+}
+
+/// The route to a destination: what protects a session's connections, and shows whose they are.
+#[derive(Clone, Debug, Default)]
+pub struct Route(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    tls: Option<Tls>,
+    /// What the files held when the session's first connection was made.
+    config: Mutex<Option<Arc<ClientConfig>>>,
+    /// Of the session.
+    key: Mutex<Option<SessionKey>>,
+}
+
+impl Route {
+    /// Under TLS, or as it is.
+    pub fn new(tls: Option<Tls>) -> Self {
+        Self(Arc::new(Shared { tls, ..Shared::default() }))
+    }
+
+    fn connector(&self, uri: &Uri) -> Result<Option<Connector>, TlsError> {
+        let Some(tls) = &self.0.tls else { return Ok(None) };
+        let mut config = lock(&self.0.config);
+        if config.is_none() {
+            *config = Some(tls.config()?);
+        }
+        let config = config.clone().expect("it was read");
+        tls.connector(config, uri).map(Some)
+    }
+
+    /// Connects within `timeout`, and shakes hands where there is TLS.
+    pub(crate) fn connect(
+        &self,
+        uri: &Uri,
+        timeout: Duration,
+        cancelled: &dyn Fn() -> bool,
+    ) -> Result<Connection, SocketError> {
+        let fail = |what: &str, source| SocketError::new(format!("cannot connect to {uri}{what}"), source);
+        let connector = self.connector(uri).map_err(|e| fail("", io::Error::other(e)))?;
+        let mut connection = Connection::connect(uri, timeout, cancelled)?;
+        if let Some(connector) = connector {
+            let shaken = connection.protect(&connector, Limit::new(timeout, cancelled));
+            shaken.map_err(|e| fail(" by TLS", e))?;
+        }
+        Ok(connection)
+    }
+
+    /// Says what the connection is for and, where there is TLS, shows that it belongs to the session.
+    pub(crate) fn greet(&self, connection: &Connection, preamble: &Preamble) -> io::Result<()> {
+        let mut bytes = preamble.encode().to_vec();
+        if preamble.role == Role::Control {
+            *lock(&self.0.key) = connection.session_key(&preamble.session)?;
+        } else if let Some(key) = &*lock(&self.0.key) {
+            bytes.extend(connection.prove(key, preamble)?);
+        }
+        io::Write::write_all(&mut &*connection, &bytes)
     }
 }
 
@@ -106,6 +171,7 @@ impl Dialler {
 /// connecting, which a forwarder on the way may answer itself. One that is closed before any answer, as by a
 /// destination that has more strangers than it bears, is opened again within the time-out.
 pub(crate) fn open_attached<E: From<SocketError> + From<LinkError>>(
+    route: &Route,
     uri: &Uri,
     preamble: &Preamble,
     timeout: Duration,
@@ -114,20 +180,26 @@ pub(crate) fn open_attached<E: From<SocketError> + From<LinkError>>(
     let limit = Limit::new(timeout, cancelled);
     let mut pause = AGAIN_PAUSE_MIN;
     loop {
-        let connection = Connection::connect(uri, timeout, cancelled)?;
-        let begun = Instant::now();
-        let attached = connection
-            .tune(timeout)
-            .map_err(LinkError::Io)
-            .and_then(|()| attach(&connection, preamble, timeout, cancelled));
-        let error = match attached {
-            Ok(()) => return Ok((connection, begun.elapsed())),
-            Err(error) => error,
+        let (error, unanswered): (E, bool) = match route.connect(uri, timeout, cancelled) {
+            Ok(connection) => {
+                let begun = Instant::now();
+                let attached = connection
+                    .tune(timeout)
+                    .map_err(LinkError::Io)
+                    .and_then(|()| attach(route, &connection, preamble, timeout, cancelled));
+                let Err(error) = attached else { return Ok((connection, begun.elapsed())) };
+                let unanswered = is_unanswered(&error);
+                (error.into(), unanswered)
+            }
+            Err(error) => {
+                let unanswered = error.is_unanswered();
+                (error.into(), unanswered)
+            }
         };
         let step = match limit.step() {
-            Ok(step) if is_unanswered(&error) => step,
+            Ok(step) if unanswered => step,
             Err(over) if is_cancelled(&over) => return Err(LinkError::Cancelled.into()),
-            _ => return Err(error.into()),
+            _ => return Err(error),
         };
         std::thread::sleep(pause.min(step));
         pause = (pause * 2).min(AGAIN_PAUSE_MAX);
@@ -146,12 +218,15 @@ fn is_unanswered(error: &LinkError) -> bool {
 }
 
 fn attach(
+    route: &Route,
     connection: &Connection,
     preamble: &Preamble,
     timeout: Duration,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<(), LinkError> {
-    match Exchange::open(connection, preamble, timeout, cancelled)?.receive()? {
+    let exchange = Exchange::new(connection, timeout, cancelled)?;
+    route.greet(connection, preamble).map_err(|e| exchange.error(e))?;
+    match exchange.receive()? {
         Message::Attached { stream } if stream == preamble.stream => Ok(()),
         other => {
             let field = "answer to a stream's preamble";

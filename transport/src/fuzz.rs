@@ -2,6 +2,8 @@
 //!
 //! A checksum that is part of an input would stop all inputs but those that are right: most targets put checksums in themselves.
 
+mod files;
+mod input;
 mod memory;
 
 use std::io::{self, Read, Write};
@@ -10,36 +12,27 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pagecopy::digest::PageHasher;
-use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE, Region};
+use pagecopy::layout::{CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE};
 use xxhash_rust::xxh3::xxh3_64;
 
+use self::input::{Frame, SEED, layout};
 use self::memory::Ram;
 use crate::carrier::{Breaker, DestinationEnd, FrameReceiver};
-use crate::destination::{PageSink, receive_stream};
+use crate::destination::{BaseCopy, BaseReader, PageSink, receive_stream};
 use crate::postcopy::{MissingRuns, MissingSink, PostcopyError};
 use crate::socket::Connection;
 use crate::sys::ReceiveList;
 use crate::wire::control::{ChunkRun, HEADER_LEN, Message, capability};
 use crate::wire::frame::{
-    FRAME_MAGIC, FrameHeader, RECEIPT_HEADER_LEN, check_receipt, decode_receipt_header, encode_receipt,
-    fold_receipt,
+    LOAD_LEN, RECEIPT_HEADER_LEN, check_receipt, decode_load, decode_receipt_header, encode_load,
+    encode_receipt, fold_receipt,
 };
 use crate::wire::postcopy::{PageRequest, REQUEST_MAGIC, sealed_receipt};
 use crate::wire::queue::{Accept, Kind, MessageHeader, Range, Refusal, Registered, Request};
 use crate::wire::{Preamble, WireError};
 
-/// Seed of every session here.
-const SEED: u64 = 1;
 /// Never waited for: all bytes are there, or will never be.
 const TIMEOUT: Duration = Duration::from_secs(5);
-
-/// A guest of two regions, each of which ends with a short chunk: chunks 0 to 2 and 3.
-fn layout() -> Layout {
-    let region = |gpa, len, name: &str| Region { gpa, len, name: name.into() };
-    let short = 3 * PAGE_SIZE as u64;
-    let first = region(0, 2 * CHUNK_SIZE as u64 + short, "low");
-    Layout::new(vec![first, region(1 << 32, short, "high")]).expect("a layout")
-}
 
 /// Any 32 bytes as a preamble; what is read is written alike.
 pub fn preamble(bytes: &[u8]) {
@@ -70,7 +63,7 @@ pub fn control(bytes: &[u8]) {
     assert_eq!(decoded.encode(), message, "{decoded:?} is not written as it was read");
 }
 
-/// Any bytes as a receipt and as a request for pages, with a checksum in place of their last 8.
+/// Any bytes as a receipt, as what comes beside it and as a request for pages, with a checksum in place of their last 8.
 pub fn receipts(bytes: &[u8]) {
     let hasher = PageHasher::new(SEED);
     let sealed = |bytes: &[u8]| [bytes, &hasher.checksum(bytes).to_le_bytes()].concat();
@@ -87,6 +80,14 @@ pub fn receipts(bytes: &[u8]) {
             encode_receipt(&mut again, seq, &digests, &hasher);
             assert_eq!(again, receipt);
             assert_eq!(fold_receipt(7, &again, &hasher), fold_receipt(7, &receipt, &hasher));
+        }
+    }
+    for load in [bytes.to_vec(), sealed(body)] {
+        let Some(load) = load.first_chunk::<LOAD_LEN>() else { continue };
+        if let Ok(decoded) = decode_load(load, &hasher) {
+            let mut again = Vec::new();
+            encode_load(&mut again, decoded, &hasher);
+            assert_eq!(again, load);
         }
     }
     let Some((fields, _)) = bytes.split_first_chunk::<12>() else { return };
@@ -144,62 +145,6 @@ fn again<T: PartialEq + std::fmt::Debug>(
     assert_eq!(decode(&encode(&value)), Ok(value));
 }
 
-/// Bytes of input for a frame's header.
-const FIELDS: usize = 40;
-
-/// What an input says of a frame.
-struct Frame<'a> {
-    chunk: u32,
-    what: u8,
-    fill: u8,
-    masks: [u64; 4],
-    section: &'a [u8],
-}
-
-impl<'a> Frame<'a> {
-    /// The next of an input: chunk, what is special, length of the encoded section, what raw pages are filled with, 3 spare, and four
-    /// masks; then the section.
-    fn take(input: &mut &'a [u8]) -> Option<Self> {
-        let (fields, rest) = input.split_first_chunk::<FIELDS>()?;
-        let [chunk, what, l0, l1, fill, ..] = *fields;
-        let (section, rest) = rest.split_at(rest.len().min(u16::from_le_bytes([l0, l1]).into()));
-        *input = rest;
-        let (masks, _) = fields[8..].as_chunks::<8>();
-        let masks = std::array::from_fn(|i| u64::from_le_bytes(masks[i]));
-        Some(Self { chunk: chunk.into(), what, fill, masks, section })
-    }
-
-    /// The header, with right checksums unless it says otherwise.
-    fn header(&self, seq: u64, hasher: &PageHasher) -> [u8; FrameHeader::LEN] {
-        let is = |bit: u8| self.what & bit != 0;
-        let [raw, zero, delta, zstd] = self.masks;
-        let kind: u16 = if is(8) { 2 } else { 1 };
-        let checksum = hasher.checksum(self.section) ^ u64::from(is(32));
-        let mut header = Vec::with_capacity(FrameHeader::LEN);
-        header.extend_from_slice(&FRAME_MAGIC.to_le_bytes());
-        header.extend_from_slice(&(kind ^ u16::from(is(4)) << 8).to_le_bytes());
-        header.extend_from_slice(&(u16::from(self.what & 3) | u16::from(is(128)) << 7).to_le_bytes());
-        header.extend_from_slice(&(seq + u64::from(is(64))).to_le_bytes());
-        header.extend_from_slice(&self.chunk.to_le_bytes());
-        header.extend_from_slice(&(self.section.len() as u32).to_le_bytes());
-        [raw, zero, delta, zstd, if self.section.is_empty() { 0 } else { checksum }]
-            .iter()
-            .for_each(|field| header.extend_from_slice(&field.to_le_bytes()));
-        let checksum = hasher.checksum(&header) ^ u64::from(is(16));
-        header.extend_from_slice(&checksum.to_le_bytes());
-        header.try_into().expect("a header's length")
-    }
-
-    fn raw(&self) -> Vec<u8> {
-        let pages = self.masks[0].count_ones() as usize;
-        (0..pages * PAGE_SIZE).map(|at| self.fill.wrapping_add((at / PAGE_SIZE) as u8)).collect()
-    }
-
-    fn placed(&self) -> bool {
-        self.what & 1 != 0
-    }
-}
-
 /// What a stream brings, as it is asked for.
 struct Brought {
     bytes: Vec<u8>,
@@ -239,6 +184,31 @@ impl FrameReceiver for Brought {
     }
 }
 
+/// An older copy of the guest: of each chunk it has every other page, and they are alike.
+struct Older;
+
+impl BaseCopy for Older {
+    fn seed(&self) -> u64 {
+        SEED
+    }
+
+    fn seals(&self, _chunk: u32) -> Result<(u64, [u64; CHUNK_PAGES]), String> {
+        Err("nobody asks here".into())
+    }
+
+    fn reader(self: Arc<Self>) -> io::Result<Box<dyn BaseReader>> {
+        Ok(Box::new(OlderReader(vec![[7; PAGE_SIZE]; CHUNK_PAGES])))
+    }
+}
+
+struct OlderReader(Vec<[u8; PAGE_SIZE]>);
+
+impl BaseReader for OlderReader {
+    fn read(&mut self, _chunk: u32, pages: u64) -> (u64, &[[u8; PAGE_SIZE]]) {
+        (pages & 0x5555_5555_5555_5555, &self.0)
+    }
+}
+
 /// Frames of a data stream, which the destination's worker takes. The first byte says how they come in; see [`Frame`].
 pub fn frames(bytes: &[u8]) {
     let Some((&how, mut input)) = bytes.split_first() else { return };
@@ -264,6 +234,7 @@ pub fn frames(bytes: &[u8]) {
     // Some codecs are not agreed on.
     let capabilities = if how & 4 == 0 { u64::MAX } else { u64::from(how >> 3) };
     let sink = PageSink::new(ram.clone(), hasher.clone(), capabilities, TIMEOUT);
+    let sink = sink.with_base(Some(Arc::new(Older)));
     if how & 2 != 0 {
         sink.begin_placing();
     }
@@ -368,6 +339,13 @@ fn sealed(frame: &Frame<'_>, seq: u64, right: bool, hasher: &PageHasher) -> Vec<
     [&frame.header(seq, hasher)[..], &seal.to_le_bytes(), frame.section, &raw].concat()
 }
 
+/// An archive, in order and by its index. The first byte says how: with its highest bit set, all that follow are the archive; else it is
+/// made of frames, with right seals and checksums unless an input says otherwise.
+pub fn archive(bytes: &[u8]) {
+    let Some((&how, mut input)) = bytes.split_first() else { return };
+    if how & 0x80 != 0 { files::read(input) } else { files::read(&files::make(how, &mut input)) }
+}
+
 #[cfg(test)]
 mod tests {
     use testkit::replay;
@@ -395,6 +373,11 @@ mod tests {
     #[test]
     fn frames() {
         replay("frames", 1000, super::frames);
+    }
+
+    #[test]
+    fn archive() {
+        replay("archive", 1000, super::archive);
     }
 
     #[test]

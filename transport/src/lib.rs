@@ -6,6 +6,7 @@
 //! [`pagecopy::backend`].
 
 pub mod accept;
+pub mod archive;
 pub mod carrier;
 mod clock;
 pub mod destination;
@@ -16,7 +17,6 @@ pub mod engine;
 pub mod fuzz;
 #[cfg(any(test, fuzzing))]
 mod guest_memory;
-pub mod host;
 mod limit;
 pub mod link;
 pub mod local;

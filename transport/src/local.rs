@@ -2,12 +2,18 @@
 
 use std::io;
 use std::pin::{Pin, pin};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use pagecopy::layout::Layout;
 
 use crate::panic_text;
 use crate::wire::control::STATE_LEN_MAX;
+
+/// What a lock guards, whatever became of those who had it.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Errors of the system that say that this host lacks something: memory, room in a file system, descriptors, memory that may be
 /// locked. A bad address is memory of the guest that could not be had.
@@ -89,6 +95,13 @@ pub(crate) fn no_memory(bytes: usize) -> io::Error {
     let text =
         format!("this process cannot have {bytes} bytes of memory (its limit is RLIMIT_AS, or the host's)");
     io::Error::new(io::ErrorKind::OutOfMemory, text)
+}
+
+/// Bytes by chance that nobody can guess.
+pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+    Ok(bytes)
 }
 
 /// Runs `work`; a panic in it becomes a text. What `work` shares with others must bear being left half done.

@@ -20,3 +20,9 @@ pub fn fill() -> bool {
 pub fn is_short() -> bool {
     sys::is_short()
 }
+
+/// Gives memory that nobody uses any more back to the host, where the C library keeps it: glibc has what the threads of a migration had in
+/// arenas of their own, and the more of it the larger a buffer once was that was freed. Due once a migration has ended.
+pub(crate) fn give_back() {
+    sys::give_back();
+}

@@ -4,6 +4,7 @@
 //! source                                   destination
 //! ExpectWelcome   -- HELLO -------------->  ExpectHello
 //!                 <------------- WELCOME --  Preparing
+//!                 <---- BASE (any, or none)
 //! ExpectPrepared  <------------ PREPARED --  Moving
 //! Moving          == frames / receipts ==>  Moving
 //!                 -- STREAM_LOST -------->
@@ -34,7 +35,9 @@
 
 #[cfg(test)]
 use crate::simulation::fault;
-use crate::wire::control::{Arrived, ChunkRun, ErrorCode, Hello, Message, SessionStatus, Totals, Welcome};
+use crate::wire::control::{
+    Arrived, Base, ChunkRun, ErrorCode, Hello, Message, SessionStatus, Totals, Welcome,
+};
 use crate::wire::{VERSION_MAX, VERSION_MIN};
 
 /// What ended a session, or made a message impossible.
@@ -77,6 +80,12 @@ pub enum SessionError {
         last: u32,
         /// The state's name.
         state: &'static str,
+    },
+    /// What the destination says of its older copy cannot be.
+    #[error("the destination says of its base what cannot be: {what}")]
+    Base {
+        /// What.
+        what: &'static str,
     },
     /// A WELCOME that takes what was not offered.
     #[error("the destination answered HELLO with {what}, which was not offered")]
@@ -136,6 +145,8 @@ pub enum SourceEvent {
     Reply(Message),
     /// The destination accepted the session.
     Welcome(Welcome),
+    /// The destination has an older copy of the guest, and says what that holds.
+    Base(Base),
     /// Streams may connect.
     Prepared,
     /// The destination has stopped this stream's worker, by itself or because it was told to.
@@ -195,6 +206,7 @@ impl SourceSession {
                 self.state = S::ExpectPrepared;
                 SourceEvent::Welcome(welcome)
             }
+            (S::ExpectPrepared, Message::Base(base)) => SourceEvent::Base(base),
             (S::ExpectPrepared, Message::Prepared) => {
                 self.state = S::Moving;
                 SourceEvent::Prepared

@@ -1,8 +1,9 @@
-//! Vectored socket I/O straight from and into memory, and how soon a thread runs: besides RDMA's, the only unsafe code of this crate.
+//! Vectored socket I/O straight from and into memory, descriptors by number, writes that raise no signal, and how soon a thread runs:
+//! besides RDMA's, the only unsafe code of this crate.
 
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use vm_memory::volatile_memory::VolatileSlice;
@@ -60,6 +61,74 @@ pub(crate) fn run_soon(how: Soon) {
     };
     // SAFETY: the kernel reads the struct, whose size it is told; 0 is the calling thread. A refusal only costs time.
     let _ = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) };
+}
+
+/// A duplicate of the descriptor with this number, closed where another program is started, and none of the three that every program
+/// has. Whose that number is, nobody can tell; it stays as it is.
+pub(crate) fn duplicate(number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes numbers only, of which the first may be anybody's descriptor or none: that one is not changed.
+    let duplicate = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
+    if duplicate < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has made this descriptor, which nobody else knows of.
+    Ok(unsafe { OwnedFd::from_raw_fd(duplicate) })
+}
+
+/// Writes, as much as one call takes, without the signals that end a process by default when nobody reads a pipe, or a file is longer than
+/// RLIMIT_FSIZE: a program that embeds this may not ignore them as Rust's do, and its guest would end with it. They are errors here.
+pub(crate) fn write_quietly(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    let quiet = Quiet::begin();
+    // SAFETY: the kernel reads bytes that are borrowed through the call, as many as there are.
+    let written = unsafe { libc::write(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len()) };
+    let result = usize::try_from(written).map_err(|_| io::Error::last_os_error());
+    quiet.end(result.is_err());
+    result
+}
+
+/// A thread to which no signal of a failed write comes.
+struct Quiet {
+    /// Those of [`Self::SIGNALS`] that were not pending before, whose coming would be this thread's doing.
+    fresh: libc::sigset_t,
+    before: libc::sigset_t,
+}
+
+impl Quiet {
+    const SIGNALS: [libc::c_int; 2] = [libc::SIGPIPE, libc::SIGXFSZ];
+
+    fn begin() -> Self {
+        // SAFETY: sigset_t is a C struct of integers, for which all zeros is a valid value.
+        let [mut fresh, mut all, mut before, mut pending]: [libc::sigset_t; 4] =
+            unsafe { std::mem::zeroed() };
+        // SAFETY: the sets live through the calls, which read and write nothing else; the signals are valid numbers. The mask is that of
+        // this thread.
+        unsafe {
+            libc::sigemptyset(&raw mut fresh);
+            libc::sigemptyset(&raw mut all);
+            libc::sigpending(&raw mut pending);
+            for signal in Self::SIGNALS {
+                libc::sigaddset(&raw mut all, signal);
+                if libc::sigismember(&raw const pending, signal) == 0 {
+                    libc::sigaddset(&raw mut fresh, signal);
+                }
+            }
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, &raw mut before);
+        }
+        Self { fresh, before }
+    }
+
+    /// Takes what came, where the write failed, and lets others come again.
+    fn end(self, failed: bool) {
+        let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the sets and the time live through the calls, which only read them; null is nowhere to tell of the signal.
+        unsafe {
+            while failed
+                && libc::sigtimedwait(&raw const self.fresh, std::ptr::null_mut(), &raw const at_once) > 0
+            {
+            }
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut());
+        }
+    }
 }
 
 /// Waits until a socket takes bytes, or has failed; says whether it does.
@@ -148,8 +217,12 @@ impl<'a> SendList<'a> {
         self.parts.next == self.parts.parts.len()
     }
 
+    /// Bytes that are left.
+    pub(crate) fn len(&self) -> usize {
+        self.parts.parts[self.parts.next..].iter().map(|part| part.iov_len).sum()
+    }
+
     /// Copies what is left to the start of `out`, as much as has room.
-    #[cfg(any(test, feature = "rdma"))]
     pub(crate) fn copy_to(&mut self, out: &mut [u8]) -> usize {
         let mut at = 0;
         for part in &self.parts.parts[self.parts.next..] {
@@ -185,6 +258,17 @@ impl<'a> SendList<'a> {
         let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
         self.parts.done(sent)
     }
+
+    /// Writes what is left to a file at an offset, as much as one call takes.
+    pub(crate) fn write_at(&mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+        let message = self.parts.message();
+        let count = message.msg_iovlen.min(libc::UIO_MAXIOV as usize) as libc::c_int;
+        // SAFETY: every iovec points at bytes borrowed for 'a (push) or at a live guest mapping (push_guest: a VolatileSlice's
+        // contract), both of which outlive this call; the kernel only reads them.
+        let written = unsafe { libc::pwritev(file.as_raw_fd(), message.msg_iov, count, offset) };
+        self.parts.done(written)
+    }
 }
 
 /// Pieces of memory to receive into: buffers of our own and guest memory, of which no Rust reference is ever made.
@@ -208,8 +292,12 @@ impl<'a> ReceiveList<'a> {
         self.parts.push(memory.ptr_guard_mut().as_ptr(), memory.len());
     }
 
+    /// Whether everything was received.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.parts.next == self.parts.parts.len()
+    }
+
     /// Copies bytes that came into what is left; returns how many had room.
-    #[cfg(any(test, fuzzing, feature = "rdma"))]
     pub(crate) fn fill(&mut self, bytes: &[u8]) -> usize {
         let mut at = 0;
         for part in &self.parts.parts[self.parts.next..] {
@@ -232,5 +320,61 @@ impl<'a> ReceiveList<'a> {
         // a VolatileSlice's contract), both of which outlive this call; any bytes may be written there.
         let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
         self.parts.done(received)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    const ALONE: &str = "PAGEFERRY_TEST_ALONE";
+
+    /// Dies of the signals unless they are kept away, which takes a process of its own.
+    fn write_where_signals_end_the_process() {
+        // SAFETY: no handler is installed; this process has no other thread that could rely on the signals being ignored.
+        unsafe {
+            libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+            libc::signal(libc::SIGXFSZ, libc::SIG_DFL);
+        }
+        let (reader, writer) = io::pipe().unwrap();
+        assert_eq!(write_quietly(writer.as_fd(), b"heard").unwrap(), 5);
+        drop(reader);
+        for _ in 0..3 {
+            let error = write_quietly(writer.as_fd(), b"unheard").unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        }
+        let file = tempfile::tempfile().unwrap();
+        let limit = rustix::process::Rlimit { current: Some(4), maximum: None };
+        rustix::process::setrlimit(rustix::process::Resource::Fsize, limit).unwrap();
+        assert_eq!(write_quietly(file.as_fd(), b"12345").unwrap(), 4);
+        assert_eq!(write_quietly(file.as_fd(), b"5").unwrap_err().raw_os_error(), Some(libc::EFBIG));
+    }
+
+    #[test]
+    fn a_failed_write_ends_no_process() {
+        if std::env::var_os(ALONE).is_some() {
+            return write_where_signals_end_the_process();
+        }
+        let alone = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "sys::tests::a_failed_write_ends_no_process", "--test-threads=1"])
+            .env(ALONE, "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&alone.stdout);
+        assert!(alone.status.success() && text.contains("1 passed"), "{:?}: {text}", alone.status);
+    }
+
+    #[test]
+    fn a_duplicate_is_another_descriptor_and_is_not_inherited() {
+        let (_reader, writer) = io::pipe().unwrap();
+        let twin = duplicate(writer.as_raw_fd()).unwrap();
+        assert_ne!(twin.as_raw_fd(), writer.as_raw_fd());
+        let flags = rustix::io::fcntl_getfd(&twin).unwrap();
+        assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+        assert!(duplicate(1).unwrap().as_raw_fd() > 2);
+        assert_eq!(duplicate(i32::MAX).unwrap_err().raw_os_error(), Some(libc::EBADF));
+        assert_eq!(duplicate(-1).unwrap_err().raw_os_error(), Some(libc::EBADF));
     }
 }

@@ -1,11 +1,12 @@
-//! Migration URIs, written as QEMU writes them: `tcp:HOST:PORT`, `unix:PATH`, `rdma:HOST:PORT`.
+//! Migration URIs, written as QEMU writes them: `tcp:HOST:PORT`, `unix:PATH`, `rdma:HOST:PORT` of a destination that answers, and
+//! `file:PATH`, `exec:COMMAND`, `fd:N` where nobody does.
 
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// Where a destination listens.
+/// Where a destination listens, or where a guest is saved to and loaded from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Uri {
     /// `tcp:HOST:PORT`, `tcp:[V6]:PORT`; an empty HOST or `0` means every address when listening and the loopback when connecting.
@@ -24,12 +25,19 @@ pub enum Uri {
         /// Port, the same one for both; 0 lets the system choose when listening.
         port: u16,
     },
+    /// `file:PATH`: a file that a guest is saved to, or loaded from.
+    File(PathBuf),
+    /// `exec:COMMAND`: a command of the shell that takes a saved guest on its standard input, or gives one on its standard output.
+    Exec(String),
+    /// `fd:N`: an open descriptor of this process that a guest is saved to, or loaded from.
+    Fd(i32),
 }
 
 /// A text that is no URI this version understands.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{uri:?} is not a migration URI: {why}; expected tcp:HOST:PORT, tcp:[IPV6]:PORT, unix:PATH or rdma:HOST:PORT"
+    "{uri:?} is not a migration URI: {why}; expected tcp:HOST:PORT, tcp:[IPV6]:PORT, unix:PATH, rdma:HOST:PORT, file:PATH, \
+     exec:COMMAND or fd:N"
 )]
 pub struct UriError {
     uri: String,
@@ -44,6 +52,16 @@ pub fn abstract_name(path: &Path) -> Option<&[u8]> {
 
 /// Longest path of a Unix socket (`sun_path` less the final NUL).
 const UNIX_PATH_MAX: usize = 107;
+
+impl Uri {
+    /// Whether nobody answers there: a guest is saved to it or loaded from it, and nothing is ever connected.
+    pub fn is_one_way(&self) -> bool {
+        match self {
+            Self::Tcp { .. } | Self::Unix(_) | Self::Rdma { .. } => false,
+            Self::File(_) | Self::Exec(_) | Self::Fd(_) => true,
+        }
+    }
+}
 
 impl FromStr for Uri {
     type Err = UriError;
@@ -76,11 +94,39 @@ impl FromStr for Uri {
                 let host = host.into();
                 Ok(if scheme == "tcp" { Self::Tcp { host, port } } else { Self::Rdma { host, port } })
             }
-            "exec" | "fd" | "file" | "vsock" => {
-                fail(&format!("the {scheme} transport is not built into this version"))
-            }
+            "file" | "exec" | "fd" => one_way(scheme, rest).or_else(|why| fail(&why)),
+            "vsock" => fail("the vsock transport is not built into this version"),
             _ => fail("unknown scheme"),
         }
+    }
+}
+
+/// A place where nobody answers, from what follows its scheme and the colon.
+fn one_way(scheme: &str, rest: &str) -> Result<Uri, String> {
+    // Space between the colon and a command, as QEMU's users write it, is none of the command.
+    let (what, rest) = match scheme {
+        "file" => ("path", rest),
+        "exec" => ("command", rest.trim_start()),
+        _ => ("descriptor", rest),
+    };
+    if rest.is_empty() {
+        return Err(format!("the {what} is empty"));
+    }
+    if rest.contains('\0') {
+        return Err(format!("the {what} holds a NUL"));
+    }
+    match scheme {
+        "file" => Ok(Uri::File(rest.into())),
+        "exec" => Ok(Uri::Exec(rest.into())),
+        _ if rest.starts_with('-') => Err("the descriptor is negative".into()),
+        _ if !rest.bytes().all(|b| b.is_ascii_digit()) => {
+            Err("the descriptor is not a number; it is one of this process, by its number and not by a name"
+                .into())
+        }
+        _ => rest
+            .parse()
+            .map(Uri::Fd)
+            .map_err(|_| format!("the descriptor is not a number from 0 to {}", i32::MAX)),
     }
 }
 
@@ -90,6 +136,9 @@ impl fmt::Display for Uri {
             Self::Tcp { host, port } => ("tcp", host, port),
             Self::Rdma { host, port } => ("rdma", host, port),
             Self::Unix(path) => return write!(f, "unix:{}", path.display()),
+            Self::File(path) => return write!(f, "file:{}", path.display()),
+            Self::Exec(command) => return write!(f, "exec:{command}"),
+            Self::Fd(number) => return write!(f, "fd:{number}"),
         };
         if host.contains(':') {
             write!(f, "{scheme}:[{host}]:{port}")
@@ -117,6 +166,30 @@ mod tests {
             assert_eq!(uri.to_string(), text);
         }
         assert_eq!("unix:/run/a:b".parse(), Ok(Uri::Unix("/run/a:b".into())));
+    }
+
+    #[test]
+    fn places_where_nobody_answers_are_read_and_written_alike() {
+        let exec = |command: &str| Uri::Exec(command.into());
+        for (text, uri, written) in [
+            ("file:/var/lib/guest 1:a", Uri::File("/var/lib/guest 1:a".into()), None),
+            ("file: x", Uri::File(" x".into()), None),
+            ("exec:gzip -c > x", exec("gzip -c > x"), None),
+            ("exec: gzip -c -d X ", exec("gzip -c -d X "), Some("exec:gzip -c -d X ")),
+            ("exec:\t\n  a: b", exec("a: b"), Some("exec:a: b")),
+            ("fd:0", Uri::Fd(0), None),
+            ("fd:007", Uri::Fd(7), Some("fd:7")),
+            ("fd:2147483647", Uri::Fd(i32::MAX), None),
+        ] {
+            assert_eq!(text.parse(), Ok(uri.clone()));
+            assert_eq!(uri.to_string(), written.unwrap_or(text));
+            assert_eq!(uri.to_string().parse(), Ok(uri.clone()));
+            assert!(uri.is_one_way(), "{text}");
+        }
+        for text in ["tcp:h:1", "unix:/s"] {
+            assert!(!text.parse::<Uri>().unwrap().is_one_way(), "{text}");
+        }
+        assert!(!Uri::Rdma { host: "h".into(), port: 1 }.is_one_way());
     }
 
     #[test]
@@ -148,7 +221,21 @@ mod tests {
             ("tcp:a\0b:80", "or a NUL"),
             ("unix:", "empty"),
             ("unix:@", "empty"),
+            ("file:", "the path is empty"),
+            ("file:a\0b", "the path holds a NUL"),
+            ("exec:", "the command is empty"),
+            ("exec: \t ", "the command is empty"),
+            ("exec:a\0b", "the command holds a NUL"),
+            ("fd:", "the descriptor is empty"),
+            ("fd:-1", "negative"),
+            ("fd:+1", "not a number"),
+            ("fd:1 ", "not a number"),
+            ("fd:\u{0663}", "not a number"),
+            ("fd:migrate", "not by a name"),
+            ("fd:2147483648", "not a number from 0 to 2147483647"),
+            ("fd:1\0", "holds a NUL"),
             ("vsock:2:1", "not built"),
+            ("x", "file:PATH, exec:COMMAND or fd:N"),
             ("ftp:x", "unknown scheme"),
         ] {
             let error = text.parse::<Uri>().unwrap_err().to_string();

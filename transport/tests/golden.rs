@@ -2,17 +2,17 @@
 //! must show. A change of either is a change of the protocol and needs a new version.
 
 use pagecopy::backend::StateBlob;
+use pagecopy::choose::Load;
 use pagecopy::chunk::{Announced, ChunkDecoder, Reference};
 use pagecopy::digest::{PageHasher, receipt};
 use pagecopy::layout::{Layout, PAGE_SIZE, Region};
-use transport::host::{Host, Side};
 use transport::wire::control::{
-    Arrived, ChunkRun, ErrorCode, HEADER_LEN, Hello, Message, SessionStatus, StreamEnd, Totals, Welcome,
-    state_digest,
+    Arrived, Base, BaseChunk, ChunkRun, ErrorCode, HEADER_LEN, Hello, Message, SessionStatus, StreamEnd,
+    Totals, Welcome, state_digest,
 };
 use transport::wire::frame::{
-    FrameHeader, FrameKind, RECEIPT_HEADER_LEN, check_receipt, decode_receipt_header, encode_receipt,
-    fold_receipt,
+    FrameHeader, FrameKind, RECEIPT_HEADER_LEN, check_receipt, decode_load, decode_receipt_header,
+    encode_load, encode_receipt, fold_receipt,
 };
 use transport::wire::postcopy::{PageRequest, sealed_receipt};
 use transport::wire::queue::{Accept, Kind, MessageHeader, Range, Refusal, Registered, Request};
@@ -35,11 +35,6 @@ fn preambles() -> Vec<(&'static str, Preamble)> {
     ]
 }
 
-/// That both ends of the golden session run on.
-fn host() -> Host {
-    Host::with_boot_id(*b"\x00\x11\x22\x33\x44\x55\x66\x77\x88\x99\xaa\xbb\xcc\xdd\xee\xff")
-}
-
 fn state() -> Vec<StateBlob> {
     vec![StateBlob { name: "vcpu/0".into(), version: 1, bytes: vec![0xaa, 0xbb] }]
 }
@@ -47,6 +42,10 @@ fn state() -> Vec<StateBlob> {
 fn totals() -> Totals {
     let end = StreamEnd { stream: 2, frames: 8, fold: 0x0123_4567_89ab_cdef };
     Totals { streams: vec![end], pages: 5, state: state_digest(&state()) }
+}
+
+fn base() -> Base {
+    Base { seed: 7, chunks: vec![BaseChunk { chunk: 3, pages: 0b101, seals: vec![8, 9] }] }
 }
 
 fn messages() -> Vec<(&'static str, Message)> {
@@ -57,11 +56,7 @@ fn messages() -> Vec<(&'static str, Message)> {
         live: true,
         timeout_ms: 10_000,
         reconnect_ms: 300_000,
-        host: host().digest(Side::Source, SEED),
-        regions: vec![
-            Region { name: "low".into(), gpa: 0, len: 0x10_0000 },
-            Region { name: "high".into(), gpa: 0x1_0000_0000, len: 0x3000 },
-        ],
+        regions: vec![Region::new("low", 0, 0x10_0000), Region::new("high", 0x1_0000_0000, 0x3000)],
         presence: vec![0b1],
         dense: vec![0b0],
         data_bytes: 0x3000,
@@ -69,18 +64,17 @@ fn messages() -> Vec<(&'static str, Message)> {
     };
     vec![
         (
-            "0100000076000000887766554433221103000000000000000400010010270000e0930400619cb3d782cad76400100000400000000200000000000000000000000000100000000000030000006c6f77000000000100000000300000000000000400000068696768010000000101000000000030000000000000010000006d6dfb5367f52f88ef",
+            "010000006e000000887766554433221103000000000000000400010010270000e093040000100000400000000200000000000000000000000000100000000000030000006c6f77000000000100000000300000000000000400000068696768010000000101000000000030000000000000010000006df35be90f6c274649",
             Message::Hello(hello),
         ),
         (
-            "020000001c0000000100040010270000e09304000300000000000000d21a8b05ac3adfa8174713078bad9b13",
+            "02000000140000000100040010270000e093040003000000000000007e7136458f10e5bb",
             Message::Welcome(Welcome {
                 version: 1,
                 capabilities: 3,
                 streams: 4,
                 timeout_ms: 10_000,
                 reconnect_ms: 300_000,
-                host: host().digest(Side::Destination, SEED),
             }),
         ),
         (
@@ -115,6 +109,10 @@ fn messages() -> Vec<(&'static str, Message)> {
         ("110000000400000001000000dfecaed75b3c1f66", Message::Resume { epoch: 1 }),
         ("120000000400000001000000f0d1ab73e2ed3544", Message::Resumed { epoch: 1 }),
         ("13000000080000000010000000000000e454fa3a1d32a82b", Message::Resent { bytes: 4096 }),
+        (
+            "1400000028000000070000000000000001000000030000000500000000000000080000000000000009000000000000000731b4998a607af3",
+            Message::Base(base()),
+        ),
         ("180000000000000049092da506957fbe", Message::Postcopy),
         ("1900000004000000080000004417bb3811b577cb", Message::PostcopyReady { unit_chunks: 8 }),
         (
@@ -134,6 +132,8 @@ const SECTION: &str = "0800000109c70102070828b52ffd60001f0280006103800062";
 /// The frame of chunk 3 around [`SECTION`], with page 0 raw and page 1 zero.
 const FRAME_HEADER: &str = "504746310100000007000000000000000300000019000000010000000000000002000000000000000400000000000000180000000000000014e8329e4c5bce2a3b6d43d27efcddfe";
 const END_HEADER: &str = "5047463102000000080000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000028196a04b64d059a";
+/// Pages 0 and 2 of chunk 3 are as in the base.
+const SAME_HEADER: &str = "50474631030000000900000000000000030000000000000005000000000000000000000000000000000000000000000000000000000000000000000000000000d3a0bdda79a70ac3";
 /// A section of page 4 alone, whose zstd frame refers to page 1 of chunk 9.
 const REFERRING: &str = "0109000000020000000000000028b52ffd60000f6d000000020005d89fe343fdfbff1908";
 /// The frame of chunk 3 around [`REFERRING`].
@@ -142,6 +142,8 @@ const REFERRING_HEADER: &str = "504746310100020008000000000000000300000024000000
 const RECEIPT: &str = "50475231050000000700000000000000c101e567d17a51f045e7961452e8eac4a4af2ab1fa936c50a71019b6e72db1bc2cbf9bb4d1c51f4e7ec6862318fd1281";
 /// The fold of a stream whose only receipt is [`RECEIPT`].
 const FOLD: &str = "2708e06134234f89";
+/// What a thread of the destination did.
+const LOAD: &str = "50474c31000000008096980000000000a025260000000000010000000000000052cfde62a6b85782";
 /// xxh3-128 of a page of zeros, the high half first as it is printed.
 const ZERO_PAGE_DIGEST: &str = "8091490f33f435fdc4eae8521496e745";
 
@@ -290,15 +292,18 @@ fn messages_are_these_bytes() {
         );
     }
     let kinds: Vec<u16> = messages.iter().map(|(_, message)| message.kind()).collect();
-    assert_eq!(kinds, Vec::from_iter((1..=19).chain(24..=28)), "every kind has its vector");
+    assert_eq!(kinds, Vec::from_iter((1..=20).chain(24..=28)), "every kind has its vector");
 }
 
 #[test]
 fn frame_headers_are_these_bytes() {
     let hasher = PageHasher::new(SEED);
-    for (golden, header) in
-        [(FRAME_HEADER, frame()), (REFERRING_HEADER, referring_frame()), (END_HEADER, FrameHeader::end(8))]
-    {
+    for (golden, header) in [
+        (FRAME_HEADER, frame()),
+        (REFERRING_HEADER, referring_frame()),
+        (END_HEADER, FrameHeader::end(8)),
+        (SAME_HEADER, FrameHeader::same(9, 3, 0b101)),
+    ] {
         assert_eq!(hex(&header.encode(&hasher)), golden, "{:?}", header.kind);
         assert_eq!(FrameHeader::decode(unhex(golden)[..].try_into().unwrap(), &hasher), Ok(header));
     }
@@ -392,6 +397,11 @@ fn receipts_and_folds_are_these_bytes() {
     let body: Vec<u8> = digests.iter().flat_map(|digest| digest.to_le_bytes()).collect();
     assert_eq!(check_receipt(&golden, &hasher), Ok(&body[..]));
     assert_eq!(hex(&fold_receipt(0, &golden, &hasher).to_le_bytes()), FOLD);
+    let load = Load { passed_nanos: 10_000_000, worked_nanos: 2_500_000, ready_nanos: 1 };
+    let mut bytes = Vec::new();
+    encode_load(&mut bytes, load, &hasher);
+    assert_eq!(hex(&bytes), LOAD);
+    assert_eq!(decode_load(unhex(LOAD)[..].try_into().unwrap(), &hasher), Ok(load));
 }
 
 /// The document promises that stock xxHash with a seed gives the same values.

@@ -1,5 +1,7 @@
 //! The destination's data plane: stream workers that validate, apply and receipt frames.
 
+mod base;
+mod older;
 mod receiver;
 #[cfg(test)]
 pub(crate) mod stepped;
@@ -16,6 +18,7 @@ use pagecopy::chunk::Reference;
 use pagecopy::digest::PageHasher;
 use pagecopy::xbzrle::Page;
 
+pub(crate) use older::{BaseCopy, BaseReader};
 pub use receiver::{ReceiveError, receive_stream};
 
 use crate::carrier::Landing;
@@ -36,6 +39,10 @@ pub struct Received {
     pub delta: AtomicU64,
     /// Pages that came in zstd frames.
     pub compressed: AtomicU64,
+    /// Pages that were taken from the base.
+    pub same: AtomicU64,
+    /// Pages that were to be, and could not be read, or were not what was said of them.
+    pub same_lacking: AtomicU64,
     /// Where the time of the threads went.
     pub spent: Spent,
 }
@@ -54,6 +61,8 @@ pub struct PageSink {
     /// Told when some of them are there.
     came: (Mutex<()>, Condvar),
     hasher: PageHasher,
+    /// An older copy of the guest.
+    base: Option<Arc<dyn BaseCopy>>,
     capabilities: u64,
     timeout: Duration,
     /// Pages that may hold something other than zeros.
@@ -78,9 +87,20 @@ impl PageSink {
             came: (Mutex::new(()), Condvar::new()),
             ram,
             hasher,
+            base: None,
             capabilities,
             timeout,
         }
+    }
+
+    /// One that may take pages from an older copy of the guest.
+    pub(crate) fn with_base(self, base: Option<Arc<dyn BaseCopy>>) -> Self {
+        Self { base, ..self }
+    }
+
+    /// That copy.
+    pub(crate) fn base(&self) -> Option<&Arc<dyn BaseCopy>> {
+        self.base.as_ref()
     }
 
     /// The counters.
@@ -206,9 +226,10 @@ impl Landing for PageSink {
         if fresh == 0 {
             return Ok(());
         }
-        self.ram
-            .bring_in(chunk, fresh)
-            .map_err(|error| io::Error::new(error.source.kind(), format!("{error}: {}", error.source)))
+        self.ram.bring_in(chunk, fresh).map_err(|error| {
+            let kind = error.io().map_or(io::ErrorKind::Other, io::Error::kind);
+            io::Error::new(kind, format!("{error}: {}", error.source))
+        })
     }
 
     fn touch(&self, chunk: u32) {

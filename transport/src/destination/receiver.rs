@@ -7,13 +7,16 @@ use std::time::Instant;
 
 use pagecopy::backend::{BackendError, Placer};
 use pagecopy::bitmap::{bits, runs};
+use pagecopy::choose::{Busy, Load};
 use pagecopy::chunk::{Announced, ChunkDecoder, DecodeError};
 use pagecopy::digest::receipt;
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::xbzrle::Page;
 
 use super::PageSink;
+use super::older::BaseReader;
 use crate::carrier::{DestinationEnd, FrameReceiver};
+use crate::clock;
 use crate::local::{guarded, is_local, is_no_room, zeroed};
 use crate::spent::Lap;
 use crate::sys::ReceiveList;
@@ -28,6 +31,8 @@ const BUFFER_BYTES: usize = ENCODED_MAX + FrameHeader::LEN + AHEAD_BYTES;
 const AHEAD_BYTES: usize = 4096;
 /// Receipts are sent when this many bytes of them wait, or when there is nothing to read.
 const RECEIPTS_BYTES: usize = 4096;
+/// How often the source is told what a thread does, in nanoseconds.
+const LOAD_NANOS: u64 = 10_000_000;
 
 /// Why a stream ended out of order.
 #[derive(Debug, thiserror::Error)]
@@ -129,7 +134,7 @@ impl ReceiveError {
     /// Whether there is no room for the guest.
     pub fn is_no_room(&self) -> bool {
         match self {
-            Self::Memory { source, .. } => is_no_room(&source.source),
+            Self::Memory { source, .. } => source.io().is_some_and(is_no_room),
             Self::Local { source, .. } => is_no_room(source),
             _ => false,
         }
@@ -156,6 +161,8 @@ struct Input<'a> {
     start: usize,
     end: usize,
     receipts: Vec<u8>,
+    /// When the source was last told what this thread does, and how busy it had been.
+    told: Option<(u64, Busy)>,
 }
 
 impl Input<'_> {
@@ -249,8 +256,27 @@ impl Input<'_> {
         Ok(())
     }
 
+    /// Says now and then, beside receipts, how this thread spent its time, where that is known and was agreed on.
+    fn tell_load(&mut self) {
+        let now = clock::nanos();
+        let due = self.told.is_none_or(|(at, _)| now.saturating_sub(at) >= LOAD_NANOS);
+        if !due || self.sink.capabilities & capability::LOAD == 0 {
+            return;
+        }
+        let Some(busy) = clock::busy() else { return };
+        if let Some((at, before)) = self.told.replace((now, busy)) {
+            let load = Load {
+                passed_nanos: now.saturating_sub(at),
+                worked_nanos: busy.worked_nanos.saturating_sub(before.worked_nanos),
+                ready_nanos: busy.ready_nanos.saturating_sub(before.ready_nanos),
+            };
+            frame::encode_load(&mut self.receipts, load, &self.sink.hasher);
+        }
+    }
+
     fn send_receipts(&mut self) -> Result<(), ReceiveError> {
         if !self.receipts.is_empty() {
+            self.tell_load();
             self.carrier.send(&self.receipts).map_err(|source| ReceiveError::carrier(self.stream, source))?;
             self.receipts.clear();
         }
@@ -259,13 +285,15 @@ impl Input<'_> {
 }
 
 pub(super) struct Worker<'a> {
-    sink: &'a PageSink,
+    pub(super) sink: &'a PageSink,
     input: Input<'a>,
     decoder: ChunkDecoder,
     /// Where the frame's encoded section lies in the input's buffer.
     encoded_at: usize,
     /// Fills fresh pages.
-    placer: Option<Arc<dyn Placer>>,
+    pub(super) placer: Option<Arc<dyn Placer>>,
+    /// Reads the older copy of the guest, once pages are to come from there.
+    pub(super) base: Option<Box<dyn BaseReader>>,
     /// Raw pages on their way to be placed.
     raw: Box<[u8]>,
     frames: u64,
@@ -289,11 +317,13 @@ impl<'a> Worker<'a> {
                 start: 0,
                 end: 0,
                 receipts: Vec::with_capacity(2 * RECEIPTS_BYTES),
+                told: None,
             },
             decoder: ChunkDecoder::new(),
             encoded_at: 0,
             raw: zeroed(CHUNK_SIZE)?,
             placer: None,
+            base: None,
             frames: 0,
             fold: 0,
         })
@@ -324,11 +354,12 @@ impl<'a> Worker<'a> {
             self.sink.await_announced(header.chunk);
             lap.to(&spent.fault_in);
         }
-        // What still has to be brought in.
-        let fresh = written & !self.sink.touched.get(header.chunk) & !self.sink.there.get(header.chunk);
-        if fresh != 0 && self.placer.is_none() {
-            self.placer = self.sink.placing().clone();
+        if header.kind == FrameKind::Same {
+            self.take_same(&header)?;
+            self.send_many_receipts()?;
+            return Ok(None);
         }
+        let fresh = self.fresh(header.chunk, written);
         let by_stream = header.raw_len() != 0;
         // Raw pages are placed where all of them are fresh; encoded ones each for itself.
         let placed = match &self.placer {
@@ -354,16 +385,38 @@ impl<'a> Worker<'a> {
         }
         self.apply_zero(&header);
         lap.to(&spent.apply);
-        self.sink.carried.insert(header.chunk, header.pages());
         self.count(&header);
-        self.receipt(&header);
+        self.answer(&header, 0);
         lap.to(&spent.hash);
-        self.frames += 1;
-        if self.input.receipts.len() >= RECEIPTS_BYTES {
-            self.input.send_receipts()?;
-            lap.to(&spent.receive);
-        }
+        self.send_many_receipts()?;
+        lap.to(&spent.receive);
         Ok(None)
+    }
+
+    /// The stream's id.
+    pub(super) fn stream(&self) -> u16 {
+        self.input.stream
+    }
+
+    /// Of these pages, those that still have to be brought in.
+    pub(super) fn fresh(&mut self, chunk: u32, pages: u64) -> u64 {
+        let fresh = pages & !self.sink.touched.get(chunk) & !self.sink.there.get(chunk);
+        if fresh != 0 && self.placer.is_none() {
+            self.placer = self.sink.placing().clone();
+        }
+        fresh
+    }
+
+    /// A frame was applied, but for pages of it that are not to be had: gets its receipt ready.
+    pub(super) fn answer(&mut self, header: &FrameHeader, lacking: u64) {
+        self.sink.carried.insert(header.chunk, header.pages());
+        self.receipt(header, lacking);
+        self.frames += 1;
+    }
+
+    /// Sends receipts once there are many.
+    fn send_many_receipts(&mut self) -> Result<(), ReceiveError> {
+        if self.input.receipts.len() >= RECEIPTS_BYTES { self.input.send_receipts() } else { Ok(()) }
     }
 
     /// Whether bytes were read that no frame has taken yet.
@@ -380,7 +433,7 @@ impl<'a> Worker<'a> {
 
     /// Brings fresh pages in that are written where they lie: nothing is touched that was not there before, for a first touch that
     /// finds no room ends the process. A whole chunk comes at once, where memory is not brought in ahead.
-    fn bring_in(&self, header: &FrameHeader, fresh: u64) -> Result<(), ReceiveError> {
+    pub(super) fn bring_in(&self, header: &FrameHeader, fresh: u64) -> Result<(), ReceiveError> {
         let ram = &self.sink.ram;
         if fresh == 0 {
             return Ok(());
@@ -407,7 +460,9 @@ impl<'a> Worker<'a> {
         if header.seq != self.frames {
             return Err(wrong(WireError::BadValue { field: "seq", value: header.seq }));
         }
+        let same = if header.kind == FrameKind::Same { header.raw } else { 0 };
         for (pages, bit, field) in [
+            (same, capability::BASE, "pages as in the base (not agreed on)"),
             (header.delta, capability::DELTA, "delta pages (not agreed on)"),
             (header.zstd, capability::ZSTD, "zstd pages (not agreed on)"),
             (header.references.into(), capability::REFERENCES, "references (not agreed on)"),
@@ -502,15 +557,21 @@ impl<'a> Worker<'a> {
 
     /// Places them.
     fn place_raw(&self, header: &FrameHeader) -> Result<(), ReceiveError> {
-        let Some(placer) = &self.placer else { return Ok(()) };
         let mut at = 0;
         for (first, count) in runs(header.raw) {
             let bytes = &self.raw[at..at + count as usize * PAGE_SIZE];
-            placer.place(header.chunk, first, bytes).map_err(|source| self.memory_error(source))?;
-            let placed = (u64::MAX >> (64 - count)) << first;
-            self.sink.touched.insert(header.chunk, placed);
+            self.place(header.chunk, first, bytes)?;
             at += bytes.len();
         }
+        Ok(())
+    }
+
+    /// Places pages from `first` on, all of which are fresh.
+    pub(super) fn place(&self, chunk: u32, first: u32, bytes: &[u8]) -> Result<(), ReceiveError> {
+        let Some(placer) = &self.placer else { return Ok(()) };
+        placer.place(chunk, first, bytes).map_err(|source| self.memory_error(source))?;
+        let placed = (u64::MAX >> (64 - bytes.len() / PAGE_SIZE)) << first;
+        self.sink.touched.insert(chunk, placed);
         Ok(())
     }
 
@@ -547,14 +608,16 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Hashes what memory now holds, page by page.
-    fn receipt(&mut self, header: &FrameHeader) {
+    /// Hashes what memory now holds, page by page; of pages that could not be had it says 0.
+    fn receipt(&mut self, header: &FrameHeader, lacking: u64) {
         let memory = self.sink.ram.chunk(header.chunk);
         let touched = self.sink.touched.get(header.chunk);
         let mut digests = [0u64; 64];
         let mut count = 0;
         for bit in bits(header.pages()) {
-            digests[count] = if touched & (1 << bit) == 0 {
+            digests[count] = if lacking >> bit & 1 != 0 {
+                0
+            } else if touched & (1 << bit) == 0 {
                 receipt(self.sink.hasher.zero())
             } else {
                 let page = memory.subslice(bit as usize * PAGE_SIZE, PAGE_SIZE);

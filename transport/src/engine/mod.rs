@@ -1,6 +1,9 @@
 //! The engine: drives a migration from end to end over the three crates.
 
+mod awaited;
 pub mod destination;
+pub mod events;
+pub mod migration;
 pub mod plan;
 pub mod progress;
 pub mod report;
@@ -9,10 +12,12 @@ pub mod source;
 pub mod tuning;
 mod usage;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::rdma::RdmaOptions;
+use crate::socket::Tls;
 use crate::source::HostShare;
 use pagecopy::backend::{BackendError, GuestRam};
 use pagecopy::bitmap::{PageBitmap, runs};
@@ -24,35 +29,51 @@ use tokio::runtime::Handle;
 /// Chunks that are scanned for holes at a time (64 GiB): each scan of a full file walks it to its end, so there should be few.
 const SCAN_CHUNKS: u32 = 1 << 18;
 
-/// What a user may set once and for all; the defaults serve. What may change while a migration runs is
+/// Data streams at most.
+const STREAMS_MAX: u16 = 256;
+
+/// What a user may set once and for all, of both sides; the builders have it. What may change while a migration runs is
 /// [`Tuning`](tuning::Tuning).
 #[derive(Clone, Debug)]
-pub struct Options {
+pub(crate) struct Options {
     /// Data streams, 1 to 256.
-    pub streams: u16,
+    pub(crate) streams: u16,
     /// Codec choice.
-    pub codec: CodecMode,
+    pub(crate) codec: CodecMode,
     /// Rounds after which postcopy begins, if the guest was not handed over by then.
-    pub postcopy_after_rounds: Option<u64>,
+    pub(crate) postcopy_after_rounds: Option<u64>,
+    /// The archive that one stands on which is saved; or which is loaded, where that is not where it says; or an older copy of a guest that
+    /// comes from a peer.
+    pub(crate) base: Option<PathBuf>,
+    /// A guest that is loaded from a file is to run before its pages are here.
+    pub(crate) on_demand: bool,
+    /// The guest is saved as of one instant, while it runs on.
+    pub(crate) snapshot: bool,
+    /// A guest that was saved runs on.
+    pub(crate) resume_after_save: bool,
     /// Silence after which a peer, or a stream, is given up.
-    pub timeout: Duration,
+    pub(crate) timeout: Duration,
     /// How long connections that were lost may take to be made anew before the migration fails; zero: it fails at once. A
     /// destination waits as long as its source, and no longer than this.
-    pub reconnect_timeout: Duration,
+    pub(crate) reconnect_timeout: Duration,
     /// Bound of the delta cache, in bytes.
-    pub cache_bytes: u64,
+    pub(crate) cache_bytes: u64,
     /// How long a destination that is READY waits for GO after it lost its source.
-    pub handover_timeout: Duration,
+    pub(crate) handover_timeout: Duration,
     /// How long a destination whose guest misses pages waits for a source that it lost, before it gives the guest up.
-    pub postcopy_timeout: Duration,
+    pub(crate) postcopy_timeout: Duration,
+    /// What protects the connections of a session.
+    pub(crate) tls: Option<Tls>,
+    /// A destination may listen without that where others can reach it.
+    pub(crate) insecure: bool,
     /// How memory is registered for RDMA.
-    pub rdma: RdmaOptions,
+    pub(crate) rdma: RdmaOptions,
     /// What a source shares with the host's other migrations, which are given the same; `None`: nothing.
-    pub shared: Option<Arc<HostShare>>,
-    /// The runtime on which a source has its control link, where the process has one already: with I/O and time enabled, and there for
-    /// longer than the migration. A migration blocks its thread, so none of this runtime's own may be that one, unless it is for such
-    /// (`spawn_blocking`). `None`: one that all migrations of the process share.
-    pub runtime: Option<Handle>,
+    pub(crate) shared: Option<Arc<HostShare>>,
+    /// The runtime for control links, where the process has one already: with I/O and time enabled, and there for longer than the
+    /// migration, which blocks its thread: none of this runtime's own may be that one. `None`: all sources of the process share one, and
+    /// a destination has its own.
+    pub(crate) runtime: Option<Handle>,
 }
 
 impl Default for Options {
@@ -61,11 +82,17 @@ impl Default for Options {
             streams: 4,
             codec: CodecMode::Auto,
             postcopy_after_rounds: None,
+            base: None,
+            on_demand: false,
+            snapshot: false,
+            resume_after_save: false,
             timeout: Duration::from_secs(10),
             reconnect_timeout: Duration::from_secs(300),
             cache_bytes: 64 << 20,
             handover_timeout: Duration::from_secs(60),
             postcopy_timeout: Duration::from_secs(600),
+            tls: None,
+            insecure: false,
             rdma: RdmaOptions::default(),
             shared: None,
             runtime: None,

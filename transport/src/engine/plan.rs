@@ -15,6 +15,8 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// What moving a guest would come to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct Plan {
     /// How long the guest was watched, in milliseconds.
     pub watched_ms: f64,
@@ -45,6 +47,8 @@ pub struct Plan {
 
 /// See [`Plan::helps`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct Helps {
     /// A downtime limit of so many milliseconds.
     pub downtime_limit_ms: u64,
@@ -57,7 +61,7 @@ pub struct Helps {
 }
 
 /// Watches the guest for `time`, with its dirty log on, and plans for a link of `link_bytes_per_s`.
-pub fn plan(
+pub(super) fn plan(
     backend: &SourceBackend,
     time: Duration,
     link_bytes_per_s: u64,
@@ -124,46 +128,6 @@ fn watch(backend: &SourceBackend, time: Duration) -> Result<Vec<(u64, u64)>, Bac
             return Ok(seen);
         }
         pause = pause * 5 / 4;
-    }
-}
-
-impl Plan {
-    /// The plan in words.
-    pub fn summary(&self) -> String {
-        use std::fmt::Write;
-        let mut out = String::new();
-        let mut line = |name: &str, value: String| {
-            // Writing to a String cannot fail.
-            let _ = writeln!(out, "{name:<18}{value}");
-        };
-        let mib = |pages: u64| (pages * PAGE_SIZE as u64) >> 20;
-        line("watched:", format!("{:.1} s", self.watched_ms / 1e3));
-        line("memory with data:", format!("{} MiB", mib(self.present_pages)));
-        line(
-            "dirtied:",
-            format!(
-                "{:.0} MB/s at first, {} MiB in all",
-                self.dirty_pages_per_s * PAGE_SIZE as f64 / 1e6,
-                mib(self.dirtied_pages)
-            ),
-        );
-        line("link:", format!("{:.1} MB/s", self.link_bytes_per_s as f64 / 1e6));
-        let verdict = if self.converges { "yes" } else { "no" };
-        line("converges:", format!("{verdict}, with a downtime limit of {} ms", self.downtime_limit_ms));
-        line("rounds:", self.rounds.to_string());
-        line("total time:", format!("{:.1} s", self.total_ms / 1e3));
-        line("downtime:", format!("{:.0} ms", self.downtime_ms));
-        line("on the wire:", format!("{} MiB, less what deltas and compression save", self.wire_bytes >> 20));
-        if let Some(helps) = &self.helps {
-            line("would help:", format!("--downtime-limit {}", helps.downtime_limit_ms));
-            if let Some(rate) = helps.link_bytes_per_s {
-                line("  or:", format!("a link of {:.1} MB/s", rate as f64 / 1e6));
-            }
-            if let Some(percent) = helps.throttle_percent {
-                line("  or:", format!("--auto-converge, which would come to about {percent} %"));
-            }
-        }
-        out
     }
 }
 

@@ -1,14 +1,19 @@
 //! What a migration came to: the numbers of `info migrate`, and ours.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+pub use crate::socket::Protection;
+use crate::source::Counters;
 use crate::spent::Spent;
 use serde::{Deserialize, Serialize};
 
 /// How it ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Status {
     /// Nothing has begun.
     #[default]
@@ -42,6 +47,7 @@ pub enum Status {
 
 /// Pages by what became of them. `zero` to `raw` count every time a page was handled; a page that was dirtied again counts again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Pages {
     /// Pages of the guest.
     pub total: u64,
@@ -61,6 +67,7 @@ pub struct Pages {
 
 /// Compressed pages that were sent by what they have in common with pages sent before. They are among [`Pages::compressed`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Similar {
     /// Pages in frames that refer to others.
     pub pages: u64,
@@ -73,6 +80,7 @@ pub struct Similar {
 /// Where the time of the threads that move pages went, in milliseconds, all threads together; waits are counted as well as work. The
 /// source fills in the first four, the destination the others. Postcopy is not in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Times {
     /// Finding holes, dirty pages and pages of zeros, and hashing pages that are sent from where they lie.
     pub scan: f64,
@@ -142,6 +150,8 @@ impl From<&Spent> for Times {
 
 /// Postcopy: what came after the guest.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct Postcopy {
     /// Pages that were missing when the guest began to run at the destination.
     pub pages: u64,
@@ -191,8 +201,93 @@ pub struct Postcopy {
     pub reconnects: u64,
 }
 
+/// How a migration stood when one of its passes over a dirty set had ended. Bytes and pages are those of all passes so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Round {
+    /// From the request, in milliseconds.
+    pub ended_ms: f64,
+    /// Pages that were written since the last dirty sync.
+    pub dirtied_pages: u64,
+    /// Bytes of pages that waited or were under way.
+    pub remaining_bytes: u64,
+    /// Page bytes delivered.
+    pub logical_bytes: u64,
+    /// Bytes on the wire for them.
+    pub wire_bytes: u64,
+    /// Pages by what became of them.
+    pub pages: Pages,
+}
+
+/// Why a migration does not end by itself, and what may help.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
+pub struct Stalled {
+    /// Why.
+    pub why: String,
+    /// Each by itself, what costs least first.
+    pub what_helps: Vec<Remedy>,
+}
+
+/// What may help a migration that does not end by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Remedy {
+    /// A higher [`Tuning::bandwidth`](super::tuning::Tuning::bandwidth).
+    Bandwidth,
+    /// [`Tuning::auto_converge`](super::tuning::Tuning::auto_converge).
+    AutoConverge,
+    /// A higher [`Tuning::throttle_max`](super::tuning::Tuning::throttle_max).
+    ThrottleMax,
+    /// [`Progress::postcopy`](super::progress::Progress::postcopy).
+    Postcopy,
+    /// A downtime limit of at least so many milliseconds.
+    DowntimeLimit(u64),
+    /// A guest that writes less.
+    QuieterGuest,
+    /// [`Progress::switchover`](super::progress::Progress::switchover): to accept the downtime.
+    Switchover,
+}
+
+impl fmt::Display for Remedy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bandwidth => f.write_str("a higher bandwidth limit"),
+            Self::AutoConverge => f.write_str("auto-converge"),
+            Self::ThrottleMax => f.write_str("a higher limit of what auto-converge takes"),
+            Self::Postcopy => f.write_str("postcopy"),
+            Self::DowntimeLimit(ms) => write!(f, "a downtime limit of {ms} ms"),
+            Self::QuieterGuest => f.write_str("a quieter guest"),
+            Self::Switchover => f.write_str("to switch over and accept the downtime"),
+        }
+    }
+}
+
+impl Stalled {
+    /// A sentence, with each remedy as `say` has it.
+    pub fn text(&self, say: impl Fn(Remedy) -> String) -> String {
+        let said: Vec<String> = self.what_helps.iter().map(|&remedy| say(remedy)).collect();
+        match said.as_slice() {
+            [] => self.why.clone(),
+            [only] => format!("{}; what may help: {only}", self.why),
+            [others @ .., last] => format!("{}; what may help: {}, or {last}", self.why, others.join(", ")),
+        }
+    }
+}
+
+impl fmt::Display for Stalled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text(|remedy| remedy.to_string()))
+    }
+}
+
 /// A migration's numbers, while it runs and at its end.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[non_exhaustive]
 pub struct Report {
     /// How it stands.
     pub status: Status,
@@ -221,6 +316,9 @@ pub struct Report {
     pub setup_ms: f64,
     /// Passes over a dirty set (QEMU: dirty sync count).
     pub rounds: u64,
+    /// What protects the connections.
+    #[serde(default, skip_serializing_if = "Protection::is_none")]
+    pub protection: Protection,
     /// Data streams.
     pub streams: u16,
     /// Page bytes delivered, unchanged pages included.
@@ -309,6 +407,26 @@ impl Report {
         self
     }
 
+    /// Fills in what a source has counted.
+    pub(crate) fn count(&mut self, counters: &Counters) {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        self.pages.zero = get(&counters.zero);
+        self.pages.unchanged = get(&counters.unchanged);
+        self.pages.delta = get(&counters.delta);
+        self.pages.compressed = get(&counters.compressed);
+        self.pages.raw = get(&counters.raw);
+        self.similar = Similar {
+            pages: get(&counters.similar),
+            referred: get(&counters.referred),
+            wire_bytes: get(&counters.similar_bytes),
+        };
+        self.logical_bytes = get(&counters.logical_acked);
+        self.wire_bytes = get(&counters.wire_acked);
+        self.mismatches = get(&counters.mismatches);
+        self.torn = get(&counters.torn);
+        self.time_ms = (&counters.spent).into();
+    }
+
     /// Fills in what follows from bytes and times.
     pub(crate) fn rates(&mut self, total: Duration) {
         self.total_ms = total.as_secs_f64() * 1e3;
@@ -316,6 +434,14 @@ impl Report {
         let holes = self.pages.hole * u64::from(self.page_size);
         self.logical_gb_s = (self.logical_bytes + holes) as f64 / moving;
         self.wire_gb_s = self.wire_bytes as f64 / moving;
+    }
+
+    fn streams_text(&self) -> String {
+        let Self { streams, streams_lost: lost, streams_reconnected: again, .. } = self;
+        match lost {
+            0 => streams.to_string(),
+            _ => format!("{streams} ({lost} lost, {again} connected again)"),
+        }
     }
 
     /// The lines that a reader of `info migrate` knows.
@@ -421,17 +547,10 @@ impl Report {
         if let Some(bytes_per_s) = self.bandwidth_limit {
             line("bandwidth limit:", format!("{:.3} MB/s", bytes_per_s as f64 / 1e6));
         }
-        line(
-            "streams:",
-            if self.streams_lost == 0 {
-                self.streams.to_string()
-            } else {
-                format!(
-                    "{} ({} lost, {} connected again)",
-                    self.streams, self.streams_lost, self.streams_reconnected
-                )
-            },
-        );
+        if self.protection != Protection::None {
+            line("protection:", self.protection.to_string());
+        }
+        line("streams:", self.streams_text());
         if self.reconnects != 0 {
             line(
                 "reconnects:",

@@ -1,8 +1,9 @@
 //! The source: moves a guest, or memory alone, to a destination.
 //!
-//! [`migrate`] reads as the list of its phases. Whatever fails before GO unwinds in one place: the workers stop, the
+//! `migrate` reads as the list of its phases. Whatever fails before GO unwinds in one place: the workers stop, the
 //! dirty log stops, and a guest that was paused runs on. A failed attempt costs only what it sent: the next one starts anew.
 
+mod base;
 mod converge;
 pub(crate) mod environment;
 mod error;
@@ -11,6 +12,9 @@ pub(crate) mod leave;
 mod postcopy;
 mod reopen;
 mod resume;
+mod save;
+mod snapshot;
+mod state;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -18,14 +22,14 @@ mod watch;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub(crate) use crate::archive::format::RUN_STATE;
 use crate::clock;
-use crate::host::Side;
 use crate::local::{check_headroom, guarded, guarded_while, source_bytes};
-use crate::source::{FatalError, Feeder, PageSource, SourceOptions};
+use crate::source::{BaseSeals, FatalError, Feeder, PageSource, SourceOptions};
 use crate::spent::Spent;
 use crate::uri::Uri;
-use crate::wire::control::{Hello, Message, PRESENCE_CHUNKS, Totals, Welcome, capability, state_digest};
-use pagecopy::backend::{DirtyLog, Guest, GuestRam, StateBlob};
+use crate::wire::control::{Hello, Message, PRESENCE_CHUNKS, Totals, Welcome, capability};
+use pagecopy::backend::{DirtyLog, Guest, GuestRam};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
@@ -34,6 +38,7 @@ use pagecopy::policy::OnTimeout;
 use pagecopy::zero::is_zero;
 
 use super::Options;
+use super::events::Event;
 use super::progress::{Phase, Progress};
 use super::report::{Report, Status};
 use super::usage;
@@ -57,40 +62,38 @@ const AFTER_PANIC: Duration = Duration::from_secs(1);
 const OPENING_MAX: u16 = 16;
 /// How soon a migration that waits before its switchover notices that it may go on.
 const GO_ON_TICK: Duration = Duration::from_millis(2);
-/// Name of the piece of state that says whether the guest ran: one byte, 0 or 1.
-pub(crate) const RUN_STATE: &str = "pageferry/run-state";
 
-/// What is to be moved.
+/// What is to be moved; see [`SourceBuilder`](super::migration::SourceBuilder).
 #[derive(Clone)]
-pub struct SourceBackend {
-    /// Guest memory.
-    pub ram: Arc<dyn GuestRam>,
-    /// Which pages were written.
-    pub log: Arc<dyn DirtyLog>,
-    /// The guest, unless it is memory alone.
-    pub guest: Option<Arc<dyn Guest>>,
+pub(crate) struct SourceBackend {
+    pub(crate) ram: Arc<dyn GuestRam>,
+    pub(crate) log: Arc<dyn DirtyLog>,
+    /// Unless it is memory alone.
+    pub(crate) guest: Option<Arc<dyn Guest>>,
     /// The guest is paused before the migration and is to stay so, wherever it ends.
-    pub paused: bool,
-    /// Describes the machine; the destination compares it with its own.
-    pub machine: String,
+    pub(crate) paused: bool,
+    pub(crate) machine: String,
 }
 
-/// Moves `backend` to the destination at `uri`. Blocks until the guest is there, or the attempt has failed and was unwound.
-pub fn migrate(
+/// Moves `backend` to the destination at `uri`, or saves it there where nobody answers. Blocks until the guest is there, or the attempt
+/// has failed and was unwound.
+pub(crate) fn migrate(
     backend: &SourceBackend,
     uri: &Uri,
     options: &Options,
     progress: &Progress,
 ) -> Result<Report, Failure> {
-    let began = clock::now();
-    let cpu = usage::cpu_seconds();
-    progress.update(|r| {
-        *r = Report { status: Status::Setup, page_size: PAGE_SIZE as u32, ..Report::default() };
-        r.pages.total = backend.ram.layout().pages();
-    });
-    let leave = Leave::new(progress, began);
+    if uri.is_one_way() {
+        return save::save(backend, uri, options, progress);
+    }
+    let account = Account::begin(backend, progress);
+    let leave = Leave::new(progress, account.began);
     let env = Host::new(uri, options, leave.clone());
     let prepared = caught(|| {
+        if let Some(tls) = &options.tls {
+            tls.check(uri)?;
+            progress.update(|r| r.protection = tls.protection(uri));
+        }
         crate::reserve::fill();
         let bytes = source_bytes(backend.ram.layout(), options.streams, options.cache_bytes);
         check_headroom(bytes)?;
@@ -101,31 +104,82 @@ pub fn migrate(
     let result = prepared.and_then(|()| block(attempt.carry_out()));
     let downtime = attempt.downtime.or_else(|| attempt.stood_still()).unwrap_or_default();
     let failure = block(attempt.end(result));
-    let total = clock::now() - began;
-    progress.update(|r| {
-        r.cpu_s = usage::cpu_seconds() - cpu;
-        r.max_rss_bytes = usage::max_rss_bytes();
-        r.rates(total);
-        match &failure {
-            None => {
-                r.status = Status::Completed;
-                r.downtime_ms = downtime.as_secs_f64() * 1e3;
-                r.remaining_bytes = 0;
-                r.stalled = None;
-                r.verified = true;
-            }
-            Some(failure) => {
-                r.status = match (failure.fate, &failure.cause) {
-                    (Fate::Unknown, _) => Status::Unknown,
-                    (Fate::Lost, _) => Status::PostcopyLost,
-                    (_, Cause::Cancelled) => Status::Cancelled,
-                    _ => Status::Failed,
-                };
-                r.error = Some(super::explain(failure));
-            }
-        }
-    });
+    account.end(progress, failure.as_ref(), downtime);
+    if failure.is_none() && backend.guest.is_some() && attempt.downtime.is_none() {
+        told_downtime(progress, Some(downtime));
+    }
     failure.map_or_else(|| Ok(progress.report()), Err)
+}
+
+/// What a migration's report is made of that nobody but its beginning and its end knows.
+struct Account {
+    began: Duration,
+    cpu: f64,
+}
+
+impl Account {
+    fn begin(backend: &SourceBackend, progress: &Progress) -> Self {
+        let account = Self { began: clock::now(), cpu: usage::cpu_seconds() };
+        progress.update(|r| {
+            *r = Report { status: Status::Setup, page_size: PAGE_SIZE as u32, ..Report::default() };
+            r.pages.total = backend.ram.layout().pages();
+        });
+        account
+    }
+
+    fn end(self, progress: &Progress, failure: Option<&Failure>, downtime: Duration) {
+        let total = clock::now() - self.began;
+        progress.update(|r| {
+            r.cpu_s = usage::cpu_seconds() - self.cpu;
+            r.max_rss_bytes = usage::max_rss_bytes();
+            r.rates(total);
+            match failure {
+                None => {
+                    r.status = Status::Completed;
+                    r.downtime_ms = downtime.as_secs_f64() * 1e3;
+                    r.remaining_bytes = 0;
+                    r.stalled = None;
+                    r.verified = true;
+                }
+                Some(failure) => {
+                    r.status = match (failure.fate, &failure.cause) {
+                        (Fate::Unknown, _) => Status::Unknown,
+                        (Fate::Lost, _) => Status::PostcopyLost,
+                        (_, cause) if cause.is_cancelled() => Status::Cancelled,
+                        _ => Status::Failed,
+                    };
+                    r.error = Some(super::explain(failure));
+                }
+            }
+        });
+    }
+}
+
+/// The guest runs at the destination, after it ran nowhere for so long, as far as that is known: tells so.
+fn told_downtime(progress: &Progress, downtime: Option<Duration>) -> Option<Duration> {
+    let expected_ms = progress.report().expected_downtime_ms;
+    let ms = downtime.map(|time| (time.as_secs_f64() * 1e6).round() / 1e3);
+    ms.into_iter().for_each(|ms| progress.tell(Event::Downtime { ms, expected_ms }));
+    downtime
+}
+
+/// What is left to say of a migration whose thread panicked where nothing catches it. Before GO the guest is this side's, whatever became
+/// of the rest.
+pub(super) fn panicked(backend: &SourceBackend, progress: &Progress, what: String) -> Failure {
+    let owns = progress.phase() == Phase::Precopy;
+    let fate = match &backend.guest {
+        _ if !owns => Fate::Unknown,
+        None => Fate::Unmoved,
+        Some(_) if backend.paused => Fate::StaysPaused,
+        Some(guest) if guarded(|| guest.resume().is_ok()) == Ok(true) => Fate::RunsOn,
+        Some(_) => Fate::Stuck,
+    };
+    let failure = Failure { fate, cause: Cause::Panicked { what } };
+    progress.update(|r| {
+        r.status = if owns { Status::Failed } else { Status::Unknown };
+        r.error = Some(super::explain(&failure));
+    });
+    failure
 }
 
 /// Makes an error of a panic: whoever has the guest then decides as after any other failure.
@@ -168,8 +222,8 @@ enum Stage {
 struct Agreed {
     welcome: Welcome,
     hasher: PageHasher,
-    /// The destination is on this host.
-    near: bool,
+    /// What the destination has an older copy of.
+    base: Option<BaseSeals>,
 }
 
 /// What exists once the destination has answered.
@@ -323,7 +377,7 @@ impl<'a, E: Environment> Attempt<'a, E> {
     /// HELLO, WELCOME, PREPARED.
     async fn hello(&self, watch: &mut Watch<'_, E>, populated: &PageBitmap) -> Result<Agreed, Cause> {
         let layout = self.backend.ram.layout();
-        let (host, seed) = (self.env.host(), self.env.seed()?);
+        let seed = self.env.seed()?;
         let mut presence = vec![0u8; Hello::presence_len(layout)];
         // Only of memory alone: that of a guest stays in small pages, whose writes are told apart.
         let mut dense = if self.backend.guest.is_none() { presence.clone() } else { Vec::new() };
@@ -334,7 +388,7 @@ impl<'a, E: Environment> Attempt<'a, E> {
         find_dense(&*self.backend.ram, populated, &mut dense);
         let resume = if self.options.reconnect_timeout.is_zero() { 0 } else { capability::RESUME };
         let postcopy = if self.backend.guest.is_some() { capability::POSTCOPY } else { 0 };
-        let capabilities = capability::ENCODINGS | postcopy | resume;
+        let capabilities = capability::ENCODINGS | capability::BASE | postcopy | resume;
         let hello = Message::Hello(Hello {
             seed,
             capabilities,
@@ -342,7 +396,6 @@ impl<'a, E: Environment> Attempt<'a, E> {
             live: self.backend.guest.is_some(),
             timeout_ms: self.options.timeout.as_millis().try_into().unwrap_or(u32::MAX),
             reconnect_ms: self.options.reconnect_timeout.as_millis().try_into().unwrap_or(u32::MAX),
-            host: host.digest(Side::Source, seed),
             regions: layout.regions().to_vec(),
             presence,
             dense,
@@ -351,9 +404,8 @@ impl<'a, E: Environment> Attempt<'a, E> {
         });
         check(&hello)?;
         watch.send(hello);
-        let welcome = watch.welcome(self.options.streams, capabilities).await?;
-        let near = host.is_of(welcome.host, Side::Destination, seed);
-        Ok(Agreed { welcome, hasher: PageHasher::new(seed), near })
+        let (welcome, base) = watch.welcome(self.options.streams, capabilities, layout).await?;
+        Ok(Agreed { welcome, hasher: PageHasher::new(seed), base })
     }
 
     /// Fails where postcopy will be needed and the destination cannot do it: before the first page, and not when the time has come.
@@ -363,15 +415,15 @@ impl<'a, E: Environment> Attempt<'a, E> {
         }
         let limits = self.progress.tuning().limits;
         let needed_by = if self.options.postcopy_after_rounds.is_some() {
-            Some("--postcopy-after-rounds")
+            Some("postcopy after so many rounds")
         } else {
-            (limits.on_timeout == OnTimeout::Postcopy).then_some("--on-timeout postcopy")
+            (limits.on_timeout == OnTimeout::Postcopy).then_some("postcopy when its time is up")
         };
         needed_by.map_or(Ok(()), |option| Err(Cause::NoPostcopy { needed_by: Some(option) }))
     }
 
     fn page_source(&self, agreed: Agreed, populated: PageBitmap) -> Result<Arc<PageSource>, Cause> {
-        let Agreed { welcome: Welcome { capabilities, streams, .. }, hasher, near } = agreed;
+        let Agreed { welcome: Welcome { capabilities, streams, .. }, hasher, base } = agreed;
         let codec = self.options.codec;
         let needs = match codec {
             CodecMode::Auto | CodecMode::Raw => 0,
@@ -387,9 +439,8 @@ impl<'a, E: Environment> Attempt<'a, E> {
             codec
         };
         let options = SourceOptions {
-            streams,
-            near,
             references: capabilities & capability::REFERENCES != 0,
+            streams,
             codec,
             cache_bytes: self.options.cache_bytes,
             timeout: self.options.timeout,
@@ -397,7 +448,8 @@ impl<'a, E: Environment> Attempt<'a, E> {
         };
         let (SourceBackend { ram, log, .. }, shared) = (self.backend.clone(), self.options.shared.clone());
         self.progress.update(|r| r.pages.hole = ram.layout().pages() - populated.count());
-        Ok(Arc::new(PageSource::new(ram, log, hasher, options, populated).sharing(shared)))
+        let source = PageSource::new(ram, log, hasher, options, populated);
+        Ok(Arc::new(source.with_base(base).sharing(shared)))
     }
 
     async fn open_streams(&mut self, welcome: Welcome, feeder: &Feeder) -> Result<(), Cause> {
@@ -433,11 +485,8 @@ impl<'a, E: Environment> Attempt<'a, E> {
             }
             // The pages are on their way while the state is saved.
             feeder.pass(env, || watch.check()).await?;
-            let mut state = guest.save_state()?;
-            state.push(StateBlob { name: RUN_STATE.into(), version: 1, bytes: vec![ran] });
-            digest = state_digest(&state);
-            let state = Message::State(state);
-            check(&state)?;
+            let (state, of_state) = state::save(&*guest, ran)?;
+            digest = of_state;
             watch.send(state);
             if watch.may_finish_in_flight() {
                 feeder.send_out(env, || watch.check()).await?;

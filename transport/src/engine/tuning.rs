@@ -3,8 +3,10 @@
 use pagecopy::policy::Limits;
 use pagecopy::throttle::PERCENT_MAX;
 
-/// The limits of a migration that may change while it runs. The defaults serve.
+/// The limits of a migration that may change while it runs. The defaults serve: `let mut tuning = Tuning::default()`, and then the fields
+/// that are to differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Tuning {
     /// When it switches over, and when it gives up.
     pub limits: Limits,
@@ -15,7 +17,7 @@ pub struct Tuning {
     pub auto_converge: bool,
     /// The most that is taken, in percent; at most [`PERCENT_MAX`].
     pub throttle_max: u8,
-    /// Pause the guest, and wait for [`go_on`](super::progress::Progress::go_on) before its state is saved.
+    /// Pause the guest, and wait for [`continue_`](super::progress::Progress::continue_) before its state is saved.
     pub pause_before_switchover: bool,
 }
 

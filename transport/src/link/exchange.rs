@@ -6,7 +6,6 @@ use std::time::Duration;
 use super::LinkError;
 use crate::limit::{Limit, STEP, is_cancelled};
 use crate::socket::Connection;
-use crate::wire::Preamble;
 use crate::wire::control::{CHECKSUM_LEN, HEADER_LEN, Message};
 
 /// A control connection used by blocking calls, for short exchanges: attaching a stream, asking after a session.
@@ -28,18 +27,6 @@ impl<'a> Exchange<'a> {
     ) -> Result<Self, LinkError> {
         connection.set_timeouts(Some(STEP.min(timeout)), Some(timeout)).map_err(LinkError::Io)?;
         Ok(Self { connection, timeout, cancelled })
-    }
-
-    /// Sends the preamble.
-    pub fn open(
-        connection: &'a Connection,
-        preamble: &Preamble,
-        timeout: Duration,
-        cancelled: &'a dyn Fn() -> bool,
-    ) -> Result<Self, LinkError> {
-        let exchange = Self::new(connection, timeout, cancelled)?;
-        exchange.write(&preamble.encode())?;
-        Ok(exchange)
     }
 
     /// Sends a message.
@@ -79,7 +66,8 @@ impl<'a> Exchange<'a> {
         Ok(())
     }
 
-    fn error(&self, error: io::Error) -> LinkError {
+    /// What an error of its connection is.
+    pub(crate) fn error(&self, error: io::Error) -> LinkError {
         match error.kind() {
             io::ErrorKind::UnexpectedEof => LinkError::Closed,
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => LinkError::Timeout(self.timeout.as_secs()),

@@ -119,18 +119,20 @@ impl Link {
 
     /// Runs a link over a connection whose preamble is done. What comes in goes to `events`, wrapped; the last of it is
     /// [`LinkEvent::Dead`]. The link is dead when not a byte is heard for `timeout`, or a message takes longer than that and a second for
-    /// every 128 KiB of it. `wrap` is dropped when the connection is closed.
+    /// every 128 KiB of it. `wrap` is dropped when the connection is closed. `announced` is told how many bytes of fields a message says
+    /// that it has, before memory is taken for them.
     pub fn spawn<E: Send + 'static>(
         runtime: &Handle,
         connection: Connection,
         timeout: Duration,
         events: Sender<E>,
         wrap: impl Fn(LinkEvent) -> E + Send + Sync + 'static,
+        announced: impl Fn(usize) + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let _guard = runtime.enter();
         let socket = connection.into_async()?;
         let (mut link, queue) = Self::new();
-        let inbox = Inbox { events, wrap, unhandled_bytes: 0 };
+        let inbox = Inbox { events, wrap, announced: Box::new(announced), unhandled_bytes: 0 };
         link.task =
             Some(runtime.spawn(run(socket, timeout, queue, link.waiting.clone(), inbox)).abort_handle());
         Ok(link)
@@ -160,6 +162,7 @@ async fn run<E, W: Fn(LinkEvent) -> E>(
     let error = loop {
         let next = async {
             let len = reader.header().await?;
+            (inbox.announced)(len);
             inbox.room(len).await;
             reader.fields(len).await
         };
@@ -244,7 +247,7 @@ mod tests {
         let (link, queue) = Link::new();
         let (events, inbox) = unbounded();
         let wrap = |event| event;
-        let to = Inbox { events, wrap, unhandled_bytes: 0 };
+        let to = Inbox { events, wrap, announced: Box::new(|_| {}), unhandled_bytes: 0 };
         tokio::spawn(run(ours, TIMEOUT, queue, link.waiting.clone(), to));
         (link, inbox, theirs)
     }

@@ -24,6 +24,8 @@ pub(super) struct Inbox<E, W> {
     /// Unbounded, as the runtime must not be blocked; what waits is bounded all the same.
     pub(super) events: Sender<E>,
     pub(super) wrap: W,
+    /// Told how long a message is to be.
+    pub(super) announced: Box<dyn Fn(usize) + Send + Sync>,
     /// Bytes of messages since nothing waited.
     pub(super) unhandled_bytes: usize,
 }
@@ -98,7 +100,13 @@ impl<R: AsyncRead + Unpin> MessageReader<R> {
             let mut piece = (&mut self.reader).take(room as u64);
             match tokio::time::timeout_at(until, piece.read_buf(&mut self.buffer)).await {
                 Ok(Ok(0)) => return Err(LinkError::Closed),
-                Ok(Ok(_)) => heard = Some(Instant::now()),
+                Ok(Ok(_)) => {
+                    heard = Some(Instant::now());
+                    if !self.opened {
+                        // Somebody who may be anybody: whoever else is served by this thread has a turn after every piece.
+                        tokio::task::yield_now().await;
+                    }
+                }
                 Ok(Err(error)) => return Err(LinkError::Io(error)),
                 // Not a byte.
                 Err(_) if heard.is_none_or(|at| at.elapsed() >= self.timeout) => {

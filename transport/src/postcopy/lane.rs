@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use pagecopy::bitmap::runs;
-use pagecopy::choose::{CodecMode, Delivered};
+use pagecopy::choose::CodecMode;
 use pagecopy::chunk::{ChunkEncoder, Clocks};
 use pagecopy::layout::PAGE_SIZE;
 
@@ -18,10 +18,10 @@ use super::pace::Pace;
 use super::sealed::Sealer;
 use super::{PageServer, PostcopyError};
 use crate::clock;
-use crate::dial::open_attached;
+use crate::dial::{Route, open_attached};
 use crate::local::guarded;
 use crate::socket::Connection;
-use crate::source::Sharing;
+use crate::source::held_back;
 use crate::sys::{self, ReceiveList, SendList, Soon};
 use crate::uri::Uri;
 use crate::wire::frame::{RECEIPT_HEADER_LEN, RECEIPT_MAGIC, check_receipt, decode_receipt_header};
@@ -61,6 +61,7 @@ impl Lane {
     /// Opens connection `stream` of a session with the destination at `uri`, which speaks `version`; 0 is the one for requests. Ends
     /// soon once `cancelled` says yes.
     pub fn dial(
+        route: &Route,
         uri: &Uri,
         session: SessionId,
         version: u16,
@@ -71,7 +72,7 @@ impl Lane {
         let io = |source| PostcopyError::Io { stream, source };
         let preamble =
             Preamble { version_min: version, version_max: version, role: Role::Postcopy, stream, session };
-        let (connection, _) = open_attached::<PostcopyError>(uri, &preamble, timeout, cancelled)?;
+        let (connection, _) = open_attached::<PostcopyError>(route, uri, &preamble, timeout, cancelled)?;
         connection.set_timeouts(Some(TICK), Some(timeout)).map_err(io)?;
         Ok(connection)
     }
@@ -132,26 +133,21 @@ pub(super) struct Worker {
     out: Vec<u8>,
     buffer: Box<[u8]>,
     len: usize,
-    /// Of this connection, for what chooses the codec: wire bytes sent, and receipted; when it was last told; and for how long there
-    /// has been nothing to do since.
-    acked_bytes: u64,
+    /// When what chooses the codec was last told what this connection does; and for how long there has been nothing to do since.
     told_at: Option<u64>,
     idle_nanos: u64,
-    /// While it is one of those that share the host's link: what answers requests is not.
-    _sharing: Option<Sharing>,
+    /// How long limits of bandwidth have held the next frame back.
+    held_back: Duration,
 }
 
 impl Worker {
     pub(super) fn new(server: Arc<PageServer>, connection: Arc<dyn Channel>, stream: u16) -> Self {
-        let options = server.options;
         let encoder = if stream == FAULTS {
             // Somebody waits for each of these pages: nothing is faster on a path that is worth the name.
             ChunkEncoder::new(CodecMode::Raw, CLOCKS)
         } else {
-            let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-            ChunkEncoder::new(options.codec, CLOCKS).sharing(options.pushing, cores, options.near)
+            ChunkEncoder::of(server.effort.clone(), CLOCKS)
         };
-        let sharing = if stream == FAULTS { None } else { server.bandwidth.join() };
         Self {
             server,
             connection,
@@ -165,10 +161,9 @@ impl Worker {
             out: Vec::new(),
             buffer: vec![0; BUFFER_BYTES].into(),
             len: 0,
-            acked_bytes: 0,
             told_at: None,
             idle_nanos: 0,
-            _sharing: sharing,
+            held_back: Duration::ZERO,
         }
     }
 
@@ -214,7 +209,10 @@ impl Worker {
         self.read(false)?;
         let room = self.bytes < self.pace.limit() && self.flight.len() < FRAMES_MAX;
         if self.flight.is_empty() || room {
-            if !self.server.wait_bandwidth() {
+            let begun = clock::now();
+            let goes = self.server.wait_bandwidth();
+            self.held_back += clock::now() - begun;
+            if !goes {
                 return Ok(true);
             }
             self.server.give_way();
@@ -237,7 +235,11 @@ impl Worker {
     fn send(&mut self, chunk: u32, pages: u64) -> Result<(), PostcopyError> {
         let server = self.server.clone();
         let memory = server.ram.chunk(chunk);
-        let sealed = self.sealer.seal(&server, self.seq, chunk, pages);
+        let newest = self.flight.back().map_or(0, |newest| newest.wire_bytes);
+        let passed = self.told_at.map_or(0, |before| clock::nanos().saturating_sub(before));
+        let held = held_back(std::mem::take(&mut self.held_back), Duration::from_nanos(passed));
+        let ahead = self.pace.ahead(self.bytes.saturating_sub(newest)).max(held);
+        let sealed = self.sealer.seal(&server, (self.seq, ahead), chunk, pages);
         self.out.clear();
         sealed.head(&mut self.out, &server.hasher);
         let (header, seal, wire_bytes) = (sealed.header, sealed.seal, sealed.wire_bytes());
@@ -256,22 +258,17 @@ impl Worker {
         }
         let sent = send_all(&*self.connection, list).map_err(|e| self.io_error(e))?;
         server.counters.wire.fetch_add(sent, Ordering::Relaxed);
-        self.tell(wire_bytes);
+        self.tell();
         Ok(())
     }
 
     /// Tells what chooses the codec how a frame went.
-    fn tell(&mut self, wire_bytes: u64) {
+    fn tell(&mut self) {
         let now = clock::nanos();
         let idle = std::mem::take(&mut self.idle_nanos);
         let passed = self.told_at.map_or(0, |before| now.saturating_sub(before).saturating_sub(idle));
         self.told_at = Some(now);
-        let server = self.server.counters.wire_acked.load(Ordering::Relaxed);
-        let (streams, all) = self.server.bandwidth.all((self.server.options.pushing, server));
-        let delivered = Delivered { own: self.acked_bytes, all };
-        let chooser = self.sealer.chooser();
-        chooser.share_with(streams);
-        chooser.observe_link(wire_bytes, passed, delivered, clock::busy);
+        self.sealer.chooser().observe_sent(now, passed, clock::busy);
     }
 
     /// Reads what is there and acts on it; with `wait`, for a moment at least.
@@ -355,9 +352,6 @@ impl Worker {
             return Err(WireError::BadValue { field: "receipt seq", value: seq });
         };
         self.bytes -= sent.wire_bytes;
-        self.acked_bytes += sent.wire_bytes;
-        self.server.counters.wire_acked.fetch_add(sent.wire_bytes, Ordering::Relaxed);
-        self.server.bandwidth.delivered(sent.wire_bytes);
         let now = clock::now() - self.began;
         self.pace.on_receipt(now, sent.wire_bytes, now.saturating_sub(sent.at));
         if seal == sent.seal {

@@ -15,6 +15,8 @@ const SHRINK_MAX: f64 = 4.0;
 const WEIGHT: f64 = 0.125;
 /// The delivery rate is measured over intervals of at least this.
 const INTERVAL: Duration = Duration::from_millis(5);
+/// What a full window counts as.
+const AHEAD: Duration = Duration::from_millis(20);
 /// Never more than this is under way, in bytes.
 const BYTES_MAX: u64 = 64 << 20;
 
@@ -57,6 +59,14 @@ impl Pace {
     pub(super) fn limit(&self) -> u64 {
         let round_trip = self.round_trip.min(Duration::from_secs(2)).as_secs_f64();
         ((2.0 * self.rate * round_trip).max(2.0 * self.frame_bytes()) as u64).min(BYTES_MAX)
+    }
+
+    /// How long what is on its way waits, as what chooses the codec wants to know, when these bytes are before the newest frame. Little is
+    /// under way here, so that requests pass: what there is room for beyond what the path carries counts as [`AHEAD`].
+    pub(super) fn ahead(&self, bytes: u64) -> Duration {
+        let path = self.rate * self.round_trip.min(Duration::from_secs(2)).as_secs_f64();
+        let room = path.max(self.frame_bytes());
+        AHEAD.mul_f64(((bytes as f64 - path) / room).clamp(0.0, 1.0))
     }
 
     /// Takes note of a receipt: `bytes` were delivered, sent `travelled` ago.

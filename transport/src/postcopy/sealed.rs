@@ -1,5 +1,7 @@
 //! Sealed frames: made of memory that nobody writes any more, and opened before anything of them reaches memory.
 
+use std::time::Duration;
+
 use pagecopy::bitmap::bits;
 use pagecopy::choose::Chooser;
 use pagecopy::chunk::{ChunkDecoder, ChunkEncoder, DecodeError};
@@ -52,11 +54,17 @@ impl Sealer {
         self.encoder.chooser()
     }
 
-    /// The frame number `seq` of a connection, with these pages of a chunk.
-    pub(crate) fn seal(&mut self, server: &PageServer, seq: u64, chunk: u32, pages: u64) -> Sealed<'_> {
+    /// The frame number `seq` of a connection, which has so much ahead, with these pages of a chunk.
+    pub(crate) fn seal(
+        &mut self,
+        server: &PageServer,
+        (seq, ahead): (u64, Duration),
+        chunk: u32,
+        pages: u64,
+    ) -> Sealed<'_> {
         let (memory, hasher) = (server.ram.chunk(chunk), &server.hasher);
         let holes = pages & server.holes(chunk);
-        let plan = self.encoder.plan(chunk);
+        let plan = self.encoder.plan(chunk, ahead.as_nanos() as u64);
         let encoded = self.encoder.encode_alone(plan, hasher, &memory, &mut self.snapshot, pages & !holes);
         let zero = encoded.zero | holes;
         let mut digests = [0; 64];

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pagecopy::backend::GuestRam;
 use pagecopy::bitmap::{PageBitmap, bits};
-use pagecopy::choose::CodecMode;
+use pagecopy::choose::{CodecMode, Effort};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::Layout;
 use pagecopy::postcopy::Order;
@@ -31,10 +31,6 @@ pub struct ServerOptions {
     pub timeout: Duration,
     /// How what nobody asked for is encoded: as the destination can decode it. Deltas are never sent.
     pub codec: CodecMode,
-    /// Connections for that.
-    pub pushing: u16,
-    /// The destination runs on the same cores.
-    pub near: bool,
 }
 
 /// What was sent so far; all counters only rise.
@@ -52,8 +48,6 @@ pub struct ServerCounters {
     pub raw: AtomicU64,
     /// Bytes written to the connections.
     pub wire: AtomicU64,
-    /// Bytes of frames whose receipt came.
-    pub wire_acked: AtomicU64,
     /// Pages that arrived other than they were sent, and were sent again.
     pub mismatches: AtomicU64,
     /// Pages of frames that died with their connection, and were sent again.
@@ -64,6 +58,8 @@ pub struct ServerCounters {
 pub struct PageServer {
     pub(super) ram: Arc<dyn GuestRam>,
     pub(super) hasher: PageHasher,
+    /// How hard what nobody asked for is compressed.
+    pub(super) effort: Arc<Effort>,
     pub(super) options: ServerOptions,
     /// Holds back what nobody asked for.
     pub(super) bandwidth: Bandwidth,
@@ -100,6 +96,7 @@ impl PageServer {
         let total = missing.count();
         Self {
             runs: runs_of(&missing),
+            effort: Arc::new(Effort::new(options.codec)),
             ram,
             hasher,
             options,
@@ -296,8 +293,7 @@ mod tests {
 
     #[test]
     fn units_are_counted_from_their_regions_start() {
-        let region =
-            |name: &str, gpa, chunks| Region { name: name.into(), gpa, len: chunks * CHUNK_SIZE as u64 };
+        let region = |name: &str, gpa, chunks| Region::new(name, gpa, chunks * CHUNK_SIZE as u64);
         let layout = Layout::new(vec![region("a", 0, 3), region("b", 1 << 32, 4)]).unwrap();
         let missing = PageBitmap::new(7);
         missing.insert(2, 1);

@@ -66,7 +66,7 @@ impl Pair {
             (0..64).for_each(|bit| source.memory.write(chunk, bit, &content(chunk, bit)));
         }
         let (hasher, timeout) = (PageHasher::new(5), Duration::from_secs(20));
-        let options = ServerOptions { timeout, codec, pushing, near: false };
+        let options = ServerOptions { timeout, codec };
         let holes = PageBitmap::new(chunks);
         let server = PageServer::new(source.clone(), hasher.clone(), missing, holes, 0, options);
         let server = server.sharing(host);
@@ -174,7 +174,7 @@ fn whoever_asks_and_receipts_nothing_is_shown_out() {
         missing.insert(chunk, u64::MAX);
     }
     let timeout = Duration::from_secs(60);
-    let options = ServerOptions { timeout, codec: CodecMode::Raw, pushing: 0, near: false };
+    let options = ServerOptions { timeout, codec: CodecMode::Raw };
     let holes = PageBitmap::new(chunks);
     let server = PageServer::new(Partial::new(layout), hasher.clone(), missing, holes, 0, options);
     let (server, (ended, ends)) = (Arc::new(server), unbounded());

@@ -20,9 +20,7 @@ const BACKLOG: i32 = 256;
 #[derive(Debug, thiserror::Error)]
 pub enum RdmaError {
     /// The host has no RDMA.
-    #[error(
-        "there is no RDMA device on this host ({0}); use a tcp: address, or try RDMA without hardware in `pageferry lab`"
-    )]
+    #[error("there is no RDMA device on this host ({0}); use a tcp: address")]
     NoDevice(io::Error),
     /// The address leads over no RDMA device.
     #[error(

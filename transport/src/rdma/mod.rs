@@ -101,10 +101,10 @@ fn out_of_memory(bytes: u64) -> io::Error {
         Some(limit) => format!(
             "cannot pin {bytes} bytes of memory for RDMA: RLIMIT_MEMLOCK is {limit} bytes; run `ulimit -l unlimited` in the \
                  shell that starts pageferry (as root, or with `* - memlock unlimited` in /etc/security/limits.conf), \
-                 or bound it with --rdma-max-pinned"
+                 or bound what is pinned"
         ),
         None => format!(
-            "cannot pin {bytes} bytes of memory for RDMA: this host has not enough free memory; bound it with --rdma-max-pinned"
+            "cannot pin {bytes} bytes of memory for RDMA: this host has not enough free memory; bound what is pinned"
         ),
     };
     io::Error::new(io::ErrorKind::OutOfMemory, text)

@@ -1,4 +1,4 @@
-//! The allocator that falls back on the reserve.
+//! The allocator that falls back on the reserve, and what the C library keeps.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ptr::null_mut;
@@ -79,6 +79,14 @@ fn give_up() -> bool {
     SHORT.store(true, Ordering::Release);
     free(memory);
     true
+}
+
+pub(super) fn give_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim takes the allocator's own locks, touches only memory that is free, and takes no pointer.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 fn free(memory: *mut u8) {

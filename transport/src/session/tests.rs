@@ -15,7 +15,6 @@ fn moving() -> (SourceSession, DestinationSession) {
         live: true,
         timeout_ms: 1,
         reconnect_ms: 1,
-        host: 0,
         regions: vec![],
         presence: vec![],
         dense: vec![],
@@ -23,8 +22,7 @@ fn moving() -> (SourceSession, DestinationSession) {
         machine: String::new(),
     };
     destination.handle(Message::Hello(hello)).unwrap();
-    let welcome =
-        Welcome { version: 1, capabilities: 0, streams: 1, timeout_ms: 1, reconnect_ms: 1, host: 0 };
+    let welcome = Welcome { version: 1, capabilities: 0, streams: 1, timeout_ms: 1, reconnect_ms: 1 };
     source.handle(Message::Welcome(welcome)).unwrap();
     source.handle(destination.prepared()).unwrap();
     (source, destination)
@@ -32,7 +30,7 @@ fn moving() -> (SourceSession, DestinationSession) {
 
 #[test]
 fn a_welcome_takes_only_what_was_offered() {
-    let good = Welcome { version: 1, capabilities: 1, streams: 2, timeout_ms: 1, reconnect_ms: 1, host: 0 };
+    let good = Welcome { version: 1, capabilities: 1, streams: 2, timeout_ms: 1, reconnect_ms: 1 };
     assert_eq!(check_welcome(&good, 2, 3), Ok(()));
     for bad in [
         Welcome { version: 0, ..good },

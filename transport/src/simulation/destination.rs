@@ -13,23 +13,23 @@ use std::time::Duration;
 use pagecopy::backend::{self, BackendError, GuestRam, StateBlob};
 use pagecopy::layout::Layout;
 
+use super::base::OldCopy;
 use super::guest::Guest;
 use super::network::{Connection, Side};
 use super::world::{Event as Happening, Link, Micros, NextTurn, World, sleep};
 use super::{HANDOVER_TIMEOUT, POSTCOPY_TIMEOUT, SESSION, STRUCK, TIMEOUT, panic_silently};
 use crate::destination::stepped::SteppedWorker;
-use crate::destination::{PageSink, ReceiveError};
+use crate::destination::{BaseCopy, PageSink, ReceiveError};
 use crate::engine::destination::environment::{Call, Environment, Event, PostcopyEvent, Speaks};
 use crate::engine::destination::opening::Reception;
-use crate::engine::destination::{Arrival, Incoming, IncomingError};
+use crate::engine::destination::{Arrival, Incoming, IncomingError, Offer};
 use crate::engine::progress::Progress;
 use crate::engine::{Options, explain};
-use crate::host::Host;
 use crate::link::{LinkError, LinkEvent};
 use crate::postcopy::stepped::{HEAD_LEN, SteppedReceiver};
 use crate::postcopy::{MissingSink, PostcopyError};
 use crate::session::SessionError;
-use crate::wire::control::{ErrorCode, Hello, Message, StreamEnd};
+use crate::wire::control::{ErrorCode, Message, StreamEnd};
 use crate::wire::{Preamble, Role, VERSION_MAX};
 
 const ME: Side = Side::Destination;
@@ -61,8 +61,8 @@ impl Task {
 struct Machine(Arc<Guest>);
 
 impl Incoming for Machine {
-    fn open(&mut self, _hello: &Hello, layout: Layout) -> Result<Arc<dyn GuestRam>, String> {
-        assert_eq!(&layout, GuestRam::layout(&*self.0), "the source's layout");
+    fn open(&mut self, offer: &Offer) -> Result<Arc<dyn GuestRam>, String> {
+        assert_eq!(&offer.layout, GuestRam::layout(&*self.0), "the source's layout");
         Ok(self.0.clone())
     }
 
@@ -95,6 +95,10 @@ impl Speaks for Spoken {
     }
 
     fn flush(&self, _limit: Duration) {}
+
+    fn is_sending(&self) -> bool {
+        false
+    }
 
     fn is_closed(&self) -> bool {
         false
@@ -142,13 +146,19 @@ struct Receiving {
 /// The environment: connections of the world, and workers that take their turns when the world says so.
 pub(super) struct Env<'a> {
     sink: &'a OnceLock<Arc<PageSink>>,
+    /// What it has of the guest already.
+    base: Option<Arc<OldCopy>>,
     world: Rc<RefCell<World>>,
     state: RefCell<State<'a>>,
 }
 
 impl<'a> Env<'a> {
-    pub(super) fn new(sink: &'a OnceLock<Arc<PageSink>>, world: &Rc<RefCell<World>>) -> Self {
-        Self { sink, world: world.clone(), state: RefCell::default() }
+    pub(super) fn new(
+        sink: &'a OnceLock<Arc<PageSink>>,
+        base: Option<Arc<OldCopy>>,
+        world: &Rc<RefCell<World>>,
+    ) -> Self {
+        Self { sink, base, world: world.clone(), state: RefCell::default() }
     }
 
     fn held(&self, wire: usize) -> Held {
@@ -359,16 +369,16 @@ impl Environment for Env<'_> {
         self.state.borrow_mut().heard.pop_front()
     }
 
-    fn host(&self) -> Host {
-        Host::with_boot_id([2; 16])
-    }
-
     fn tell(&self, notice: &str) {
         self.world.borrow_mut().note(|| format!("the destination tells: {notice}"));
     }
 
     fn check_headroom(&self, _bytes: u64) -> io::Result<()> {
         Ok(())
+    }
+
+    fn base(&self, _layout: &Layout) -> Option<Arc<dyn BaseCopy>> {
+        self.base.clone().map(|base| base as Arc<dyn BaseCopy>)
     }
 
     fn give_to(&self, _call: &Call<Spoken>) {
@@ -578,5 +588,5 @@ impl<'a> DestinationHost<'a> {
 
 /// Whether there was no room for what is missing.
 fn is_no_room(error: &IncomingError) -> bool {
-    matches!(error, IncomingError::Backend(error) if error.source.raw_os_error() == Some(libc::ENOSPC))
+    matches!(error, IncomingError::Backend(error) if error.io().and_then(io::Error::raw_os_error) == Some(libc::ENOSPC))
 }

@@ -21,6 +21,8 @@ pub(crate) enum Fault {
     MissingCarried,
     /// A destination that gives a session up after READY does not answer its source any more (against rule 5).
     AbandonedUnheard,
+    /// The source does not look at receipts of pages that the destination was to take from its older copy (against rule 4).
+    BaseBelieved,
     /// What the destination says of a stream before the source knows that it was opened is forgotten.
     EarlyStopForgotten,
 }

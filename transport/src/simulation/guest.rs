@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use pagecopy::backend::{
-    self, BackendError, DirtyLog, Fault, GuestRam, MissingPages, Placer, Room, StateBlob,
+    self, BackendError, DirtyLog, Fault, GuestRam, MissingPages, Placer, Room, StateBlob, StateSink,
 };
 use pagecopy::bitmap::{PageBitmap, bits};
 use pagecopy::layout::{Layout, PAGE_SIZE};
@@ -140,6 +140,11 @@ impl Guest {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// What a page holds.
+    pub(super) fn page(&self, chunk: u32, bit: u32) -> [u8; PAGE_SIZE] {
+        self.memory.read(chunk, bit)
     }
 
     pub(super) fn runs(&self) -> bool {
@@ -324,18 +329,14 @@ impl backend::Guest for Guest {
         release()
     }
 
-    fn throttle(&self, _percent: u8) -> Result<(), BackendError> {
-        Ok(())
-    }
-
-    fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
+    fn save_state(&self, out: &mut dyn StateSink) -> Result<(), BackendError> {
         let clock = self.state().clock;
-        Ok(vec![StateBlob { name: "clock".into(), version: 1, bytes: clock.to_le_bytes().into() }])
+        out.piece("clock", 1, &clock.to_le_bytes())
     }
 
     fn load_state(&self, blobs: &[StateBlob]) -> Result<(), BackendError> {
         let bytes = blobs.first().and_then(|blob| blob.bytes[..].try_into().ok());
-        let none = || BackendError::new("load the clock", std::io::ErrorKind::InvalidData.into());
+        let none = || BackendError::invalid("load the clock");
         let bytes = bytes.filter(|_| !self.habits.refuses_state);
         self.state().clock = u64::from_le_bytes(bytes.ok_or_else(none)?);
         Ok(())
@@ -419,7 +420,10 @@ impl MissingPages for Missing {
         for (bit, page) in (first..).zip(bytes.as_chunks::<PAGE_SIZE>().0) {
             state.placed += 1;
             if self.0.habits.places_max.is_some_and(|most| state.placed > most) {
-                return Err(BackendError::new("bring a page in", std::io::ErrorKind::OutOfMemory.into()));
+                return Err(BackendError::new(
+                    "bring a page in",
+                    std::io::Error::from(std::io::ErrorKind::OutOfMemory),
+                ));
             }
             self.place_page(&mut state, chunk, bit, page);
         }
@@ -464,7 +468,7 @@ impl Placer for GuestPlacer {
 
 /// The strictest log that [`DirtyLog`] allows: a page that is written again before it is re-armed is not reported again.
 impl DirtyLog for Guest {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "simulated"
     }
 

@@ -25,6 +25,7 @@
 //!   again; after any fault with exactly one side running the guest, unless a process that may have had it died, pages that it misses
 //!   never come, somebody ended the asking, or the two could not hear each other for longer than an abandoned session is answered for.
 
+mod base;
 mod destination;
 pub(crate) mod fault;
 mod guest;
@@ -41,6 +42,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
+use self::base::OldCopy;
 use self::destination::DestinationHost;
 use self::fault::Fault;
 use self::guest::Guest;
@@ -152,13 +154,15 @@ pub(super) fn run(seed: u64, broken: Option<Fault>, traced: bool) -> Outcome {
     let mut rng = Rng::new(plan.rng.clone().next());
     let origin = Guest::new(plan.layout.clone(), plan.habits[0], rng.fork(), None);
     let home = Guest::new(plan.layout.clone(), plan.habits[1], rng.fork(), Some(origin.clone()));
+    // By chance of its own: without a copy a seed is what it was.
+    let base = plan.base.then(|| OldCopy::new(&origin, Rng::new(!seed)));
     let guests = [origin, home];
     let world = Rc::new(RefCell::new(World::new(rng.fork(), plan.weather, traced)));
     world.borrow_mut().note(|| format!("{plan:#?}"));
     let task = Task::new(&guests[0], &plan.attempt);
     let env = Env::new(&ground.lanes, &world, &task);
     let waits = destination::Task::new(&guests[1], plan.reconnect_max);
-    let there = destination::Env::new(&ground.sink, &world);
+    let there = destination::Env::new(&ground.sink, base, &world);
     let source = SourceHost::start(&env, &task);
     let destination = DestinationHost::start(&there, &waits);
     let outcome = Run::new(&plan, world, guests, source, destination).run();

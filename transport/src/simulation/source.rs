@@ -27,7 +27,6 @@ use crate::engine::source::environment::{Environment, Event, Opening, Patience};
 use crate::engine::source::{Cause, SourceBackend};
 use crate::engine::tuning::Tuning;
 use crate::engine::{Options, explain};
-use crate::host::Host;
 use crate::link::{LinkError, LinkEvent};
 use crate::postcopy::stepped::SteppedServer;
 use crate::postcopy::{PageServer, PostcopyError};
@@ -380,10 +379,6 @@ impl Environment for Env<'_> {
 
     fn seed(&self) -> io::Result<u64> {
         Ok(self.world.borrow_mut().rng.next())
-    }
-
-    fn host(&self) -> Host {
-        Host::with_boot_id([1; 16])
     }
 
     fn set_address(&self, _uri: Uri) {}

@@ -17,13 +17,16 @@ const EXPECTED: &[(&str, u64)] = &[
     ("stayed", 10),
     ("gone", 100),
     ("moved although streams died", 20),
-    ("frames taken back", 5),
+    ("frames taken back", 6),
     ("deltas", 2),
     ("compressed pages", 1),
     ("pages referred to", 10),
     ("unchanged pages", 1),
     ("pages of zeros", 1),
     ("torn pages", 200),
+    ("pages as in the base", 10),
+    ("pages that the base did not have", 10),
+    ("taken from the base, and moved", 20),
     ("GO said again", 500),
     ("asked, and heard that it runs", 500),
     ("abandoned, and heard of it", 500),
@@ -153,6 +156,11 @@ fn asking_that_ends_the_page_service_is_caught() {
 #[test]
 fn missing_pages_that_count_as_carried_are_caught() {
     caught(Fault::MissingCarried, &["number of pages carried"]);
+}
+
+#[test]
+fn a_base_that_is_believed_is_caught() {
+    caught(Fault::BaseBelieved, &["stale", "other than they were sent"]);
 }
 
 #[test]

@@ -103,6 +103,8 @@ pub(super) struct Plan {
     /// How long the destination waits for a source that lost its connections.
     pub(super) reconnect_max: Micros,
     pub(super) strikes: Vec<(Trigger, Strike)>,
+    /// The destination has an older copy of the guest.
+    pub(super) base: bool,
 }
 
 impl Plan {
@@ -159,7 +161,8 @@ impl Plan {
         if postcopy_after_rounds.is_some() && rng.percent(25) {
             strikes = in_the_handover(&mut rng);
         }
-        Self { layout, habits, weather, attempt, reconnect_max, strikes, rng }
+        let base = seed % 4 == 3;
+        Self { layout, habits, weather, attempt, reconnect_max, strikes, base, rng }
     }
 }
 
@@ -169,7 +172,7 @@ pub(super) fn layout(rng: &mut Rng) -> Layout {
     let regions = (0..rng.range(1, 6)).map(|region| {
         let len = rng.range(1, 9) * PAGE_SIZE as u64;
         gpa += len + 0x10_0000;
-        Region { name: format!("ram{region}"), gpa: gpa - len, len }
+        Region::new(format!("ram{region}"), gpa - len, len)
     });
     Layout::new(regions.collect()).expect("the regions lie apart")
 }

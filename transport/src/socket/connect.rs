@@ -52,6 +52,7 @@ impl Connection {
                 }
                 Err(fail(last))
             }
+            Uri::File(_) | Uri::Exec(_) | Uri::Fd(_) => Err(SocketError::one_way("connect to", uri)),
         }
     }
 }
@@ -63,9 +64,7 @@ fn lacks_scope(address: &SocketAddr) -> bool {
 
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-            ": no destination listens there; start `pageferry recv` or `vm --incoming` first"
-        }
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ": no destination listens there",
         io::ErrorKind::TimedOut => ": no answer; is a firewall in the way?",
         _ => "",
     }
@@ -190,6 +189,20 @@ mod tests {
         let uri = Uri::Tcp { host: "fe80::1".into(), port: 9 };
         let error = Connection::connect(&uri, LONG, &|| false).unwrap_err().to_string();
         assert!(error.contains("%eth0"), "{error}");
+    }
+
+    #[test]
+    fn where_nobody_answers_nothing_connects_or_listens() {
+        for uri in ["file:/tmp/x", "exec:cat", "fd:7"] {
+            let uri: Uri = uri.parse().unwrap();
+            for error in
+                [Connection::connect(&uri, LONG, &|| false).unwrap_err(), Listener::bind(&uri).unwrap_err()]
+            {
+                let text = crate::engine::explain(&error);
+                assert!(text.contains(&uri.to_string()) && text.contains("is saved and loaded"), "{text}");
+                assert!(!error.is_cancelled());
+            }
+        }
     }
 
     #[test]

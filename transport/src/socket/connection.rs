@@ -1,7 +1,7 @@
 //! A connection that owns its bytes: what is sent and received goes through here, and nobody else reaches its descriptor.
 //!
-//! So a stream that encrypts, or a carrier of another kind, may take a socket's place one day without anybody passing it by. Plain
-//! sockets have their fast paths here: gathered and scattered bytes, straight from and into memory, and what comes from a pipe.
+//! Plain sockets have their fast paths here: gathered and scattered bytes, straight from and into memory, and what comes from a pipe.
+//! Those under TLS take the same calls, and nobody passes the encryption by.
 
 use std::io;
 use std::net::TcpStream;
@@ -17,11 +17,21 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use vm_memory::volatile_memory::VolatileSlice;
 
 use super::loopback::tune_for_loopback;
+use super::tls::{Acceptor, Admitted, AsyncRecords, Connector, PROOF_LEN, Records, SessionKey, Unprotected};
+use crate::limit::{Limit, STEP};
 use crate::sys::{ReceiveList, SendList};
+use crate::wire::{Preamble, SessionId};
+
+/// Bytes of a pipe that are encrypted at a time.
+const PIPED: usize = 64 << 10;
 
 /// A connected socket.
 #[derive(Debug)]
-pub struct Connection(Stream);
+pub struct Connection {
+    stream: Stream,
+    /// What encrypts, under TLS.
+    records: Option<Box<Records>>,
+}
 
 #[derive(Debug)]
 enum Stream {
@@ -31,22 +41,52 @@ enum Stream {
 
 impl Connection {
     pub(super) fn tcp(stream: TcpStream) -> Self {
-        Self(Stream::Tcp(stream))
+        Self { stream: Stream::Tcp(stream), records: None }
     }
 
     pub(crate) fn unix(stream: UnixStream) -> Self {
-        Self(Stream::Unix(stream))
+        Self { stream: Stream::Unix(stream), records: None }
+    }
+
+    /// Shakes hands with the destination that this is connected to, and encrypts from here on.
+    pub(crate) fn protect(&mut self, connector: &Connector, limit: Limit<'_>) -> io::Result<()> {
+        self.set_timeouts(Some(STEP), Some(STEP))?;
+        let records = Records::connect(connector, self.descriptor(), limit)?;
+        self.records = Some(Box::new(records));
+        self.set_timeouts(None, None)
+    }
+
+    /// The key of the session whose control connection this is, under TLS.
+    pub(crate) fn session_key(&self, session: &SessionId) -> io::Result<Option<SessionKey>> {
+        self.records.as_ref().map(|records| records.session_key(session)).transpose()
+    }
+
+    /// What shows that this connection is opened by whoever has the session's key.
+    pub(crate) fn prove(&self, key: &SessionKey, preamble: &Preamble) -> io::Result<[u8; PROOF_LEN]> {
+        let records = self.records.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        records.prove(key, preamble)
+    }
+
+    /// Whether a proof is of this connection and that key.
+    pub(crate) fn check(&self, key: &SessionKey, preamble: &Preamble, proof: &[u8; PROOF_LEN]) -> bool {
+        self.records.as_ref().is_some_and(|records| records.check(key, preamble, proof))
     }
 
     /// Sends what is left of a list, as much as one call takes.
     pub(crate) fn send(&self, list: &mut SendList<'_>) -> io::Result<usize> {
-        list.send(self.descriptor())
+        match &self.records {
+            None => list.send(self.descriptor()),
+            Some(records) => records.send(self.descriptor(), list),
+        }
     }
 
     /// Receives into what is left of a list, as much as one call brings; 0 when the peer sends no more. With `wait` false, fails with
     /// `WouldBlock` when nothing is there.
     pub(crate) fn receive(&self, list: &mut ReceiveList<'_>, wait: bool) -> io::Result<usize> {
-        list.receive(self.descriptor(), wait)
+        match &self.records {
+            None => list.receive(self.descriptor(), wait),
+            Some(records) => records.receive(self.descriptor(), list, wait),
+        }
     }
 
     /// Sends memory that others may write meanwhile, as much as one call takes.
@@ -65,6 +105,12 @@ impl Connection {
 
     /// Sends up to `count` bytes of what is in a pipe, without a copy where the kernel can; returns how many.
     pub fn send_piped(&self, pipe: BorrowedFd<'_>, count: usize) -> io::Result<usize> {
+        if let Some(records) = &self.records {
+            let mut bytes = vec![0; count.min(PIPED)];
+            let read = rustix::io::read(pipe, &mut *bytes)?;
+            records.send_bytes(self.descriptor(), &bytes[..read])?;
+            return Ok(read);
+        }
         let flags = SpliceFlags::MOVE | SpliceFlags::MORE;
         Ok(splice(pipe, None, self.descriptor(), None, count, flags)?)
     }
@@ -72,7 +118,7 @@ impl Connection {
     /// Sets what a session's connections want: no delay, and death within `timeout` of silence from the peer's kernel; and on loopback
     /// what is fastest there.
     pub fn tune(&self, timeout: Duration) -> io::Result<()> {
-        if let Stream::Tcp(stream) = &self.0 {
+        if let Stream::Tcp(stream) = &self.stream {
             stream.set_nodelay(true)?;
             let socket = SockRef::from(stream);
             socket.set_tcp_user_timeout(Some(timeout))?;
@@ -88,12 +134,16 @@ impl Connection {
     pub fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
         let socket = self.socket();
         socket.set_read_timeout(read)?;
-        socket.set_write_timeout(write)
+        socket.set_write_timeout(write)?;
+        self.records.iter().for_each(|records| records.set_write_timeout(write));
+        Ok(())
     }
 
     /// Switches between blocking and not.
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
-        self.socket().set_nonblocking(nonblocking)
+        self.socket().set_nonblocking(nonblocking)?;
+        self.records.iter().for_each(|records| records.set_nonblocking(nonblocking));
+        Ok(())
     }
 
     /// Ends both directions; threads blocked on the socket wake up.
@@ -104,13 +154,14 @@ impl Connection {
 
     /// Says that nothing more will be sent.
     pub fn shutdown_write(&self) {
+        self.records.iter().for_each(|records| records.say_goodbye(self.descriptor()));
         // As above.
         let _ = self.socket().shutdown(std::net::Shutdown::Write);
     }
 
     /// The peer, for messages.
     pub fn peer(&self) -> String {
-        match &self.0 {
+        match &self.stream {
             Stream::Tcp(stream) => stream.peer_addr().map_or_else(|_| "tcp peer".into(), |a| a.to_string()),
             Stream::Unix(_) => "unix socket".into(),
         }
@@ -119,21 +170,35 @@ impl Connection {
     /// Hands the connection to tokio; must be called inside a runtime.
     pub(crate) fn into_async(self) -> io::Result<AsyncConnection> {
         self.set_nonblocking(true)?;
-        Ok(match self.0 {
-            Stream::Tcp(stream) => AsyncConnection::tcp(tokio::net::TcpStream::from_std(stream)?),
-            Stream::Unix(stream) => AsyncConnection::unix(tokio::net::UnixStream::from_std(stream)?),
-        })
+        let stream = match self.stream {
+            Stream::Tcp(stream) => AsyncStream::Tcp(tokio::net::TcpStream::from_std(stream)?),
+            Stream::Unix(stream) => AsyncStream::Unix(tokio::net::UnixStream::from_std(stream)?),
+        };
+        Ok(AsyncConnection(match self.records {
+            None => Kind::Plain(stream),
+            Some(records) => Kind::Protected(Box::new(AsyncRecords::new(stream, records.into_tls()?))),
+        }))
+    }
+
+    #[cfg(test)]
+    pub(super) fn renew_keys(&self) {
+        self.records.iter().for_each(|records| records.renew_keys());
+    }
+
+    #[cfg(test)]
+    pub(super) fn into_records(self) -> Option<Records> {
+        self.records.map(|records| *records)
     }
 
     fn socket(&self) -> SockRef<'_> {
-        match &self.0 {
+        match &self.stream {
             Stream::Tcp(stream) => SockRef::from(stream),
             Stream::Unix(stream) => SockRef::from(stream),
         }
     }
 
     fn descriptor(&self) -> BorrowedFd<'_> {
-        match &self.0 {
+        match &self.stream {
             Stream::Tcp(stream) => stream.as_fd(),
             Stream::Unix(stream) => stream.as_fd(),
         }
@@ -152,18 +217,24 @@ fn uninterrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usiz
 
 impl io::Read for &Connection {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match &self.0 {
-            Stream::Tcp(stream) => (&*stream).read(buf),
-            Stream::Unix(stream) => (&*stream).read(buf),
+        match (&self.records, &self.stream) {
+            (None, Stream::Tcp(stream)) => (&*stream).read(buf),
+            (None, Stream::Unix(stream)) => (&*stream).read(buf),
+            (Some(records), _) => {
+                let mut list = ReceiveList::new();
+                list.push(buf);
+                records.receive(self.descriptor(), &mut list, true)
+            }
         }
     }
 }
 
 impl io::Write for &Connection {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        match &self.0 {
-            Stream::Tcp(stream) => (&*stream).write(buf),
-            Stream::Unix(stream) => (&*stream).write(buf),
+        match (&self.records, &self.stream) {
+            (None, Stream::Tcp(stream)) => (&*stream).write(buf),
+            (None, Stream::Unix(stream)) => (&*stream).write(buf),
+            (Some(records), _) => records.send_bytes(self.descriptor(), buf).map(|()| buf.len()),
         }
     }
 
@@ -174,7 +245,13 @@ impl io::Write for &Connection {
 
 /// A connection on tokio, until it is known what it is for.
 #[derive(Debug)]
-pub struct AsyncConnection(AsyncStream);
+pub struct AsyncConnection(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Plain(AsyncStream),
+    Protected(Box<AsyncRecords<AsyncStream>>),
+}
 
 #[derive(Debug)]
 enum AsyncStream {
@@ -182,21 +259,59 @@ enum AsyncStream {
     Unix(tokio::net::UnixStream),
 }
 
+/// Why somebody who connected is not served.
+pub(crate) enum Unfit {
+    /// He does not speak TLS, and is told so without.
+    Plain(Connection),
+    /// TLS failed. What is to be said of it was said; the connection is closed once it was heard.
+    Failed(AsyncConnection, io::Error),
+    /// He is gone.
+    Gone,
+}
+
 impl AsyncConnection {
     pub(super) fn tcp(stream: tokio::net::TcpStream) -> Self {
-        Self(AsyncStream::Tcp(stream))
+        Self(Kind::Plain(AsyncStream::Tcp(stream)))
     }
 
     pub(super) fn unix(stream: tokio::net::UnixStream) -> Self {
-        Self(AsyncStream::Unix(stream))
+        Self(Kind::Plain(AsyncStream::Unix(stream)))
+    }
+
+    /// Shakes hands with whoever has connected, and encrypts from here on. Says, too, whether he may send.
+    pub(crate) async fn protect(self, acceptor: &Acceptor) -> Result<(Self, Admitted), Unfit> {
+        let Kind::Plain(mut stream) = self.0 else { return Ok((self, Ok(()))) };
+        match AsyncRecords::accept(acceptor, &mut stream).await {
+            Ok((tls, admitted)) => {
+                Ok((Self(Kind::Protected(Box::new(AsyncRecords::new(stream, tls)))), admitted))
+            }
+            Err(Unprotected::Failed(error)) => Err(Unfit::Failed(Self(Kind::Plain(stream)), error)),
+            Err(Unprotected::Plain) => match Self(Kind::Plain(stream)).into_connection() {
+                Ok(connection) => Err(Unfit::Plain(connection)),
+                Err(_) => Err(Unfit::Gone),
+            },
+        }
     }
 
     /// Takes the connection off tokio; it stays non-blocking.
     pub fn into_connection(self) -> io::Result<Connection> {
-        Ok(match self.0 {
-            AsyncStream::Tcp(stream) => Connection::tcp(stream.into_std()?),
-            AsyncStream::Unix(stream) => Connection::unix(stream.into_std()?),
-        })
+        let (stream, tls) = match self.0 {
+            Kind::Plain(stream) => (stream, None),
+            Kind::Protected(records) => {
+                let (stream, tls) = records.into_parts();
+                (stream, Some(tls))
+            }
+        };
+        let stream = match stream {
+            AsyncStream::Tcp(stream) => Stream::Tcp(stream.into_std()?),
+            AsyncStream::Unix(stream) => Stream::Unix(stream.into_std()?),
+        };
+        let records = tls.map(|tls| {
+            let records = Records::new(tls);
+            records.set_nonblocking(true);
+            Box::new(records)
+        });
+        Ok(Connection { stream, records })
     }
 }
 
@@ -207,8 +322,8 @@ impl AsyncRead for AsyncConnection {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         match &mut self.get_mut().0 {
-            AsyncStream::Tcp(stream) => Pin::new(stream).poll_read(context, buf),
-            AsyncStream::Unix(stream) => Pin::new(stream).poll_read(context, buf),
+            Kind::Plain(stream) => Pin::new(stream).poll_read(context, buf),
+            Kind::Protected(records) => Pin::new(&mut **records).poll_read(context, buf),
         }
     }
 }
@@ -216,22 +331,73 @@ impl AsyncRead for AsyncConnection {
 impl AsyncWrite for AsyncConnection {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match &mut self.get_mut().0 {
-            AsyncStream::Tcp(stream) => Pin::new(stream).poll_write(context, buf),
-            AsyncStream::Unix(stream) => Pin::new(stream).poll_write(context, buf),
+            Kind::Plain(stream) => Pin::new(stream).poll_write(context, buf),
+            Kind::Protected(records) => Pin::new(&mut **records).poll_write(context, buf),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.get_mut().0 {
-            AsyncStream::Tcp(stream) => Pin::new(stream).poll_flush(context),
-            AsyncStream::Unix(stream) => Pin::new(stream).poll_flush(context),
+            Kind::Plain(stream) => Pin::new(stream).poll_flush(context),
+            Kind::Protected(records) => Pin::new(&mut **records).poll_flush(context),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.get_mut().0 {
-            AsyncStream::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
-            AsyncStream::Unix(stream) => Pin::new(stream).poll_shutdown(context),
+            Kind::Plain(stream) => Pin::new(stream).poll_shutdown(context),
+            Kind::Protected(records) => Pin::new(&mut **records).poll_shutdown(context),
+        }
+    }
+}
+
+impl AsyncRead for AsyncStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(context, buf),
+            Self::Unix(stream) => Pin::new(stream).poll_read(context, buf),
+        }
+    }
+}
+
+impl AsyncWrite for AsyncStream {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write(context, buf),
+            Self::Unix(stream) => Pin::new(stream).poll_write(context, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, pieces),
+            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(context, pieces),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_flush(context),
+            Self::Unix(stream) => Pin::new(stream).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
+            Self::Unix(stream) => Pin::new(stream).poll_shutdown(context),
         }
     }
 }

@@ -56,17 +56,15 @@ impl Listener {
         Self::bind_with_mode(uri, None)
     }
 
-    /// Listens at a Unix socket's path as [`Self::bind`] does, for this user alone.
-    pub fn bind_private(path: &Path) -> Result<Self, SocketError> {
-        Self::bind_with_mode(&Uri::Unix(path.into()), Some(0o600))
-    }
-
-    fn bind_with_mode(uri: &Uri, mode: Option<u32>) -> Result<Self, SocketError> {
+    /// The same; the file of a Unix socket has the mode before anybody can connect.
+    pub(super) fn bind_with_mode(uri: &Uri, mode: Option<u32>) -> Result<Self, SocketError> {
         let fail =
             |hint: &str, source: io::Error| SocketError::new(format!("cannot listen on {uri}{hint}"), source);
         let hint = |e: &io::Error| match e.kind() {
             io::ErrorKind::AddrInUse => ": it is in use; choose another, or stop what listens there",
-            io::ErrorKind::PermissionDenied => ": no permission; choose a port above 1023 or another path",
+            io::ErrorKind::PermissionDenied => {
+                ": no permission; choose a port above 1023 (or lower the sysctl net.ipv4.ip_unprivileged_port_start), or another path"
+            }
             io::ErrorKind::AddrNotAvailable => ": this host has no such address",
             io::ErrorKind::NotFound => ": its folder does not exist",
             _ => "",
@@ -99,6 +97,7 @@ impl Listener {
                 }
                 Err(fail(hint(&last), last))
             }
+            Uri::File(_) | Uri::Exec(_) | Uri::Fd(_) => Err(SocketError::one_way("listen on", uri)),
         }
     }
 
@@ -124,6 +123,11 @@ impl Listener {
             Kind::Tcp(listener) => listener.local_addr().ok(),
             Kind::Unix(..) => None,
         }
+    }
+
+    /// Whether other hosts may reach it.
+    pub fn is_reachable(&self) -> bool {
+        self.address().is_some_and(|address| !address.ip().is_loopback())
     }
 
     /// The URI a source connects to: with the port that the system chose.
@@ -295,15 +299,13 @@ mod tests {
         assert!(Listener::bind(&uri).unwrap_err().to_string().contains("in use"));
         drop(listener);
         Listener::bind(&uri).unwrap();
-        let error = Listener::bind_private(Path::new(&name)).unwrap_err();
-        assert!(error.io().to_string().contains("use a path"), "{error}");
     }
 
     #[test]
-    fn nobody_there_says_what_to_do() {
+    fn nobody_there_is_said_so() {
         let free = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap().uri();
         let error = Connection::connect(&free, Duration::from_secs(1), &|| false).unwrap_err();
-        assert!(error.to_string().contains("start `pageferry recv`"), "{error}");
+        assert!(error.to_string().contains("no destination listens there"), "{error}");
     }
 
     #[test]

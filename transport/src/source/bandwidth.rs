@@ -1,10 +1,23 @@
-//! What a session has of its link: what limits its wire bytes, a bucket of its own and its part of the host's; and who shares it.
+//! What limits a session's wire bytes: a bucket of its own and its part of the host's.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::pace::Pace;
-use super::share::{HostShare, Share, Sharing};
+use super::share::{HostShare, Share};
+
+/// What waiting for a limit counts as at most, as if so much were on its way.
+const HELD_BACK: Duration = Duration::from_millis(20);
+/// It counts as that where at least one part in so many of the time is waited.
+const HELD_BACK_PART: f64 = 4.0;
+
+/// What chooses the codec wants to know how long what was sent waits to arrive. A limit is a slow link, before which nothing queues up: its
+/// thread waits instead, for this part of the time that has passed since the last frame.
+pub(crate) fn held_back(waited: Duration, passed: Duration) -> Duration {
+    let share = waited.as_secs_f64() / passed.max(waited).as_secs_f64().max(1e-9);
+    HELD_BACK.mul_f64((share * HELD_BACK_PART).min(1.0))
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -66,27 +79,6 @@ impl Bandwidth {
             share.spend(bytes);
         }
     }
-
-    /// A stream shares the link until what is returned is dropped.
-    pub(crate) fn join(&self) -> Option<Sharing> {
-        self.share.as_ref().map(|share| Sharing::new(share.host().clone()))
-    }
-
-    /// So many bytes were delivered.
-    pub(crate) fn delivered(&self, bytes: u64) {
-        if let Some(share) = &self.share {
-            share.delivered(bytes);
-        }
-    }
-
-    /// How many streams share the link, and what was delivered of them all, as the codec choice wants to know: of the host's sessions,
-    /// or, where it knows of no others, of this one.
-    pub(crate) fn all(&self, session: (u16, u64)) -> (u32, u64) {
-        match &self.share {
-            Some(share) => (share.host().streams(), share.host().delivered_bytes()),
-            None => (session.0.into(), session.1),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -94,19 +86,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_session_knows_of_the_hosts_others() {
-        let alone = Bandwidth::new(None);
-        assert!(alone.join().is_none());
-        alone.delivered(7);
-        assert_eq!(alone.all((3, 500)), (3, 500));
-        let host = Arc::new(HostShare::new());
-        let [session, other] = [(); 2].map(|()| Bandwidth::new(Some(host.clone())));
-        let streams = [session.join(), other.join(), other.join()];
-        session.delivered(100);
-        other.delivered(20);
-        assert_eq!((session.all((1, 100)), other.all((2, 20))), ((3, 120), (3, 120)));
-        drop(streams);
-        assert_eq!(session.all((1, 100)), (0, 120));
+    fn who_is_held_back_has_much_ahead() {
+        let ms = Duration::from_millis;
+        assert_eq!(held_back(Duration::ZERO, ms(5)), Duration::ZERO);
+        assert_eq!(held_back(ms(1), ms(8)), ms(10));
+        assert_eq!((held_back(ms(2), ms(8)), held_back(ms(9), ms(8))), (HELD_BACK, HELD_BACK));
+        assert_eq!(held_back(Duration::ZERO, Duration::ZERO), Duration::ZERO);
     }
 
     #[test]

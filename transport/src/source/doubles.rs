@@ -21,7 +21,7 @@ use crate::sys::SendList;
 pub(super) struct Written;
 
 impl DirtyLog for Written {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "double"
     }
     fn start(&self) -> Result<(), BackendError> {
@@ -53,7 +53,6 @@ pub(super) fn source(chunks: u32, log: Arc<dyn DirtyLog>) -> PageSource {
 pub(super) fn options() -> SourceOptions {
     SourceOptions {
         streams: 1,
-        near: false,
         references: false,
         codec: CodecMode::Raw,
         cache_bytes: 0,
@@ -64,7 +63,7 @@ pub(super) fn options() -> SourceOptions {
 
 /// A stream of it, with room for all that is sent.
 pub(super) fn stream(source: &Arc<PageSource>, sink: &Sink) -> StreamState {
-    StreamState::new(source.clone(), 0, Arc::new(sink.clone()), Window::new(WINDOW_BYTES_MIN << 10, true))
+    StreamState::new(source.clone(), 0, Arc::new(sink.clone()), Window::new(WINDOW_BYTES_MIN << 10, 1, true))
 }
 
 /// Takes whatever is sent.

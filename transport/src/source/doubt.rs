@@ -76,6 +76,11 @@ impl Doubts {
         plan.in_place(first_pass)
     }
 
+    /// Whether what leaves from where it lies may be written on its way.
+    pub(super) fn may_tear(&self) -> bool {
+        self.written && !self.still.load(Ordering::Relaxed)
+    }
+
     /// Whether a carrier may take these raw pages of a chunk from where they lie.
     pub(super) fn may_place(&self, chunk: u32, raw: u64) -> bool {
         self.by_copy.get(chunk) & raw == 0
@@ -83,7 +88,7 @@ impl Doubts {
 
     /// Pages of a frame whose receipt may differ without damage.
     pub(super) fn of_frame(&self, leaves: Leaves, raw: u64, delta: u64) -> u64 {
-        let moves = if self.still.load(Ordering::Relaxed) { 0 } else { u64::MAX };
+        let moves = if self.may_tear() { u64::MAX } else { 0 };
         match leaves {
             _ if !self.written => 0,
             Leaves::InPlace => raw & moves,
@@ -156,6 +161,7 @@ mod tests {
             sent_at: Duration::ZERO,
             digests,
             doubtful,
+            same: 0,
             references: Box::default(),
             _placement: None,
         }

@@ -5,7 +5,6 @@ use std::io;
 use super::doubt::Verdict;
 use super::flight::{LaneError, StreamState};
 use crate::carrier::Durable;
-use crate::wire::frame::FrameHeader;
 
 /// The thread that settles frames. They become durable in the order in which they were sent.
 pub(super) struct Durables<'a> {
@@ -26,7 +25,7 @@ impl<'a> Durables<'a> {
         Ok(())
     }
 
-    /// Waits a moment and settles what is durable; says whether the stream is over: all of it is, with its end.
+    /// Waits a moment and settles what is durable; says whether the stream is over: all of it is.
     fn turn(&mut self) -> Result<bool, LaneError> {
         if self.stream.check()? {
             return Ok(true);
@@ -37,7 +36,7 @@ impl<'a> Durables<'a> {
         match self.durable.durable() {
             Ok(bytes) => {
                 self.settle(bytes);
-                Ok(self.stream.is_settled() && bytes >= self.settled + FrameHeader::LEN as u64)
+                Ok(self.stream.is_settled())
             }
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(false),
             Err(e) => Err(self.stream.io_error(e)),
@@ -78,6 +77,7 @@ mod tests {
     use super::*;
     use crate::carrier::{Breaker, FrameSender};
     use crate::sys::SendList;
+    use crate::wire::frame::FrameHeader;
 
     /// A raw chunk's frame, and what ends a stream.
     const FRAME: u64 = (FrameHeader::LEN + CHUNK_SIZE) as u64;
@@ -148,8 +148,8 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_over_once_its_end_is_durable() {
-        let source = Arc::new(source(2, Arc::new(StaticLog)));
+    fn a_stream_is_over_once_all_of_it_is_durable() {
+        let source = Arc::new(source(3, Arc::new(StaticLog)));
         let (sink, told) = (Sink::default(), Told::default());
         let stream = stream(&source, &sink);
         let mut sender = LaneSender::new(&stream, Box::new(sink));
@@ -157,11 +157,12 @@ mod tests {
         sender.work_off(batch(&source, 0, 2)).unwrap();
         told.tell(2 * FRAME);
         assert!(!durables.turn().unwrap(), "more may come");
+        sender.work_off(batch(&source, 2, 1)).unwrap();
         sender.end().unwrap();
-        assert!(!durables.turn().unwrap(), "the end is not durable");
-        told.tell(2 * FRAME + END);
+        assert!(!durables.turn().unwrap(), "the last frame is not durable");
+        told.tell(3 * FRAME);
         assert!(durables.turn().unwrap());
-        assert_eq!(stream.end().result.unwrap().frames, 2);
+        assert_eq!(stream.end().result.unwrap().frames, 3);
     }
 
     /// A page may be written while it goes from where it lies, and no receipt tells: it is sent again when it is dirty, even if it is then

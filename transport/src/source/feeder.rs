@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, SendTimeoutError, Sender, bounded};
 
 use super::{Batch, PageSource};
 
@@ -17,7 +17,7 @@ const BATCH_PAGES_MIN: u64 = 64;
 /// Longest wait before the caller's conditions are looked at again.
 const TICK: Duration = Duration::from_millis(20);
 
-/// How whoever feeds waits for the workers.
+/// How whoever feeds waits for the workers; by blocking its thread, unless it says otherwise.
 pub(crate) trait Waits {
     /// Batches of fewer pages are not worth their calls.
     fn batch_pages_min(&self) -> u64 {
@@ -25,10 +25,14 @@ pub(crate) trait Waits {
     }
 
     /// Hands a batch to a worker; gives it back when none has taken it within `limit`.
-    async fn offer(&self, work: &Sender<Batch>, batch: Batch, limit: Duration) -> Option<Batch>;
+    async fn offer(&self, work: &Sender<Batch>, batch: Batch, limit: Duration) -> Option<Batch> {
+        work.send_timeout(batch, limit).err().map(SendTimeoutError::into_inner)
+    }
 
     /// Waits until pages were receipted or became pending again, or a stream ended, at most `limit`.
-    async fn progress(&self, source: &PageSource, limit: Duration);
+    async fn progress(&self, source: &PageSource, limit: Duration) {
+        source.wait_progress(limit);
+    }
 }
 
 /// The one thread that feeds a session's workers owns this; dropping it ends the streams in order. Batches that no worker has taken by

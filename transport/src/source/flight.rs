@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -81,6 +80,8 @@ pub struct Unreceipted {
     pub(super) digests: [u64; 64],
     /// Pages whose receipt may differ without damage: see [`super::doubt`].
     pub(super) doubtful: u64,
+    /// Pages that the destination is to take from its base.
+    pub(super) same: u64,
     /// Chunks with pages that it refers to.
     pub(super) references: Box<[u32]>,
     /// What the carrier needs until the frame is settled.
@@ -91,6 +92,12 @@ impl Unreceipted {
     /// What it took on the wire.
     pub fn wire_bytes(&self) -> u64 {
         self.wire_bytes
+    }
+
+    /// What it counts in the window. Of pages that the destination takes from its base the wire has next to nothing, and the destination
+    /// as much to do as ever: what is under way of them is bounded by the same time.
+    pub(super) fn weight(&self) -> u64 {
+        if self.same == 0 { self.wire_bytes } else { u64::from(self.same.count_ones()) * PAGE_SIZE as u64 }
     }
 }
 
@@ -144,8 +151,6 @@ pub(super) struct StreamState {
     breaker: Arc<dyn Breaker>,
     flight: Mutex<Flight>,
     room: Condvar,
-    /// Bytes of frames that are settled.
-    delivered: AtomicU64,
 }
 
 impl StreamState {
@@ -165,8 +170,7 @@ impl StreamState {
             fold: 0,
             error: None,
         };
-        let (flight, room, delivered) = (Mutex::new(flight), Condvar::new(), AtomicU64::new(0));
-        Self { source, stream, breaker, flight, room, delivered }
+        Self { source, stream, breaker, flight: Mutex::new(flight), room: Condvar::new() }
     }
 
     /// The pages that it carries.
@@ -179,18 +183,13 @@ impl StreamState {
         self.stream
     }
 
-    /// Bytes of frames that are settled.
-    pub(super) fn delivered_bytes(&self) -> u64 {
-        self.delivered.load(Ordering::Relaxed)
-    }
-
     fn flight(&self) -> MutexGuard<'_, Flight> {
         self.flight.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Puts a frame among those under way; says whether the window has room for it.
     pub(super) fn launch(&self, frame: Unreceipted, frames_max: usize) -> bool {
-        let (bytes, logical) = (frame.wire_bytes, u64::from(frame.pages.count_ones()) * PAGE_SIZE as u64);
+        let (bytes, logical) = (frame.weight(), u64::from(frame.pages.count_ones()) * PAGE_SIZE as u64);
         Counters::add(&self.source.counters.logical_under_way, logical);
         Counters::add(&self.source.doubtful, u64::from(frame.doubtful != 0));
         let mut flight = self.flight();
@@ -214,6 +213,13 @@ impl StreamState {
             flight = self.room.wait_timeout(flight, wait).unwrap_or_else(|e| e.into_inner()).0;
         }
         Ok(())
+    }
+
+    /// How long what is on its way before the newest frame will take to arrive, beyond the time that the path takes in any case.
+    pub(super) fn ahead(&self) -> Duration {
+        let flight = self.flight();
+        let newest = flight.frames.back().map_or(0, Unreceipted::weight);
+        flight.window.ahead(self.source.now(), flight.bytes.saturating_sub(newest))
     }
 
     /// Whether so many bytes more may be sent without a wait for receipts.
@@ -274,13 +280,12 @@ impl StreamState {
         if !receipt.is_empty() {
             flight.fold = fold_receipt(flight.fold, receipt, &self.source.shared.hasher);
         }
-        flight.bytes -= sent.wire_bytes;
+        flight.bytes -= sent.weight();
         flight.waiting_since = now;
         let idle = flight.frames.is_empty();
         let travelled = now.saturating_sub(sent.sent_at);
-        flight.window.on_receipt(now, sent.wire_bytes, travelled, idle);
+        flight.window.on_receipt(now, sent.weight(), travelled, idle);
         drop(flight);
-        Counters::add(&self.delivered, sent.wire_bytes);
         self.source.counters.travelled(travelled);
         Some(sent)
     }

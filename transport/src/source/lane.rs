@@ -1,26 +1,28 @@
 //! A stream at the source: one thread that encodes and sends, one that settles what was sent.
 
+mod same;
+
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use pagecopy::backend::BackendError;
 use pagecopy::bitmap::{bits, runs};
-use pagecopy::choose::{CodecMode, Delivered, Plan};
+use pagecopy::choose::{CodecMode, Plan};
 use pagecopy::chunk::{ChunkEncoder, Clocks, EncodedChunk, Job, Reference};
 use pagecopy::digest::{PageDigest, PageHasher, receipt};
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::xbzrle::Page;
 use vm_memory::volatile_memory::VolatileSlice;
 
+use super::bandwidth::held_back;
 use super::doubt::{Doubts, LastDoubt, Leaves};
 use super::flight::{LaneError, LaneNews, StreamState, Unreceipted};
 use super::settle::Carrier;
 use super::window::Window;
-use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, Sharing, Span};
+use super::{BATCH_CHUNKS, Batch, Counters, FatalError, PageSource, Span};
 use crate::carrier::{FrameSender, Placement, SourceEnd};
 use crate::clock;
 use crate::local::guarded;
@@ -31,6 +33,13 @@ use crate::wire::frame::{FrameHeader, FrameKind};
 
 /// Small frames are gathered up to this many bytes before they are written.
 const GATHER_BYTES: usize = 64 << 10;
+/// A thread may lose its core for so long, and is not blocked by its stream for that.
+const SLICE: Duration = Duration::from_millis(4);
+/// Where it is written by the thread that encodes, and that thread waits all the time, so much counts as ahead of it: twice what is wanted,
+/// so that half of the time is.
+const WAITS_ALL: Duration = Duration::from_millis(20);
+/// Weight of a frame in how much of its time a thread waits.
+const WAITS_WEIGHT: f64 = 1.0 / 16.0;
 /// How often an idle thread looks whether it should stop.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -55,7 +64,7 @@ impl Lane {
     }
 
     /// The same, whatever settles its frames.
-    pub(super) fn start(
+    pub(crate) fn start(
         source: Arc<PageSource>,
         carrier: Carrier,
         stream: u16,
@@ -64,7 +73,7 @@ impl Lane {
     ) -> io::Result<Self> {
         let Carrier { frames, settles, breaker } = carrier;
         let chooses = matches!(source.options.codec, CodecMode::Auto | CodecMode::Zstd { level: None });
-        let window = Window::new(frames.window_min(), !chooses);
+        let window = Window::new(frames.window_min(), source.options.streams, !chooses);
         let state = Arc::new(StreamState::new(source, stream, breaker, window));
         let (sending, sent) = (state.clone(), ends.clone());
         let sender =
@@ -124,31 +133,35 @@ pub(super) struct LaneSender<'a> {
     /// When the chooser was last told what sending takes; and for how long there has been nothing to do since.
     told_at: Option<u64>,
     idle_nanos: u64,
-    /// While it is one of those that share the host's link.
-    _sharing: Option<Sharing>,
+    /// How long the last frame waited for room, in the window and in what carries it.
+    blocked: Duration,
+    /// Of what keeps frames: the part of its time that the thread waits for it, lately.
+    waits: f64,
+    /// How long limits of bandwidth have held this frame back.
+    held_back: Duration,
 }
 
-const CLOCKS: Clocks = Clocks { now: clock::nanos, worked: clock::worked_nanos };
+pub(crate) const CLOCKS: Clocks = Clocks { now: clock::nanos, worked: clock::worked_nanos };
 
 impl<'a> LaneSender<'a> {
     pub(super) fn new(stream: &'a StreamState, carrier: Box<dyn FrameSender>) -> Self {
         let source = &**stream.source();
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let encoder = ChunkEncoder::new(source.options.codec, CLOCKS)
-            .sharing(source.options.streams, cores, source.options.near)
-            .referring(source.options.references);
+        let encoder = ChunkEncoder::of(source.effort.clone(), CLOCKS);
+        let keeps_bases = source.log.expects_writes() && !carrier.seals();
         Self {
             stream,
             source,
             carrier,
-            encoder: if source.log.expects_writes() { encoder } else { encoder.each_once() },
+            encoder: if keeps_bases { encoder } else { encoder.each_once() },
             snapshot: vec![0; CHUNK_SIZE].into(),
             out: Vec::with_capacity(2 * GATHER_BYTES + CHUNK_SIZE),
             seq: 0,
             last_doubt: LastDoubt::default(),
             told_at: None,
             idle_nanos: 0,
-            _sharing: source.bandwidth.join(),
+            blocked: Duration::ZERO,
+            waits: 0.0,
+            held_back: Duration::ZERO,
         }
     }
 
@@ -176,7 +189,9 @@ impl<'a> LaneSender<'a> {
 
     /// Says that no more frames come. Returns what the stream's account will be, where that can be told.
     pub(super) fn end(&mut self) -> Result<Option<StreamEnd>, LaneError> {
-        self.out.extend_from_slice(&FrameHeader::end(self.seq).encode(&self.source.shared.hasher));
+        if !self.carrier.seals() {
+            self.out.extend_from_slice(&FrameHeader::end(self.seq).encode(&self.source.shared.hasher));
+        }
         let account = self.stream.end_sending(self.seq);
         self.flush()?;
         Ok(account)
@@ -222,7 +237,7 @@ impl<'a> LaneSender<'a> {
                 result = self.wait_pace();
             }
             if result.is_ok() {
-                result = self.send_chunk(chunk, pages);
+                result = self.send_pages(chunk, pages);
             } else {
                 // Taken but not sent: nothing of it is lost.
                 self.source.pending.insert(chunk, pages);
@@ -240,17 +255,33 @@ impl<'a> LaneSender<'a> {
         }
         // What is gathered is paid for.
         self.flush()?;
-        // A limit is a slow link: what it holds back may be spent on encoding.
+        let begun = clock::now();
         source.bandwidth.wait(|| source.stopped() || stream.has_failed());
+        self.held_back += clock::now() - begun;
         self.check()
+    }
+
+    /// How long what is under way will take.
+    fn ahead(&mut self) -> Duration {
+        let passed = self.told_at.map_or(0, |before| clock::nanos().saturating_sub(before));
+        let held = held_back(std::mem::take(&mut self.held_back), Duration::from_nanos(passed));
+        let ahead = if self.carrier.seals() {
+            WAITS_ALL.mul_f64(self.waits)
+        } else {
+            self.stream.ahead().max(self.blocked.saturating_sub(SLICE))
+        };
+        ahead.max(held)
     }
 
     /// Sends the pages of a claimed chunk. On failure they are among the unreceipted frames, or pending.
     fn send_chunk(&mut self, chunk: u32, pages: u64) -> Result<(), LaneError> {
         let source = self.source;
         let first_pass = source.carried.get(chunk) & pages == 0;
-        let plan = self.encoder.plan(chunk);
-        let in_place = Doubts::in_place(plan, first_pass);
+        let ahead = self.ahead();
+        let plan = self.encoder.plan(chunk, ahead.as_nanos() as u64);
+        // Nobody reads back what is kept: a page that is torn would be found when it is too late.
+        let in_place =
+            Doubts::in_place(plan, first_pass) && !(self.carrier.seals() && source.doubts.may_tear());
         let mut lap = Lap::start();
         // What this stream has under way is what the destination will have, unless it was sent from where it lies.
         let own = plan.references && !self.last_doubt.is_under_way(self.stream.oldest());
@@ -277,7 +308,11 @@ impl<'a> LaneSender<'a> {
             placement.inspect_err(|_| lent.iter().for_each(|&chunk| source.return_lent(chunk)))?;
         let header = header_of(&encoded, chunk, self.seq, placement.is_some(), &source.shared.hasher);
         self.seq += 1;
-        self.out.extend_from_slice(&header.encode(&source.shared.hasher));
+        let digests = receipts_of(sent, encoded.digests);
+        let sealed = self.carrier.seal(&header, &digests[..sent.count_ones() as usize], &mut self.out);
+        if sealed.is_none() {
+            self.out.extend_from_slice(&header.encode(&source.shared.hasher));
+        }
         self.out.extend_from_slice(encoded.encoded);
         let placed = if header.placed { header.raw } else { 0 };
         let leaves = match in_place {
@@ -289,10 +324,11 @@ impl<'a> LaneSender<'a> {
             chunk,
             pages: sent,
             seq: header.seq,
-            wire_bytes: header.wire_bytes(),
+            wire_bytes: sealed.unwrap_or_else(|| header.wire_bytes()),
             sent_at: source.now(),
-            digests: receipts_of(sent, encoded.digests),
+            digests,
             doubtful: source.doubts.of_frame(leaves, header.raw, header.delta),
+            same: 0,
             references: lent.into(),
             _placement: placement,
         };
@@ -300,34 +336,42 @@ impl<'a> LaneSender<'a> {
         let wire_bytes = frame.wire_bytes();
         source.carried.insert(chunk, sent);
         source.bandwidth.spend(wire_bytes);
+        let (begun, worked) = (clock::now(), clock::worked_nanos());
         self.launch(frame)?;
         // A carrier that places gathers by itself, so that it knows what it has to send before it waits for room to place.
         if header.raw != 0 || self.carrier.places() || self.out.len() >= GATHER_BYTES {
             self.write(header.raw & !placed, in_place.then_some(chunk))?;
         }
+        self.blocked = clock::now() - begun;
         lap.to(&source.counters.spent.send);
-        self.tell(wire_bytes);
+        if self.carrier.seals() {
+            let waited = self.blocked.as_nanos() as f64 - (clock::worked_nanos() - worked) as f64;
+            self.note_wait(waited.max(0.0));
+        }
+        self.tell();
         Ok(())
     }
 
+    /// So many nanoseconds of those since the last frame the thread has waited for what keeps it.
+    fn note_wait(&mut self, waited: f64) {
+        let passed = self.told_at.map_or(0, |before| clock::nanos().saturating_sub(before));
+        let part = waited / (passed.saturating_sub(self.idle_nanos) as f64).max(waited).max(1.0);
+        self.waits += (part - self.waits) * WAITS_WEIGHT;
+    }
+
     /// Tells what chooses the codec how a frame went.
-    fn tell(&mut self, wire_bytes: u64) {
+    fn tell(&mut self) {
         let now = clock::nanos();
         let idle = std::mem::take(&mut self.idle_nanos);
         let passed = self.told_at.map_or(0, |before| now.saturating_sub(before).saturating_sub(idle));
         self.told_at = Some(now);
-        let session = self.source.counters.wire_acked.load(Ordering::Relaxed);
-        let (streams, all) = self.source.bandwidth.all((self.source.options.streams, session));
-        let delivered = Delivered { own: self.stream.delivered_bytes(), all };
-        let chooser = self.encoder.chooser();
-        chooser.share_with(streams);
-        chooser.observe_link(wire_bytes, passed, delivered, clock::busy);
+        self.encoder.chooser().observe_sent(now, passed, clock::busy);
     }
 
     /// Puts a frame among those under way, and waits until the window has room for it.
     fn launch(&mut self, frame: Unreceipted) -> Result<(), LaneError> {
         let frames_max = self.carrier.frames_max();
-        let bytes = frame.wire_bytes();
+        let bytes = frame.weight();
         if self.stream.launch(frame, frames_max) {
             return Ok(());
         }
@@ -468,7 +512,7 @@ fn receipts_of(pages: u64, digests: &[PageDigest; 64]) -> [u64; 64] {
     receipts
 }
 
-fn count_pages(counters: &Counters, encoded: &EncodedChunk<'_>) {
+pub(super) fn count_pages(counters: &Counters, encoded: &EncodedChunk<'_>) {
     for (counter, pages) in [
         (&counters.zero, encoded.zero),
         (&counters.unchanged, encoded.unchanged),
@@ -487,33 +531,4 @@ fn count_pages(counters: &Counters, encoded: &EncodedChunk<'_>) {
         Counters::add(&counters.similar_bytes, encoded.encoded.len() as u64);
     }
     Counters::add(&counters.logical_acked, u64::from(encoded.unchanged.count_ones()) * PAGE_SIZE as u64);
-}
-
-#[cfg(test)]
-mod tests {
-    use pagecopy::backend::StaticLog;
-
-    use super::super::doubles::{Sink, source, stream};
-    use super::super::{Bandwidth, HostShare};
-    use super::*;
-
-    #[test]
-    fn what_chooses_the_codec_hears_of_the_hosts_other_streams() {
-        let host = Arc::new(HostShare::new());
-        let source = Arc::new(source(2, Arc::new(StaticLog)).sharing(Some(host.clone())));
-        let sink = Sink::default();
-        let stream = stream(&source, &sink);
-        let mut sender = LaneSender::new(&stream, Box::new(sink));
-        let send = |sender: &mut LaneSender<'_>, first| {
-            sender.work_off(Batch::new(&source, Span { first, count: 1 })).unwrap();
-            sender.encoder.chooser().workers()
-        };
-        let other = Bandwidth::new(Some(host.clone()));
-        let others = [other.join(), other.join()];
-        assert_eq!(send(&mut sender, 0), 3);
-        drop(others);
-        assert_eq!(send(&mut sender, 1), 1);
-        drop(sender);
-        assert_eq!(host.streams(), 0);
-    }
 }

@@ -5,6 +5,7 @@
 //! other retransmission.
 
 mod bandwidth;
+mod base;
 #[cfg(test)]
 mod doubles;
 mod doubt;
@@ -22,25 +23,28 @@ pub(crate) mod stepped;
 mod window;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::Duration;
 
 use pagecopy::backend::{BackendError, DirtyLog, GuestRam};
 use pagecopy::bitmap::{PageBitmap, bits};
-use pagecopy::choose::CodecMode;
-use pagecopy::chunk::Shared;
+use pagecopy::choose::{CodecMode, Effort};
+use pagecopy::chunk::{EncodedChunk, Shared};
 use pagecopy::digest::{PageHasher, receipt};
 use pagecopy::layout::PAGE_SIZE;
 
-pub(crate) use bandwidth::Bandwidth;
+pub(crate) use bandwidth::{Bandwidth, held_back};
+pub(crate) use base::BaseSeals;
 use doubt::Doubts;
 pub use feeder::Feeder;
 pub(crate) use feeder::Waits;
 pub use flight::{LaneEnd, LaneError, LaneNews, Unreceipted};
+pub(crate) use lane::CLOCKS;
 pub use lane::Lane;
 use owners::Owners;
+pub(crate) use settle::{Carrier, Settles};
 pub use share::HostShare;
-pub(crate) use share::Sharing;
+pub use window::Window;
 
 use crate::clock;
 #[cfg(test)]
@@ -87,10 +91,8 @@ pub struct SourceOptions {
     pub codec: CodecMode,
     /// The destination takes frames that refer to pages which were sent before.
     pub references: bool,
-    /// Streams: each has a worker, and they share the link.
+    /// Streams.
     pub streams: u16,
-    /// The destination is on this host, too, and takes as much of its cores: see [`crate::host`].
-    pub near: bool,
     /// Bound of the delta cache, in bytes.
     pub cache_bytes: u64,
     /// Silence after which a stream is given up.
@@ -104,7 +106,7 @@ pub struct SourceOptions {
 pub struct Counters {
     /// Pages by what became of them when they were sent.
     pub zero: AtomicU64,
-    /// Pages whose content was the one sent last: not sent.
+    /// Pages whose content was the one sent last, or is in the base: not sent.
     pub unchanged: AtomicU64,
     /// Pages sent as deltas.
     pub delta: AtomicU64,
@@ -124,6 +126,10 @@ pub struct Counters {
     pub wire_acked: AtomicU64,
     /// Page bytes of frames whose receipt came, and of unchanged pages.
     pub logical_acked: AtomicU64,
+    /// Of these, page bytes that the destination was to take from its base.
+    pub same_acked: AtomicU64,
+    /// Pages whose receipt says that the base did not have them after all.
+    pub same_lacking: AtomicU64,
     /// Page bytes of frames under way.
     pub logical_under_way: AtomicU64,
     /// Pages whose receipt did not match, without an excuse.
@@ -141,6 +147,12 @@ pub struct Counters {
 impl Counters {
     fn add(counter: &AtomicU64, value: u64) {
         counter.fetch_add(value, Ordering::Relaxed);
+    }
+
+    /// Page bytes that were delivered over the wire, which is what the rest will have to be.
+    pub(crate) fn logical_sent_and_acked(&self) -> u64 {
+        let same = self.same_acked.load(Ordering::Relaxed);
+        self.logical_acked.load(Ordering::Relaxed).saturating_sub(same)
     }
 
     /// The shortest round trip of a frame and its receipt so far; before the first, `otherwise`.
@@ -170,10 +182,14 @@ pub struct PageSource {
     log: Arc<dyn DirtyLog>,
     options: SourceOptions,
     shared: Shared,
+    /// How hard its streams compress.
+    effort: Arc<Effort>,
     pending: PageBitmap,
     carried: PageBitmap,
     /// Pages that were no holes at the start.
     initial: PageBitmap,
+    /// What the destination has an older copy of.
+    base: Option<BaseSeals>,
     doubts: Doubts,
     owners: Owners,
     bandwidth: Bandwidth,
@@ -184,6 +200,8 @@ pub struct PageSource {
     /// Frames under way with pages that may turn out torn.
     doubtful: AtomicU64,
     stop: AtomicBool,
+    /// Whoever is to be told of frames that are settled.
+    settled: OnceLock<Box<dyn Fn(u32, u64) + Send + Sync>>,
 }
 
 impl PageSource {
@@ -196,10 +214,14 @@ impl PageSource {
         pending: PageBitmap,
     ) -> Self {
         let chunks = ram.layout().chunks();
+        let effort = Arc::new(Effort::new(options.codec));
+        effort.refer(options.references);
         Self {
+            effort,
             shared: Shared::new(hasher, chunks, options.cache_bytes),
             carried: PageBitmap::new(chunks),
             initial: copy_of(&pending),
+            base: None,
             doubts: Doubts::new(chunks, log.expects_writes()),
             owners: Owners::new(chunks),
             bandwidth: Bandwidth::new(None),
@@ -208,6 +230,7 @@ impl PageSource {
             outstanding: AtomicU64::new(0),
             doubtful: AtomicU64::new(0),
             stop: AtomicBool::new(false),
+            settled: OnceLock::new(),
             pending,
             ram,
             log,
@@ -218,6 +241,11 @@ impl PageSource {
     /// One that shares with others what their host has, if that is to be shared.
     pub fn sharing(self, host: Option<Arc<HostShare>>) -> Self {
         Self { bandwidth: Bandwidth::new(host), ..self }
+    }
+
+    /// One whose destination has an older copy of the guest.
+    pub(crate) fn with_base(self, base: Option<BaseSeals>) -> Self {
+        Self { base, ..self }
     }
 
     pub(crate) fn ram(&self) -> &Arc<dyn GuestRam> {
@@ -261,6 +289,12 @@ impl PageSource {
         self.doubts.set_still(true);
     }
 
+    /// Nobody writes memory from now on, and limits hold as they did: what leaves from where it lies is beyond doubt, until
+    /// [`goes_on`](Self::goes_on).
+    pub fn stands_still(&self) {
+        self.doubts.set_still(true);
+    }
+
     /// The guest goes on, and with it whoever wrote this memory.
     pub fn goes_on(&self) {
         self.doubts.set_still(false);
@@ -292,6 +326,37 @@ impl PageSource {
             missing.insert(chunk, pages & !self.carried.get(chunk));
         }
         missing
+    }
+
+    /// Takes the pages of a chunk that are pending: whoever does saves them.
+    pub(crate) fn take(&self, chunk: u32) -> u64 {
+        self.pending.take(chunk)
+    }
+
+    /// Pages that were taken so wait again.
+    pub(crate) fn give_back_taken(&self, chunk: u32, pages: u64) {
+        self.pending.insert(chunk, pages);
+    }
+
+    /// Pages that were taken so are where they were to be sent to.
+    pub(crate) fn saved(&self, chunk: u32, encoded: &EncodedChunk<'_>) {
+        let pages = encoded.zero | encoded.zstd | encoded.raw;
+        lane::count_pages(&self.counters, encoded);
+        Counters::add(&self.counters.logical_acked, u64::from(pages.count_ones()) * PAGE_SIZE as u64);
+        self.carried.insert(chunk, pages);
+        self.notify();
+    }
+
+    /// `settled` is called for the pages of each frame once it is where it was sent. Once.
+    pub(crate) fn when_settled(&self, settled: impl Fn(u32, u64) + Send + Sync + 'static) {
+        let _ = self.settled.set(Box::new(settled));
+    }
+
+    /// Pages that were taken so are there already.
+    pub(crate) fn keep(&self, chunk: u32, pages: u64) {
+        self.carried.insert(chunk, pages);
+        Counters::add(&self.counters.unchanged, pages.count_ones().into());
+        Counters::add(&self.counters.logical_acked, u64::from(pages.count_ones()) * PAGE_SIZE as u64);
     }
 
     /// Pages that were said to be missing are to be sent like any others: the destination may have taken away what it had of them. For
@@ -426,7 +491,7 @@ impl PageSource {
     }
 }
 
-fn copy_of(bitmap: &PageBitmap) -> PageBitmap {
+pub(crate) fn copy_of(bitmap: &PageBitmap) -> PageBitmap {
     let copy = PageBitmap::new(bitmap.chunks());
     bitmap.iter().for_each(|(chunk, pages)| {
         copy.insert(chunk, pages);

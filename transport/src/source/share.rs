@@ -1,10 +1,10 @@
-//! What the migrations of a host share: a limit on the wire bytes of all of them together, and what they know of their link.
+//! What the migrations of a host share: a limit on the wire bytes of all of them together.
 //!
 //! The limit is one bucket, as a session has one of its own ([`super::pace`]). Of the sessions that wait for it the one goes next that
 //! has sent the least, so that each gets the same part of the limit, however many streams it has and however large its frames are. A
 //! session that has been silent gets no more than its part for that.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{Thread, current, park_timeout};
 use std::time::Duration;
@@ -18,31 +18,12 @@ pub struct HostShare {
     line: Mutex<Line>,
     /// Whether there is a limit: what every frame asks without a lock. A moment late is no harm.
     limits: AtomicBool,
-    /// Streams that are open.
-    streams: AtomicU32,
-    /// Bytes of frames that were delivered.
-    delivered: AtomicU64,
 }
 
 impl HostShare {
     /// Without a limit.
     pub fn new() -> Self {
-        Self {
-            line: Mutex::new(Line::new()),
-            limits: AtomicBool::new(false),
-            streams: AtomicU32::new(0),
-            delivered: AtomicU64::new(0),
-        }
-    }
-
-    /// Streams of all sessions that share the link now.
-    pub fn streams(&self) -> u32 {
-        self.streams.load(Ordering::Relaxed)
-    }
-
-    /// Wire bytes of all sessions that were delivered so far.
-    pub fn delivered_bytes(&self) -> u64 {
-        self.delivered.load(Ordering::Relaxed)
+        Self { line: Mutex::new(Line::new()), limits: AtomicBool::new(false) }
     }
 
     /// Limits the wire bytes of all sessions together to so many a second, from now on; `None` lifts the limit. The limits that sessions
@@ -136,16 +117,6 @@ impl Share {
         Self { host, sent: Sent::default() }
     }
 
-    /// What it is a part of.
-    pub(super) fn host(&self) -> &Arc<HostShare> {
-        &self.host
-    }
-
-    /// So many bytes were delivered.
-    pub(super) fn delivered(&self, bytes: u64) {
-        self.host.delivered.fetch_add(bytes, Ordering::Relaxed);
-    }
-
     fn limits(&self) -> bool {
         self.host.limits.load(Ordering::Relaxed)
     }
@@ -205,22 +176,6 @@ impl Drop for Place<'_> {
         let mut line = self.0.host.line();
         line.waiting.retain(|waiter| !Arc::ptr_eq(&waiter.sent, &self.0.sent));
         line.wake_first();
-    }
-}
-
-/// A stream that shares its host's link, until it is dropped.
-pub(crate) struct Sharing(Arc<HostShare>);
-
-impl Sharing {
-    pub(super) fn new(host: Arc<HostShare>) -> Self {
-        host.streams.fetch_add(1, Ordering::Relaxed);
-        Self(host)
-    }
-}
-
-impl Drop for Sharing {
-    fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

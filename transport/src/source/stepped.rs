@@ -33,7 +33,7 @@ impl<'a> SteppedLane<'a> {
     ) -> SteppedLane<'a> {
         let SourceEnd { frames, receipts, breaker } = carrier;
         let state = slot.0.get_or_init(|| {
-            StreamState::new(source.clone(), stream, breaker, Window::new(frames.window_min(), true))
+            StreamState::new(source.clone(), stream, breaker, Window::new(frames.window_min(), 1, true))
         });
         assert!(Arc::ptr_eq(state.source(), source) && state.id() == stream, "a slot serves one lane");
         SteppedLane {

@@ -7,6 +7,7 @@
 //! The encoded section is laid out by [`pagecopy::chunk`]. The masks name pages by their bit in the chunk and do not overlap.
 //! The destination answers every frame with a receipt, in order, on the same connection.
 
+use pagecopy::choose::Load;
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
 
@@ -16,6 +17,8 @@ use super::{Reader, WireError};
 pub const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"PGF1");
 /// First word of a receipt, `PGR1`.
 pub const RECEIPT_MAGIC: u32 = u32::from_le_bytes(*b"PGR1");
+/// First word of what says how a thread spent its time, `PGL1`.
+pub const LOAD_MAGIC: u32 = u32::from_le_bytes(*b"PGL1");
 /// Longest encoded section: as long as the pages in it are.
 pub const ENCODED_MAX: usize = CHUNK_SIZE;
 
@@ -32,6 +35,8 @@ pub enum FrameKind {
     Pages = 1,
     /// The source sends no more frames on this stream; no receipt follows.
     End = 2,
+    /// Pages of one chunk, all of them in `raw`, that are as in the destination's base: nothing follows.
+    Same = 3,
 }
 
 /// A frame's header.
@@ -45,7 +50,7 @@ pub struct FrameHeader {
     pub chunk: u32,
     /// Bytes in the encoded section.
     pub encoded_len: u32,
-    /// Pages that follow as they are, or were placed.
+    /// Pages that follow as they are, or were placed; of a frame of pages that are as in the base, all of these.
     pub raw: u64,
     /// Pages of zeros.
     pub zero: u64,
@@ -82,6 +87,11 @@ impl FrameHeader {
         }
     }
 
+    /// Pages of a chunk that are as in the destination's base.
+    pub fn same(seq: u64, chunk: u32, pages: u64) -> Self {
+        Self { kind: FrameKind::Same, chunk, raw: pages, ..Self::end(seq) }
+    }
+
     /// All pages of the frame.
     pub fn pages(&self) -> u64 {
         self.raw | self.zero | self.delta | self.zstd
@@ -89,12 +99,17 @@ impl FrameHeader {
 
     /// Bytes of raw pages that follow.
     pub fn raw_len(&self) -> usize {
-        if self.placed { 0 } else { self.raw.count_ones() as usize * PAGE_SIZE }
+        if self.placed || self.kind == FrameKind::Same {
+            0
+        } else {
+            self.raw.count_ones() as usize * PAGE_SIZE
+        }
     }
 
     /// Bytes of the frame on the wire, whichever way its raw pages go.
     pub fn wire_bytes(&self) -> u64 {
-        Self::LEN as u64 + u64::from(self.encoded_len) + u64::from(self.raw.count_ones()) * PAGE_SIZE as u64
+        let raw = if self.kind == FrameKind::Same { 0 } else { u64::from(self.raw.count_ones()) };
+        Self::LEN as u64 + u64::from(self.encoded_len) + raw * PAGE_SIZE as u64
     }
 
     /// Offsets: 0 magic, 4 kind, 6 flags (1 placed, 2 references), 8 seq, 16 chunk, 20 encoded_len, 24 raw, 32 zero, 40 delta, 48 zstd,
@@ -128,7 +143,11 @@ impl FrameHeader {
         }
         let (kind, flags) = (r.u16("kind")?, r.u16("flags")?);
         let header = Self {
-            kind: if kind == 2 { FrameKind::End } else { FrameKind::Pages },
+            kind: match kind {
+                2 => FrameKind::End,
+                3 => FrameKind::Same,
+                _ => FrameKind::Pages,
+            },
             seq: r.u64("seq")?,
             chunk: r.u32("chunk")?,
             encoded_len: r.u32("encoded_len")?,
@@ -144,7 +163,7 @@ impl FrameHeader {
         if expected != found {
             return Err(WireError::Checksum { what: "frame header", expected, found });
         }
-        if !(1..=2).contains(&kind) {
+        if !(1..=3).contains(&kind) {
             return Err(WireError::BadValue { field: "frame kind", value: kind.into() });
         }
         if flags & !(FLAG_PLACED | FLAG_REFERENCES) != 0
@@ -165,6 +184,9 @@ impl FrameHeader {
         if (self.kind == FrameKind::End) != (pages == 0) {
             return Err(WireError::BadValue { field: "page masks", value: self.pages() });
         }
+        if self.kind == FrameKind::Same && (self.raw != self.pages() || self.placed) {
+            return Err(WireError::BadValue { field: "page masks (as in the base)", value: self.pages() });
+        }
         let max = u64::from((self.delta | self.zstd).count_ones()) * PAGE_SIZE as u64;
         if max != 0 && u64::from(self.encoded_len) > max {
             return Err(WireError::TooLong { field: "encoded_len", len: self.encoded_len.into(), max });
@@ -177,7 +199,7 @@ impl FrameHeader {
 
     /// Checks the addresses against the session's layout.
     pub fn check_layout(&self, layout: &Layout) -> Result<(), WireError> {
-        if self.kind == FrameKind::Pages {
+        if self.kind != FrameKind::End {
             if self.chunk >= layout.chunks() {
                 return Err(WireError::BadValue { field: "chunk", value: self.chunk.into() });
             }
@@ -228,6 +250,40 @@ pub fn check_receipt<'a>(bytes: &'a [u8], hasher: &PageHasher) -> Result<&'a [u8
     body.get(RECEIPT_HEADER_LEN..).ok_or(WireError::Truncated { field: "receipt" })
 }
 
+/// Bytes of what says how the destination's thread of a stream spent its time.
+pub const LOAD_LEN: usize = 40;
+
+/// Appends it: offsets 0 magic, 4 zero, 8 nanoseconds that have passed since it was last said, 16 in which the thread ran, 24 in which it
+/// was ready and had no core, 32 checksum.
+pub fn encode_load(out: &mut Vec<u8>, load: Load, hasher: &PageHasher) {
+    let start = out.len();
+    out.extend_from_slice(&u64::from(LOAD_MAGIC).to_le_bytes());
+    for nanos in [load.passed_nanos, load.worked_nanos, load.ready_nanos] {
+        out.extend_from_slice(&nanos.to_le_bytes());
+    }
+    let checksum = hasher.checksum(&out[start..]);
+    out.extend_from_slice(&checksum.to_le_bytes());
+}
+
+/// Reads it. Whatever a peer says is possible: it only decides how hard pages are compressed.
+pub fn decode_load(bytes: &[u8; LOAD_LEN], hasher: &PageHasher) -> Result<Load, WireError> {
+    let mut r = Reader::new(bytes);
+    let magic = r.u64("load magic")?;
+    if magic != u64::from(LOAD_MAGIC) {
+        return Err(WireError::BadMagic { what: "load", found: magic });
+    }
+    let load = Load {
+        passed_nanos: r.u64("load passed")?,
+        worked_nanos: r.u64("load worked")?,
+        ready_nanos: r.u64("load ready")?,
+    };
+    let (expected, found) = (r.u64("load checksum")?, hasher.checksum(&bytes[..LOAD_LEN - 8]));
+    if expected != found {
+        return Err(WireError::Checksum { what: "load", expected, found });
+    }
+    Ok(load)
+}
+
 /// The running digest of a stream's receipts, which both sides compare at the handover: xxh3-64 of its last value and the
 /// checksum of the next receipt (which covers the frame's number and its digests).
 pub fn fold_receipt(fold: u64, receipt: &[u8], hasher: &PageHasher) -> u64 {
@@ -266,8 +322,10 @@ mod tests {
             let flagged = FrameHeader { placed, references, ..header() };
             assert_eq!(FrameHeader::decode(&flagged.encode(&hasher), &hasher), Ok(flagged));
         }
-        let end = FrameHeader::end(9);
-        assert_eq!(FrameHeader::decode(&end.encode(&hasher), &hasher), Ok(end));
+        for other in [FrameHeader::end(9), FrameHeader::same(9, 3, 0b101)] {
+            assert_eq!(FrameHeader::decode(&other.encode(&hasher), &hasher), Ok(other));
+            assert_eq!((other.raw_len(), other.wire_bytes()), (0, FrameHeader::LEN as u64));
+        }
         // Another session's frame is not taken for one of ours.
         assert!(FrameHeader::decode(&header().encode(&PageHasher::new(2)), &hasher).is_err());
     }
@@ -310,6 +368,11 @@ mod tests {
         assert!(bad(&|h| h.kind = FrameKind::End));
         assert!(bad(&|h| (h.placed, h.raw) = (true, 0)));
         assert!(bad(&|h| (h.references, h.zstd) = (true, 0)));
+        assert!(bad(&|h| *h = FrameHeader::same(1, 0, 0)));
+        assert!(bad(&|h| *h = FrameHeader { zero: 2, ..FrameHeader::same(1, 0, 1) }));
+        assert!(bad(&|h| *h = FrameHeader { placed: true, ..FrameHeader::same(1, 0, 1) }));
+        assert!(bad(&|h| *h = FrameHeader::same(1, 16, 1)));
+        assert!(!bad(&|h| *h = FrameHeader::same(1, 15, 1)));
         assert!(bad(&|h| h.chunk = 16));
         assert!(!bad(&|h| h.chunk = 15));
         let tail = Layout::flat(3 * 4096).unwrap();

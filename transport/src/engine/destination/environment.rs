@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
+use pagecopy::layout::Layout;
 
 use super::IncomingError;
-use crate::destination::{PageSink, ReceiveError};
-use crate::host::Host;
+use crate::destination::{BaseCopy, PageSink, ReceiveError};
 use crate::link::LinkEvent;
 use crate::postcopy::{MissingSink, PostcopyError};
 use crate::wire::SessionId;
@@ -26,6 +26,9 @@ pub(crate) trait Speaks {
 
     /// Waits until what was said has left this host, at most so long.
     fn flush(&self, limit: Duration);
+
+    /// Whether something that was said has not left this host.
+    fn is_sending(&self) -> bool;
 
     /// Whether it had to give way to others.
     fn is_closed(&self) -> bool;
@@ -94,14 +97,14 @@ pub(crate) trait Environment {
     /// What has happened, oldest first.
     fn next(&self) -> Option<EventOf<Self>>;
 
-    /// Where this is.
-    fn host(&self) -> Host;
-
     /// Tells whoever started this destination; what it does with that is its own affair.
     fn tell(&self, notice: &str);
 
     /// Sees to it that there are so many bytes of memory to work with.
     fn check_headroom(&self, bytes: u64) -> io::Result<()>;
+
+    /// An older copy of a guest whose memory is laid out like this, where there is one.
+    fn base(&self, layout: &Layout) -> Option<Arc<dyn BaseCopy>>;
 
     /// The session is this caller's: connections of others are refused from here on.
     fn give_to(&self, call: &Call<Self::Link>);

@@ -1,24 +1,40 @@
 //! Why a destination ended without the guest.
 
 use std::io;
+use std::path::PathBuf;
 
 use pagecopy::backend::BackendError;
 
+use crate::archive::ArchiveError;
+use crate::archive::format::RUN_STATE;
 use crate::destination::ReceiveError;
 use crate::engine::usage;
 use crate::link::LinkError;
 use crate::local::is_no_room;
 use crate::session::SessionError;
-use crate::socket::SocketError;
+use crate::socket::{SocketError, TlsError};
+use crate::uri::Uri;
 use crate::wire::WireError;
 use crate::wire::control::ErrorCode;
 
 /// Why a destination ended without the guest.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum IncomingError {
     /// No socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// Certificates that cannot be used, or TLS where there is none.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Whoever reaches the address could hand a guest over, or read one that comes.
+    #[error(
+        "others can reach {uri}, and nothing protects what comes there: give it certificates, or allow it to be insecure"
+    )]
+    Unprotected {
+        /// The address.
+        uri: Uri,
+    },
     /// No RDMA.
     #[cfg(feature = "rdma")]
     #[error("cannot listen for RDMA")]
@@ -91,6 +107,23 @@ pub enum IncomingError {
         /// Why.
         why: String,
     },
+    /// The older copy of the guest cannot be used.
+    #[error("cannot use {} as a base: {why}", path.display())]
+    Base {
+        /// Where it is.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+    /// The archive cannot be read, or is damaged.
+    #[error("the archive cannot be loaded; what was read of it is given up")]
+    Archive(#[from] ArchiveError),
+    /// The archive is of something else than what was to be loaded.
+    #[error("the archive cannot be loaded here: {why}")]
+    Unfit {
+        /// Why.
+        why: String,
+    },
     /// The system lacks something.
     #[error("this host lacks a resource")]
     System(#[from] io::Error),
@@ -100,6 +133,16 @@ pub enum IncomingError {
 }
 
 impl IncomingError {
+    /// Of an archive whose state does not say whether its guest ran.
+    pub(super) fn no_run_state() -> Self {
+        Self::Unfit { why: format!("its state does not say in {RUN_STATE:?} whether the guest ran") }
+    }
+
+    /// Whether somebody asked for it to end.
+    pub fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Cancelled) || matches!(self, Self::Archive(error) if error.is_cancelled())
+    }
+
     /// Whether a guest that ran here before its pages is lost by it.
     pub(super) fn loses_guest(&self) -> bool {
         matches!(self, Self::PostcopyLost { .. } | Self::PostcopyFailed { .. })
@@ -109,9 +152,9 @@ impl IncomingError {
         match self {
             Self::Session(SessionError::TotalsDiffer { .. }) => ErrorCode::Integrity,
             Self::Session(_) => ErrorCode::Protocol,
-            Self::Cancelled => ErrorCode::Cancelled,
+            _ if self.is_cancelled() => ErrorCode::Cancelled,
             Self::Receive(error) if error.is_no_room() => ErrorCode::NoRoom,
-            Self::Backend(error) if is_no_room(&error.source) => ErrorCode::NoRoom,
+            Self::Backend(error) if error.io().is_some_and(is_no_room) => ErrorCode::NoRoom,
             _ => ErrorCode::Local,
         }
     }

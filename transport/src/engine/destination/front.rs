@@ -10,13 +10,17 @@ use std::time::{Duration, Instant};
 
 use crate::accept::StreamRequest;
 use crate::link::Link;
-use crate::socket::{AsyncConnection, AsyncListener, Connection, Listener};
+use crate::local::lock;
+use crate::socket::{
+    Acceptor, AsyncConnection, AsyncListener, Connection, Listener, PROOF_LEN, SessionKey, Unfit,
+};
 use crate::uri::Uri;
 use crate::wire::control::{ErrorCode, Message};
 use crate::wire::{Preamble, Role, SessionId, WireError};
 use crossbeam_channel::Sender;
-use tokio::io::AsyncReadExt;
-use tokio::runtime::{Handle, Runtime};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::task::AbortHandle;
 
 use super::IncomingError;
 use super::environment::{Call, Event, PostcopyEvent, Speaks};
@@ -30,8 +34,18 @@ const SPARE_DESCRIPTORS: usize = 16;
 const SPARE_TICK: Duration = Duration::from_millis(250);
 /// A shortage that ended less than this ago is the same one.
 const TOLD_FOR: Duration = Duration::from_secs(60);
+/// How often it is seen whether those who had to give way have gone.
+const CLEARING_TICK: Duration = Duration::from_millis(1);
 /// Pause after another failure to accept.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long whoever failed to come in has to hear why.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// What a connection under TLS 1.2 or later begins with: a record of a handshake.
+const TLS_RECORD: [u8; 2] = [22, 3];
+
+/// What shows that a connection belongs to the session.
+type Proof = [u8; PROOF_LEN];
 
 /// What is heard here.
 pub(super) type Heard = Event<FrontLink, Request, Opened>;
@@ -40,6 +54,8 @@ pub(super) type Heard = Event<FrontLink, Request, Opened>;
 pub(super) struct FrontLink {
     link: Link,
     place: Arc<Place>,
+    /// Of the session that it may become, under TLS.
+    key: Option<SessionKey>,
 }
 
 impl Speaks for FrontLink {
@@ -49,6 +65,10 @@ impl Speaks for FrontLink {
 
     fn flush(&self, limit: Duration) {
         self.link.flush(limit);
+    }
+
+    fn is_sending(&self) -> bool {
+        self.link.is_sending()
     }
 
     fn is_closed(&self) -> bool {
@@ -73,6 +93,8 @@ pub(super) struct Opened {
 struct Session {
     /// And the version that both sides speak in it, once one has said HELLO and was not refused.
     agreed: Option<(SessionId, u16)>,
+    /// What its connections prove to have, under TLS.
+    key: Option<SessionKey>,
     generation: u64,
 }
 
@@ -83,7 +105,22 @@ impl Session {
     }
 
     /// Whether a connection is of the session; if not, why.
-    fn check(&self, preamble: &Preamble) -> Result<(), (ErrorCode, String)> {
+    fn check(
+        &self,
+        preamble: &Preamble,
+        connection: &Connection,
+        proof: Option<&Proof>,
+    ) -> Result<(), (ErrorCode, String)> {
+        self.check_preamble(preamble)?;
+        match (&self.key, proof) {
+            (None, None) => Ok(()),
+            (Some(key), Some(proof)) if connection.check(key, preamble, proof) => Ok(()),
+            // As of a session that is not there: who may not know of it is told nothing.
+            _ => Err((ErrorCode::UnknownSession, "it does not show that it belongs to the session".into())),
+        }
+    }
+
+    fn check_preamble(&self, preamble: &Preamble) -> Result<(), (ErrorCode, String)> {
         match self.agreed {
             Some((id, version)) if id == preamble.session => {
                 if (preamble.version_min..=preamble.version_max).contains(&version) {
@@ -105,7 +142,36 @@ pub(super) struct Front {
     session: Arc<Mutex<Session>>,
     #[cfg(feature = "rdma")]
     _rdma: Option<RdmaFront>,
-    _runtime: Runtime,
+    accepting: AbortHandle,
+    _runtime: OwnRuntime,
+}
+
+impl Drop for Front {
+    fn drop(&mut self) {
+        // A runtime that was handed in goes on. Those who have not said who they are have their time, and then nobody to say it to.
+        self.accepting.abort();
+    }
+}
+
+/// A runtime that may be dropped anywhere. Where tasks run that is not allowed, for it waits until its own have ended.
+struct OwnRuntime(Option<Runtime>);
+
+impl Drop for OwnRuntime {
+    fn drop(&mut self) {
+        let Some(runtime) = self.0.take() else { return };
+        if Handle::try_current().is_err() {
+            return drop(runtime);
+        }
+        std::thread::scope(|scope| {
+            // Without a thread it ends a little later.
+            let given = Arc::new(Mutex::new(Some(runtime)));
+            let taken = given.clone();
+            let work = move || drop(lock(&taken).take());
+            if std::thread::Builder::new().spawn_scoped(scope, work).is_err() {
+                lock(&given).take().into_iter().for_each(Runtime::shutdown_background);
+            }
+        });
+    }
 }
 
 impl Front {
@@ -114,6 +180,8 @@ impl Front {
         listener: Listener,
         uri: &Uri,
         timeout: Duration,
+        tls: Option<Acceptor>,
+        given: Option<&Handle>,
         events: &Sender<Heard>,
     ) -> Result<(Self, Uri), IncomingError> {
         let listening = listener.uri();
@@ -121,13 +189,19 @@ impl Front {
         let address = listener.address();
         #[cfg(not(feature = "rdma"))]
         let _ = uri;
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let own = match given {
+            Some(_) => None,
+            None => Some(Builder::new_multi_thread().worker_threads(1).enable_all().build()?),
+        };
+        let runtime = own.as_ref().map(Runtime::handle).or(given).expect("one of the two").clone();
         let session = Arc::new(Mutex::new(Session::default()));
         let listener = {
             let _guard = runtime.enter();
             AsyncListener::new(listener)?
         };
-        runtime.spawn(accept(listener, session.clone(), timeout, events.clone()));
+        let accepting = runtime
+            .spawn(accept(listener, session.clone(), timeout, tls.map(Arc::new), events.clone()))
+            .abort_handle();
         #[cfg(feature = "rdma")]
         let (rdma, listening) = match (uri, address, &listening) {
             (Uri::Rdma { .. }, Some(address), Uri::Tcp { host, port }) => {
@@ -140,7 +214,8 @@ impl Front {
             session,
             #[cfg(feature = "rdma")]
             _rdma: rdma,
-            _runtime: runtime,
+            accepting,
+            _runtime: OwnRuntime(own),
         };
         Ok((front, listening))
     }
@@ -148,7 +223,9 @@ impl Front {
     /// The session is this one's: connections of others are refused from here on.
     pub(super) fn give_to(&self, call: &Call<FrontLink>) {
         call.link.place.become_stage(Stage::Own);
-        lock(&self.session).agreed = Some((call.session, call.version));
+        let mut session = lock(&self.session);
+        session.agreed = Some((call.session, call.version));
+        session.key = call.link.key.clone();
     }
 }
 
@@ -173,6 +250,7 @@ async fn accept(
     listener: AsyncListener,
     session: Arc<Mutex<Session>>,
     timeout: Duration,
+    tls: Option<Arc<Acceptor>>,
     events: Sender<Heard>,
 ) {
     let lobby = Arc::new(Lobby::default());
@@ -187,13 +265,18 @@ async fn accept(
                     session: session.clone(),
                     timeout,
                     patience,
+                    tls: tls.clone(),
                     events: events.clone(),
                     place: Arc::new(place),
                 };
                 let place = door.place.clone();
                 place.set_task(tokio::spawn(door.greet(connection, peer)).abort_handle());
                 while lobby.is_clearing() {
-                    tokio::task::yield_now().await;
+                    tokio::time::sleep(CLEARING_TICK).await;
+                }
+                let closed_for = lobby.closed_for();
+                if !closed_for.is_zero() {
+                    tokio::time::sleep(closed_for).await;
                 }
             }
             Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
@@ -216,10 +299,6 @@ async fn accept(
             Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
         }
     }
-}
-
-fn lock(session: &Mutex<Session>) -> std::sync::MutexGuard<'_, Session> {
-    session.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// Listens for streams over RDMA; dropping it stops that.
@@ -273,7 +352,7 @@ fn admit(request: crate::rdma::ConnectRequest, session: &Mutex<Session>, events:
         Ok(_) if preamble.role != Role::Stream => {
             Some((ErrorCode::Protocol, "only streams come over RDMA; the rest over TCP".into()))
         }
-        Ok(_) => lock(session).check(preamble).err(),
+        Ok(_) => lock(session).check_preamble(preamble).err(),
     };
     let stream = preamble.stream;
     match refusal {
@@ -294,8 +373,9 @@ fn admit(request: crate::rdma::ConnectRequest, session: &Mutex<Session>, events:
 struct Door {
     session: Arc<Mutex<Session>>,
     timeout: Duration,
-    /// For the preamble.
+    /// For the preamble, and all that comes before it.
     patience: Duration,
+    tls: Option<Arc<Acceptor>>,
     events: Sender<Heard>,
     place: Arc<Place>,
 }
@@ -319,7 +399,7 @@ impl Door {
         connection: AsyncConnection,
         peer: &str,
     ) -> Result<(), (Option<Connection>, ErrorCode, String)> {
-        let (connection, preamble) = self.preamble(connection).await?;
+        let (connection, preamble, proof) = self.preamble(connection).await?;
         let refuse = |connection, code, reason: &str| Err((Some(connection), code, reason.to_owned()));
         let version = match preamble.agree() {
             Ok(version) => version,
@@ -337,7 +417,7 @@ impl Door {
                 }
                 Role::Control => (Stage::Caller, Ok(())),
                 Role::Stream | Role::Query | Role::Resume | Role::Postcopy => {
-                    (Stage::Known, session.check(&preamble))
+                    (Stage::Known, session.check(&preamble, &connection, proof.as_ref()))
                 }
             }
         };
@@ -365,7 +445,14 @@ impl Door {
             }
             Role::Control | Role::Query | Role::Resume => {
                 let generation = lock(&self.session).next_generation();
-                if let Some(link) = self.link(connection, generation) {
+                let key = match preamble.role {
+                    Role::Control => connection.session_key(&preamble.session),
+                    _ => Ok(None),
+                };
+                let Ok(key) = key else {
+                    return refuse(connection, ErrorCode::Local, "its secrets give no key");
+                };
+                if let Some(link) = self.link(connection, generation, key) {
                     let _ = self.events.send(match preamble.role {
                         Role::Resume => Event::Resume { link, generation },
                         Role::Query => Event::Query { link, generation },
@@ -380,30 +467,78 @@ impl Door {
         Ok(())
     }
 
-    /// Reads the preamble; whoever says nothing, or something else, is refused.
+    /// Shakes hands, where there is TLS, and reads the preamble and what proves it; whoever says nothing, or something else, is refused.
     async fn preamble(
         &self,
-        mut connection: AsyncConnection,
-    ) -> Result<(Connection, Preamble), (Option<Connection>, ErrorCode, String)> {
+        connection: AsyncConnection,
+    ) -> Result<(Connection, Preamble, Option<Proof>), (Option<Connection>, ErrorCode, String)> {
+        let until = tokio::time::Instant::now() + self.patience;
+        let silent = format!("it said nothing for {} s", self.patience.as_secs());
+        let closed = |e: io::Error| (None, ErrorCode::Protocol, format!("it closed the connection: {e}"));
+        let (mut connection, admitted) = match &self.tls {
+            None => (connection, Ok(())),
+            Some(acceptor) => match tokio::time::timeout_at(until, connection.protect(acceptor)).await {
+                Err(_) => return Err((None, ErrorCode::Timeout, format!("{silent} of its TLS handshake"))),
+                Ok(Ok(protected)) => protected,
+                Ok(Err(unfit)) => return Err(self.turn_away(unfit).await),
+            },
+        };
         let mut bytes = [0; Preamble::LEN];
-        let result = tokio::time::timeout(self.patience, connection.read_exact(&mut bytes)).await;
+        let mut proof = [0; PROOF_LEN];
+        let read = async {
+            connection.read_exact(&mut bytes).await?;
+            let decoded = Preamble::decode(&bytes);
+            let proves = self.tls.is_some() && decoded.as_ref().is_ok_and(|said| said.role != Role::Control);
+            if proves {
+                connection.read_exact(&mut proof).await?;
+            }
+            Ok((decoded, proves.then_some(proof)))
+        };
+        let result = tokio::time::timeout_at(until, read).await;
         let connection = connection
             .into_connection()
             .map_err(|e| (None, ErrorCode::Local, format!("its socket failed: {e}")))?;
         match result {
-            Err(_) => {
-                let reason = format!("it said nothing for {} s", self.patience.as_secs());
-                Err((Some(connection), ErrorCode::Timeout, reason))
-            }
-            Ok(Err(e)) => Err((None, ErrorCode::Protocol, format!("it closed the connection: {e}"))),
-            Ok(Ok(_)) => match Preamble::decode(&bytes) {
-                Ok(preamble) => Ok((connection, preamble)),
-                Err(e) => Err((Some(connection), code_of(&e), e.to_string())),
+            Err(_) => Err((Some(connection), ErrorCode::Timeout, silent)),
+            Ok(Err(e)) => Err(closed(e)),
+            Ok(Ok((Ok(preamble), proof))) => match admitted {
+                Ok(()) => Ok((connection, preamble, proof)),
+                Err(why) => Err((Some(connection), ErrorCode::Protocol, why)),
             },
+            Ok(Ok((Err(_), _))) if bytes.starts_with(&TLS_RECORD) => Err((
+                Some(connection),
+                ErrorCode::Protocol,
+                "it speaks TLS, and this destination does not".into(),
+            )),
+            Ok(Ok((Err(e), _))) => Err((Some(connection), code_of(&e), e.to_string())),
         }
     }
 
-    fn link(&self, connection: Connection, generation: u64) -> Option<FrontLink> {
+    /// Whoever did not come through the handshake.
+    async fn turn_away(&self, unfit: Unfit) -> (Option<Connection>, ErrorCode, String) {
+        match unfit {
+            Unfit::Plain(connection) => {
+                let reason = "it does not speak TLS, and this destination speaks nothing else".into();
+                (Some(connection), ErrorCode::Protocol, reason)
+            }
+            Unfit::Failed(mut connection, error) => {
+                // A socket that is closed with unread bytes takes with it what was said last: why.
+                let farewell = async {
+                    connection.shutdown().await?;
+                    let mut scrap = [0; 4096];
+                    while connection.read(&mut scrap).await? > 0 {}
+                    Ok::<_, io::Error>(())
+                };
+                let _ = tokio::time::timeout(FAREWELL.min(self.patience), farewell).await;
+                (None, ErrorCode::Protocol, format!("no TLS connection: {error}"))
+            }
+            Unfit::Gone => (None, ErrorCode::Protocol, "it does not speak TLS, and is gone".into()),
+        }
+    }
+
+    fn link(&self, connection: Connection, generation: u64, key: Option<SessionKey>) -> Option<FrontLink> {
+        let place = self.place.clone();
+        let announced = move |len| place.expect(len);
         let place = self.place.clone();
         let wrap = move |event| {
             // Held until the connection is closed.
@@ -412,11 +547,11 @@ impl Door {
         };
         let (runtime, events) = (Handle::current(), self.events.clone());
         // Aborted with the link from here on; this task has nothing more to wait for.
-        let link = Link::spawn(&runtime, connection, self.timeout, events, wrap).ok()?;
+        let link = Link::spawn(&runtime, connection, self.timeout, events, wrap, announced).ok()?;
         if let Some(task) = link.task() {
             self.place.set_task(task);
         }
-        Some(FrontLink { link, place: self.place.clone() })
+        Some(FrontLink { link, place: self.place.clone(), key })
     }
 }
 
@@ -448,7 +583,7 @@ mod tests {
     fn control_connections_that_come_at_once_have_a_number_each() {
         const AT_ONCE: usize = 60;
         const TIMES: usize = 100;
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build();
+        let runtime = Builder::new_multi_thread().worker_threads(4).enable_all().build();
         let runtime = runtime.unwrap();
         let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.address().unwrap();
@@ -472,7 +607,9 @@ mod tests {
                     let (connection, peer) = runtime.block_on(listener.accept()).unwrap();
                     let (place, patience) = lobby.enter(&peer, timeout);
                     let (session, events, place) = (Arc::clone(&session), events.clone(), Arc::new(place));
-                    runtime.spawn(Door { session, timeout, patience, events, place }.greet(connection, peer));
+                    runtime.spawn(
+                        Door { session, timeout, patience, tls: None, events, place }.greet(connection, peer),
+                    );
                 }
                 callers.iter_mut().for_each(|caller| caller.write_all(&says).unwrap());
                 for _ in 0..AT_ONCE {
@@ -504,9 +641,10 @@ mod tests {
     /// With a version that nobody speaks yet: there is only one so far.
     #[test]
     fn what_belongs_to_a_session_offers_the_version_that_it_agreed_on() {
-        let session = Session { agreed: Some((ID, 7)), generation: 0 };
-        let code =
-            |versions, id| session.check(&preamble(Role::Stream, versions, id)).map_err(|(code, _)| code);
+        let session = Session { agreed: Some((ID, 7)), key: None, generation: 0 };
+        let code = |versions, id| {
+            session.check_preamble(&preamble(Role::Stream, versions, id)).map_err(|(code, _)| code)
+        };
         for versions in [[7, 7], [1, 7], [7, 9], [6, 8]] {
             assert_eq!(code(versions, ID), Ok(()), "{versions:?}");
         }
@@ -514,7 +652,7 @@ mod tests {
             assert_eq!(code(versions, ID), Err(ErrorCode::Version), "{versions:?}");
         }
         assert_eq!(code([7, 7], [8; 16]), Err(ErrorCode::UnknownSession));
-        let nobodys = Session::default().check(&preamble(Role::Stream, [7, 7], ID));
+        let nobodys = Session::default().check_preamble(&preamble(Role::Stream, [7, 7], ID));
         assert_eq!(nobodys.map_err(|(code, _)| code), Err(ErrorCode::UnknownSession));
     }
 }

@@ -10,18 +10,20 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Select, Sender};
 use pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
+use pagecopy::layout::Layout;
 
 use super::IncomingError;
+use super::base::BaseFile;
 use super::environment::{Call, Environment, Event, PostcopyEvent};
 use super::front::{Front, FrontLink, Heard, Opened, Request};
 use super::threads::{Enlarger, Populating, start_thread};
 use crate::accept::Acceptor;
 use crate::carrier::Breaker;
-use crate::destination::{PageSink, receive_stream};
+use crate::destination::{BaseCopy, PageSink, receive_stream};
 use crate::engine::Options;
 use crate::local::guarded;
 use crate::postcopy::{MissingSink, PostcopyError};
-use crate::socket::{Connection, Listener};
+use crate::socket::{Connection, Listener, Tls};
 use crate::uri::Uri;
 use crate::wire::control::{ErrorCode, Message};
 use crate::wire::stream_number;
@@ -54,6 +56,8 @@ pub(super) struct Host {
     front: Front,
     heard: (Sender<Heard>, Receiver<Heard>),
     notice: Box<dyn Fn(&str) + Send + Sync>,
+    /// An older copy of the guest that is to come.
+    base: Option<BaseFile>,
     /// Most bytes that are registered for RDMA.
     pinned_max: u64,
     streams: RefCell<Option<Streams>>,
@@ -72,13 +76,20 @@ impl Host {
         options: &Options,
         notice: Box<dyn Fn(&str) + Send + Sync>,
     ) -> Result<(Self, Uri), IncomingError> {
+        let tls = options.tls.as_ref().map(Tls::acceptor).transpose()?;
+        let base = open_base(uri, options)?;
         let listener = Listener::bind(uri)?;
+        if listener.is_reachable() && options.tls.is_none() && !options.insecure {
+            return Err(IncomingError::Unprotected { uri: uri.clone() });
+        }
         let heard = crossbeam_channel::unbounded();
-        let (front, uri) = Front::start(listener, uri, options.timeout, &heard.0)?;
+        let (front, uri) =
+            Front::start(listener, uri, options.timeout, tls, options.runtime.as_ref(), &heard.0)?;
         let host = Self {
             front,
             heard,
             notice,
+            base,
             pinned_max: options.rdma.pinned_max,
             streams: RefCell::new(None),
             workers: RefCell::default(),
@@ -98,6 +109,16 @@ impl Host {
     }
 }
 
+/// Opens the older copy of the guest, where there is to be one.
+fn open_base(uri: &Uri, options: &Options) -> Result<Option<BaseFile>, IncomingError> {
+    let Some(path) = &options.base else { return Ok(None) };
+    if matches!(uri, Uri::Rdma { .. }) {
+        let why = "pages over RDMA come without one: leave --base out, or use tcp: or unix:".into();
+        return Err(IncomingError::Base { path: path.clone(), why });
+    }
+    BaseFile::open(path).map(Some)
+}
+
 impl Environment for Host {
     type Link = FrontLink;
     type Request = Request;
@@ -113,10 +134,6 @@ impl Environment for Host {
         self.heard.1.try_recv().ok()
     }
 
-    fn host(&self) -> crate::host::Host {
-        crate::host::Host::this()
-    }
-
     fn tell(&self, notice: &str) {
         (self.notice)(notice);
     }
@@ -124,6 +141,11 @@ impl Environment for Host {
     fn check_headroom(&self, bytes: u64) -> io::Result<()> {
         crate::reserve::fill();
         crate::local::check_headroom(bytes)
+    }
+
+    fn base(&self, layout: &Layout) -> Option<Arc<dyn BaseCopy>> {
+        let fitted = self.base.as_ref()?.fit(layout);
+        fitted.inspect_err(|why| self.tell(&format!("the base is of no use, and all pages come: {why}"))).ok()
     }
 
     fn give_to(&self, call: &Call<FrontLink>) {

@@ -3,20 +3,30 @@
 //! Nobody keeps others out by coming first, or by coming often. Who has said nothing gives way to who has come since; who has opened a
 //! control connection and not said HELLO gives way to the next who has; and within each kind the address with the most connections
 //! gives one up first. Unix sockets, and all of a host's loopback, look like one address.
+//!
+//! Whoever gives way has had its time: no more come in within it than there is room for, and the others wait in the system's queue, where
+//! none overtakes another. Memory is bounded likewise: of those whose first message is to be long, the longest goes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::task::AbortHandle;
 
 /// Connections whose preamble is awaited at a time. With the other bounds and a session's own connections far fewer than the 1024
 /// descriptors that a process usually may have.
 const SILENT_MAX: usize = 256;
-/// Control connections whose HELLO is awaited at a time. Each may make room for [a HELLO](crate::wire::control::FIRST_LEN_MAX).
-const CALLERS_MAX: usize = 64;
+/// Control connections whose HELLO is awaited at a time.
+const CALLERS_MAX: usize = 240;
+/// Bytes of first messages, and of what they are decoded to, that may be there or on their way. Another
+/// [longest HELLO](crate::wire::control::FIRST_LEN_MAX) is beyond it once there are three.
+const FIRST_BYTES_MAX: usize = 64 << 20;
+/// What everybody has to say what for before another takes the place, if many come: some round trips.
+const TENURE: Duration = Duration::from_millis(250);
+/// Strangers that are let in within [`TENURE`].
+const COMING_MAX: usize = CALLERS_MAX;
 /// Connections of the session that nobody has dealt with: its streams all at once, and some queries.
 const KNOWN_MAX: usize = 288;
 /// Connections that may be about to be closed.
@@ -75,6 +85,8 @@ impl Origin {
 struct Guest {
     origin: Origin,
     stage: Stage,
+    /// Bytes of memory that its longest message takes, as far as it has said.
+    bytes: usize,
     /// What its connection ends with; none yet.
     task: Option<AbortHandle>,
 }
@@ -83,6 +95,8 @@ struct Guest {
 #[derive(Default)]
 pub(super) struct Lobby {
     guests: Mutex<BTreeMap<u64, Guest>>,
+    /// When the last [`COMING_MAX`] strangers came.
+    times: Mutex<VecDeque<Instant>>,
     came: AtomicU64,
     /// Places that are not given back yet, also of those who had to give way.
     taken: AtomicUsize,
@@ -113,9 +127,26 @@ impl Lobby {
         let silent = guests.values().filter(|guest| guest.stage == Stage::Silent).count();
         let number = self.came.fetch_add(1, Ordering::Relaxed);
         self.taken.fetch_add(1, Ordering::Relaxed);
-        guests.insert(number, Guest { origin: Origin::of(peer), stage: Stage::Silent, task: None });
+        guests.insert(number, Guest { origin: Origin::of(peer), stage: Stage::Silent, bytes: 0, task: None });
+        drop(guests);
+        let mut times = self.times();
+        times.push_back(Instant::now());
+        if times.len() > COMING_MAX {
+            times.pop_front();
+        }
         let patience = if silent >= CROWD { timeout.min(HURRIED) } else { timeout };
         (Place { lobby: self.clone(), number }, patience)
+    }
+
+    fn times(&self) -> MutexGuard<'_, VecDeque<Instant>> {
+        self.times.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// How long nobody else should come in, so that those who came have their time.
+    pub(super) fn closed_for(&self) -> Duration {
+        let times = self.times();
+        let first = times.front().filter(|_| times.len() == COMING_MAX);
+        first.map_or(Duration::ZERO, |first| TENURE.saturating_sub(first.elapsed()))
     }
 
     /// Whether those who had to give way have yet to close their connections: until they have, nobody else should come in.
@@ -149,6 +180,10 @@ impl Place {
         if stage == Stage::Caller {
             make_room(&mut guests, stage);
         }
+        if stage == Stage::Known {
+            // It is no stranger.
+            self.lobby.times().pop_back();
+        }
         let there = guests.values().filter(|guest| guest.stage == stage).count();
         match guests.get_mut(&self.number) {
             Some(guest) if there < stage.most() => {
@@ -157,6 +192,34 @@ impl Place {
             }
             _ => false,
         }
+    }
+}
+
+impl Place {
+    /// A message of so many bytes is about to come. Where those of all who are not the session's own come to too much, the longest goes.
+    pub(super) fn expect(&self, len: usize) {
+        let mut guests = self.lobby.guests();
+        if let Some(guest) = guests.get_mut(&self.number) {
+            // As bytes, and decoded.
+            guest.bytes = guest.bytes.max(len.saturating_mul(2));
+        }
+        let counts = |guest: &Guest| guest.stage != Stage::Own;
+        while guests.values().filter(|guest| counts(guest)).map(|guest| guest.bytes).sum::<usize>()
+            > FIRST_BYTES_MAX
+        {
+            let longest = guests.iter().filter(|(_, guest)| counts(guest));
+            // Of the same length the oldest.
+            let longest = longest.max_by_key(|&(&number, guest)| (guest.bytes, std::cmp::Reverse(number)));
+            let Some(number) = longest.map(|(&number, _)| number) else { return };
+            leave(&mut guests, number);
+        }
+    }
+}
+
+/// Somebody has to give way.
+fn leave(guests: &mut BTreeMap<u64, Guest>, number: u64) {
+    if let Some(Guest { task: Some(task), .. }) = guests.remove(&number) {
+        task.abort();
     }
 }
 
@@ -173,10 +236,8 @@ fn evict(guests: &mut BTreeMap<u64, Guest>, stage: Stage) {
         shares.entry(guest.origin).or_insert((0, number)).0 += 1;
     }
     let most = shares.into_values().max_by_key(|&(count, oldest)| (count, std::cmp::Reverse(oldest)));
-    if let Some((_, oldest)) = most
-        && let Some(Guest { task: Some(task), .. }) = guests.remove(&oldest)
-    {
-        task.abort();
+    if let Some((_, oldest)) = most {
+        leave(guests, oldest);
     }
 }
 
@@ -238,6 +299,43 @@ mod tests {
         assert!(!is_there(&crowd[SILENT_MAX * 2 - CALLERS_MAX - 1]).await);
         assert!(is_there(&crowd[SILENT_MAX * 2 - CALLERS_MAX]).await);
         assert!(!crowd[0].0.become_stage(Stage::Caller), "it is gone");
+    }
+
+    #[tokio::test]
+    async fn the_longest_first_message_gives_way() {
+        let lobby = Arc::new(Lobby::default());
+        let callers: Vec<_> = (0..40).map(|_| enter(&lobby, "unix")).collect();
+        assert!(callers.iter().all(|came| came.0.become_stage(Stage::Caller)));
+        let source = enter(&lobby, "unix");
+        assert!(source.0.become_stage(Stage::Caller));
+        source.0.expect(1 << 20);
+        for caller in &callers {
+            caller.0.expect(8 << 20);
+        }
+        assert!(is_there(&source).await, "the shortest stays");
+        let mut there = Vec::new();
+        for (n, caller) in callers.iter().enumerate() {
+            if is_there(caller).await {
+                there.push(n);
+            }
+        }
+        assert_eq!(there, [37, 38, 39], "of the same length the latest stay");
+    }
+
+    #[tokio::test]
+    async fn nobody_comes_in_before_the_others_had_their_time() {
+        let lobby = Arc::new(Lobby::default());
+        let crowd: Vec<_> = (0..COMING_MAX - 1).map(|_| enter(&lobby, "unix")).collect();
+        assert_eq!(lobby.closed_for(), Duration::ZERO);
+        let last = enter(&lobby, "unix");
+        assert!(lobby.closed_for() > TENURE / 2);
+        // Whoever knows the session is none of them.
+        assert!(last.0.become_stage(Stage::Known));
+        assert_eq!(lobby.closed_for(), Duration::ZERO);
+        let _last = enter(&lobby, "unix");
+        tokio::time::sleep(lobby.closed_for()).await;
+        assert_eq!(lobby.closed_for(), Duration::ZERO);
+        drop(crowd);
     }
 
     #[tokio::test]

@@ -9,7 +9,7 @@ use pagecopy::layout::{Layout, PAGE_SIZE};
 
 use super::environment::{Call, Environment, Event, Speaks, say_no};
 use super::session::{Agreed, Session, caught, check_room, say_busy};
-use super::{Arrival, Incoming, IncomingError};
+use super::{Arrival, Incoming, IncomingError, Offer};
 use crate::clock;
 use crate::destination::PageSink;
 use crate::engine::progress::Progress;
@@ -56,7 +56,7 @@ impl<'a, E: Environment> Reception<'a, E> {
             let opening = caught(self.opening()).await?;
             if let Some(session) = self.accept(opening, incoming) {
                 let running = session.take_in(incoming).await?;
-                return Ok(Arrival { report: self.progress.report(), running });
+                return Ok(Arrival { report: self.progress.report(), running, vm: () });
             }
         }
     }
@@ -76,8 +76,6 @@ impl<'a, E: Environment> Reception<'a, E> {
             let Some(event) = self.env.next() else { continue };
             match event {
                 Event::Control(call) => {
-                    // Of those who had to give way nothing more is heard.
-                    self.callers.retain(|caller| !caller.call.link.is_closed());
                     let until = clock::now() + self.options.timeout;
                     self.callers.push(Caller { call, session: DestinationSession::new(), until });
                 }
@@ -128,6 +126,8 @@ impl<'a, E: Environment> Reception<'a, E> {
     /// HELLO is to come soon.
     fn refuse_late(&mut self) {
         let now = clock::now();
+        // Of those who had to give way nothing more is heard. Nobody else is let in while they are remembered here.
+        self.callers.retain(|caller| !caller.call.link.is_closed());
         while let Some(at) = self.callers.iter().position(|caller| caller.until <= now) {
             let reason = format!("no HELLO came within {} s", self.options.timeout.as_secs());
             self.refuse(at, ErrorCode::Timeout, reason);
@@ -153,11 +153,14 @@ impl<'a, E: Environment> Reception<'a, E> {
         };
         let reconnect = self.options.reconnect_timeout.min(Duration::from_millis(hello.reconnect_ms.into()));
         let resume = if reconnect.is_zero() { 0 } else { capability::RESUME };
-        let capabilities = hello.capabilities & (self.capabilities(&hello, &*ram) | resume);
+        let base = self.env.base(ram.layout()).filter(|_| hello.capabilities & capability::BASE != 0);
+        let warm = if base.is_some() { capability::BASE } else { 0 };
+        let capabilities = hello.capabilities & (self.capabilities(&hello, &*ram) | resume | warm);
         let resumes = capabilities & capability::RESUME != 0;
         let patience = if resumes { reconnect } else { Duration::ZERO };
         let (hasher, timeout) = (PageHasher::new(hello.seed), self.options.timeout);
-        let sink = Arc::new(PageSink::new(ram.clone(), hasher, capabilities, timeout));
+        let sink = PageSink::new(ram.clone(), hasher, capabilities, timeout);
+        let sink = Arc::new(sink.with_base(base));
         self.env.give_to(&call);
         self.env.prepare_streams(&sink);
         // Another has the session now.
@@ -169,10 +172,15 @@ impl<'a, E: Environment> Reception<'a, E> {
             streams: hello.streams,
             timeout_ms: self.options.timeout.as_millis().try_into().unwrap_or(u32::MAX),
             reconnect_ms: reconnect.as_millis().try_into().unwrap_or(u32::MAX),
-            host: self.env.host().answer(hello.host, hello.seed),
         }));
         self.progress.update(|r| {
-            *r = Report { status: Status::Setup, page_size: PAGE_SIZE as u32, ..Report::default() };
+            let protection = r.protection;
+            *r = Report {
+                status: Status::Setup,
+                page_size: PAGE_SIZE as u32,
+                protection,
+                ..Report::default()
+            };
             r.pages.total = ram.layout().pages();
             r.streams = hello.streams;
         });
@@ -206,14 +214,16 @@ fn open(
     let refused = |reason| (ErrorCode::Layout, reason);
     let layout = Layout::new(hello.regions.clone()).map_err(|e| refused(e.to_string()))?;
     let layout = check_presence(hello, layout).map_err(refused)?;
-    let ram = incoming.open(hello, layout).map_err(refused)?;
+    let Hello { live, data_bytes, .. } = *hello;
+    let offer = Offer { layout, machine: hello.machine.clone(), live, data_bytes };
+    let ram = incoming.open(&offer).map_err(refused)?;
     let guest = incoming.guest();
     if hello.live != guest.is_some() {
         return Err(refused(
             if hello.live {
-                "this destination takes memory alone, not a running guest; use `pageferry vm --incoming`"
+                "this destination takes memory alone, not a running guest"
             } else {
-                "this destination waits for a running guest, not for memory alone; use `pageferry recv`"
+                "this destination waits for a running guest, not for memory alone"
             }
             .into(),
         ));

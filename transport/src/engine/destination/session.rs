@@ -1,5 +1,6 @@
 //! One session at the destination: its phases, from WELCOME until the guest is here and lacks nothing, or never will be.
 
+mod base;
 mod postcopy;
 mod prepare;
 mod resume;
@@ -144,6 +145,7 @@ impl<'a, E: Environment> Session<'a, E> {
 
     /// The phases: populate, move, finish, hand over.
     async fn run(&mut self, incoming: &mut dyn Incoming) -> Result<(), IncomingError> {
+        self.say_base().await?;
         self.populate().await?;
         let prepared = self.machine.prepared();
         self.send(prepared);
@@ -455,10 +457,9 @@ impl<'a, E: Environment> Session<'a, E> {
         let live = self.guest.is_some();
         let deadline = clock::now() + self.patience_for_questions(false);
         // After postcopy the last word follows ARRIVED. One that comes before only says that the source knows who has the guest.
-        let mut answered = self.postcopy.is_none();
         while clock::now() < deadline {
             match self.next().await {
-                Ok(Some(LinkEvent::Message(Message::Running))) if !answered => {}
+                Ok(Some(LinkEvent::Message(Message::Running))) if !self.is_answered() => {}
                 Ok(Some(LinkEvent::Message(Message::Running))) | Err(_) => return,
                 Ok(Some(LinkEvent::Dead(LinkError::Closed))) if !live => return,
                 Ok(Some(LinkEvent::Dead(_))) => self.link = None,
@@ -468,7 +469,9 @@ impl<'a, E: Environment> Session<'a, E> {
                 Ok(Some(LinkEvent::Message(message))) => match self.machine.handle(message) {
                     Ok(DestinationEvent::Reply(reply)) => self.send(reply),
                     // Nothing is missing, or the guest would be lost; whatever the source thinks.
-                    Ok(DestinationEvent::Sent(pages)) => answered |= self.on_sent(pages).is_ok(),
+                    Ok(DestinationEvent::Sent(pages)) => {
+                        let _ = self.on_sent(pages);
+                    }
                     _ => {}
                 },
                 Ok(None) => {}
@@ -509,6 +512,7 @@ impl<'a, E: Environment> Session<'a, E> {
             r.pages.raw = get(&received.raw);
             r.pages.delta = get(&received.delta);
             r.pages.compressed = get(&received.compressed);
+            r.pages.unchanged = get(&received.same);
             r.time_ms = (&received.spent).into();
         });
         self.show_postcopy();
@@ -516,6 +520,7 @@ impl<'a, E: Environment> Session<'a, E> {
 
     fn report(&self, cpu: f64, error: Option<&IncomingError>) {
         self.show();
+        self.tell_of_base();
         let (total, setup) = (clock::now() - self.began, self.setup);
         let untouched = self.ram.layout().pages() - self.sink.carried_pages();
         self.progress.update(|r| {

@@ -1,20 +1,22 @@
 //! Precopy: rounds, until what remains fits into the downtime limit, and all that may change their course meanwhile.
 
-use std::sync::Arc;
+mod brake;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::source::{Feeder, PageSource};
-use pagecopy::backend::{DirtyLog, Guest};
+use crate::source::{Feeder, PageSource, Waits};
 use pagecopy::layout::{CHUNK_SIZE, PAGE_SIZE};
 use pagecopy::policy::{Decision, Earlier, Precopy, Sample, SwitchReason};
-use pagecopy::throttle::{PERCENT_MAX, Round, Throttle};
+use pagecopy::throttle::PERCENT_MAX;
 
+use self::brake::Brake;
 use super::environment::Environment;
 use super::watch::Watch;
 use super::{Attempt, Cause, STATE_TIME_GUESS, SourceBackend};
 use crate::clock;
 use crate::engine::progress::Progress;
+use crate::engine::report::{Remedy, Stalled};
 use crate::engine::tuning::Tuning;
 
 /// Ways, of which a round trip has two, while the guest stands still: the last pages with FINISH, READY, GO.
@@ -42,6 +44,44 @@ pub(super) enum Next {
     SwitchOver,
     /// It is to be stopped, and to run at the destination while the rest is sent.
     Postcopy,
+}
+
+/// Whoever moves the pages of a round, as far as rounds need to know: to a peer, or into an archive.
+pub(super) trait Mover<'a> {
+    /// How it waits.
+    type Waits: Waits + 'a;
+
+    /// Waits by it.
+    fn waits(&self) -> &'a Self::Waits;
+
+    /// Waits for so long.
+    async fn sleep(&self, time: Duration);
+
+    /// Looks at everything that may have happened, and fails when the migration is to end.
+    fn check(&mut self) -> Result<(), Cause>;
+
+    /// A round has ended, by whose sync so many pages were found dirty.
+    fn end_round(&mut self, dirtied_pages: u64);
+}
+
+impl<'a, E: Environment> Mover<'a> for Watch<'a, E> {
+    type Waits = E;
+
+    fn waits(&self) -> &'a E {
+        self.env
+    }
+
+    async fn sleep(&self, time: Duration) {
+        self.env.sleep(time).await;
+    }
+
+    fn check(&mut self) -> Result<(), Cause> {
+        Self::check(self)
+    }
+
+    fn end_round(&mut self, dirtied_pages: u64) {
+        Self::end_round(self, dirtied_pages);
+    }
 }
 
 /// Why a round ended before everything was sent.
@@ -84,71 +124,6 @@ struct Course<'a> {
     state_time: Duration,
 }
 
-/// What slows a guest down. Dropped, it lets go.
-struct Brake<'a> {
-    guest: &'a Arc<dyn Guest>,
-    log: &'a Arc<dyn DirtyLog>,
-    throttle: Throttle,
-    /// What each vCPU had written before the last round, where that is known.
-    written: Option<Vec<u64>>,
-}
-
-impl Brake<'_> {
-    /// Takes in a round; puts the brake on further where that is allowed and needed.
-    fn on_round(&mut self, policy: &Precopy, remaining: u64, percent_max: Option<u8>) -> Result<(), Cause> {
-        let written = self.log.written_by_vcpu();
-        let before = std::mem::replace(&mut self.written, written);
-        let by_vcpu: Option<Vec<u64>> = self.written.as_ref().map(|now| {
-            let before = before.into_iter().flatten().chain(std::iter::repeat(0));
-            now.iter().zip(before).map(|(now, before)| now.saturating_sub(before)).collect()
-        });
-        let Some(percent_max) = percent_max else {
-            return self.release();
-        };
-        let (dirtied_pages, us) = policy.last_round();
-        let round = Round {
-            remaining,
-            dirtied: dirtied_pages.saturating_mul(PAGE_SIZE as u64),
-            us,
-            delivered_per_s: policy.logical_bytes_per_s(),
-            by_vcpu: by_vcpu.as_deref(),
-        };
-        let changed = self.throttle.on_round(round, percent_max);
-        self.set(changed.as_deref())
-    }
-
-    /// Takes no more than that from now on, or nothing.
-    fn limit(&mut self, percent_max: Option<u8>) -> Result<(), Cause> {
-        let Some(percent_max) = percent_max else { return self.release() };
-        let changed = self.throttle.limit(percent_max);
-        self.set(changed.as_deref())
-    }
-
-    fn set(&self, percents: Option<&[u8]>) -> Result<(), Cause> {
-        match percents {
-            None => {}
-            Some([percent]) => self.guest.throttle(*percent)?,
-            Some(percents) => self.guest.throttle_each(percents)?,
-        }
-        Ok(())
-    }
-
-    fn release(&mut self) -> Result<(), Cause> {
-        if !self.throttle.percents().is_empty() {
-            self.throttle.release();
-            self.guest.throttle(0)?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Brake<'_> {
-    fn drop(&mut self) {
-        // A guest that cannot be let go is about to be stopped, or the migration has failed for a better reason.
-        let _ = self.release();
-    }
-}
-
 impl<'a> Course<'a> {
     fn new(
         backend: &'a SourceBackend,
@@ -165,15 +140,10 @@ impl<'a> Course<'a> {
         let policy = Precopy::new(progress.tuning().limits, micros(began)).after(Earlier {
             requested_us: 0,
             rounds: rounds.try_into().unwrap_or(u32::MAX),
-            acked_logical_bytes: acked(&counters.logical_acked),
+            acked_logical_bytes: counters.logical_sent_and_acked(),
             acked_wire_bytes: acked(&counters.wire_acked),
         });
-        let brake = backend.guest.as_ref().map(|guest| Brake {
-            guest,
-            log: &backend.log,
-            throttle: Throttle::default(),
-            written: None,
-        });
+        let brake = backend.guest.as_ref().map(|guest| Brake::new(guest, &backend.log));
         let state_time = STATE_TIME_GUESS;
         let mut course = Self {
             policy,
@@ -222,8 +192,8 @@ impl<'a> Course<'a> {
     }
 
     /// Looks at everything that may have happened. Called often while a round goes on.
-    fn check(&mut self, watch: &mut Watch<'_, impl Environment>) -> Result<(), Stop> {
-        watch.check()?;
+    fn check<'m>(&mut self, mover: &mut impl Mover<'m>) -> Result<(), Stop> {
+        mover.check()?;
         self.tune()?;
         if self.progress.wants_switchover() {
             self.policy.force_switchover();
@@ -240,9 +210,9 @@ impl<'a> Course<'a> {
     }
 
     /// Sends what is dirty, until it is all but delivered.
-    async fn pass(&mut self, watch: &mut Watch<'_, impl Environment>, feeder: &Feeder) -> Result<(), Stop> {
-        let env = watch.env;
-        feeder.pass(env, || self.check(watch)).await?;
+    async fn pass<'m>(&mut self, mover: &mut impl Mover<'m>, feeder: &Feeder) -> Result<(), Stop> {
+        let waits = mover.waits();
+        feeder.pass(waits, || self.check(mover)).await?;
         // Sync when the round is all but delivered: the streams still have work, and what was dirtied early is not sent
         // once more for nothing.
         let under_way = self.source.counters().logical_under_way.load(Ordering::Relaxed);
@@ -251,7 +221,7 @@ impl<'a> Course<'a> {
         let held = self.policy.busy_bytes_per_s().saturating_mul(path.as_micros() as u64) / 1_000_000;
         let left = if under_way <= held { 0 } else { (under_way / 4).max(CHUNK_SIZE as u64) };
         let begun = clock::now();
-        let drained = feeder.drain_to(env, left, || self.check(watch)).await;
+        let drained = feeder.drain_to(waits, left, || self.check(mover)).await;
         self.waited += (clock::now() - begun).min(path);
         drained
     }
@@ -262,14 +232,14 @@ impl<'a> Course<'a> {
     }
 
     /// Sends what is dirty, finds what was dirtied meanwhile, and decides.
-    async fn round(
+    async fn round<'m>(
         &mut self,
-        watch: &mut Watch<'_, impl Environment>,
+        mover: &mut impl Mover<'m>,
         feeder: &Feeder,
         paused: bool,
     ) -> Result<Decision, Stop> {
         let begun = clock::now();
-        match self.pass(watch, feeder).await {
+        match self.pass(mover, feeder).await {
             Ok(()) | Err(Stop::Sync) => {}
             Err(stop) => return Err(stop),
         }
@@ -281,12 +251,12 @@ impl<'a> Course<'a> {
         let syncing = clock::now();
         let dirtied = self.source.dirty_sync().map_err(Cause::from)?;
         let sync_time = clock::now() - syncing;
-        watch.end_round(dirtied);
+        mover.end_round(dirtied);
         let counters = self.source.counters();
         let sample = Sample {
             remaining_logical_bytes: self.source.remaining_bytes(),
             dirtied_pages: dirtied,
-            acked_logical_bytes: counters.logical_acked.load(Ordering::Relaxed),
+            acked_logical_bytes: counters.logical_sent_and_acked(),
             acked_wire_bytes: counters.wire_acked.load(Ordering::Relaxed),
             state_time_us: (self.switch_time() + sync_time).as_micros() as u64,
             waited_us: self.waited.as_micros() as u64,
@@ -301,14 +271,14 @@ impl<'a> Course<'a> {
         }
         self.report();
         while decision == Decision::NextRound && clock::now() - begun < ROUND_MIN {
-            match self.check(watch) {
+            match self.check(mover) {
                 Ok(()) => {}
                 // The next one begins at once.
                 Err(Stop::Sync) => break,
                 Err(stop) => return Err(stop),
             }
             let left = ROUND_MIN.saturating_sub(clock::now() - begun);
-            watch.env.sleep(left.min(Duration::from_millis(1))).await;
+            mover.sleep(left.min(Duration::from_millis(1))).await;
             self.waited += left.min(Duration::from_millis(1));
         }
         Ok(decision)
@@ -317,17 +287,19 @@ impl<'a> Course<'a> {
     /// Tries how long the state takes, at a moment when the streams still have work.
     fn rehearse(&mut self, paused: bool) -> Result<(), Cause> {
         let Some(brake) = &self.brake else { return Ok(()) };
+        let Some(rehearsal) = brake.guest.rehearsal() else {
+            self.rehearsals = REHEARSALS_MAX;
+            return Ok(());
+        };
         let begun = clock::now();
-        match brake.guest.rehearse(REHEARSAL_LIMIT) {
-            Ok(Some(tried)) => {
+        match rehearsal.rehearse(REHEARSAL_LIMIT) {
+            Ok(tried) => {
                 // The destination loads what the source saves, and lets the guest run where the source paused it.
                 let time = tried * 2 + WAKE_UPS;
                 self.state_time = if self.rehearsals == 0 { time } else { self.state_time.min(time) };
                 self.rehearsals += 1;
                 self.progress.update(|r| r.rehearsed_ms += tried.as_secs_f64() * 1e3);
             }
-            // It is not to be tried.
-            Ok(None) => self.rehearsals = REHEARSALS_MAX,
             // What is estimated is then guessed, which is no reason to fail. Only a guest that stays paused is one.
             Err(_) => {
                 self.rehearsals = REHEARSALS_MAX;
@@ -354,9 +326,9 @@ impl<'a> Course<'a> {
         self.progress.update(|r| {
             r.dirty_pages_per_s = policy.dirty_pages_per_s() as f64;
             r.expected_downtime_ms = expected.map_or(0.0, |us| us as f64 / 1e3);
-            r.stalled = stall;
             r.throttle_percent = throttle;
         });
+        self.progress.set_stalled(stall);
     }
 
     /// Whether state and path alone take longer than the guest may stand still, however little is left.
@@ -371,22 +343,20 @@ impl<'a> Course<'a> {
             return;
         }
         let time = self.switch_time();
-        let postcopy = if self.progress.can_postcopy() { "`ctl postcopy`, " } else { "" };
-        let text = format!(
-            "pausing, state and round trips alone take {:.0} ms of the {limit} ms allowed, a round trip {:.0} ms; what may help: \
-             {postcopy}--downtime-limit {} (ms), or `ctl switchover` to accept the downtime",
+        let why = format!(
+            "pausing, state and round trips alone take {:.0} ms of the {limit} ms allowed, a round trip {:.0} ms",
             time.as_secs_f64() * 1e3,
             self.path().as_secs_f64() * 1e3,
-            time.as_millis() * 21 / 20 + 1
         );
-        self.progress.update(|r| {
-            r.expected_downtime_ms = time.as_secs_f64() * 1e3;
-            r.stalled = Some(text);
-        });
+        let postcopy = self.progress.can_postcopy().then_some(Remedy::Postcopy);
+        let enough = Remedy::DowntimeLimit((time.as_millis() * 21 / 20 + 1) as u64);
+        let what_helps = postcopy.into_iter().chain([enough, Remedy::Switchover]).collect();
+        self.progress.update(|r| r.expected_downtime_ms = time.as_secs_f64() * 1e3);
+        self.progress.set_stalled(Some(Stalled { why, what_helps }));
     }
 
     /// What would help a guest that has stalled.
-    fn advice(&self) -> String {
+    fn advice(&self) -> Stalled {
         let policy = &self.policy;
         let tuning = self.progress.tuning();
         let most = self.throttle_percents().into_iter().max().unwrap_or(0);
@@ -400,6 +370,7 @@ impl<'a> Course<'a> {
             limit: Duration::from_millis(policy.limits().downtime_ms),
             bandwidth_limited: tuning.bandwidth.is_some(),
             throttle: match (tuning.auto_converge, tuning.throttle_max) {
+                _ if !self.brake.as_ref().is_some_and(Brake::works) => Braking::Spent,
                 (false, _) => Braking::Off,
                 (true, max) if most < max => Braking::Under,
                 (true, PERCENT_MAX..) => Braking::Spent,
@@ -441,7 +412,7 @@ struct Stall {
 
 impl Stall {
     /// Why it stalls, and what may help against that; nothing that cannot.
-    fn advice(&self) -> String {
+    fn advice(&self) -> Stalled {
         let mb = |bytes: u64| bytes as f64 / 1e6;
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         let rates = format!(
@@ -450,11 +421,12 @@ impl Stall {
             mb(self.delivered_per_s)
         );
         if self.delivered_per_s == 0 {
-            return format!(
+            let why = format!(
                 "{rates}: nothing gets through; see that the connection to the destination carries data"
             );
+            return Stalled { why, what_helps: Vec::new() };
         }
-        let mut helps: Vec<String> = Vec::new();
+        let mut helps = Vec::new();
         // However little is left, the rest takes too long.
         let by_handover = self.handover >= self.limit;
         let why = match self.expected {
@@ -470,27 +442,27 @@ impl Stall {
         };
         if !by_handover {
             if self.bandwidth_limited {
-                helps.push("a higher --bandwidth".into());
+                helps.push(Remedy::Bandwidth);
             }
             match self.throttle {
-                Braking::Off => helps.push("--auto-converge".into()),
-                Braking::AtLimit => helps.push("a higher --throttle-max".into()),
+                Braking::Off => helps.push(Remedy::AutoConverge),
+                Braking::AtLimit => helps.push(Remedy::ThrottleMax),
                 Braking::Under | Braking::Spent => {}
             }
         }
         if self.can_postcopy {
-            helps.push("`ctl postcopy`".into());
+            helps.push(Remedy::Postcopy);
         }
         let enough =
             self.expected.map(|expected| expected.as_micros().div_ceil(1000) + self.limit.as_millis() / 10);
         if let Some(enough_ms) = enough.filter(|&ms| ms > self.limit.as_millis()) {
-            helps.push(format!("--downtime-limit {enough_ms} (ms)"));
+            helps.push(Remedy::DowntimeLimit(enough_ms as u64));
         }
         if !by_handover {
-            helps.push("a quieter guest".into());
+            helps.push(Remedy::QuieterGuest);
         }
-        let helps: String = helps.iter().map(|help| format!("{help}, ")).collect();
-        format!("{why}; what may help: {helps}or `ctl switchover` to accept the downtime")
+        helps.push(Remedy::Switchover);
+        Stalled { why, what_helps: helps }
     }
 }
 
@@ -501,16 +473,48 @@ fn micros(since: Duration) -> u64 {
 impl<E: Environment> Attempt<'_, E> {
     /// Rounds, until the policy has enough of them. Returns how many there were.
     pub(super) async fn precopy(&mut self, feeder: &Feeder) -> Result<(u64, Next), Cause> {
-        let live = self.backend.guest.is_some();
-        let (backend, began, progress) = (self.backend, self.began, self.progress);
-        let postcopy_after = self.options.postcopy_after_rounds;
         let round_trip = self.round_trip.unwrap_or_default();
+        let after = self.options.postcopy_after_rounds;
+        let (backend, progress, began) = (self.backend, self.progress, self.began);
         let (watch, source) = self.parts();
         let source = source.clone();
         let ways = if watch.may_finish_in_flight() { WAYS } else { WAYS_SETTLED };
-        let mut course = Course::new(backend, progress, &source, began, round_trip, ways)?;
+        let course = Course::new(backend, progress, &source, began, round_trip, ways)?;
+        let mut left_paused = None;
+        let rounds = course.run(watch, feeder, (backend, after), &mut left_paused).await;
+        if left_paused.is_some() {
+            self.paused_at = left_paused;
+        }
+        rounds
+    }
+}
+
+/// Rounds into an archive: there is no way to wait for.
+pub(super) async fn rounds_without_a_peer<'m>(
+    backend: &SourceBackend,
+    progress: &Progress,
+    source: &PageSource,
+    began: Duration,
+    mover: &mut impl Mover<'m>,
+    feeder: &Feeder,
+) -> Result<u64, Cause> {
+    let course = Course::new(backend, progress, source, began, Duration::ZERO, 0)?;
+    // A guest that a trial left paused is resumed by who ends the migration.
+    course.run(mover, feeder, (backend, None), &mut None).await.map(|(rounds, _)| rounds)
+}
+
+impl Course<'_> {
+    /// Rounds, until the policy has enough of them. Where it fails `left_paused` is told since when the guest stands still, if it does.
+    async fn run<'m>(
+        mut self,
+        mover: &mut impl Mover<'m>,
+        feeder: &Feeder,
+        (backend, postcopy_after): (&SourceBackend, Option<u64>),
+        left_paused: &mut Option<Duration>,
+    ) -> Result<(u64, Next), Cause> {
+        let (live, progress) = (backend.guest.is_some(), self.progress);
         if live {
-            course.foretell();
+            self.foretell();
         }
         // Those before the connections were lost count, too.
         let mut rounds = progress.report().rounds;
@@ -521,20 +525,18 @@ impl<E: Environment> Attempt<'_, E> {
                 progress.request_postcopy();
             }
             let decided = if live {
-                course.round(watch, feeder, backend.paused).await
+                self.round(mover, feeder, backend.paused).await
             } else {
                 // Memory that nobody writes: all of it is sent in the one pass.
-                feeder.settle(watch.env, || course.check(watch)).await.map(|()| {
-                    watch.end_round(0);
+                feeder.settle(mover.waits(), || self.check(mover)).await.map(|()| {
+                    mover.end_round(0);
                     Decision::SwitchOver { predicted_downtime_us: 0, reason: SwitchReason::WithinLimit }
                 })
             };
             let decision = match decided {
                 Ok(decision) | Err(Stop::Decided(decision)) => decision,
                 Err(Stop::Failed(cause)) => {
-                    let left_paused = course.left_paused;
-                    drop(course);
-                    self.paused_at = left_paused;
+                    *left_paused = self.left_paused;
                     return Err(cause);
                 }
                 Err(Stop::Sync) => Decision::NextRound,
@@ -547,7 +549,7 @@ impl<E: Environment> Attempt<'_, E> {
                 }
                 Decision::Postcopy => {
                     // Nothing but the state is moved while it stands still.
-                    progress.update(|r| r.expected_downtime_ms = course.switch_time().as_secs_f64() * 1e3);
+                    progress.update(|r| r.expected_downtime_ms = self.switch_time().as_secs_f64() * 1e3);
                     return Ok((rounds, Next::Postcopy));
                 }
                 Decision::GiveUp { reason } => return Err(Cause::Policy(reason.to_string())),
@@ -573,56 +575,43 @@ mod tests {
             throttle: Braking::Off,
             can_postcopy: false,
         };
+        let (enough, grows) = ("a downtime limit of 2530 ms", "does not shrink and takes 2500 ms");
         let all = [
-            "--bandwidth",
-            "--auto-converge",
-            "--throttle-max",
-            "ctl postcopy",
-            "--downtime-limit 2530 (ms)",
+            "a higher bandwidth limit",
+            "auto-converge, ",
+            "what auto-converge takes",
+            "postcopy",
+            enough,
             "a quieter guest",
-            "ctl switchover",
-            "does not shrink and takes 2500 ms",
+            "or to switch over",
+            grows,
             "nothing gets through",
             "alone take",
         ];
-        let last = ["a quieter guest", "ctl switchover"];
+        let last = ["a quieter guest", "or to switch over"];
         for (name, stall, said) in [
-            (
-                "as it comes",
-                busy,
-                &["--auto-converge", "--downtime-limit 2530 (ms)", "does not shrink and takes 2500 ms"][..],
-            ),
+            ("as it comes", busy, &["auto-converge, ", enough, grows][..]),
             (
                 "a limited bandwidth, and postcopy",
                 Stall { bandwidth_limited: true, can_postcopy: true, ..busy },
-                &[
-                    "--bandwidth",
-                    "--auto-converge",
-                    "ctl postcopy",
-                    "--downtime-limit 2530 (ms)",
-                    "does not shrink and takes 2500 ms",
-                ],
+                &["a higher bandwidth limit", "auto-converge, ", "postcopy", enough, grows],
             ),
             (
                 "a brake that will be put on further by itself",
                 Stall { throttle: Braking::Under, ..busy },
-                &["--downtime-limit 2530 (ms)", "does not shrink and takes 2500 ms"],
+                &[enough, grows],
             ),
             (
                 "a brake at its limit",
                 Stall { throttle: Braking::AtLimit, ..busy },
-                &["--throttle-max", "--downtime-limit 2530 (ms)", "does not shrink and takes 2500 ms"],
+                &["what auto-converge takes", enough, grows],
             ),
-            (
-                "a brake that is all on",
-                Stall { throttle: Braking::Spent, ..busy },
-                &["--downtime-limit 2530 (ms)", "does not shrink and takes 2500 ms"],
-            ),
-            ("no telling how long it takes", Stall { expected: None, ..busy }, &["--auto-converge"]),
+            ("a brake that is all on", Stall { throttle: Braking::Spent, ..busy }, &[enough, grows]),
+            ("no telling how long it takes", Stall { expected: None, ..busy }, &["auto-converge, "]),
             // It will switch over at the next sync.
-            ("it would fit by now", Stall { expected: Some(ms(100)), ..busy }, &["--auto-converge"]),
+            ("it would fit by now", Stall { expected: Some(ms(100)), ..busy }, &["auto-converge, "]),
         ] {
-            let text = stall.advice();
+            let text = stall.advice().to_string();
             for word in all {
                 let expected = said.contains(&word) || last.contains(&word);
                 assert_eq!(text.contains(word), expected, "{name}: {word}: {text}");
@@ -638,11 +627,11 @@ mod tests {
             ..busy
         };
         assert_eq!(
-            far.advice(),
+            far.advice().to_string(),
             "the guest dirties 1 MB/s of memory and 100 MB/s are delivered, but pausing, state and round trips alone take 560 ms of the \
-             300 ms allowed; what may help: `ctl postcopy`, --downtime-limit 603 (ms), or `ctl switchover` to accept the downtime"
+             300 ms allowed; what may help: postcopy, a downtime limit of 603 ms, or to switch over and accept the downtime"
         );
-        let stuck = Stall { delivered_per_s: 0, expected: None, ..busy }.advice();
+        let stuck = Stall { delivered_per_s: 0, expected: None, ..busy }.advice().to_string();
         assert!(stuck.contains("nothing gets through") && !stuck.contains("may help"), "{stuck}");
     }
 }

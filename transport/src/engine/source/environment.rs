@@ -13,7 +13,6 @@ use crossbeam_channel::Receiver;
 use super::Cause;
 use crate::carrier::SourceEnd;
 use crate::dial::OpenError;
-use crate::host::Host;
 use crate::link::LinkEvent;
 use crate::postcopy::{self, PageServer, PostcopyError};
 use crate::source::{Batch, LaneEnd, PageSource, Waits};
@@ -69,9 +68,6 @@ pub(crate) trait Environment: Waits {
 
     /// A random number.
     fn seed(&self) -> io::Result<u64>;
-
-    /// Where this is.
-    fn host(&self) -> Host;
 
     /// Another address of the destination, from here on.
     fn set_address(&self, uri: Uri);

@@ -5,11 +5,13 @@ use std::fmt;
 use pagecopy::backend::BackendError;
 use pagecopy::choose::CodecMode;
 
+use crate::archive::ArchiveError;
 use crate::dial::OpenError;
+use crate::engine::usage;
 use crate::link::LinkError;
 use crate::postcopy::PostcopyError;
 use crate::session::SessionError;
-use crate::socket::SocketError;
+use crate::socket::{SocketError, TlsError};
 use crate::source::FatalError;
 use crate::streams::StreamsError;
 use crate::wire::WireError;
@@ -17,6 +19,7 @@ use crate::wire::control::ErrorCode;
 
 /// Who has the guest after a migration that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Fate {
     /// Memory alone was to be moved: it is where it was.
     Unmoved,
@@ -51,6 +54,7 @@ impl fmt::Display for Fate {
 
 /// A migration that failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 #[error("{fate}")]
 pub struct Failure {
     /// Who has the guest.
@@ -62,10 +66,14 @@ pub struct Failure {
 
 /// Why a migration failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Cause {
     /// No connection.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// Certificates that cannot be used, or TLS where there is none.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The control connection ended.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -95,7 +103,7 @@ pub enum Cause {
         "the destination cannot run a guest before its pages are there: it is an older one, or says itself why (userfaultfd){}", hint(.needed_by)
     )]
     NoPostcopy {
-        /// The option that will need it, where nobody has asked for it yet.
+        /// What will need it, where nobody has asked for it yet.
         needed_by: Option<&'static str>,
     },
     /// A connection of postcopy could not be opened.
@@ -117,7 +125,7 @@ pub enum Cause {
     #[error("{0}")]
     Policy(String),
     /// The pinned codec needs what the destination cannot do.
-    #[error("codec {codec} was asked for and the destination does not support it; use --codec auto")]
+    #[error("codec {codec} was asked for and the destination does not support it")]
     Codec {
         /// What was pinned.
         codec: CodecMode,
@@ -141,7 +149,7 @@ pub enum Cause {
     },
     /// Its time is up where nothing can be done about it.
     #[error(
-        "the migration has run for {elapsed_s:.1} s of the {limit_s} s allowed and is still {doing}; allow more time (--timeout)"
+        "the migration has run for {elapsed_s:.1} s of the {limit_s} s allowed and is still {doing}; allow more time"
     )]
     OutOfTime {
         /// What it was doing.
@@ -150,6 +158,15 @@ pub enum Cause {
         elapsed_s: f64,
         /// What was allowed.
         limit_s: f64,
+    },
+    /// The archive cannot be written.
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+    /// Something was asked for that needs somebody who answers.
+    #[error("an archive can have no {what}")]
+    OneWay {
+        /// What, and why not.
+        what: &'static str,
     },
     /// Somebody asked.
     #[error("cancelled")]
@@ -164,7 +181,7 @@ pub enum Cause {
         what: String,
     },
     /// The system has no threads or randomness.
-    #[error("this host lacks a resource")]
+    #[error("this host lacks a resource{}", usage::short_of_threads(.0))]
     System(#[from] std::io::Error),
 }
 
@@ -173,6 +190,11 @@ fn hint(needed_by: &Option<&str>) -> String {
 }
 
 impl Cause {
+    /// Whether somebody asked for it to end.
+    pub fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Cancelled) || matches!(self, Self::Archive(error) if error.is_cancelled())
+    }
+
     /// The number the destination is told.
     pub(super) fn code(&self) -> ErrorCode {
         match self {

@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,10 +17,10 @@ use super::environment::{Environment, Event, Opening, Patience};
 use super::leave::Leave;
 use super::watch::TICK;
 use crate::carrier::SourceEnd;
-use crate::dial::{Dialler, OpenError};
+use crate::dial::{Dialler, OpenError, Route};
 use crate::engine::{Options, runtime};
 use crate::link::{Exchange, Link, LinkError};
-use crate::local::guarded;
+use crate::local::{guarded, random};
 use crate::postcopy::{self, PageServer, PostcopyError};
 use crate::rdma::RdmaOptions;
 use crate::socket::Connection;
@@ -48,6 +48,7 @@ enum Heard {
 
 /// See the module.
 pub(super) struct Host {
+    route: Route,
     uri: RefCell<Uri>,
     rdma: RdmaOptions,
     leave: Leave,
@@ -72,6 +73,7 @@ impl Host {
     /// For a destination at `uri`, and attempts to reach it that end when `leave` says so.
     pub(super) fn new(uri: &Uri, options: &Options, leave: Leave) -> Self {
         Self {
+            route: Route::new(options.tls.clone()),
             uri: RefCell::new(uri.clone()),
             rdma: options.rdma,
             leave,
@@ -100,15 +102,7 @@ impl Host {
     }
 }
 
-impl Waits for Host {
-    async fn offer(&self, work: &Sender<Batch>, batch: Batch, limit: Duration) -> Option<Batch> {
-        work.send_timeout(batch, limit).err().map(crossbeam_channel::SendTimeoutError::into_inner)
-    }
-
-    async fn progress(&self, source: &PageSource, limit: Duration) {
-        source.wait_progress(limit);
-    }
-}
+impl Waits for Host {}
 
 impl Environment for Host {
     type Postcopy = Connection;
@@ -119,10 +113,6 @@ impl Environment for Host {
 
     fn seed(&self) -> io::Result<u64> {
         random().map(u64::from_le_bytes)
-    }
-
-    fn host(&self) -> crate::host::Host {
-        crate::host::Host::this()
     }
 
     fn set_address(&self, uri: Uri) {
@@ -166,12 +156,12 @@ impl Environment for Host {
         given_up: &dyn Fn() -> bool,
     ) -> Result<(), Cause> {
         let runtime = runtime::handle(self.runtime.as_ref(), timeout)?;
-        let connection = connect(&self.uri.borrow(), role, session, timeout, given_up)?;
+        let connection = connect(&self.route, &self.uri.borrow(), role, session, timeout, given_up)?;
         let number = self.links.get() + 1;
         self.links.set(number);
         let heard = self.heard.0.clone();
-        let link =
-            Link::spawn(&runtime, connection, timeout, heard, move |event| Heard::Link(number, event))?;
+        let wrap = move |event| Heard::Link(number, event);
+        let link = Link::spawn(&runtime, connection, timeout, heard, wrap, |_| {})?;
         *self.link.borrow_mut() = Some(link);
         Ok(())
     }
@@ -193,14 +183,14 @@ impl Environment for Host {
     }
 
     fn say_farewell(&self, session: SessionId, resume: Message, error: Message, time: Patience) {
-        let (uri, timeout) = (self.uri.borrow().clone(), time.timeout);
+        let (route, uri, timeout) = (self.route.clone(), self.uri.borrow().clone(), time.timeout);
         let until = Instant::now() + time.reconnect;
         // Without a thread it waits in vain, and then gives up by itself.
         let Some(turn) = FAREWELLS.turn() else { return };
         let _ = std::thread::Builder::new().name("farewell".into()).spawn(move || {
             let _turn = turn;
             while Instant::now() < until {
-                match tell(&uri, session, timeout, &resume, &error) {
+                match tell(&route, &uri, session, timeout, &resume, &error) {
                     // Somebody else is there, or it has given up by itself.
                     Ok(()) | Err(Cause::Link(LinkError::Refused(_))) => return,
                     Err(_) => std::thread::sleep(FAREWELL_PAUSE),
@@ -211,7 +201,8 @@ impl Environment for Host {
 
     fn prepare_streams(&self, opening: &Opening, timeout: Duration) {
         let Opening { source, session, version } = opening;
-        let dialler = Dialler::new(source, &self.uri.borrow(), *session, *version, timeout, self.rdma);
+        let dialler =
+            Dialler::new(source, &self.route, &self.uri.borrow(), *session, *version, timeout, self.rdma);
         *self.dialler.borrow_mut() = Some(Arc::new(dialler));
     }
 
@@ -270,7 +261,7 @@ impl Environment for Host {
         timeout: Duration,
         given_up: &dyn Fn() -> bool,
     ) -> Result<Connection, PostcopyError> {
-        postcopy::Lane::dial(&self.uri.borrow(), session, version, stream, timeout, given_up)
+        postcopy::Lane::dial(&self.route, &self.uri.borrow(), session, version, stream, timeout, given_up)
     }
 
     fn start_postcopy(
@@ -316,13 +307,14 @@ impl Drop for Farewell<'_> {
 
 /// Takes a session up and ends it. Only an answer tells that what was said has come to where it was meant for.
 fn tell(
+    route: &Route,
     uri: &Uri,
     session: SessionId,
     timeout: Duration,
     resume: &Message,
     error: &Message,
 ) -> Result<(), Cause> {
-    let connection = connect(uri, Role::Resume, session, timeout, &|| false)?;
+    let connection = connect(route, uri, Role::Resume, session, timeout, &|| false)?;
     let exchange = Exchange::new(&connection, timeout, &|| false)?;
     exchange.send(resume)?;
     let deadline = Instant::now() + timeout;
@@ -336,24 +328,19 @@ fn tell(
 
 /// A control connection in whatever role, unless it is given up meanwhile.
 fn connect(
+    route: &Route,
     uri: &Uri,
     role: Role,
     session: SessionId,
     timeout: Duration,
     given_up: &dyn Fn() -> bool,
 ) -> Result<Connection, Cause> {
-    let connection = Connection::connect(uri, timeout, given_up)?;
+    let connection = route.connect(uri, timeout, given_up)?;
     connection.tune(timeout)?;
     connection.set_timeouts(None, Some(timeout))?;
     let preamble = Preamble { version_min: VERSION_MIN, version_max: VERSION_MAX, role, stream: 0, session };
-    (&connection).write_all(&preamble.encode())?;
+    route.greet(&connection, &preamble)?;
     Ok(connection)
-}
-
-fn random<const N: usize>() -> io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
-    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -127,10 +127,12 @@ mod tests {
             for (doing, ended) in Doing::ALL.into_iter().zip(ended) {
                 leave.begin(doing);
                 for (seconds, ends) in [(0, false), (31, false), (30, ended)] {
-                    progress.tune(|tuning| {
-                        tuning.limits.on_timeout = on_timeout;
-                        tuning.limits.total_ms = Some(seconds * 1000).filter(|&ms| ms != 0);
-                    });
+                    progress
+                        .tune(|tuning| {
+                            tuning.limits.on_timeout = on_timeout;
+                            tuning.limits.total_ms = Some(seconds * 1000).filter(|&ms| ms != 0);
+                        })
+                        .unwrap();
                     let result = leave.check();
                     assert_eq!(result.is_err(), ends, "{on_timeout:?} {doing:?} {seconds}");
                     assert_eq!(leave.is_over(), ends);
@@ -146,7 +148,7 @@ mod tests {
         }
         let progress = Progress::default();
         let leave = Leave::new(&progress, clock::now());
-        progress.cancel();
+        progress.cancel().unwrap();
         assert!(matches!(leave.check(), Err(Cause::Cancelled)));
         virtual_time::set(None);
     }

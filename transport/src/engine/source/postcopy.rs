@@ -16,17 +16,15 @@ use crate::session::{SessionError, SourceEvent};
 use crate::simulation::fault;
 use crate::source::{Feeder, SourceOptions};
 use crate::wire::SessionId;
-use crate::wire::control::{
-    Arrived, MISSING_RUNS_MAX, Message, StreamEnd, Totals, Welcome, capability, state_digest,
-};
-use pagecopy::backend::{Guest, GuestRam, StateBlob};
+use crate::wire::control::{Arrived, MISSING_RUNS_MAX, Message, StreamEnd, Totals, Welcome, capability};
+use pagecopy::backend::{Guest, GuestRam};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::choose::CodecMode;
 use pagecopy::digest::PageHasher;
 
 use super::environment::Environment;
 use super::watch::Watch;
-use super::{Attempt, Cause, RUN_STATE, check};
+use super::{Attempt, Cause, state, told_downtime};
 use crate::engine::progress::{Phase, Progress};
 use crate::engine::report::{Postcopy, Status};
 use crate::engine::{explain, populated};
@@ -124,7 +122,7 @@ impl<E: Environment> Attempt<'_, E> {
             })?;
         self.undialled = None;
         let hasher = running.source.hasher().clone();
-        let options = server_options(running.source.options(), &welcome, connections.len());
+        let options = server_options(running.source.options(), &welcome);
         let (totals, server) = self.leave(&guest, streams, unit_chunks, hasher, options, rounds)?;
         let running = self.running.as_mut().expect("as above");
         // Of a handover that was taken back.
@@ -149,7 +147,7 @@ impl<E: Environment> Attempt<'_, E> {
         running.watch.finish(totals, true).await?;
         let unheard = self.say_go(Phase::Postcopy).await?;
         if unheard.is_none() {
-            self.downtime = self.stood_still();
+            self.downtime = told_downtime(self.progress, self.stood_still());
         }
         let running = self.running.as_mut().expect("as above");
         if let Some(service) = &mut running.postcopy {
@@ -193,11 +191,8 @@ impl<E: Environment> Attempt<'_, E> {
         for runs in server.runs().chunks(MISSING_RUNS_MAX) {
             watch.send(Message::Missing(runs.to_vec()));
         }
-        let mut state = guest.save_state()?;
-        state.push(StateBlob { name: RUN_STATE.into(), version: 1, bytes: vec![ran] });
-        let totals = Totals { streams, pages, state: state_digest(&state) };
-        let state = Message::State(state);
-        check(&state)?;
+        let (state, digest) = state::save(&**guest, ran)?;
+        let totals = Totals { streams, pages, state: digest };
         watch.send(state);
         Ok((totals, Arc::new(server)))
     }
@@ -243,7 +238,7 @@ impl<E: Environment> Attempt<'_, E> {
                 Ok(SourceEvent::Running) => {
                     // It came late.
                     (linked, known) = (true, true);
-                    self.downtime = stood_still();
+                    self.downtime = told_downtime(progress, stood_still());
                     watch.send(Message::Running);
                     progress.update(|r| r.error = None);
                 }
@@ -274,7 +269,7 @@ impl<E: Environment> Attempt<'_, E> {
                 }
                 if linked && !known {
                     known = true;
-                    self.downtime = stood_still();
+                    self.downtime = told_downtime(progress, stood_still());
                 }
             }
             let delivered = service.server.left() == 0;
@@ -360,15 +355,9 @@ fn tune(progress: &Progress, server: &PageServer, seen: &mut u64) {
 }
 
 /// How pages are sent over so many connections: as in precopy, as far as the destination can decode it.
-fn server_options(precopy: &SourceOptions, welcome: &Welcome, connections: usize) -> ServerOptions {
+fn server_options(precopy: &SourceOptions, welcome: &Welcome) -> ServerOptions {
     let encoded = welcome.capabilities & capability::SEALED == capability::SEALED;
-    ServerOptions {
-        timeout: precopy.timeout,
-        codec: if encoded { precopy.codec } else { CodecMode::Raw },
-        // One of them is for requests.
-        pushing: connections.saturating_sub(1) as u16,
-        near: precopy.near,
-    }
+    ServerOptions { timeout: precopy.timeout, codec: if encoded { precopy.codec } else { CodecMode::Raw } }
 }
 
 /// Opens the connection for requests, and those for everything else.

@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use pagecopy::backend::BackendError;
+use pagecopy::backend::{BackendError, Rehearsal, StateBlob, StateSink};
 use pagecopy::layout::{CHUNK_SIZE, Layout};
 use tokio::runtime::Handle;
 use vm_memory::volatile_memory::VolatileSlice;
 
 use super::*;
-use crate::engine::destination::{Arrival, Destination, Incoming, IncomingError};
+use crate::engine::destination::{Arrival, Destination, Incoming, IncomingError, Offer};
 use crate::engine::tuning::Tuning;
 use crate::guest_memory::Memory;
 
@@ -116,7 +116,7 @@ impl GuestRam for Machine {
 }
 
 impl DirtyLog for Machine {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "double"
     }
     fn start(&self) -> Result<(), BackendError> {
@@ -154,10 +154,23 @@ impl Guest for Machine {
         self.running.store(true, Ordering::SeqCst);
         Ok(())
     }
-    fn throttle(&self, _percent: u8) -> Result<(), BackendError> {
+    fn rehearsal(&self) -> Option<&dyn Rehearsal> {
+        Some(self)
+    }
+    fn save_state(&self, _out: &mut dyn StateSink) -> Result<(), BackendError> {
+        assert!(!self.has(Trouble::SaveState), "trouble with the state");
+        if let Some((runtime, tasks)) = &mut *self.watched.lock().unwrap() {
+            *tasks = runtime.metrics().num_alive_tasks();
+        }
         Ok(())
     }
-    fn rehearse(&self, limit: Duration) -> Result<Option<Duration>, BackendError> {
+    fn load_state(&self, _state: &[StateBlob]) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+impl Rehearsal for Machine {
+    fn rehearse(&self, limit: Duration) -> Result<Duration, BackendError> {
         assert!(limit < Duration::from_secs(1), "a guest is not held for {limit:?} for an estimate");
         self.rehearsed.fetch_add(1, Ordering::SeqCst);
         let stuck = *self.trouble() == Trouble::Stuck;
@@ -169,17 +182,7 @@ impl Guest for Machine {
             self.pause()?;
             panic!("trouble in a trial");
         }
-        Ok(Some(Duration::from_millis(3)))
-    }
-    fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
-        assert!(!self.has(Trouble::SaveState), "trouble with the state");
-        if let Some((runtime, tasks)) = &mut *self.watched.lock().unwrap() {
-            *tasks = runtime.metrics().num_alive_tasks();
-        }
-        Ok(Vec::new())
-    }
-    fn load_state(&self, _state: &[StateBlob]) -> Result<(), BackendError> {
-        Ok(())
+        Ok(Duration::from_millis(3))
     }
 }
 
@@ -187,7 +190,7 @@ impl Guest for Machine {
 struct Taker(Arc<Machine>);
 
 impl Incoming for Taker {
-    fn open(&mut self, _hello: &Hello, _layout: Layout) -> Result<Arc<dyn GuestRam>, String> {
+    fn open(&mut self, _offer: &Offer) -> Result<Arc<dyn GuestRam>, String> {
         Ok(self.0.clone())
     }
     fn guest(&self) -> Option<Arc<dyn Guest>> {
@@ -210,7 +213,7 @@ fn destination() -> (Uri, Arc<Machine>, JoinHandle<Result<Arrival, IncomingError
     let uri = "tcp:127.0.0.1:0".parse().unwrap();
     let listening = Destination::bind(&uri, &options(), &Progress::default(), |_| {}).unwrap();
     let (uri, mut taker) = (listening.uri().clone(), Taker(machine.clone()));
-    (uri, machine, std::thread::spawn(move || listening.receive(&mut taker)))
+    (uri, machine, std::thread::spawn(move || listening.receive_here(&mut taker)))
 }
 
 /// A migration of a machine that has all its memory written, and what came of it on both sides.
@@ -312,8 +315,8 @@ fn postcopy_that_will_be_needed_is_asked_for_before_the_first_page() {
     let mut on_timeout = Tuning::default();
     (on_timeout.limits.on_timeout, on_timeout.limits.total_ms) = (OnTimeout::Postcopy, Some(3_600_000));
     for (options, tuning, says) in [
-        (options(), on_timeout, "--on-timeout postcopy needs it"),
-        (after, Tuning::default(), "--postcopy-after-rounds needs it"),
+        (options(), on_timeout, "postcopy when its time is up needs it"),
+        (after, Tuning::default(), "postcopy after so many rounds needs it"),
     ] {
         let Moved { source, result, report, .. } = move_with(Trouble::Nowhere, &options, tuning);
         let text = crate::engine::explain(&result.expect_err("it cannot"));
@@ -339,9 +342,8 @@ fn the_workers_reckon_with_the_streams_that_were_agreed() {
         streams: 3,
         timeout_ms: 5000,
         reconnect_ms: 0,
-        host: 0,
     };
-    let agreed = Agreed { welcome, hasher: PageHasher::new(1), near: false };
+    let agreed = Agreed { welcome, hasher: PageHasher::new(1), base: None };
     let populated = PageBitmap::new(machine.layout().chunks());
     let source = attempt.page_source(agreed, populated).unwrap_or_else(|cause| panic!("{cause}"));
     assert_eq!(source.options().streams, 3);

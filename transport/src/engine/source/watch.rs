@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
+use pagecopy::layout::Layout;
 
 use super::environment::{Environment, Event, Opening, Patience};
 use super::leave::{Doing, Leave};
@@ -16,13 +17,13 @@ use crate::clock;
 use crate::dial::OpenError;
 use crate::engine::explain;
 use crate::engine::progress::{Outage, Progress};
-use crate::engine::report::{Similar, Status};
+use crate::engine::report::Status;
 use crate::link::LinkEvent;
 use crate::postcopy::PostcopyError;
 use crate::session::{Learnt, SessionError, SourceEvent, SourceSession, check_welcome};
 #[cfg(test)]
 use crate::simulation::fault;
-use crate::source::{Batch, LaneEnd, LaneError, PageSource, Unreceipted};
+use crate::source::{BaseSeals, Batch, LaneEnd, LaneError, PageSource, Unreceipted};
 use crate::streams::{SourceStreams, StreamsError};
 use crate::wire::control::{Message, SessionStatus, StreamEnd, Totals, Welcome, capability};
 use crate::wire::{Role, SessionId};
@@ -126,9 +127,14 @@ impl<'a, E: Environment> Watch<'a, E> {
         self.source = Some(source);
     }
 
-    /// Waits for WELCOME, which must lie within what was offered, and PREPARED.
-    pub(super) async fn welcome(&mut self, streams: u16, capabilities: u64) -> Result<Welcome, Cause> {
-        let mut welcome = None;
+    /// Waits for WELCOME, which must lie within what was offered, and PREPARED; returns besides what the destination has an older copy of.
+    pub(super) async fn welcome(
+        &mut self,
+        streams: u16,
+        capabilities: u64,
+        layout: &Layout,
+    ) -> Result<(Welcome, Option<BaseSeals>), Cause> {
+        let (mut welcome, mut base) = (None::<Welcome>, None);
         let mut deadline = self.deadline();
         loop {
             if self.env.is_sending() {
@@ -146,7 +152,19 @@ impl<'a, E: Environment> Watch<'a, E> {
                     }
                     welcome = Some(w);
                 }
-                SourceEvent::Prepared => return Ok(welcome.expect("the session machine orders the two")),
+                SourceEvent::Base(said) => {
+                    if welcome.is_none_or(|w| w.capabilities & capability::BASE == 0) {
+                        return Err(SessionError::NotOffered { what: "BASE".into() }.into());
+                    }
+                    let seals = match base.take() {
+                        Some(seals) => seals,
+                        None => BaseSeals::new(layout, said.seed)?,
+                    };
+                    base.insert(seals).add(&said, layout)?;
+                }
+                SourceEvent::Prepared => {
+                    return Ok((welcome.expect("the session machine orders the two"), base));
+                }
                 _ => {}
             }
         }
@@ -527,25 +545,10 @@ impl<'a, E: Environment> Watch<'a, E> {
         self.reported = clock::now();
         let Some(source) = &self.source else { return };
         let counters = source.counters();
-        let get = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let remaining = source.remaining_bytes();
         let total = clock::now() - self.began;
         self.progress.update(|r| {
-            r.pages.zero = get(&counters.zero);
-            r.pages.unchanged = get(&counters.unchanged);
-            r.pages.delta = get(&counters.delta);
-            r.pages.compressed = get(&counters.compressed);
-            r.pages.raw = get(&counters.raw);
-            r.similar = Similar {
-                pages: get(&counters.similar),
-                referred: get(&counters.referred),
-                wire_bytes: get(&counters.similar_bytes),
-            };
-            r.logical_bytes = get(&counters.logical_acked);
-            r.wire_bytes = get(&counters.wire_acked);
-            r.mismatches = get(&counters.mismatches);
-            r.torn = get(&counters.torn);
-            r.time_ms = (&counters.spent).into();
+            r.count(counters);
             r.remaining_bytes = remaining;
             if matches!(r.status, Status::Setup | Status::Active | Status::Device | Status::Reconnecting) {
                 r.rates(total);

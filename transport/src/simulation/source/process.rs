@@ -4,6 +4,8 @@ use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, Waker};
 
+use pagecopy::layout::PAGE_SIZE;
+
 use super::{Env, Fate, Happening, ME, Task};
 use crate::clock;
 use crate::engine::progress::Phase;
@@ -75,7 +77,8 @@ impl<'a> SourceHost<'a> {
 
     /// Somebody cancels.
     pub(in crate::simulation) fn cancel(&mut self) {
-        self.task.progress.cancel();
+        // In postcopy it does not count.
+        let _ = self.task.progress.cancel();
         self.turn();
     }
 
@@ -170,6 +173,11 @@ impl<'a> SourceHost<'a> {
             ] {
                 world.saw(what, counter.load(Ordering::Relaxed));
             }
+            let same = counters.same_acked.load(Ordering::Relaxed) / PAGE_SIZE as u64;
+            let lacking = counters.same_lacking.load(Ordering::Relaxed);
+            world.saw("pages as in the base", same - lacking);
+            world.saw("pages that the base did not have", lacking);
+            world.saw("taken from the base, and moved", u64::from(same != lacking && failure.is_none()));
         }
         let moved = failure.is_none();
         let resumed = u64::from(self.task.progress.report().reconnects);

@@ -7,6 +7,9 @@ use pagecopy::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, REGION_NAME_MAX, REGIONS_
 use super::limits::at_most;
 use crate::wire::{Reader, STREAMS_MAX, WireError, Writer};
 
+/// What a region without a guest-physical address has for one: no multiple of the page size.
+const NO_ADDRESS: u64 = u64::MAX;
+
 /// Longest description of a machine, in bytes.
 pub const MACHINE_MAX: usize = 64 << 10;
 /// Longest presence map: one bit for every 2 MiB of the largest guest.
@@ -32,8 +35,6 @@ pub struct Hello {
     /// How long the source tries to connect again what was lost, in milliseconds; means nothing without
     /// [`RESUME`](super::capability::RESUME).
     pub reconnect_ms: u32,
-    /// What the source says of its host, see [`crate::host`]; 0: nothing.
-    pub host: u64,
     /// Guest-physical layout.
     pub regions: Vec<Region>,
     /// One bit for every [`PRESENCE_CHUNKS`] chunks: the source may have data there.
@@ -69,8 +70,6 @@ pub struct Welcome {
     pub timeout_ms: u32,
     /// How long both sides wait for what was lost to be connected again, in milliseconds: at most what the source said.
     pub reconnect_ms: u32,
-    /// What the destination says of its host, to a source that is there as well; 0: nothing.
-    pub host: u64,
 }
 
 /// The bit of a map for a chunk, where the map goes so far.
@@ -87,15 +86,9 @@ impl Hello {
         w.u16(u16::from(self.live));
         w.u32(self.timeout_ms);
         w.u32(self.reconnect_ms);
-        w.u64(self.host);
         w.u32(PAGE_SIZE as u32);
         w.u32(CHUNK_PAGES as u32);
-        w.u32(self.regions.len() as u32);
-        for region in &self.regions {
-            w.u64(region.gpa);
-            w.u64(region.len);
-            w.blob(region.name.as_bytes());
-        }
+        write_regions(&self.regions, w);
         w.blob(&self.presence);
         w.blob(&self.dense);
         w.u64(self.data_bytes);
@@ -111,18 +104,13 @@ impl Hello {
             value => return Err(WireError::BadValue { field: "live", value: value.into() }),
         };
         let (timeout_ms, reconnect_ms) = (timeout_ms(r)?, r.u32("reconnect_ms")?);
-        let host = r.u64("host")?;
         for (field, expected) in [("page_size", PAGE_SIZE), ("chunk_pages", CHUNK_PAGES)] {
             let value = r.u32(field)?;
             if value as usize != expected {
                 return Err(WireError::BadValue { field, value: value.into() });
             }
         }
-        let mut regions = Vec::new();
-        for _ in 0..r.count(REGIONS_MAX, "regions")? {
-            let (gpa, len) = (r.u64("region gpa")?, r.u64("region length")?);
-            regions.push(Region { gpa, len, name: r.string(REGION_NAME_MAX, "region name")? });
-        }
+        let regions = read_regions(r)?;
         let presence = r.blob(PRESENCE_MAX, "presence map")?.to_vec();
         let dense = r.blob(PRESENCE_MAX, "dense map")?.to_vec();
         let data_bytes = r.u64("data_bytes")?;
@@ -134,7 +122,6 @@ impl Hello {
             live,
             timeout_ms,
             reconnect_ms,
-            host,
             regions,
             presence,
             dense,
@@ -176,7 +163,6 @@ impl Welcome {
         w.u32(self.timeout_ms);
         w.u32(self.reconnect_ms);
         w.u64(self.capabilities);
-        w.u64(self.host);
     }
 
     pub(super) fn decode(r: &mut Reader<'_>) -> Result<Self, WireError> {
@@ -187,9 +173,29 @@ impl Welcome {
             timeout_ms: timeout_ms(r)?,
             reconnect_ms: r.u32("reconnect_ms")?,
             capabilities: r.u64("capabilities")?,
-            host: r.u64("host")?,
         })
     }
+}
+
+/// Writes a guest's regions: their number, and of each its address, length and name.
+pub(crate) fn write_regions(regions: &[Region], w: &mut Writer) {
+    w.u32(regions.len() as u32);
+    for region in regions {
+        w.u64(region.gpa.unwrap_or(NO_ADDRESS));
+        w.u64(region.len);
+        w.blob(region.name.as_bytes());
+    }
+}
+
+/// Reads them.
+pub(crate) fn read_regions(r: &mut Reader<'_>) -> Result<Vec<Region>, WireError> {
+    let mut regions = Vec::new();
+    for _ in 0..r.count(REGIONS_MAX, "regions")? {
+        let (gpa, len) = (r.u64("region gpa")?, r.u64("region length")?);
+        let gpa = Some(gpa).filter(|&gpa| gpa != NO_ADDRESS);
+        regions.push(Region { gpa, len, name: r.string(REGION_NAME_MAX, "region name")? });
+    }
+    Ok(regions)
 }
 
 fn check_streams(streams: u16) -> Result<(), WireError> {
@@ -204,5 +210,33 @@ fn timeout_ms(r: &mut Reader<'_>) -> Result<u32, WireError> {
     match r.u32("timeout_ms")? {
         short @ 0..1000 => Err(WireError::BadValue { field: "timeout_ms", value: short.into() }),
         timeout => Ok(timeout),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_region_without_an_address_has_all_ones_for_it() {
+        let hello = Hello {
+            regions: vec![Region::unplaced("vram", 4096)],
+            seed: 0,
+            capabilities: 0,
+            streams: 1,
+            live: false,
+            timeout_ms: 1000,
+            reconnect_ms: 0,
+            presence: Vec::new(),
+            dense: Vec::new(),
+            data_bytes: 0,
+            machine: String::new(),
+        };
+        let mut w = Writer::default();
+        hello.encode(&mut w);
+        let bytes = w.into_vec();
+        // Behind seed, capabilities, streams, live, two times, page size, chunk pages, and the number of regions.
+        assert_eq!(bytes[40..56], [[0xff; 8], 4096u64.to_le_bytes()].concat());
+        assert!(Hello::decode(&mut Reader::new(&bytes)).is_ok_and(|read| read == hello));
     }
 }

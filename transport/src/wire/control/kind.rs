@@ -1,5 +1,6 @@
 //! The kinds of control messages: number, name, and how long each may be.
 
+use super::base::BASE_LEN_MAX;
 use super::{FIRST_LEN_MAX, MISSING_RUNS_MAX, Message, STATE_LEN_MAX};
 use crate::wire::WireError;
 
@@ -69,6 +70,7 @@ kinds! {
     Resume = 17, "RESUME", SHORT_LEN_MAX;
     Resumed = 18, "RESUMED", SHORT_LEN_MAX;
     Resent = 19, "RESENT", SHORT_LEN_MAX;
+    Base = 20, "BASE", BASE_LEN_MAX;
     Postcopy = 24, "POSTCOPY", SHORT_LEN_MAX;
     PostcopyReady = 25, "POSTCOPY_READY", SHORT_LEN_MAX;
     Missing = 26, "MISSING", 4 + MISSING_RUNS_MAX * 16;
@@ -98,6 +100,7 @@ impl From<&Message> for Kind {
             Message::Resume { .. } => Self::Resume,
             Message::Resumed { .. } => Self::Resumed,
             Message::Resent { .. } => Self::Resent,
+            Message::Base(_) => Self::Base,
             Message::Postcopy => Self::Postcopy,
             Message::PostcopyReady { .. } => Self::PostcopyReady,
             Message::Missing(_) => Self::Missing,

@@ -1,5 +1,6 @@
 //! Control messages: kind, flags and length (8 bytes), the fields, and a checksum over both.
 
+mod base;
 pub mod capability;
 mod hello;
 mod kind;
@@ -12,12 +13,15 @@ mod totals;
 use pagecopy::backend::StateBlob;
 use xxhash_rust::xxh3::xxh3_64;
 
+pub use base::{BASE_CHUNKS_MAX, Base, BaseChunk};
 pub use hello::{FIRST_LEN_MAX, Hello, MACHINE_MAX, PRESENCE_CHUNKS, PRESENCE_MAX, Welcome};
+pub(crate) use hello::{read_regions, write_regions};
 use kind::Kind;
 pub use postcopy::{Arrived, ChunkRun, MISSING_RUNS_MAX, STREAMS_PUSHING_MAX};
 use postcopy::{check_runs, decode_runs, encode_runs};
+use state::check_state;
 pub use state::{STATE_BLOBS_MAX, STATE_LEN_MAX, state_digest};
-use state::{check_state, decode_state, encode_state};
+pub(crate) use state::{decode_state, encode_state};
 pub use status::{ErrorCode, SessionStatus};
 pub use totals::{StreamEnd, Totals};
 
@@ -48,6 +52,8 @@ pub enum Message {
     Ping(u64),
     /// Either: yes.
     Pong(u64),
+    /// Destination: what an older copy of the guest holds, so that it need not come again. Several add up.
+    Base(Base),
     /// Destination: memory is ready, streams may connect.
     Prepared,
     /// Destination, on a data stream: frames may come.
@@ -164,6 +170,7 @@ impl Message {
             Self::Resume { epoch } | Self::Resumed { epoch } => w.u32(*epoch),
             Self::Resent { bytes } => w.u64(*bytes),
             Self::PostcopyReady { unit_chunks } => w.u32(*unit_chunks),
+            Self::Base(base) => base.encode(w),
             Self::Missing(runs) => encode_runs(runs, w),
             Self::Sent { pages } => w.u64(*pages),
             Self::Arrived(arrived) => arrived.encode(w),
@@ -224,6 +231,7 @@ impl Message {
             Self::Hello(hello) => hello.check(),
             Self::State(blobs) => check_state(blobs),
             Self::Finish(totals) | Self::Ready(totals) => totals.check(),
+            Self::Base(base) => base.check(),
             Self::Missing(runs) => check_runs(runs),
             _ => Ok(()),
         }
@@ -255,6 +263,7 @@ impl Message {
             Kind::Resume => Self::Resume { epoch: r.u32("epoch")? },
             Kind::Resumed => Self::Resumed { epoch: r.u32("epoch")? },
             Kind::Resent => Self::Resent { bytes: r.u64("bytes")? },
+            Kind::Base => Self::Base(Base::decode(r)?),
             Kind::Postcopy => Self::Postcopy,
             Kind::PostcopyReady => Self::PostcopyReady { unit_chunks: r.u32("unit")? },
             Kind::Missing => Self::Missing(decode_runs(r)?),
@@ -316,8 +325,7 @@ mod tests {
                 live: true,
                 timeout_ms: 10_000,
                 reconnect_ms: 300_000,
-                host: 7,
-                regions: vec![Region { name: "ram".into(), gpa: 0, len: 1 << 20 }],
+                regions: vec![Region::new("ram", 0, 1 << 20), Region::unplaced("vram", 4096)],
                 presence: vec![1],
                 dense: vec![1],
                 data_bytes: 4096,
@@ -329,7 +337,6 @@ mod tests {
                 streams: 4,
                 timeout_ms: 10_000,
                 reconnect_ms: 60_000,
-                host: 8,
             }),
             Message::Error { code: ErrorCode::Busy, text: "no".into() },
             Message::Ping(1),
@@ -348,6 +355,10 @@ mod tests {
             Message::Resume { epoch: 1 },
             Message::Resumed { epoch: 2 },
             Message::Resent { bytes: 3 },
+            Message::Base(Base {
+                seed: 1,
+                chunks: vec![BaseChunk { chunk: 3, pages: 0b101, seals: vec![7, 8] }],
+            }),
             Message::Postcopy,
             Message::PostcopyReady { unit_chunks: 8 },
             Message::Missing(vec![ChunkRun { first: 3, count: 2, pages: 5 }]),
@@ -395,6 +406,10 @@ mod tests {
         let whole = STATE_LEN_MAX - 4 - 12 - 1;
         let totals = Totals { streams: vec![], pages: 0, state: 0 };
         let end = StreamEnd { stream: 0, frames: 0, fold: 0 };
+        let base = |chunks: &[(u32, u64, usize)]| {
+            let of = |&(chunk, pages, seals)| BaseChunk { chunk, pages, seals: vec![0; seals] };
+            Message::Base(Base { seed: 0, chunks: chunks.iter().map(of).collect() })
+        };
         for (message, field) in [
             (hello(&|h| h.machine = "m".repeat(MACHINE_MAX + 1)), "machine"),
             (hello(&|h| h.regions[0].name.clone_from(&name)), "region name"),
@@ -407,12 +422,19 @@ mod tests {
             (Message::State(vec![blob("s", whole + 1)]), "STATE"),
             (Message::Finish(Totals { streams: vec![end; 257], ..totals }), "streams"),
             (Message::Missing(vec![ChunkRun { first: 0, count: 0, pages: 1 }]), "empty"),
+            (base(&[(0, 0, 0)]), "without pages"),
+            (base(&[(0, 3, 1)]), "without pages"),
+            (base(&[(1, 1, 1), (1, 1, 1)]), "out of order"),
+            (base(&vec![(0, 1, 1); BASE_CHUNKS_MAX + 1]), "chunks of a base"),
         ] {
             let error = message.check().expect_err(field);
             assert!(error.to_string().contains(field), "{field}: {error}");
         }
         let longest = Message::State(vec![blob("s", whole)]);
         assert_eq!(longest.check(), Ok(()));
+        assert_eq!(Message::decode(&longest.encode()), Ok(longest));
+        let full: Vec<_> = (0..BASE_CHUNKS_MAX as u32).map(|chunk| (chunk, u64::MAX, 64)).collect();
+        let longest = base(&full);
         assert_eq!(Message::decode(&longest.encode()), Ok(longest));
         let longest = hello(&|h| h.machine = "m".repeat(MACHINE_MAX));
         assert_eq!(Message::decode(&longest.encode()), Ok(longest));

@@ -22,7 +22,7 @@ pub fn state_digest(blobs: &[StateBlob]) -> u64 {
     xxh3_64(&w.into_vec())
 }
 
-pub(super) fn encode_state(blobs: &[StateBlob], w: &mut Writer) {
+pub(crate) fn encode_state(blobs: &[StateBlob], w: &mut Writer) {
     w.u32(blobs.len() as u32);
     for blob in blobs {
         w.blob(blob.name.as_bytes());
@@ -31,7 +31,7 @@ pub(super) fn encode_state(blobs: &[StateBlob], w: &mut Writer) {
     }
 }
 
-pub(super) fn decode_state(r: &mut Reader<'_>) -> Result<Vec<StateBlob>, WireError> {
+pub(crate) fn decode_state(r: &mut Reader<'_>) -> Result<Vec<StateBlob>, WireError> {
     let mut blobs = Vec::new();
     for _ in 0..r.count(STATE_BLOBS_MAX, "state blobs")? {
         let name = r.string(REGION_NAME_MAX, "state name")?;

@@ -36,6 +36,8 @@ pub(super) struct Postcopy {
     began: Option<Duration>,
     /// How long it took until nothing was missing.
     drained: Option<Duration>,
+    /// The source has said that everything was receipted, and was told what arrived: its next word is its last.
+    answered: bool,
 }
 
 impl<E: Environment> Session<'_, E> {
@@ -48,6 +50,7 @@ impl<E: Environment> Session<'_, E> {
             sink: None,
             began: None,
             drained: None,
+            answered: false,
         });
         self.send(Message::PostcopyReady { unit_chunks });
         Ok(())
@@ -133,7 +136,7 @@ impl<E: Environment> Session<'_, E> {
         post.sink = Some(sink.clone());
         // What was stale is gone. The last moment in which the guest can stay where it is.
         check_room(&format!("{needed} bytes are still to come"), needed, self.ram.room())
-            .map_err(|reason| BackendError::new(reason, rustix::io::Errno::NOSPC.into()))?;
+            .map_err(|reason| BackendError::new(reason, std::io::Error::from(rustix::io::Errno::NOSPC)))?;
         self.env.serve_faults(&sink)?;
         let early = std::mem::take(&mut post.early);
         early.into_iter().try_for_each(|stream| self.env.start_postcopy(&sink, stream))
@@ -182,8 +185,9 @@ impl<E: Environment> Session<'_, E> {
     }
 
     /// The source says that everything was receipted.
-    pub(super) fn on_sent(&self, pages: u64) -> Result<(), IncomingError> {
-        let Some(sink) = self.postcopy.as_ref().and_then(|post| post.sink.as_ref()) else { return Ok(()) };
+    pub(super) fn on_sent(&mut self, pages: u64) -> Result<(), IncomingError> {
+        let Some(post) = &mut self.postcopy else { return Ok(()) };
+        let Some(sink) = &post.sink else { return Ok(()) };
         let (arrived, left) = (sink.arrived(), sink.left());
         if left != 0 || arrived.pages != pages {
             let total = arrived.pages;
@@ -191,8 +195,14 @@ impl<E: Environment> Session<'_, E> {
                 format!("the source says that all {pages} pages were sent; {left} of {total} are missing");
             return Err(IncomingError::PostcopyFailed { why });
         }
+        post.answered = true;
         self.send(Message::Arrived(arrived));
         Ok(())
+    }
+
+    /// Whether the source has nothing more to say than that it knows who has the guest.
+    pub(super) fn is_answered(&self) -> bool {
+        self.postcopy.as_ref().is_none_or(|post| post.answered)
     }
 
     /// Pages that are missing.

@@ -31,15 +31,21 @@ impl<E: Environment> Session<'_, E> {
         let runs = runs_of_pieces(&*self.ram, |chunk| self.hello.present(chunk));
         self.populating = self.env.populate(&self.ram, &self.sink, runs)?;
         while self.populating != 0 {
-            match self.next().await? {
-                Some(LinkEvent::Message(message)) => {
-                    self.machine.handle(message)?;
-                }
-                Some(LinkEvent::Dead(error)) => return Err(IncomingError::Link(error)),
-                None => {}
-            }
+            self.hear().await?;
         }
         self.env.end_populating();
+        Ok(())
+    }
+
+    /// Hears what is said meanwhile, and waits a moment for it.
+    pub(super) async fn hear(&mut self) -> Result<(), IncomingError> {
+        match self.next().await? {
+            Some(LinkEvent::Message(message)) => {
+                self.machine.handle(message)?;
+            }
+            Some(LinkEvent::Dead(error)) => return Err(IncomingError::Link(error)),
+            None => {}
+        }
         Ok(())
     }
 }
