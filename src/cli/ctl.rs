@@ -3,16 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::cli::words::{self, explain};
 use clap::{Args, Subcommand};
-use pageferry::engine::explain;
+use pageferry::cli::print;
 use pageferry::engine::plan::Plan;
 use pageferry::engine::report::{Report, Status};
-use pageferry::print;
 use pageferry::transport::uri::Uri;
 
 use super::api::{
     self, ApiAddress, ApiError, MigrateRequest, PlanRequest, RecordRequest, Request, TraceState, VmStatus,
 };
+use super::protection::ConnectArgs;
 use super::tuning::TuningArgs;
 use super::{CliError, Exit, TransferArgs, output, rate};
 
@@ -25,11 +26,14 @@ const ASKING: Duration = Duration::from_secs(5);
 /// Commands a running `pageferry vm`
 #[derive(Debug, Args)]
 #[command(
+    subcommand_negates_reqs = true,
+    override_usage = "pageferry ctl <API> [OPTIONS] <COMMAND>\n       pageferry ctl schema",
     after_help = "Examples:\n  pageferry ctl unix:/run/a.sock status\n  pageferry ctl unix:/run/a.sock migrate tcp:node7:4444 --streams 4 --json"
 )]
 pub(super) struct CtlArgs {
-    /// The VM's control socket: unix:PATH
-    api: ApiAddress,
+    /// The VM's control socket: unix:PATH; all commands but `schema` need it
+    #[arg(required = true)]
+    api: Option<ApiAddress>,
     #[command(subcommand)]
     command: CtlCommand,
     /// Print one JSON object instead of text
@@ -42,11 +46,13 @@ enum CtlCommand {
     /// Shows how the VM and its last migration stand
     #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock status --json")]
     Status,
-    /// Moves the guest to a destination and waits until it is there
+    /// Moves the guest to a destination, or saves it, and waits until that is done
     #[command(
-        after_help = "Example:\n  pageferry ctl unix:/run/a.sock migrate tcp:node7:4444 --downtime-limit 100"
+        after_help = "Examples:\n  pageferry ctl unix:/run/a.sock migrate tcp:node7:4444 --downtime-limit 100\n  \
+pageferry ctl unix:/run/a.sock migrate file:/backup/vm1.pferry --resume\n  \
+pageferry ctl unix:/run/a.sock migrate 'exec:zstd -1 | gpg -e -r KEY -o STATE.gpg'"
     )]
-    Migrate(MigrateArgs),
+    Migrate(Box<MigrateArgs>),
     /// Stops the vCPUs
     #[command(after_help = "Example:\n  pageferry ctl unix:/run/a.sock pause")]
     Pause,
@@ -98,19 +104,34 @@ enum CtlCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Prints the JSON schema of the control socket's lines; takes no VM
+    #[command(after_help = "Example:\n  pageferry ctl schema > api.schema.json")]
+    Schema,
 }
 
 #[derive(Debug, Args)]
 struct MigrateArgs {
-    /// Where the destination listens: tcp:HOST:PORT, unix:PATH or rdma:HOST:PORT
+    /// Where the destination listens: tcp:HOST:PORT, unix:PATH or rdma:HOST:PORT; or where to save the guest: file:PATH, or exec:COMMAND
+    /// and fd:N, of the VM's process
     uri: Uri,
     #[command(flatten)]
     transfer: TransferArgs,
     #[command(flatten)]
     tuning: TuningArgs,
+    #[command(flatten)]
+    protection: ConnectArgs,
     /// Let the guest run at the destination after this many rounds, if it is not there by then; its pages follow
     #[arg(long, value_name = "N")]
     postcopy_after_rounds: Option<u64>,
+    /// Save no more than what differs from this archive of an older state of the guest; file:PATH alone
+    #[arg(long, value_name = "FILE")]
+    base: Option<PathBuf>,
+    /// Save the guest as of one instant: it stands still for milliseconds and runs on
+    #[arg(long)]
+    snapshot: bool,
+    /// Let a guest that was saved run on; without, it stays paused
+    #[arg(long)]
+    resume: bool,
     /// Do not wait for the end; `status` tells
     #[arg(long)]
     detach: bool,
@@ -142,9 +163,13 @@ struct PlanArgs {
 }
 
 impl MigrateArgs {
-    fn request(&self) -> MigrateRequest {
-        MigrateRequest {
-            uri: self.uri.to_string(),
+    fn request(&self) -> Result<MigrateRequest, CliError> {
+        Ok(MigrateRequest {
+            uri: absolute(&self.uri),
+            tls: self.protection.request().map_err(CliError::usage)?,
+            resume_after_save: self.resume || self.snapshot,
+            snapshot: self.snapshot,
+            base: self.base.as_ref().map(|base| std::path::absolute(base).unwrap_or_else(|_| base.clone())),
             streams: self.transfer.streams,
             codec: self.transfer.codec.to_string(),
             postcopy_after_rounds: self.postcopy_after_rounds,
@@ -153,17 +178,35 @@ impl MigrateArgs {
             rdma_pin_all: self.transfer.rdma.rdma_pin_all,
             rdma_max_pinned: self.transfer.rdma.limit.rdma_max_pinned,
             tuning: self.tuning.clone(),
+        })
+    }
+}
+
+/// An address as the VM's process, which has a folder of its own, is to read it.
+fn absolute(uri: &Uri) -> String {
+    match uri {
+        Uri::File(path) => {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            Uri::File(path).to_string()
         }
+        uri => uri.to_string(),
     }
 }
 
 pub(super) fn run(args: &CtlArgs) -> Result<(), CliError> {
-    let path = args.api.0.as_path();
+    if let CtlCommand::Schema = args.command {
+        print::text(api::schema::text());
+        return Ok(());
+    }
+    let Some(ApiAddress(path)) = &args.api else {
+        let text = "which VM? `pageferry ctl unix:PATH COMMAND`, with the PATH of its --api".into();
+        return Err(CliError { exit: Exit::Usage, text });
+    };
     let request = match &args.command {
         CtlCommand::Status => return show_status(path, args.json),
         CtlCommand::Plan(plan) => return show_plan(path, plan, args.json),
         CtlCommand::Migrate(migrate) => {
-            api::ask(path, &Request::Migrate(migrate.request())).map_err(|e| refused(&e))?;
+            api::ask(path, &Request::Migrate(Box::new(migrate.request()?))).map_err(|e| refused(&e))?;
             if migrate.detach {
                 return done(args.json);
             }
@@ -181,6 +224,7 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), CliError> {
         CtlCommand::Postcopy => Request::Postcopy,
         CtlCommand::Recover { uri } => Request::Recover { uri: uri.to_string() },
         CtlCommand::Quit { force } => Request::Quit { force: *force },
+        CtlCommand::Schema => unreachable!("it was printed"),
     };
     api::ask(path, &request).map_err(|e| refused(&e))?;
     done(args.json)
@@ -223,7 +267,11 @@ fn record_trace(path: &Path, args: &RecordArgs, json: bool) -> Result<(), CliErr
 }
 
 pub(super) fn refused(error: &ApiError) -> CliError {
-    let exit = if matches!(error, ApiError::Connect { .. }) { Exit::CannotStart } else { Exit::Failed };
+    let exit = if matches!(error, ApiError::Connect { .. } | ApiError::Closed { .. }) {
+        Exit::CannotStart
+    } else {
+        Exit::Failed
+    };
     CliError { exit, text: explain(error) }
 }
 
@@ -236,7 +284,7 @@ fn show_plan(path: &Path, args: &PlanArgs, json: bool) -> Result<(), CliError> {
         return Ok(());
     }
     let plan: Plan = serde_json::from_value(plan).map_err(|e| refused(&e.into()))?;
-    print::text(plan.summary());
+    print::text(words::plan(&plan));
     Ok(())
 }
 
@@ -257,6 +305,11 @@ fn show_status(path: &Path, json: bool) -> Result<(), CliError> {
         "guest:",
         memory_bytes >> 20
     ));
+    if let Some(sandbox) = &status.sandbox {
+        let mode = serde_json::to_value(sandbox.mode).unwrap_or_default();
+        let lacks: String = sandbox.lacks.iter().map(|lack| format!("; {lack}")).collect();
+        print::line(format_args!("{:<18}{}{lacks}", "sandbox:", mode.as_str().unwrap_or("?")));
+    }
     if let Some(listening) = &status.listening {
         print::line(format_args!("{:<18}{listening}", "listening:"));
     }

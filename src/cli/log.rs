@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{Args, ValueEnum};
-use pageferry::print::{self, Lossy};
+use pageferry::cli::print::{self, Lossy};
 use serde_json::{Map, Value, json};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
@@ -245,8 +245,13 @@ fn now() -> String {
     time(since.as_secs(), since.subsec_micros())
 }
 
-/// A time of UTC as RFC 3339 has it; days by Hinnant's `civil_from_days`.
+/// A time of UTC as RFC 3339 has it.
 fn time(seconds: u64, micros: u32) -> String {
+    format!("{}.{micros:06}Z", second(seconds))
+}
+
+/// The same without what follows the second; days by Hinnant's `civil_from_days`.
+pub(super) fn second(seconds: u64) -> String {
     let (days, second) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let (era, day_of_era) = (days / 146_097, days % 146_097);
     let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
@@ -255,7 +260,7 @@ fn time(seconds: u64, micros: u32) -> String {
     let (day, month) = (day_of_year - (153 * shifted + 2) / 5 + 1, (shifted + 2) % 12 + 1);
     let year = year_of_era + era * 400 + u64::from(month <= 2);
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}Z")
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}")
 }
 
 #[cfg(test)]

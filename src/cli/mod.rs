@@ -1,4 +1,4 @@
-//! The command line.
+//! The command line, its measurements and what it prints: behind the feature `cli`, and no part of the library.
 
 mod api;
 mod backing;
@@ -9,12 +9,18 @@ mod file;
 mod folder;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod inspect;
+mod keys;
 mod lab;
 mod log;
+pub mod measure;
 mod output;
+pub mod print;
+mod protection;
 mod random;
 mod rate;
 mod recv;
+mod sandbox;
 mod send;
 mod size;
 mod stats;
@@ -22,17 +28,15 @@ mod stop;
 mod trace;
 mod tuning;
 mod vm;
+mod words;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use pageferry::engine::Options;
 use pageferry::engine::report::Status;
-use pageferry::pagecopy::choose::CodecMode;
-use pageferry::print;
-use pageferry::transport::rdma::RdmaOptions;
 use pageferry::vmm_shim::lost_room;
+use pageferry::{CodecMode, RdmaOptions, SourceBuilder};
 
 /// Moves the RAM of a running virtual machine between hosts.
 #[derive(Debug, Parser)]
@@ -44,7 +48,8 @@ struct Cli {
     log: log::LogArgs,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done; 1 the migration failed and the source has the guest; 2 wrong arguments; \
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 the migration failed and the source has the guest, \
+or an archive is damaged; 2 wrong arguments; \
 3 could not start (file, port, permission); 4 the handover was not confirmed: look at both sides before resuming; \
 5 a page of guest memory in a file could not be had, for its file system was full; \
 6 done, but the result could not be printed; 130 cancelled.";
@@ -56,6 +61,8 @@ enum Command {
     Ctl(ctl::CtlArgs),
     Send(send::SendArgs),
     Recv(recv::RecvArgs),
+    Inspect(inspect::InspectArgs),
+    Keys(keys::KeysArgs),
     Lab(lab::LabArgs),
     Bench(Box<bench::BenchArgs>),
 }
@@ -88,8 +95,12 @@ struct CliError {
 }
 
 impl CliError {
+    fn usage(text: String) -> Self {
+        Self { exit: Exit::Usage, text }
+    }
+
     fn cannot_start(error: &dyn std::error::Error) -> Self {
-        Self { exit: Exit::CannotStart, text: pageferry::engine::explain(error) }
+        Self { exit: Exit::CannotStart, text: words::explain(error) }
     }
 }
 
@@ -164,6 +175,8 @@ impl Command {
             Self::Ctl(args) => ctl::run(args).map(done),
             Self::Send(args) => send::run(args).map(done),
             Self::Recv(args) => recv::run(args).map(done),
+            Self::Inspect(args) => inspect::run(args),
+            Self::Keys(args) => keys::run(args),
             Self::Lab(args) => lab::run(args),
             Self::Bench(args) => bench::run(args).map(done),
         }
@@ -176,6 +189,8 @@ impl Command {
             Self::Ctl(args) => args.json,
             Self::Send(args) => args.json,
             Self::Recv(args) => args.json,
+            Self::Inspect(args) => args.json,
+            Self::Keys(args) => args.json,
             Self::Lab(args) => args.json(),
             Self::Bench(args) => args.json,
             Self::Vm(_) => false,
@@ -233,14 +248,12 @@ impl PinnedArgs {
 }
 
 impl TransferArgs {
-    fn options(&self) -> Options {
-        Options {
-            streams: self.streams,
-            codec: self.codec,
-            timeout: Duration::from_secs(self.link_timeout),
-            reconnect_timeout: Duration::from_secs(self.reconnect_timeout),
-            rdma: self.rdma.options(),
-            ..Options::default()
-        }
+    fn apply(&self, source: SourceBuilder) -> SourceBuilder {
+        source
+            .streams(self.streams)
+            .codec(self.codec)
+            .link_timeout(Duration::from_secs(self.link_timeout))
+            .reconnect_timeout(Duration::from_secs(self.reconnect_timeout))
+            .rdma(self.rdma.options())
     }
 }

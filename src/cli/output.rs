@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
-use pageferry::engine::progress::Progress;
-use pageferry::engine::report::{Report, Status};
-use pageferry::print;
+use pageferry::archive::Walk;
+use pageferry::cli::print;
+use pageferry::{Progress, Report, Status};
 
 /// A bar appears when a transfer takes longer than this.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -24,10 +24,29 @@ pub(super) struct Bar {
 impl Bar {
     /// Draws what `progress` says until [`Self::finish`].
     pub(super) fn start(progress: &Progress, quiet: bool) -> Self {
+        let progress = progress.clone();
+        Self::drawing(quiet, move |bar| {
+            let report = progress.report();
+            if report.status != Status::None {
+                bar.show(&report);
+            }
+        })
+    }
+
+    /// Draws how far work on an archive is, which is called `what`.
+    pub(super) fn walk(what: &'static str, walk: &Walk, quiet: bool) -> Self {
+        let (walk, since) = (walk.clone(), Instant::now());
+        Self::drawing(quiet, move |bar| {
+            bar.appear();
+            bar.show_bytes(what, walk.done_bytes(), walk.total_bytes(), since.elapsed());
+        })
+    }
+
+    fn drawing(quiet: bool, show: impl Fn(&mut LateBar) + Send + 'static) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let thread = (!quiet && print::terminals().1).then(|| {
-            let (progress, stop) = (progress.clone(), stop.clone());
-            std::thread::spawn(move || draw(|| progress.report(), &stop))
+            let stop = stop.clone();
+            std::thread::spawn(move || draw(show, &stop))
         });
         Self { stop, thread }
     }
@@ -41,14 +60,11 @@ impl Bar {
     }
 }
 
-fn draw(report: impl Fn() -> Report, stop: &AtomicBool) {
+fn draw(show: impl Fn(&mut LateBar), stop: &AtomicBool) {
     let mut bar = LateBar::new(false);
     while !stop.load(Ordering::Relaxed) {
         std::thread::sleep(FRAME);
-        let report = report();
-        if report.status != Status::None {
-            bar.show(&report);
-        }
+        show(&mut bar);
     }
     bar.finish();
 }
@@ -68,12 +84,26 @@ impl LateBar {
 
     /// Shows how far it is.
     pub(super) fn show(&mut self, report: &Report) {
+        self.appear();
+        show(&self.bar, report);
+    }
+
+    /// Lets it be seen once that is due.
+    fn appear(&self) {
         let wanted = !self.quiet && print::terminals().1;
         if wanted && self.since.elapsed() > PATIENCE && self.bar.is_hidden() {
             self.bar.set_draw_target(ProgressDrawTarget::term_like(Box::new(Screen::default())));
             self.bar.set_style(style());
         }
-        show(&self.bar, report);
+    }
+
+    /// Shows bytes that are done, of so many.
+    fn show_bytes(&self, what: &'static str, done: u64, total: u64, took: Duration) {
+        self.bar.set_length(total.max(1));
+        self.bar.set_position(done.min(total));
+        self.bar.set_prefix(what);
+        let gb_s = done as f64 / took.as_secs_f64().max(1e-9) / 1e9;
+        self.bar.set_message(format!("{} of {} MiB, {gb_s:.2} GB/s", done >> 20, total >> 20));
     }
 
     /// Removes it.

@@ -2,28 +2,31 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
-use pageferry::engine::destination::{Destination, Incoming, IncomingError};
-use pageferry::engine::progress::Progress;
-use pageferry::engine::report::Status;
-use pageferry::engine::{Options, content_digest, explain};
-use pageferry::pagecopy::backend::{Guest, GuestRam};
-use pageferry::pagecopy::layout::Layout;
-use pageferry::transport::uri::Uri;
-use pageferry::transport::wire::control::Hello;
+use pageferry::backend::GuestRam;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
+use pageferry::{Destination, Landing, Offer, Refused, Uri, content_digest};
 
-use super::{CliError, Exit, PinnedArgs, output, stop};
+use super::protection::ListenArgs;
+use super::sandbox::{Profile, SandboxArgs};
+use super::words::{self, explain};
+use super::{CliError, Exit, PinnedArgs, file, output, stop};
 
 /// Receives what `pageferry send` sends
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  pageferry recv tcp:0:4444 --ram-file /dev/shm/copy.img\n  pageferry recv unix:/run/ferry.sock --anon --digest"
+    after_help = "Examples:\n  pageferry recv tcp:0:4444 --ram-file /dev/shm/copy.img\n  pageferry recv unix:/run/ferry.sock --anon --digest\n  \
+pageferry recv file:ram.pferry --ram-file /dev/shm/copy.img"
 )]
 pub(super) struct RecvArgs {
-    /// Where to listen: tcp:HOST:PORT (port 0: any), unix:PATH or rdma:HOST:PORT
+    /// Where to listen: tcp:HOST:PORT (port 0: any), unix:PATH or rdma:HOST:PORT; or what to load: file:PATH, exec:COMMAND or fd:N
     uri: Uri,
+    /// An older copy of what comes from a peer, an archive or a RAM file: what is the same need not come again. Or the archive that the
+    /// one that is loaded stands on, where that is not where it says
+    #[arg(long, value_name = "FILE")]
+    base: Option<PathBuf>,
     #[command(flatten)]
     target: Target,
     /// Print an xxh3-128 of the content (reads all of it once more)
@@ -37,9 +40,13 @@ pub(super) struct RecvArgs {
     reconnect_timeout: u64,
     #[command(flatten)]
     pinned: PinnedArgs,
+    #[command(flatten)]
+    protection: ListenArgs,
     /// Print one JSON object at the end instead of text
     #[arg(long)]
     pub(super) json: bool,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
 }
 
 #[derive(Debug, Args)]
@@ -54,74 +61,71 @@ struct Target {
 }
 
 /// Makes memory of whatever size the source brings.
-struct Taker<'a> {
-    target: &'a Target,
-    ram: Option<Arc<dyn GuestRam>>,
-}
-
-impl Incoming for Taker<'_> {
-    fn open(&mut self, hello: &Hello, layout: Layout) -> Result<Arc<dyn GuestRam>, String> {
-        if hello.live {
-            // Before the file is made: a refusal leaves nothing behind.
-            return Err(
-                "this destination takes memory alone, not a running guest; use `pageferry vm --incoming`"
-                    .into(),
-            );
-        }
-        let backing = match &self.target.ram_file {
-            Some(path) => Backing::File { path: path.clone(), create: true },
-            None => Backing::Anonymous { huge: true },
-        };
-        let ram: Arc<dyn GuestRam> =
-            Arc::new(GuestMemory::create(layout, &backing).map_err(|e| explain(&e))?.enlarging());
-        self.ram = Some(ram.clone());
-        Ok(ram)
+fn land(file: Option<&PathBuf>, offer: &Offer) -> Result<Arc<dyn GuestRam>, Refused> {
+    if offer.live {
+        // Before the file is made: a refusal leaves nothing behind.
+        return Err(
+            "this destination takes memory alone, not a running guest; use `pageferry vm --incoming`".into(),
+        );
     }
-
-    fn guest(&self) -> Option<Arc<dyn Guest>> {
-        None
-    }
+    let backing = match file {
+        Some(path) => Backing::File { path: path.clone(), create: true },
+        None => Backing::Anonymous { huge: true },
+    };
+    Ok(Arc::new(GuestMemory::create(offer.layout.clone(), &backing)?.enlarging()))
 }
 
 pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
-    let options = Options {
-        timeout: std::time::Duration::from_secs(args.link_timeout),
-        reconnect_timeout: std::time::Duration::from_secs(args.reconnect_timeout),
-        rdma: args.pinned.options(),
-        ..Options::default()
-    };
     if let Some(path) = &args.target.ram_file {
         // Before a source comes for nothing.
+        if args.base.as_ref().is_some_and(|base| file::is_same(base, path)) {
+            let text = format!(
+                "{}: --ram-file is made anew, and cannot be --base, too; give another path",
+                path.display()
+            );
+            return Err(CliError { exit: Exit::CannotStart, text });
+        }
         GuestMemory::check_ram_file_can_be_made(path).map_err(|e| CliError::cannot_start(&e))?;
     }
-    let progress = Progress::default();
+    let (file, base, strict) = (&args.target.ram_file, &args.base, args.sandbox.is_strict());
+    args.sandbox.check(&args.uri)?;
+    let profile = Profile::recv(&args.uri, file.as_deref(), base.as_deref(), strict);
+    args.sandbox.enter(profile.reading_anew(&args.protection.files()))?;
+    let destination = Destination::builder()
+        .link_timeout(Duration::from_secs(args.link_timeout))
+        .reconnect_timeout(Duration::from_secs(args.reconnect_timeout))
+        .rdma(args.pinned.options())
+        .notice(|notice| tracing::info!("{notice}"))
+        .base(args.base.clone())
+        .tls(args.protection.tls().map_err(CliError::usage)?)
+        .insecure(args.protection.is_insecure())
+        .bind(&args.uri)
+        .map_err(|e| CliError::cannot_start(&e))?;
+    let progress = destination.progress();
     let cancelled = progress.clone();
     stop::on_signals(move || {
-        cancelled.cancel();
+        // Only a source in postcopy cannot be cancelled.
+        let _ = cancelled.cancel();
     });
-    let destination = Destination::bind(&args.uri, &options, &progress, |notice| tracing::info!("{notice}"))
-        .map_err(|e| CliError::cannot_start(&e))?;
-    tracing::info!("listening on {}", destination.uri());
+    let does = if args.uri.is_one_way() { "loading" } else { "listening on" };
+    tracing::info!("{does} {}", destination.uri());
+    let file = args.target.ram_file.clone();
+    let arriving = destination.receive(move |offer| {
+        let ram = land(file.as_ref(), offer)?;
+        Ok(Landing::memory(ram.clone()).keeping(ram))
+    });
+    let arriving = arriving.map_err(|e| CliError::cannot_start(&e))?;
     let bar = output::Bar::start(&progress, args.json);
-    let mut taker = Taker { target: &args.target, ram: None };
-    let result = destination.receive(&mut taker);
+    let result = arriving.wait();
     bar.finish();
-    let mut report = progress.report();
-    if let (true, Ok(_), Some(ram)) = (args.digest, &result, &taker.ram) {
-        report.digest = Some(content_digest(&**ram).map_err(|e| CliError::cannot_start(&e))?);
+    let mut report = words::report(&progress);
+    if let (true, Ok(arrival)) = (args.digest, &result) {
+        report.digest = Some(content_digest(&*arrival.vm).map_err(|e| CliError::cannot_start(&e))?);
     }
     let end = result.map(drop).map_err(|error| {
-        let exit = match error {
-            IncomingError::Cancelled => Exit::Cancelled,
-            _ => Exit::Failed,
-        };
+        let exit = if error.is_cancelled() { Exit::Cancelled } else { Exit::Failed };
         CliError { exit, text: explain(&error) }
     });
-    if let (Err(error), Status::None) = (&end, report.status) {
-        // It ended before a source came.
-        report.status = if error.exit == Exit::Cancelled { Status::Cancelled } else { Status::Failed };
-        report.error = Some(error.text.clone());
-    }
     output::print(&report, args.json);
     end
 }

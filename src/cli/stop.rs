@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pageferry::print;
+use pageferry::cli::print;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Exit;

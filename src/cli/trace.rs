@@ -15,7 +15,7 @@ use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use pageferry::engine::explain;
+use crate::cli::words::explain;
 use pageferry::pagecopy::bitmap::PageBitmap;
 use pageferry::pagecopy::layout::{CHUNK_PAGES, GUEST_BYTES_MAX, Layout, PAGE_SIZE};
 

@@ -1,15 +1,15 @@
 //! Limits of a live migration, on the command line and in requests to a `vm`.
 
 use clap::Args;
-use pageferry::engine::tuning::Tuning;
-use pageferry::pagecopy::policy::OnTimeout;
 use pageferry::pagecopy::throttle::PERCENT_MAX;
+use pageferry::{OnTimeout, Tuning};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rate;
 
 /// What may be set for a migration, and again while it runs; what is left out stays as it is.
-#[derive(Clone, Debug, Default, PartialEq, Args, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Args, Serialize, Deserialize, JsonSchema)]
 pub(super) struct TuningArgs {
     /// Longest downtime to aim for, in milliseconds [default: 300]
     #[arg(long = "downtime-limit", value_name = "MS")]
@@ -46,7 +46,7 @@ pub(super) struct TuningArgs {
 }
 
 /// [`OnTimeout`] by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum OnTimeoutArg {
     Cancel,

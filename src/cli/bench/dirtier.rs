@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
-use pageferry::pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
+use pageferry::pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob, StateSink, Throttle};
 use pageferry::pagecopy::layout::PAGE_SIZE;
 
 use super::pattern::{Targets, Walk};
@@ -116,22 +116,27 @@ impl Guest for Dirtier {
         Ok(())
     }
 
+    fn throttle(&self) -> Option<&dyn Throttle> {
+        Some(self)
+    }
+
+    fn save_state(&self, out: &mut dyn StateSink) -> Result<(), BackendError> {
+        out.piece(STATE_NAME, STATE_VERSION, &self.written_pages().to_le_bytes())
+    }
+
+    fn load_state(&self, _state: &[StateBlob]) -> Result<(), BackendError> {
+        Err(BackendError::invalid("load state into writers that are a source"))
+    }
+}
+
+impl Throttle for Dirtier {
     /// What a vCPU loses of its time, a writer loses of its writes.
-    fn throttle(&self, percent: u8) -> Result<(), BackendError> {
+    fn set(&self, percent: u8) -> Result<(), BackendError> {
         if percent > 99 {
             return Err(BackendError::invalid(format!("throttle by {percent} percent: use 0 to 99")));
         }
         self.shared.throttle.store(percent, Ordering::Relaxed);
         Ok(())
-    }
-
-    fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
-        let bytes = self.written_pages().to_le_bytes().to_vec();
-        Ok(vec![StateBlob { name: STATE_NAME.into(), version: STATE_VERSION, bytes }])
-    }
-
-    fn load_state(&self, _state: &[StateBlob]) -> Result<(), BackendError> {
-        Err(BackendError::invalid("load state into writers that are a source"))
     }
 }
 
@@ -286,13 +291,13 @@ mod tests {
         dirtier.resume().unwrap();
         // On a machine that is busy, writers may get no time in one span or another.
         let slower = (0..100).any(|_| {
-            dirtier.throttle(0).unwrap();
+            dirtier.throttle().unwrap().set(0).unwrap();
             let free = in_50_ms();
-            dirtier.throttle(90).unwrap();
+            dirtier.throttle().unwrap().set(90).unwrap();
             let held = in_50_ms();
             held < free / 2 && held > 0
         });
         assert!(slower, "100 times, throttling took less than half of the writes, or all");
-        assert!(dirtier.throttle(100).is_err());
+        assert!(dirtier.throttle().unwrap().set(100).is_err());
     }
 }

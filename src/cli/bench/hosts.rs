@@ -8,11 +8,12 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageferry::engine::explain;
+use crate::cli::words::explain;
 use pageferry::transport::socket::{Connection, Listener};
 use pageferry::transport::uri::Uri;
 use serde::{Deserialize, Serialize};
 
+use super::BenchArgs;
 use super::pair::{Here, LINE_MAX, Running};
 use super::side::{DestinationOrder, Outcome, Place, Word};
 use crate::cli::{CliError, Exit};
@@ -49,6 +50,8 @@ fn data(uri: &Uri, data_port: u16) -> Uri {
         Uri::Tcp { host, .. } => Uri::Tcp { host: host.clone(), port: data_port },
         Uri::Rdma { host, .. } => Uri::Rdma { host: host.clone(), port: data_port },
         Uri::Unix(path) => Uri::Unix(path.with_extension("data")),
+        // Nobody listens there, and so no run begins.
+        Uri::File(_) | Uri::Exec(_) | Uri::Fd(_) => uri.clone(),
     }
 }
 
@@ -69,16 +72,20 @@ impl Wire {
 }
 
 /// Serves runs until somebody asks for the end.
-pub(super) fn listen(uri: &Uri, memory: &str, data_port: u16, running: &Running) -> Result<(), CliError> {
+pub(super) fn listen(uri: &Uri, args: &BenchArgs, running: &Running) -> Result<(), CliError> {
     let cannot = |e: io::Error| CliError::cannot_start(&e);
     let listener = Listener::bind(&control(uri)).map_err(|e| CliError::cannot_start(&e))?;
+    if listener.is_reachable() && !args.insecure {
+        let text = format!("others can reach {uri} and have memory filled here: allow it by --insecure");
+        return Err(CliError { exit: Exit::CannotStart, text });
+    }
     listener.set_nonblocking(true).map_err(cannot)?;
     tracing::info!("listening on {}", listener.uri());
     while !running.is_cancelled() {
         match listener.accept() {
             Ok(connection) => {
                 let peer = connection.peer();
-                match serve(connection, &data(uri, data_port), memory, running) {
+                match serve(connection, &data(uri, args.data_port), args, running) {
                     Ok(()) => tracing::info!("a run with {peer} is done"),
                     Err(why) => tracing::info!("a run with {peer} failed: {why}"),
                 }
@@ -92,7 +99,7 @@ pub(super) fn listen(uri: &Uri, memory: &str, data_port: u16, running: &Running)
 }
 
 /// One run of a source that has connected.
-fn serve(connection: Connection, data: &Uri, memory: &str, running: &Running) -> Result<(), String> {
+fn serve(connection: Connection, data: &Uri, args: &BenchArgs, running: &Running) -> Result<(), String> {
     let broken = |e: io::Error| format!("the connection broke: {e}");
     connection.set_nonblocking(false).map_err(broken)?;
     connection.set_timeouts(Some(TIMEOUT), Some(TIMEOUT)).map_err(broken)?;
@@ -101,7 +108,8 @@ fn serve(connection: Connection, data: &Uri, memory: &str, running: &Running) ->
     let result = request(&wire).and_then(|request| {
         let order = DestinationOrder {
             uri: data.to_string(),
-            memory: memory.into(),
+            memory: args.memory.clone(),
+            tls_dir: args.tls_dir.clone(),
             live: request.live,
             digest: request.digest,
             timeout_s: request.link_timeout_s,
@@ -230,12 +238,15 @@ fn seen_from_here(host: &Uri, theirs: &str) -> Result<String, String> {
     let theirs: Uri = theirs.parse().map_err(|e| explain(&e))?;
     let host = match host {
         Uri::Tcp { host, .. } | Uri::Rdma { host, .. } => host.clone(),
-        Uri::Unix(_) => return Ok(theirs.to_string()),
+        Uri::Unix(_) | Uri::File(_) | Uri::Exec(_) | Uri::Fd(_) => return Ok(theirs.to_string()),
     };
     Ok(match theirs {
         Uri::Tcp { port, .. } => Uri::Tcp { host, port }.to_string(),
         Uri::Rdma { port, .. } => Uri::Rdma { host, port }.to_string(),
         Uri::Unix(_) => return Err("the listening host offers a Unix socket".into()),
+        Uri::File(_) | Uri::Exec(_) | Uri::Fd(_) => {
+            return Err(format!("the listening host offers {theirs}, where nobody answers"));
+        }
     })
 }
 

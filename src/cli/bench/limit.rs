@@ -6,7 +6,7 @@
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
-use pageferry::engine::explain;
+use crate::cli::words::explain;
 use pageferry::pagecopy::backend::GuestRam;
 use pageferry::pagecopy::layout::{CHUNK_SIZE, Layout};
 use pageferry::pagecopy::zero::zero_pages;

@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pageferry::engine::source::SourceBackend;
-use pageferry::engine::{explain, populated};
-use pageferry::pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
+use crate::cli::words::explain;
+use pageferry::engine::populated;
+use pageferry::pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob, StateSink};
 use pageferry::pagecopy::layout::PAGE_SIZE;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 use pageferry::vmm_shim::uffd_log::UffdLog;
+use pageferry::{Source, SourceBuilder};
 use serde::{Deserialize, Serialize};
 
 use super::dirtier::{Dirtier, STATE_NAME, STATE_VERSION};
@@ -44,7 +45,7 @@ pub(super) struct Writing {
 /// Memory with its writers, which run.
 pub(super) struct Live {
     pub ram: Arc<GuestMemory>,
-    pub backend: SourceBackend,
+    pub source: SourceBuilder,
     dirtier: Arc<Dirtier>,
     before: Writing,
 }
@@ -72,15 +73,9 @@ impl Live {
         let dirtier = Dirtier::new(ram.clone(), &targets, dirtying.writers, dirtying.write_bytes as usize);
         let dirtier = Arc::new(dirtier.map_err(|e| explain(&e))?);
         dirtier.resume().map_err(|e| explain(&e))?;
-        let backend = SourceBackend {
-            ram: ram.clone(),
-            log: Arc::new(log),
-            guest: Some(dirtier.clone()),
-            paused: false,
-            machine: String::new(),
-        };
+        let source = Source::builder(ram.clone(), Arc::new(log)).guest(dirtier.clone());
         let before = Writing { pages: dirtier.written_pages(), cpu_s: dirtier.cpu_s() };
-        Ok(Self { ram, backend, dirtier, before })
+        Ok(Self { ram, source, dirtier, before })
     }
 
     /// Tells how many pages the writers have written.
@@ -110,11 +105,7 @@ impl Guest for Arrived {
         Ok(())
     }
 
-    fn throttle(&self, _percent: u8) -> Result<(), BackendError> {
-        Ok(())
-    }
-
-    fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
+    fn save_state(&self, _out: &mut dyn StateSink) -> Result<(), BackendError> {
         Err(BackendError::invalid("save the state of a bench's destination, which has none"))
     }
 

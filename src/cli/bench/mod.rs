@@ -21,11 +21,11 @@ mod side;
 
 use std::path::{Path, PathBuf};
 
+use crate::cli::words::explain;
 use clap::{Args, ValueEnum};
-use pageferry::engine::explain;
+use pageferry::cli::print;
 use pageferry::pagecopy::choose::CodecMode;
 use pageferry::pagecopy::layout::PAGE_SIZE;
-use pageferry::print;
 use pageferry::transport::uri::Uri;
 
 use self::limit::Limits;
@@ -35,6 +35,7 @@ use self::pair::Running;
 use self::plan::{Image, Plan};
 use self::result::{OfLimit, Results};
 use super::folder::Folder;
+use super::sandbox::{Profile, SandboxArgs};
 use super::tuning::TuningArgs;
 use super::{CliError, Exit, backing, size, stop};
 use crate::cli::say;
@@ -55,6 +56,12 @@ pub(super) struct BenchArgs {
     /// With --listen: the port of the runs' destinations, instead of any that is free
     #[arg(long, default_value_t = 0, value_name = "PORT", requires = "listen")]
     data_port: u16,
+    /// With --listen: where others can reach it, too; whoever does can have memory filled here
+    #[arg(long, requires = "listen")]
+    insecure: bool,
+    /// Move memory under TLS 1.3, with the certificates and keys in this folder; `pageferry keys init` makes them
+    #[arg(long, value_name = "DIR")]
+    tls_dir: Option<PathBuf>,
     /// Guest RAM
     #[arg(long, default_value = "1G", value_parser = ram_size)]
     ram: u64,
@@ -104,6 +111,9 @@ pub(super) struct BenchArgs {
     /// One side of a run; what it is to do, as JSON
     #[arg(long, hide = true, value_name = "JSON")]
     side: Option<String>,
+    /// With --listen alone: nobody else connects to a bench.
+    #[command(flatten)]
+    sandbox: SandboxArgs,
 }
 
 const HELP: &str = "Examples:\n  pageferry bench --ram 4G --mix random --streams 1,2,4 --runs 5\n  \
@@ -111,7 +121,7 @@ pageferry bench --ram 1G --mix hole=40,text=60 --codecs raw,auto,zstd:1 --json\n
 pageferry bench --image /dev/shm/ram.img --memory memfd\n  \
 pageferry bench --ram 2G --dirty-rate 400 --pattern hot:5 --digest\n  \
 pageferry bench --ram 4G --mix random --limit --report bench.html\n  \
-node7$ pageferry bench --listen tcp:0:4444\n  node1$ pageferry bench tcp:node7:4444 --ram 4G --streams 1,2,4,8\n\n\
+node7$ pageferry bench --listen tcp:0:4444 --insecure\n  node1$ pageferry bench tcp:node7:4444 --ram 4G --streams 1,2,4,8\n\n\
 Source and destination are two processes on this host, new ones for each run. Configurations take turns; the first run of \
 each only warms the machine up. There is no chunk size to sweep: a chunk is 64 pages by protocol, one word of KVM's dirty bitmap.\n\n\
 Exit codes: 0 measured; 1 a configuration has no run that succeeded; 2 wrong arguments; 3 could not start; 130 cancelled.";
@@ -153,6 +163,10 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
         return Err(CliError { exit: Exit::Usage, text });
     }
     let cannot = |text| CliError { exit: Exit::CannotStart, text };
+    if let Some(uri) = &args.listen {
+        let memory = backing::parse(&args.memory).map_err(cannot)?;
+        args.sandbox.enter(Profile::bench(uri, &memory, args.data_port))?;
+    }
     let running = Running::default();
     let cancelled = running.clone();
     stop::on_signals(move || cancelled.cancel());
@@ -162,7 +176,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), CliError> {
         file.map_err(|e| cannot(format!("--report: cannot write to {}: {e}", path.display())))?;
     }
     if let Some(uri) = &args.listen {
-        return hosts::listen(uri, &args.memory, args.data_port, &running);
+        return hosts::listen(uri, args, &running);
     }
     let dirtying = args.live.dirtying().map_err(cannot)?;
     let image = Image::new(args, dirtying.is_some()).map_err(cannot)?;

@@ -2,8 +2,7 @@
 
 use std::fmt::Write;
 
-use pageferry::engine::progress::Round;
-use pageferry::engine::report::Pages;
+use pageferry::engine::report::{Pages, Round};
 use pageferry::pagecopy::layout::PAGE_SIZE;
 
 use super::plots::{self, AXIS, Axes, GRID, INKS, Line, PlotError, TEXT, escape, hex};

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use pageferry::engine::explain;
+use crate::cli::words::explain;
 use pageferry::pagecopy::backend::GuestRam;
 use pageferry::pagecopy::layout::Layout;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
@@ -54,6 +54,7 @@ impl Plan<'_> {
         let order = DestinationOrder {
             uri: self.destination.clone(),
             memory: args.memory.clone(),
+            tls_dir: args.tls_dir.clone(),
             live: self.dirtying.is_some(),
             digest: args.digest,
             timeout_s: args.link_timeout,
@@ -64,6 +65,7 @@ impl Plan<'_> {
             uri: listening.place().uri.clone(),
             image: self.image.path.clone(),
             memory: args.memory.clone(),
+            tls_dir: args.tls_dir.clone(),
             dirtying: self.dirtying.cloned(),
             digest: args.digest,
             series: args.report.is_some(),

@@ -448,7 +448,9 @@ mod tests {
     fn run(total_ms: f64, cpu_s: f64) -> Run {
         let pages = Pages { total: 1 << 18, hole: 1 << 17, raw: 3 << 15, zero: 1 << 15, ..Pages::default() };
         let logical_bytes = 1 << 29;
-        let report = Report { total_ms, cpu_s, pages, page_size: 4096, logical_bytes, ..Report::default() };
+        let mut report = Report::default();
+        (report.total_ms, report.cpu_s, report.pages) = (total_ms, cpu_s, pages);
+        (report.page_size, report.logical_bytes) = (4096, logical_bytes);
         let source = Outcome { report: report.clone(), peak_beyond_bytes: 3 << 20, ..Outcome::default() };
         Run::new(&source, &Outcome { report, peak_beyond_bytes: 5 << 19, ..Outcome::default() })
     }

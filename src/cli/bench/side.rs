@@ -4,28 +4,24 @@
 //! standard output. It ends when its standard input does: whoever started it is gone, or wants it gone.
 
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageferry::engine::destination::{Destination, Incoming};
-use pageferry::engine::progress::Progress;
-use pageferry::engine::report::Report;
-use pageferry::engine::source::{SourceBackend, migrate};
-use pageferry::engine::tuning::Tuning;
-use pageferry::engine::{Options, content_digest, explain};
-use pageferry::pagecopy::backend::{Guest, GuestRam, StaticLog};
-use pageferry::pagecopy::layout::{Layout, PAGE_SIZE};
-use pageferry::print;
-use pageferry::transport::uri::Uri;
-use pageferry::transport::wire::control::Hello;
+use pageferry::backend::{GuestRam, StaticLog};
+use pageferry::cli::print;
+use pageferry::layout::PAGE_SIZE;
 use pageferry::vmm_shim::guest_memory::GuestMemory;
+use pageferry::{
+    Destination, Landing, Offer, Refused, Report, Side, Source, Tls, TlsFiles, Uri, content_digest,
+};
 use serde::{Deserialize, Serialize};
 
 use super::live::{Arrived, Dirtying, Live, Writing};
 use super::series::{Sampler, Series};
 use crate::cli::backing;
 use crate::cli::tuning::TuningArgs;
+use crate::cli::words::explain;
 
 /// What a side is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -46,6 +42,9 @@ pub(super) struct SourceOrder {
     pub image: PathBuf,
     /// What memory is made of that is written while it moves.
     pub memory: String,
+    /// Certificates, if there is to be TLS.
+    #[serde(default)]
+    pub tls_dir: Option<PathBuf>,
     /// How it is written.
     pub dirtying: Option<Dirtying>,
     /// Whether its content in the end is to be told.
@@ -72,6 +71,9 @@ pub(super) struct DestinationOrder {
     pub uri: String,
     /// What memory is made of.
     pub memory: String,
+    /// Certificates, if there is to be TLS.
+    #[serde(default)]
+    pub tls_dir: Option<PathBuf>,
     /// Whether a guest comes, not memory alone.
     pub live: bool,
     /// Whether the content in the end is to be told.
@@ -151,26 +153,27 @@ fn source(order: &SourceOrder) -> Result<Outcome, String> {
         Some(dirtying) => Some(Live::start(&image, &order.memory, dirtying)?),
         None => None,
     };
-    let (ram, backend) = match &live {
-        Some(live) => (live.ram.clone(), live.backend.clone()),
-        None => (image.clone(), static_backend(&image)),
+    let (ram, source) = match &live {
+        Some(live) => (live.ram.clone(), live.source.clone()),
+        None => (image.clone(), Source::builder(image.clone(), Arc::new(StaticLog))),
     };
     drop(image);
     reset_peak();
-    let options = Options {
-        streams: order.transfer.streams,
-        codec: order.transfer.codec.parse().map_err(|e| format!("codec: {e}"))?,
-        timeout: Duration::from_secs(order.transfer.timeout_s),
-        ..Options::default()
-    };
-    let mut tuning = Tuning::default();
-    order.transfer.tuning.apply(&mut tuning);
-    let progress = Progress::new(tuning);
+    let source = source
+        .streams(order.transfer.streams)
+        .codec(order.transfer.codec.parse().map_err(|e| format!("codec: {e}"))?)
+        .link_timeout(Duration::from_secs(order.transfer.timeout_s))
+        .tls(tls(order.tls_dir.as_deref(), Side::Client).map(|tls| tls.hostname(local_name(&uri))))
+        .tuning(order.transfer.tuning.tuning())
+        .build()
+        .map_err(|e| explain(&e))?;
+    let migration = source.start(&uri).map_err(|e| explain(&e))?;
+    let progress = migration.progress();
     let sampler = order.series.then(|| {
         let written = live.as_ref().map(Live::written);
         Sampler::start(&progress, move || written.as_ref().map_or(0, |written| written()))
     });
-    let mut report = migrate(&backend, &uri, &options, &progress).map_err(|e| explain(&e))?;
+    let mut report = migration.wait().map_err(|e| explain(&e))?;
     let writing = live.as_ref().map(Live::writing);
     report.cpu_s -= writing.map_or(0.0, |writing| writing.cpu_s);
     let series = sampler.map(|sampler| sampler.finish(&progress));
@@ -179,14 +182,13 @@ fn source(order: &SourceOrder) -> Result<Outcome, String> {
     Ok(Outcome { writing, series, ..outcome })
 }
 
-fn static_backend(ram: &Arc<GuestMemory>) -> SourceBackend {
-    SourceBackend {
-        ram: ram.clone(),
-        log: Arc::new(StaticLog),
-        guest: None,
-        paused: false,
-        machine: String::new(),
-    }
+fn tls(dir: Option<&Path>, side: Side) -> Option<Tls> {
+    dir.map(|dir| Tls::new(TlsFiles::of_folder(dir, side)))
+}
+
+/// The name of a destination behind a Unix socket.
+fn local_name(uri: &Uri) -> Option<String> {
+    matches!(uri, Uri::Unix(_)).then(|| "localhost".into())
 }
 
 /// What a side says of a run that succeeded; `private` tells whether its guest memory is.
@@ -200,35 +202,31 @@ fn finish(report: Report, ram: &GuestMemory, private: bool, digest: bool) -> Res
 }
 
 /// Makes memory of the size that comes.
-struct Taker<'a> {
-    order: &'a DestinationOrder,
-    ram: Option<Arc<GuestMemory>>,
-}
-
-impl Incoming for Taker<'_> {
-    fn open(&mut self, _hello: &Hello, layout: Layout) -> Result<Arc<dyn GuestRam>, String> {
-        let backing = backing::parse(&self.order.memory)?;
-        let ram = Arc::new(GuestMemory::create(layout, &backing).map_err(|e| explain(&e))?.enlarging());
-        self.ram = Some(ram.clone());
-        Ok(ram)
-    }
-
-    fn guest(&self) -> Option<Arc<dyn Guest>> {
-        self.order.live.then(|| Arc::new(Arrived) as Arc<dyn Guest>)
-    }
+fn land(memory: &str, offer: &Offer) -> Result<Arc<GuestMemory>, Refused> {
+    let backing = backing::parse(memory)?;
+    Ok(Arc::new(GuestMemory::create(offer.layout.clone(), &backing)?.enlarging()))
 }
 
 fn destination(order: &DestinationOrder) -> Result<Outcome, String> {
     let uri: Uri = order.uri.parse().map_err(|e| explain(&e))?;
-    let options = Options { timeout: Duration::from_secs(order.timeout_s), ..Options::default() };
-    let progress = Progress::default();
-    let destination = Destination::bind(&uri, &options, &progress, |text| tracing::info!("{text}"))
+    let destination = Destination::builder()
+        .link_timeout(Duration::from_secs(order.timeout_s))
+        .notice(|text| tracing::info!("{text}"))
+        .tls(tls(order.tls_dir.as_deref(), Side::Server))
+        // What it takes in is made up.
+        .insecure(true)
+        .bind(&uri)
         .map_err(|e| explain(&e))?;
     tell(&Word::Listening(Place { uri: destination.uri().to_string(), memory: order.memory.clone() }));
-    let mut taker = Taker { order, ram: None };
-    let arrival = destination.receive(&mut taker).map_err(|e| explain(&e))?;
-    let ram = taker.ram.ok_or("the engine took no memory")?;
-    finish(arrival.report, &ram, order.memory.starts_with("anon"), order.digest)
+    let (memory, live) = (order.memory.clone(), order.live);
+    let arriving = destination.receive(move |offer| {
+        let ram = land(&memory, offer)?;
+        let landing =
+            if live { Landing::guest(ram.clone(), Arc::new(Arrived)) } else { Landing::memory(ram.clone()) };
+        Ok(landing.keeping(ram))
+    });
+    let arrival = arriving.map_err(|e| explain(&e))?.wait().map_err(|e| explain(&e))?;
+    finish(arrival.report, &arrival.vm, order.memory.starts_with("anon"), order.digest)
 }
 
 /// Which part of this process' memory is the guest's.

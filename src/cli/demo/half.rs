@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::ValueEnum;
-use pageferry::print;
+use pageferry::cli::print;
 use pageferry::vmm_shim::guests::counter::{Checker, Side};
 
 use super::super::api::RunState;

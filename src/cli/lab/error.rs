@@ -119,6 +119,6 @@ impl From<LabError> for CliError {
             LabError::Inside(_) => Exit::Failed,
             _ => Exit::CannotStart,
         };
-        Self { exit, text: pageferry::engine::explain(&error) }
+        Self { exit, text: crate::cli::words::explain(&error) }
     }
 }

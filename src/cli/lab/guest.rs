@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use pageferry::measure::process::Running;
-use pageferry::print;
+use pageferry::cli::measure::process::Running;
+use pageferry::cli::print;
 
 use super::error::LabError;
 use super::kernel::Kernel;

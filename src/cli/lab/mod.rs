@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use pageferry::print;
+use pageferry::cli::print;
 
 use self::error::LabError;
 use self::guest::{BOOT_PATIENCE_S, Output};

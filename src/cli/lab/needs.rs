@@ -4,7 +4,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-pub(super) use pageferry::measure::process::{path, program};
+pub(super) use pageferry::cli::measure::process::{path, program};
 
 use super::error::LabError;
 use crate::cli::say;

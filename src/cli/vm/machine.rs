@@ -4,16 +4,16 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
-use pageferry::engine::explain;
-use pageferry::engine::source::SourceBackend;
-use pageferry::pagecopy::backend::{DirtyLog, Guest, GuestRam};
+use crate::cli::words::explain;
+use pageferry::backend::{DirtyLog, Guest, GuestRam};
 use pageferry::pagecopy::layout::Layout;
-use pageferry::vmm_shim::guest_memory::GuestMemory;
+use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
 use pageferry::vmm_shim::guests::counter::{CounterParams, PAGE_WORDS_MAX};
 use pageferry::vmm_shim::guests::{fill, map};
 use pageferry::vmm_shim::uffd_log::UffdLog;
 use pageferry::vmm_shim::vmm::{self, GuestImage, Tracker, Vm, VmConfig, VmState};
 use pageferry::vmm_shim::writer::{MemoryWriter, WriterOptions};
+use pageferry::{Source, SourceBuilder};
 
 use super::super::{backing, file};
 use super::{TrackerArg, VmArgs};
@@ -33,6 +33,14 @@ impl Machine {
     pub(super) fn new(args: &VmArgs, serial: Box<dyn Write + Send>) -> Result<Self, String> {
         let layout = vmm::layout(args.mem).map_err(|e| format!("--mem: {e}"))?;
         let backing = backing::parse(&args.memory)?;
+        if let (Backing::File { path, .. }, Some(base)) = (&backing, &args.base)
+            && file::is_same(path, base)
+        {
+            return Err(format!(
+                "--memory {}: it is made anew, and cannot be --base, too; give another path",
+                args.memory
+            ));
+        }
         let ram = Arc::new(GuestMemory::create(layout, &backing).map_err(|e| explain(&e))?);
         ram.require_room().map_err(|e| format!("--memory {}: {}", args.memory, explain(&e)))?;
         if args.no_kvm { Self::process(args, ram, serial) } else { Self::kvm(args, ram, serial) }
@@ -134,15 +142,12 @@ impl Machine {
         Ok(())
     }
 
-    /// What the engine moves.
-    pub(super) fn backend(&self, paused: bool) -> SourceBackend {
-        SourceBackend {
-            ram: self.ram.clone(),
-            log: self.log.clone(),
-            guest: Some(self.guest.clone()),
-            paused,
-            machine: self.describe(),
-        }
+    /// What is moved, and is to stay paused where it is paused.
+    pub(super) fn source(&self, paused: bool) -> SourceBuilder {
+        Source::builder(self.ram.clone(), self.log.clone())
+            .guest(self.guest.clone())
+            .paused(paused)
+            .machine(self.describe())
     }
 }
 

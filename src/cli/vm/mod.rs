@@ -2,27 +2,22 @@
 
 mod machine;
 mod server;
-mod sys;
 
 use std::io::Write;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use pageferry::engine::destination::{Destination, Incoming};
-use pageferry::engine::progress::Progress;
-use pageferry::engine::{Options, explain};
-use pageferry::pagecopy::backend::{Guest, GuestRam};
-use pageferry::pagecopy::layout::Layout;
-use pageferry::print;
-use pageferry::transport::uri::Uri;
-use pageferry::transport::wire::control::Hello;
+use pageferry::cli::print;
+use pageferry::{Destination, Landing, Offer, Refused, Uri};
 
 use super::api::ApiAddress;
-use super::{CliError, Exit, PinnedArgs, file, size, stop};
+use super::protection::ListenArgs;
+use super::sandbox::{Profile, SandboxArgs};
+use super::words::explain;
+use super::{CliError, Exit, PinnedArgs, backing, file, size, stop};
 use machine::Machine;
-use server::Server;
+use server::{Control, Server};
 
 /// Runs a small virtual machine that can be migrated
 #[derive(Debug, Args)]
@@ -43,9 +38,20 @@ pub(super) struct VmArgs {
     /// Control socket: unix:PATH
     #[arg(long)]
     api: ApiAddress,
-    /// Wait for a guest instead of starting one: tcp:HOST:PORT, unix:PATH or rdma:HOST:PORT
+    /// Let this user command the VM, too, besides the one who runs it and root; may be given more than once
+    #[arg(long, value_name = "UID")]
+    api_allow: Vec<u32>,
+    /// Wait for a guest instead of starting one: tcp:HOST:PORT, unix:PATH or rdma:HOST:PORT; or load one that was saved: file:PATH,
+    /// exec:COMMAND or fd:N
     #[arg(long, value_name = "URI")]
     incoming: Option<Uri>,
+    /// An older copy of the guest that comes from a peer, an archive or a RAM file: what is the same need not come again. Or the archive
+    /// that the one that is loaded stands on, where that is not where it says
+    #[arg(long, value_name = "FILE", requires = "incoming")]
+    base: Option<std::path::PathBuf>,
+    /// Let a guest that is loaded from file:PATH run at once; its pages come as it touches them, the rest behind
+    #[arg(long, requires = "incoming")]
+    on_demand: bool,
     /// Where console output goes: stdio, none, or a file
     #[arg(long, default_value = "none", value_name = "stdio|none|FILE")]
     serial: String,
@@ -85,6 +91,25 @@ pub(super) struct VmArgs {
     reconnect_timeout: u64,
     #[command(flatten)]
     pinned: PinnedArgs,
+    #[command(flatten)]
+    protection: ListenArgs,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
+}
+
+impl VmArgs {
+    /// What it will need.
+    fn profile(&self) -> Result<Profile, String> {
+        let image = Some(Path::new(&self.guest)).filter(|_| !["counter", "mem-test"].contains(&&*self.guest));
+        let (memory, strict) = (backing::parse(&self.memory)?, self.sandbox.is_strict());
+        let read = self.content.as_deref().into_iter().chain(image);
+        let profile = read.fold(Profile::vm(&self.api.0, &memory, strict), Profile::reading);
+        let profile = profile.reading_anew(&self.protection.files());
+        Ok(match &self.incoming {
+            Some(uri) => profile.incoming(uri, self.base.as_deref(), strict),
+            None => profile,
+        })
+    }
 }
 
 /// How written pages are found.
@@ -101,38 +126,42 @@ enum TrackerArg {
 pub(super) fn run(args: &VmArgs) -> Result<(), CliError> {
     let fail = |text: String| CliError { exit: Exit::CannotStart, text };
     let serial = open_serial(&args.serial).map_err(fail)?;
+    if let Some(uri) = &args.incoming {
+        args.sandbox.check(uri)?;
+    }
+    args.sandbox.enter(args.profile().map_err(fail)?)?;
     let machine = Machine::new(args, serial).map_err(fail)?;
     let server = Server::new(machine, args.incoming.is_some());
-    let api = server.serve(&args.api.0).map_err(fail)?;
+    let api = Control::open(&args.api.0, &args.api_allow).and_then(|api| api.serve(&server)).map_err(fail)?;
     let quitting = server.clone();
     stop::on_signals_unless_refused(move || quitting.signalled());
     if let Some(uri) = &args.incoming {
-        let options = Options {
-            timeout: std::time::Duration::from_secs(args.link_timeout),
-            handover_timeout: std::time::Duration::from_secs(args.handover_timeout),
-            postcopy_timeout: std::time::Duration::from_secs(args.postcopy_timeout),
-            reconnect_timeout: std::time::Duration::from_secs(args.reconnect_timeout),
-            rdma: args.pinned.options(),
-            ..Options::default()
-        };
-        let progress = Progress::default();
-        let destination = Destination::bind(uri, &options, &progress, |notice| tracing::info!("{notice}"))
+        let destination = Destination::builder()
+            .link_timeout(Duration::from_secs(args.link_timeout))
+            .handover_timeout(Duration::from_secs(args.handover_timeout))
+            .postcopy_timeout(Duration::from_secs(args.postcopy_timeout))
+            .reconnect_timeout(Duration::from_secs(args.reconnect_timeout))
+            .rdma(args.pinned.options())
+            .notice(|notice| tracing::info!("{notice}"))
+            .base(args.base.clone())
+            .tls(args.protection.tls().map_err(CliError::usage)?)
+            .insecure(args.protection.is_insecure())
+            .on_demand(args.on_demand)
+            .bind(uri)
             .map_err(|e| CliError::cannot_start(&e))?;
-        tracing::info!("listening on {}", destination.uri());
-        server.listening(destination.uri(), &progress);
-        let taking = server.clone();
-        std::thread::Builder::new()
-            .name("incoming".into())
-            .spawn(move || {
-                let mut taker = Taker { machine: taking.machine(), server: taking.clone() };
-                match catch_unwind(AssertUnwindSafe(|| destination.receive(&mut taker))) {
-                    Ok(Ok(_)) => {}
-                    Ok(Err(error)) => taking.not_arrived(explain(&error)),
-                    Err(_) => taking.incoming_panicked(),
-                }
-                sys::give_free_memory_back();
-            })
+        let does = if uri.is_one_way() { "loading" } else { "listening on" };
+        tracing::info!("{does} {}", destination.uri());
+        server.listening(destination.uri(), &destination.progress());
+        let landing = server.clone();
+        let arriving = destination
+            .receive(move |offer| land(&landing, offer))
             .map_err(|e| fail(format!("cannot start a thread: {e}")))?;
+        let waiting = server.clone();
+        api.spawn(async move {
+            if let Err(error) = arriving.await {
+                waiting.not_arrived(explain(&error));
+            }
+        });
     } else if !args.paused {
         server.resume(false).map_err(fail)?;
     }
@@ -151,28 +180,15 @@ fn open_serial(target: &str) -> Result<Box<dyn Write + Send>, String> {
 }
 
 /// Takes a guest into the machine that was made for it.
-struct Taker {
-    machine: Arc<Machine>,
-    server: Server,
-}
-
-impl Incoming for Taker {
-    fn open(&mut self, hello: &Hello, layout: Layout) -> Result<Arc<dyn GuestRam>, String> {
-        if !hello.live {
-            return Err(
-                "this destination waits for a running guest, not for memory alone; use `pageferry recv`"
-                    .into(),
-            );
-        }
-        self.machine.fits(&layout, &hello.machine)?;
-        Ok(self.machine.ram.clone())
+fn land(server: &Server, offer: &Offer) -> Result<Landing, Refused> {
+    if !offer.live {
+        return Err(
+            "this destination waits for a running guest, not for memory alone; use `pageferry recv`".into()
+        );
     }
-
-    fn guest(&self) -> Option<Arc<dyn Guest>> {
-        Some(self.machine.guest.clone())
-    }
-
-    fn arrived(&mut self, running: bool) {
-        self.server.arrived(running);
-    }
+    let machine = server.machine();
+    machine.fits(&offer.layout, &offer.machine)?;
+    let arriving = server.clone();
+    let landing = Landing::guest(machine.ram.clone(), machine.guest.clone());
+    Ok(landing.on_arrival(move |running| arriving.arrived(running)))
 }

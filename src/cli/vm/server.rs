@@ -1,36 +1,28 @@
-//! The control socket of a `vm` process, and what its requests do.
+//! What the requests to a `vm` process do.
 
+mod control;
 mod recording;
 mod refusal;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use pageferry::engine::plan::plan;
-use pageferry::engine::progress::{Phase, Progress};
-use pageferry::engine::report::{Report, Status};
-use pageferry::engine::source::{Failure, Fate, migrate};
-use pageferry::engine::{Options, explain};
-use pageferry::transport::rdma::RdmaOptions;
-use pageferry::transport::socket::{AsyncConnection, AsyncListener, Listener};
-use pageferry::transport::uri::Uri;
+use pageferry::{Failure, Fate, Progress, RdmaOptions, Refusal, Report, Status, Uri};
 use serde_json::Value;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::runtime::Runtime;
 
-use super::super::api::{Answer, LINE_MAX, MigrateRequest, PlanRequest, Request, RunState, VmStatus};
+use super::super::api::{MigrateRequest, PlanRequest, Request, RunState, VmStatus};
+use super::super::protection::TlsRequest;
+use super::super::sandbox;
 use super::super::send::is_not_started;
 use super::super::stop::{Heard, stopping};
+use super::super::words::{self, explain};
 use super::super::{CliError, Exit};
 use super::machine::Machine;
-use super::sys;
+pub(super) use control::Control;
 use recording::Recording;
 use refusal::not_here;
 
-/// A client that says nothing for this long is left.
-const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a request waits for a migration to end that is about to; less than a client waits for the answer.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -42,8 +34,6 @@ const PAGES_ON_THEIR_WAY: &str = "pages of the guest that runs here are still on
                                   `quit --force`";
 /// Why a migration cannot be told what it was asked.
 const HANDED_OVER: &str = "too late: the guest was handed over";
-/// What is said of a thread that panicked, beside its own words.
-const PANICKED: &str = "a thread panicked, which is a defect (its words are in the log): please report it";
 
 /// One VM and who commands it.
 #[derive(Clone)]
@@ -69,8 +59,6 @@ struct State {
     lost: Option<String>,
     /// The last migration out could not be started.
     not_started: bool,
-    /// Why the thread of the last migration out ended without a result.
-    panicked: Option<String>,
     /// A signal asked for the end while pages of the guest were missing.
     warned: bool,
     recording: Recording,
@@ -81,39 +69,29 @@ struct State {
 impl State {
     /// The report of the last migration, out or in.
     fn report(&self) -> Option<Report> {
-        let mut report = self.progress.as_ref().map(Progress::report)?;
-        if let Some(why) = &self.panicked {
-            report.status = if self.run == RunState::Unknown { Status::Unknown } else { Status::Failed };
-            report.error = Some(why.clone());
-        }
-        Some(report)
+        self.progress.as_ref().map(words::report)
     }
 
     /// The status of a migration out that is under way.
     fn migration(&self) -> Option<Status> {
-        self.progress.as_ref().filter(|_| self.migrating).map(|progress| progress.report().status)
+        self.progress.as_ref().filter(|_| self.migrating).map(Progress::status)
     }
 
     /// The status of a migration in.
     fn incoming(&self) -> Option<Status> {
         let left = matches!(self.run, RunState::Migrated | RunState::Unknown);
-        self.progress.as_ref().filter(|_| !self.migrating && !left).map(|progress| progress.report().status)
+        self.progress.as_ref().filter(|_| !self.migrating && !left).map(Progress::status)
     }
 
     /// Why the guest that ran here is lost, if it is. The report knows before the session's thread has entered it here.
     fn lost(&self) -> Option<String> {
         let reported = || {
-            let report = self.progress.as_ref()?.report();
+            let report = self.report()?;
             let why =
                 "pages of the running guest were missing and never came: the guest was stopped, and is lost";
             (self.incoming()? == Status::PostcopyLost).then(|| report.error.unwrap_or_else(|| why.into()))
         };
         self.lost.clone().or_else(reported)
-    }
-
-    /// How far a migration out that is under way has come.
-    fn phase(&self) -> Option<Phase> {
-        self.progress.as_ref().filter(|_| self.migrating).map(Progress::phase)
     }
 
     /// GO was said, and the source asks what came of it.
@@ -123,7 +101,7 @@ impl State {
 
     /// The guest may run at the destination, and pages follow, whatever the status says.
     fn in_postcopy(&self) -> bool {
-        self.phase() == Some(Phase::Postcopy)
+        self.migrating && self.progress.as_ref().is_some_and(Progress::in_postcopy)
     }
 
     /// The guest came in without all its pages: whoever reads its memory may wait for one, and for ever when it is lost.
@@ -151,7 +129,7 @@ impl Server {
         let run = if incoming { RunState::Incoming } else { RunState::Paused };
         let recording = Recording::default();
         let (migrating, planning, progress) = (false, false, None);
-        let (listening, lost, panicked, end) = (None, None, None, None);
+        let (listening, lost, end) = (None, None, None);
         let (not_started, warned) = (false, false);
         let state = State {
             run,
@@ -161,7 +139,6 @@ impl Server {
             listening,
             lost,
             not_started,
-            panicked,
             warned,
             recording,
             end,
@@ -178,72 +155,6 @@ impl Server {
         self.shared.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Opens the control socket, for this user alone, and answers on it.
-    pub(super) fn serve(&self, path: &Path) -> Result<Runtime, String> {
-        let listener = Listener::bind_private(path).map_err(|e| format!("--api: {}", explain(&e)))?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .map_err(|e| format!("cannot start the control plane: {e}"))?;
-        let listener = {
-            let _guard = runtime.enter();
-            AsyncListener::new(listener).map_err(|e| format!("--api: {e}"))?
-        };
-        let server = self.clone();
-        runtime.spawn(async move {
-            loop {
-                match listener.accept().await {
-                    Ok((connection, _)) => {
-                        tokio::spawn(server.clone().client(connection));
-                    }
-                    Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
-                }
-            }
-        });
-        Ok(runtime)
-    }
-
-    async fn client(self, connection: AsyncConnection) {
-        let (reader, mut writer) = tokio::io::split(connection);
-        let mut reader = BufReader::new(reader.take(LINE_MAX));
-        let mut line = Vec::new();
-        while let Ok(Ok(1..)) =
-            tokio::time::timeout(CLIENT_TIMEOUT, reader.read_until(b'\n', &mut line)).await
-        {
-            let whole = line.ends_with(b"\n") || (line.len() as u64) < LINE_MAX;
-            let request = Request::parse(&line);
-            let mut quits = match request {
-                Ok(Request::Quit { force }) if whole => Some(force),
-                _ => None,
-            };
-            let answer = match request {
-                _ if !whole => Err(format!("a request is longer than {LINE_MAX} bytes")),
-                Ok(request) => {
-                    let server = self.clone();
-                    // Pausing and resuming block.
-                    let done = tokio::task::spawn_blocking(move || server.execute(request)).await;
-                    done.unwrap_or_else(|e| Err(format!("the request failed: {e}")))
-                }
-                Err(e) => Err(e),
-            };
-            quits = quits.filter(|_| answer.is_ok());
-            let answer = answer.map_or_else(Answer::Error, Answer::Return);
-            let text = serde_json::to_string(&answer).unwrap_or_default() + "\n";
-            let written = writer.write_all(text.as_bytes()).await;
-            if let Some(force) = quits {
-                // Only now: the process may be gone a moment later, and its answer with it.
-                self.quit(force);
-            }
-            // What follows in a line that is too long is no request either.
-            if written.is_err() || !whole {
-                break;
-            }
-            line.clear();
-            reader.get_mut().set_limit(LINE_MAX);
-        }
-    }
-
     fn execute(&self, request: Request) -> Result<Value, String> {
         match request {
             Request::Status => serde_json::to_value(self.status()).map_err(|e| e.to_string()),
@@ -253,33 +164,18 @@ impl Server {
             Request::Resume { force } => self.resume(force).map(|()| Value::Null),
             Request::RecordTrace(request) => self.record(&request).map(|()| Value::Null),
             Request::Cancel => self.cancel().map(|()| Value::Null),
-            Request::Set(tuning) => self.command(|progress| match progress.phase() {
-                Phase::Precopy => {
-                    progress.tune(|now| tuning.apply(now));
-                    Ok(())
+            Request::Set(tuning) => self.command(|progress| {
+                if progress.in_postcopy() && tuning.has_more_than_bandwidth() {
+                    return Err(
+                        "the guest was handed over: in postcopy there is only the bandwidth to set".into()
+                    );
                 }
-                Phase::Postcopy if !tuning.has_more_than_bandwidth() => {
-                    progress.tune(|now| tuning.apply(now));
-                    Ok(())
-                }
-                Phase::Postcopy => {
-                    Err("the guest was handed over: in postcopy there is only the bandwidth to set".into())
-                }
-                Phase::HandedOver => Err(HANDED_OVER.into()),
+                progress.tune(|now| tuning.apply(now)).map_err(too_late)
             }),
-            Request::Switchover => self.command(|progress| match progress.phase() {
-                Phase::Precopy => {
-                    progress.request_switchover();
-                    Ok(())
-                }
-                Phase::HandedOver | Phase::Postcopy => Err(HANDED_OVER.into()),
-            }),
-            Request::Continue => self.command(|progress| match progress.report().status {
-                Status::PreSwitchover => {
-                    progress.go_on();
-                    Ok(())
-                }
-                _ => Err("the migration does not wait before its switchover".into()),
+            Request::Switchover => self.command(|progress| progress.switchover().map_err(too_late)),
+            Request::Continue => self.command(|progress| {
+                let refused = |_| "the migration does not wait before its switchover".into();
+                progress.continue_().map_err(refused)
             }),
             Request::Postcopy => self.postcopy().map(|()| Value::Null),
             Request::Recover { uri } => self.recover(&uri).map(|()| Value::Null),
@@ -322,6 +218,7 @@ impl Server {
             memory_bytes: machine.ram.layout().bytes(),
             accelerator: machine.accelerator().into(),
             tracker: machine.log.name().into(),
+            sandbox: Some(sandbox::confinement()),
             // A guest that is on its way out is still here; on its way in not all of it may be.
             longest_gap_ms: (matches!(state.run, RunState::Running | RunState::Paused)
                 && !state.misses_pages())
@@ -357,7 +254,8 @@ impl Server {
         if force && state.asks() && !state.in_postcopy() {
             // The user knows what the source asks for. Only when it asks no more can it not say GO again.
             if let Some(progress) = &state.progress {
-                progress.cancel();
+                // Not in postcopy, as was just seen.
+                let _ = progress.cancel();
             }
             state = self.wait_while(state, |state| state.migrating);
             if state.run == RunState::Migrated {
@@ -387,15 +285,10 @@ impl Server {
     fn postcopy(&self) -> Result<(), String> {
         let state = self.state();
         match &state.progress {
-            Some(_) if state.in_postcopy() => Ok(()),
-            Some(progress) if state.migrating && progress.can_postcopy() => {
-                progress.request_postcopy();
-                Ok(())
-            }
-            Some(_) if state.migrating => Err(
+            Some(progress) if state.migrating => progress.postcopy().map_err(|_| {
                 "not now: the migration has not begun to move pages, or its destination cannot run a guest before they are there"
-                    .into(),
-            ),
+                    .into()
+            }),
             _ => Err("no migration is under way".into()),
         }
     }
@@ -404,10 +297,7 @@ impl Server {
         let uri = uri.parse().map_err(|e| explain(&e))?;
         let state = self.state();
         match &state.progress {
-            Some(progress) if state.in_postcopy() => {
-                progress.recover(uri);
-                Ok(())
-            }
+            Some(progress) if state.in_postcopy() => progress.recover(uri).map_err(|e| explain(&e)),
             _ => Err("no migration is in postcopy".into()),
         }
     }
@@ -415,13 +305,12 @@ impl Server {
     fn cancel(&self) -> Result<(), String> {
         let state = self.state();
         match &state.progress {
-            Some(progress) if state.migrating || state.run == RunState::Incoming => match progress.cancel() {
-                true => Ok(()),
-                false => Err(
+            Some(progress) if state.migrating || state.run == RunState::Incoming => {
+                progress.cancel().map_err(|_| {
                     "the guest may run at the destination already: a migration in postcopy cannot be cancelled"
-                        .into(),
-                ),
-            },
+                        .into()
+                })
+            }
             _ if state.recording.runs() => {
                 state.recording.stop();
                 Ok(())
@@ -454,14 +343,20 @@ impl Server {
             other => return Err(not_here(other, false)),
         }
         drop(state);
-        let backend = self.shared.machine.backend(false);
-        let plan = plan(&backend, Duration::from_secs(seconds), link, downtime_limit_ms);
+        let source = self.shared.machine.source(false).build().map_err(|e| explain(&e));
+        let plan = source.and_then(|source| {
+            let plan = source.plan(Duration::from_secs(seconds), link, downtime_limit_ms);
+            plan.map_err(|e| explain(&e))
+        });
         self.state().planning = false;
-        serde_json::to_value(plan.map_err(|e| explain(&e))?).map_err(|e| e.to_string())
+        serde_json::to_value(plan?).map_err(|e| e.to_string())
     }
 
     fn migrate(&self, request: &MigrateRequest) -> Result<(), String> {
         let uri: Uri = request.uri.parse().map_err(|e| explain(&e))?;
+        if matches!(uri, Uri::Exec(_)) && sandbox::confinement().mode == sandbox::Mode::Strict {
+            return Err(sandbox::NO_PROGRAMS.into());
+        }
         let codec = request.codec.parse().map_err(|e| format!("codec: {e}"))?;
         if !(1..=256).contains(&request.streams) || !(1..=3600).contains(&request.link_timeout_s) {
             return Err("streams are 1 to 256, link_timeout_s is 1 to 3600".into());
@@ -469,18 +364,6 @@ impl Server {
         if request.reconnect_timeout_s > 86400 {
             return Err("reconnect_timeout_s is at most 86400".into());
         }
-        let options = Options {
-            streams: request.streams,
-            codec,
-            postcopy_after_rounds: request.postcopy_after_rounds,
-            timeout: Duration::from_secs(request.link_timeout_s),
-            reconnect_timeout: Duration::from_secs(request.reconnect_timeout_s),
-            rdma: RdmaOptions {
-                pin_all: request.rdma_pin_all,
-                pinned_max: request.rdma_max_pinned.unwrap_or(u64::MAX),
-            },
-            ..Options::default()
-        };
         let mut state = self.state();
         if state.migrating {
             return Err("a migration is under way already".into());
@@ -503,56 +386,54 @@ impl Server {
             return Err(format!("the guest has crashed ({why}); there is nothing to migrate"));
         }
         self.shared.machine.forget_gap();
-        let progress = Progress::new(request.tuning.tuning());
-        state.progress = Some(progress.clone());
-        (state.migrating, state.not_started, state.panicked) = (true, false, None);
+        let source = self.shared.machine.source(paused);
+        let source = source
+            .tuning(request.tuning.tuning())
+            .streams(request.streams)
+            .codec(codec)
+            .postcopy_after_rounds(request.postcopy_after_rounds)
+            .resume_after_save(request.resume_after_save)
+            .base(request.base.clone())
+            .snapshot(request.snapshot)
+            .tls(request.tls.as_ref().map(TlsRequest::tls))
+            .link_timeout(Duration::from_secs(request.link_timeout_s))
+            .reconnect_timeout(Duration::from_secs(request.reconnect_timeout_s))
+            .rdma(RdmaOptions {
+                pin_all: request.rdma_pin_all,
+                pinned_max: request.rdma_max_pinned.unwrap_or(u64::MAX),
+            });
+        let source = source.build().map_err(|e| explain(&e))?;
+        let migration = source.start(&uri).map_err(|e| format!("cannot start a thread: {e}"))?;
+        state.progress = Some(migration.progress());
+        (state.migrating, state.not_started) = (true, false);
         let server = self.clone();
-        let backend = self.shared.machine.backend(paused);
-        std::thread::Builder::new()
-            .name("migration".into())
-            .spawn(move || {
-                let result = catch_unwind(AssertUnwindSafe(|| migrate(&backend, &uri, &options, &progress)));
-                match result {
-                    Ok(result) => server.migrated(result.map(drop)),
-                    Err(_) => server.migration_panicked(paused),
-                }
-                sys::give_free_memory_back();
-            })
-            .map(drop)
-            .map_err(|e| {
-                state.migrating = false;
-                format!("cannot start a thread: {e}")
-            })
+        // A guest that was saved is still this process's.
+        let after = match uri.is_one_way() {
+            true if request.resume_after_save || request.snapshot => state.run,
+            true => RunState::Paused,
+            false => RunState::Migrated,
+        };
+        // Requests are served by tasks of the control socket's runtime.
+        tokio::spawn(async move {
+            server.migrated(migration.await.map(|_| after));
+        });
+        Ok(())
     }
 
     /// The migration has ended.
-    fn migrated(&self, result: Result<(), Failure>) {
+    fn migrated(&self, result: Result<RunState, Failure>) {
         let mut state = self.state();
         state.migrating = false;
         state.not_started = result.as_ref().is_err_and(is_not_started);
         match result.map_err(|failure| failure.fate) {
-            Ok(()) => state.run = RunState::Migrated,
+            Ok(after) => state.run = after,
             // Older than what ran at the destination: only by force.
             Err(Fate::Lost) => state.run = RunState::Migrated,
             Err(Fate::Unknown) => state.run = RunState::Unknown,
             Err(Fate::Stuck) => state.run = RunState::Paused,
-            Err(Fate::RunsOn | Fate::StaysPaused | Fate::Unmoved) => {}
+            // It is as it was.
+            Err(_) => {}
         }
-        drop(state);
-        self.shared.changed.notify_all();
-    }
-
-    /// It ended without telling how. Before GO the guest is this side's, whatever became of the rest.
-    fn migration_panicked(&self, paused: bool) {
-        let mut state = self.state();
-        if state.phase() == Some(Phase::Precopy) {
-            let runs = !paused && self.shared.machine.guest.resume().is_ok();
-            state.run = if runs { RunState::Running } else { RunState::Paused };
-        } else {
-            state.run = RunState::Unknown;
-        }
-        state.panicked = Some(PANICKED.into());
-        state.migrating = false;
         drop(state);
         self.shared.changed.notify_all();
     }
@@ -586,21 +467,6 @@ impl Server {
         self.shared.changed.notify_all();
     }
 
-    /// The thread that takes a guest in has panicked. A guest that has all its pages runs on.
-    pub(super) fn incoming_panicked(&self) {
-        let (waits, misses) = {
-            let state = self.state();
-            (state.run == RunState::Incoming, state.may_lose_guest())
-        };
-        if waits || misses {
-            self.not_arrived(PANICKED.into());
-        }
-        if misses {
-            // Its vCPUs may wait for pages that nobody brings in any more; this may wait for them as long as they do.
-            let _ = self.shared.machine.guest.stop_for_good(&|| Ok(()));
-        }
-    }
-
     /// Ends the process, after whatever migration is under way was cancelled or, in postcopy, has ended. By `force` at once.
     pub(super) fn quit(&self, force: bool) {
         let state = self.state();
@@ -611,7 +477,8 @@ impl Server {
             return;
         }
         if let Some(progress) = &state.progress {
-            progress.cancel();
+            // In postcopy it does not count: see below.
+            let _ = progress.cancel();
         }
         let waits = state.in_postcopy();
         drop(state);
@@ -682,5 +549,13 @@ impl Server {
         drop(state);
         api.shutdown_timeout(Duration::from_millis(200));
         result.map_err(|text| CliError { exit: Exit::Failed, text })
+    }
+}
+
+/// Why a request comes too late.
+fn too_late(refusal: Refusal) -> String {
+    match refusal {
+        Refusal::HandedOver | Refusal::InPostcopy => HANDED_OVER.into(),
+        other => explain(&other),
     }
 }

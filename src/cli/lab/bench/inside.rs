@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
-use pageferry::measure::ferry::Ferry;
-use pageferry::measure::qemu::{self, Mode};
-use pageferry::measure::{Job, Place, Target, same_content};
-use pageferry::print;
+use pageferry::cli::measure::ferry::Ferry;
+use pageferry::cli::measure::qemu::{self, Mode};
+use pageferry::cli::measure::{Job, Place, Target, same_content};
+use pageferry::cli::print;
 
 use super::super::error::LabError;
 use super::super::{own_program, script};
@@ -180,6 +180,7 @@ impl Bench<'_> {
             port,
             folder: &self.folder,
             watch_memory: false,
+            tls: None,
         };
         let took = match contender {
             Contender::Ferry(scheme, streams, codec) => {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use clap::Args;
-use pageferry::print;
+use pageferry::cli::print;
 
 use self::image::Kind;
 use self::table::Table;

@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use pageferry::measure::process::Running;
+use pageferry::cli::measure::process::Running;
 
 use super::super::needs;
 use super::super::script::RDMA_DEVICE;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pageferry::engine::explain;
+use crate::cli::words::explain;
 use pageferry::pagecopy::backend::{BackendError, DirtyLog};
 use pageferry::pagecopy::bitmap::PageBitmap;
 use pageferry::pagecopy::layout::Layout;

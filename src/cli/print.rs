@@ -173,7 +173,13 @@ impl Lossy {
         let shared = Arc::new(Shared { queue: Mutex::default(), changed: Condvar::new() });
         let writer = shared.clone();
         let thread = std::thread::Builder::new().name(format!("print-{name}"));
-        if thread.spawn(move || writer.write(sink, on_loss)).is_err() {
+        // It may be older than what its command knows of its needs, and has none itself.
+        let leaving = super::sandbox::Leaving::begin();
+        let write = move || {
+            leaving.leave_nothing();
+            writer.write(sink, on_loss);
+        };
+        if thread.spawn(write).is_err() {
             // A host without threads: nothing else works either, and the last word is written by whoever has it.
             lock(&shared.queue).broken = true;
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::process::{MemoryWatch, Running};
 use super::{Job, PATIENCE, Target, Took};
-use crate::engine::report::{Report, Status};
+use pageferry::engine::report::{Report, Status};
 
 /// How long a command may take to end once it has printed its report.
 const END_PATIENCE: Duration = Duration::from_secs(60);
@@ -34,11 +34,13 @@ impl Ferry<'_> {
     pub fn transfer(&self, job: &Job<'_>) -> Result<Took, String> {
         let uri = format!("{}:{}:{}", self.scheme, job.host, job.port);
         let mut recv = job.destination.command(self.program);
-        recv.args(["recv", &uri, "--json"]);
+        // Without, whoever reaches it sees what was made for this.
+        recv.args(["recv", &uri, "--json", "--insecure"]);
         match job.target {
             Target::File(copy) => recv.arg("--ram-file").arg(copy),
             Target::Anonymous => recv.arg("--anon"),
         };
+        under_tls(&mut recv, job);
         let mut recv = self.start(&mut recv)?;
         if let Some(Err(text)) = recv.stderr().map(wait_until_it_listens) {
             return Err(reason(&text));
@@ -47,6 +49,7 @@ impl Ferry<'_> {
         let mut send = job.source.command(self.program);
         send.args(["send", &uri, "--json", "--streams", &self.streams.to_string(), "--codec", self.codec]);
         send.arg("--ram-file").arg(job.image);
+        under_tls(&mut send, job);
         let begin = Instant::now();
         let mut send = self.start(&mut send)?;
         let watch = |process: &Running| job.watch_memory.then(|| MemoryWatch::start(process.id()));
@@ -71,6 +74,12 @@ impl Ferry<'_> {
     fn start(&self, command: &mut Command) -> Result<Running, String> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Running::start(command).map_err(|e| format!("{}: {e}", self.program.display()))
+    }
+}
+
+fn under_tls(command: &mut Command, job: &Job<'_>) {
+    if let Some(folder) = job.tls {
+        command.arg("--tls-dir").arg(folder);
     }
 }
 
@@ -152,7 +161,9 @@ mod tests {
     #[test]
     fn only_a_verified_transfer_counts() {
         let text = |status, verified| {
-            serde_json::to_string(&Report { status, verified, ..Report::default() }).unwrap()
+            let mut report = Report::default();
+            (report.status, report.verified) = (status, verified);
+            serde_json::to_string(&report).unwrap()
         };
         assert!(understood(&text(Status::Completed, true), "").is_ok());
         assert!(understood(&text(Status::Completed, false), "").unwrap_err().contains("not verified"));

@@ -58,6 +58,8 @@ pub struct Job<'a> {
     pub folder: &'a Path,
     /// Whether to look at the memory of both sides again and again, which takes a little of their time.
     pub watch_memory: bool,
+    /// Under TLS, with the certificates and keys of this folder.
+    pub tls: Option<&'a Path>,
 }
 
 /// What a transfer took. Times are in milliseconds unless they say otherwise.

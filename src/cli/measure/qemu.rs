@@ -110,6 +110,9 @@ impl FromStr for Mode {
     }
 }
 
+/// QEMU's name for its certificates.
+const CREDENTIALS: &str = "tls0";
+
 /// Migrates a paused guest that has the image for its RAM. QEMU's own total time ends when the source has sent everything, which
 /// may be well before the destination has it.
 ///
@@ -124,12 +127,17 @@ pub fn migrate(mode: Mode, job: &Job<'_>) -> Result<Took, String> {
         file.map_err(|e| format!("{}: {e}", copy.display()))?;
     }
     let socket = |name: &str| job.folder.join(name);
-    let start =
-        |ram, name, place, incoming| Qemu::start(ram, length, Runs::Not, &socket(name), place, incoming);
+    let start = |ram, name, place, incoming| {
+        Qemu::start(ram, length, Runs::Not, &socket(name), place, incoming, job.tls)
+    };
     let mut destination = start(job.target, "destination.qmp", job.destination, true)?;
     let mut source = start(Target::File(job.image), "source.qmp", job.source, false)?;
+    let mut parameters = mode.parameters();
+    if job.tls.is_some() {
+        parameters["tls-creds"] = CREDENTIALS.into();
+    }
     for qemu in [&mut source, &mut destination] {
-        qemu.set_up(mode.capability(), &mode.parameters())?;
+        qemu.set_up(mode.capability(), &parameters)?;
     }
     let uri = format!("{}:{}:{}", mode.scheme(), job.host, job.port);
     destination.ask("migrate-incoming", &json!({ "uri": uri }))?;
@@ -220,8 +228,9 @@ pub struct Lived {
 pub fn migrate_live(job: &LiveJob<'_>) -> Result<Lived, String> {
     let length = job.ram.metadata().map_err(|e| format!("{}: {e}", job.ram.display()))?.len();
     let runs = Runs::From(job.firmware);
-    let start =
-        |ram, name, place, incoming| Qemu::start(ram, length, runs, &job.folder.join(name), place, incoming);
+    let start = |ram, name, place, incoming| {
+        Qemu::start(ram, length, runs, &job.folder.join(name), place, incoming, None)
+    };
     let mut destination = start(Target::Anonymous, "destination.qmp", job.destination, true)?;
     let mut source = start(Target::File(job.ram), "source.qmp", job.source, false)?;
     let limit_ms = job.downtime_limit.as_millis() as u64;
@@ -306,6 +315,7 @@ impl Qemu {
         socket: &Path,
         place: &Place,
         incoming: bool,
+        tls: Option<&Path>,
     ) -> Result<Self, String> {
         let program = process::program(PROGRAM)
             .ok_or(format!("{PROGRAM} is not installed (package qemu-system-x86)"))?;
@@ -333,6 +343,13 @@ impl Qemu {
             .stderr(stderr);
         if incoming {
             command.args(["-incoming", "defer"]);
+        }
+        if let Some(folder) = tls {
+            let folder = folder.display().to_string().replace(',', ",,");
+            let endpoint = if incoming { "server" } else { "client" };
+            let object =
+                format!("tls-creds-x509,id={CREDENTIALS},dir={folder},endpoint={endpoint},verify-peer=on");
+            command.args(["-object", &object]);
         }
         let child = Running::start(&mut command).map_err(|e| format!("QEMU does not start: {e}"))?;
         Ok(Self { child, socket: socket.into(), link: None })
