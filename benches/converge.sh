@@ -64,7 +64,7 @@ move() {
     local guest=(--mem 1G "${writes[@]}")
     ip netns exec "$here" "$ferry" vm --api "unix:$work/a" "${guest[@]}" 2> "$work/a.err" &
     vms=($!)
-    ip netns exec "$there" "$ferry" vm --api "unix:$work/b" "${guest[@]}" --incoming tcp:10.77.0.2:4444 2> "$work/b.err" &
+    ip netns exec "$there" "$ferry" vm --api "unix:$work/b" "${guest[@]}" --insecure --incoming tcp:10.77.0.2:4444 2> "$work/b.err" &
     vms+=($!)
     # Two passes of the guest over its memory.
     sleep 6

@@ -3,14 +3,21 @@
 
 mod common;
 
+#[allow(dead_code, reason = "shared with tests/inspect.rs, of which this is a part")]
+#[path = "inspect/hand.rs"]
+mod hand;
+#[allow(dead_code, reason = "shared with tests/live.rs, of which this is a part")]
+#[path = "live/vm.rs"]
+mod vm;
+
 #[path = "hostile/arguments.rs"]
 mod arguments;
 #[path = "hostile/floods.rs"]
 mod floods;
-#[path = "hostile/hosts.rs"]
-mod hosts;
 #[path = "hostile/processes.rs"]
 mod processes;
+#[path = "hostile/table.rs"]
+mod table;
 #[path = "hostile/to_destination.rs"]
 mod to_destination;
 #[path = "hostile/to_source.rs"]

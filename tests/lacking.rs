@@ -7,6 +7,8 @@ mod common;
 mod ends;
 #[path = "lacking/holes.rs"]
 mod holes;
+#[path = "lacking/hosts.rs"]
+mod hosts;
 #[path = "lacking/limits.rs"]
 mod limits;
 #[path = "lacking/panics.rs"]

@@ -29,8 +29,14 @@ mod memory;
 mod proxy;
 #[path = "live/resume.rs"]
 mod resume;
+#[path = "live/save.rs"]
+mod save;
+#[path = "live/session.rs"]
+mod session;
 #[path = "live/streams.rs"]
 mod streams;
+#[path = "live/tls.rs"]
+mod tls;
 #[path = "live/torn.rs"]
 mod torn;
 #[path = "live/tuning.rs"]

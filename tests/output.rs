@@ -10,6 +10,8 @@ mod vm;
 
 #[path = "output/answers.rs"]
 mod answers;
+#[path = "output/control.rs"]
+mod control;
 #[path = "output/postcopy.rs"]
 mod postcopy;
 #[path = "output/sinks.rs"]

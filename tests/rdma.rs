@@ -119,7 +119,7 @@ impl Recv {
     fn start(address: Ipv4Addr, to: &Path, args: &[&str]) -> Self {
         let errors = to.with_extension("err");
         let child = Command::new(env!("CARGO_BIN_EXE_pageferry"))
-            .args(["recv", &format!("rdma:{address}:0"), "--json", "--ram-file"])
+            .args(["recv", &format!("rdma:{address}:0"), "--insecure", "--json", "--ram-file"])
             .arg(to)
             .args(args)
             .stdin(Stdio::null())
@@ -350,7 +350,7 @@ fn connections_leave_nothing_behind() {
     use pageferry::pagecopy::layout::Layout;
     use pageferry::transport::accept::{Acceptor, StreamRequest};
     use pageferry::transport::destination::PageSink;
-    use pageferry::transport::dial::Dialler;
+    use pageferry::transport::dial::{Dialler, Route};
     use pageferry::transport::rdma::{Listener, RdmaOptions};
     use pageferry::transport::source::{PageSource, SourceOptions};
     use pageferry::transport::uri::Uri;
@@ -365,7 +365,6 @@ fn connections_leave_nothing_behind() {
     let timeout = Duration::from_secs(20);
     let options = SourceOptions {
         streams: 1,
-        near: false,
         references: false,
         codec: CodecMode::Raw,
         cache_bytes: 0,
@@ -381,7 +380,7 @@ fn connections_leave_nothing_behind() {
     let tcp = std::net::TcpListener::bind((address, 0)).unwrap();
     let listener = Listener::bind(tcp.local_addr().unwrap()).unwrap();
     let uri = Uri::Rdma { host: address.to_string(), port: tcp.local_addr().unwrap().port() };
-    let dialler = Dialler::new(&source, &uri, [7; 16], 1, timeout, RdmaOptions::default());
+    let dialler = Dialler::new(&source, &Route::default(), &uri, [7; 16], 1, timeout, RdmaOptions::default());
     let connect = |count: u32| {
         for _ in 0..count {
             let attached = std::thread::scope(|scope| {

@@ -5,8 +5,8 @@ mod common;
 
 use std::net::TcpListener;
 
-use common::{Ended, Image, Job, MIB, PAGE, Recv, assert_same, blocks, send, turn};
-use pageferry::engine::report::Status;
+use common::{Ended, Ferry, Image, Job, MIB, PAGE, Recv, assert_same, blocks, send, turn};
+use pageferry::engine::report::{Pages, Status};
 
 /// Not a multiple of a chunk (256 KiB), so that every image ends in a short one.
 const LEN: usize = 24 * MIB + 5 * PAGE;
@@ -201,7 +201,7 @@ fn the_text_summary_has_the_digest() {
     let job = Job::new(Image::Text, 2 * MIB);
     let recv = Recv::start("tcp:127.0.0.1:0", ["--anon", "--digest"]);
     let from = job.from.to_str().unwrap();
-    let sent = common::Ferry::run(["send", &recv.uri, "--ram-file", from, "--digest"]);
+    let sent = Ferry::run(["send", &recv.uri, "--ram-file", from, "--digest"]);
     let received = recv.ferry.wait();
     let line = |ended: &Ended| {
         ended.code(0).stdout.lines().find_map(|l| l.strip_prefix("xxh3-128:")).unwrap().trim().to_owned()
@@ -260,5 +260,59 @@ fn odd_path_names() {
         recv.ferry.wait().code(0);
         assert_same(&to, &job.content);
         assert!(!socket.exists(), "the socket is removed");
+    }
+}
+
+/// Every kind of memory through a file, which has a hole for nothing and a mark for zeros, and through a command.
+#[test]
+fn every_kind_is_saved_and_loaded() {
+    for image in Image::ALL {
+        for codec in ["auto", "raw", "zstd:1"] {
+            let job = Job::new(image, LEN);
+            let path = job.folder.path().join("archive");
+            for uri in [format!("file:{}", path.display()), format!("exec:cat > {}", path.display())] {
+                let sent = send(&uri, &job.from, &["--codec", codec]).wait();
+                sent.code(0);
+                assert_report(&job, &sent, 4);
+                assert_eq!(sent.report().wire_bytes, path.metadata().unwrap().len(), "{sent:?}");
+                for uri in [format!("file:{}", path.display()), format!("exec:cat {}", path.display())] {
+                    let _ = std::fs::remove_file(&job.to);
+                    let recv = Ferry::run(["recv", &uri, "--json", "--ram-file", job.to.to_str().unwrap()]);
+                    recv.code(0);
+                    job.assert_arrived();
+                    let (saved, loaded) = (sent.report().pages, recv.report().pages);
+                    let of =
+                        |pages: Pages| (pages.total, pages.hole, pages.zero, pages.compressed, pages.raw);
+                    assert_eq!(of(saved), of(loaded), "{image:?} {codec}");
+                    if image == Image::Sparse {
+                        assert!(blocks(&job.to) <= blocks(&job.from));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A file system that is full keeps what was there, and is told of.
+#[test]
+fn a_full_file_system_leaves_what_was_there() {
+    let Some(small) = common::tmpfs::Tmpfs::new(8) else { return };
+    let job = Job::new(Image::Random, 16 * MIB);
+    let path = small.path("archive");
+    std::fs::write(&path, "older").unwrap();
+    let sent = send(&format!("file:{}", path.display()), &job.from, &[]).wait();
+    sent.code(1).says(&["has 0 bytes left"]);
+    assert_eq!(std::fs::read(&path).unwrap(), b"older");
+    assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "something is left behind");
+    // What was cut off is no archive, wherever that was.
+    let path = job.folder.path().join("archive");
+    send(&format!("file:{}", path.display()), &job.from, &[]).wait().code(0);
+    let whole = std::fs::read(&path).unwrap();
+    for len in [0, 7, 8, 100, whole.len() / 2, whole.len() - 1] {
+        std::fs::write(&path, &whole[..len]).unwrap();
+        for uri in [format!("file:{}", path.display()), format!("exec:cat {}", path.display())] {
+            let recv = Ferry::run(["recv", &uri, "--json", "--anon"]);
+            recv.code(1).says(&["cut off", "ended after"]);
+        }
     }
 }

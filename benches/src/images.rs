@@ -214,6 +214,14 @@ impl Holes {
         self.length - self.ranges.iter().map(|range| range.1).sum::<u64>()
     }
 
+    /// Whether some of these bytes lie in no hole.
+    pub fn has_data(&self, at: u64, length: u64) -> bool {
+        let end = self.length.min(at.saturating_add(length));
+        let holes =
+            self.ranges.iter().map(|&(from, bytes)| (from + bytes).min(end).saturating_sub(from.max(at)));
+        at < end && holes.sum::<u64>() < end - at
+    }
+
     /// Start and end of what lies between them.
     fn data(&self) -> Vec<(u64, u64)> {
         let mut found = Vec::new();

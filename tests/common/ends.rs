@@ -5,17 +5,14 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
-use pageferry::engine::Options;
-use pageferry::engine::destination::{Arrival, Destination, Incoming, IncomingError};
-use pageferry::engine::progress::Progress;
-use pageferry::engine::report::Report;
-use pageferry::engine::source::{Failure, SourceBackend, migrate};
-use pageferry::pagecopy::backend::{BackendError, DirtyLog, Guest, GuestRam, StateBlob};
-use pageferry::pagecopy::bitmap::PageBitmap;
-use pageferry::pagecopy::choose::CodecMode;
-use pageferry::pagecopy::layout::{Layout, PAGE_SIZE};
-use pageferry::transport::wire::control::Hello;
+use pageferry::backend::{BackendError, DirtyLog, Guest, GuestRam, StateBlob, StateSink};
+use pageferry::bitmap::PageBitmap;
+use pageferry::layout::{Layout, PAGE_SIZE};
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
+use pageferry::{
+    Arrival, CodecMode, Destination, DestinationBuilder, Failure, IncomingError, Landing, Report, Source,
+    SourceBuilder,
+};
 use testkit::Rng;
 use vm_memory::volatile_memory::VolatileSlice;
 
@@ -69,11 +66,8 @@ impl Guest for Still {
     fn resume(&self) -> Result<(), BackendError> {
         Ok(())
     }
-    fn throttle(&self, _percent: u8) -> Result<(), BackendError> {
+    fn save_state(&self, _out: &mut dyn StateSink) -> Result<(), BackendError> {
         Ok(())
-    }
-    fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
-        Ok(Vec::new())
     }
     fn load_state(&self, _state: &[StateBlob]) -> Result<(), BackendError> {
         Ok(())
@@ -91,7 +85,7 @@ impl Told {
 }
 
 impl DirtyLog for Told {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "told"
     }
     fn start(&self) -> Result<(), BackendError> {
@@ -150,37 +144,32 @@ pub(crate) struct Taker {
     pub(crate) guest: Arc<dyn Guest>,
 }
 
-impl Incoming for Taker {
-    fn open(&mut self, _hello: &Hello, layout: Layout) -> Result<Arc<dyn GuestRam>, String> {
-        assert_eq!(&layout, self.ram.layout());
-        Ok(self.ram.clone())
-    }
-    fn guest(&self) -> Option<Arc<dyn Guest>> {
-        Some(self.guest.clone())
-    }
-}
-
-/// Raw pages over this many streams, so that it is known what is sent from where it lies.
-pub(crate) fn options(streams: u16) -> Options {
-    Options { streams, codec: CodecMode::Raw, ..Options::default() }
+/// Memory and the guest that has it, raw pages over this many streams, so that it is known what is sent from where it lies.
+pub(crate) fn source(
+    ram: Arc<dyn GuestRam>,
+    log: Arc<dyn DirtyLog>,
+    guest: Arc<dyn Guest>,
+    streams: u16,
+) -> SourceBuilder {
+    Source::builder(ram, log).guest(guest).machine("a").streams(streams).codec(CodecMode::Raw)
 }
 
 /// Moves a guest to a destination that listens at `uri`; how both ended.
 pub(crate) fn ferry(
     uri: &str,
-    options: &Options,
-    from: &SourceBackend,
-    mut to: Taker,
+    from: SourceBuilder,
+    destination: DestinationBuilder,
+    to: Taker,
 ) -> (Result<Report, Failure>, Result<Arrival, IncomingError>) {
-    let uri = uri.parse().unwrap();
     let notice = |line: &str| println!("the destination says: {line}");
-    let destination = Destination::bind(&uri, options, &Progress::default(), notice).unwrap();
+    let destination = destination.notice(notice).bind(&uri.parse().unwrap()).unwrap();
     let uri = destination.uri().clone();
-    std::thread::scope(|scope| {
-        let arriving = scope.spawn(move || destination.receive(&mut to));
-        let sent = migrate(from, &uri, options, &Progress::default());
-        (sent, arriving.join().unwrap())
-    })
+    let arriving = destination.receive(move |offer| {
+        assert_eq!(&offer.layout, to.ram.layout());
+        Ok(Landing::guest(to.ram.clone(), to.guest.clone()))
+    });
+    let (migration, arriving) = (from.build().unwrap().start(&uri).unwrap(), arriving.unwrap());
+    (migration.wait(), arriving.wait())
 }
 
 /// Moves memory of which every page is written once, after it was hashed and before it is sent; checks that what arrived is
@@ -204,10 +193,10 @@ pub(crate) fn every_page_is_torn(uri: &str, streams: u16, mib: u64, logged: bool
             told.tell(chunk, u64::MAX >> (64 - chunk_memory.len() / PAGE_SIZE));
         }
     });
-    let from = SourceBackend { ram, log, guest: Some(Arc::new(Still)), paused: false, machine: "a".into() };
+    let from = source(ram, log, Arc::new(Still), streams);
     let arrived = empty(memory.layout().clone());
     let to = Taker { ram: arrived.clone(), guest: Arc::new(Still) };
-    let (sent, received) = ferry(uri, &options(streams), &from, to);
+    let (sent, received) = ferry(uri, from, Destination::builder().insecure(true), to);
     let (report, _) = (sent.unwrap(), received.unwrap());
     println!("{uri}: {} pages, {} torn, {} mismatches", pages, report.torn, report.mismatches);
     assert_eq!((report.mismatches, report.verified), (0, true), "{report:?}");

@@ -29,8 +29,7 @@ pub(crate) fn hello(len: u64) -> Hello {
         live: false,
         timeout_ms: 2000,
         reconnect_ms: 0,
-        host: 0,
-        regions: vec![Region { name: "ram".into(), gpa: 0, len }],
+        regions: vec![Region::new("ram", 0, len)],
         presence: vec![0xff],
         dense: vec![],
         data_bytes: 0,
@@ -39,7 +38,7 @@ pub(crate) fn hello(len: u64) -> Hello {
 }
 
 /// Far more than any wait of the tests: a failure, not a hang.
-const SILENCE_MAX: Duration = Duration::from_secs(20);
+pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(20);
 
 /// A connection.
 pub(crate) struct Peer {
@@ -68,35 +67,44 @@ impl Peer {
 
     /// The next message other than PING and PONG; PINGs are answered. `None` at the end.
     pub(crate) fn receive(&mut self) -> Option<Message> {
-        let began = Instant::now();
-        loop {
-            assert!(
-                began.elapsed() < SILENCE_MAX,
-                "the peer lives, and has said nothing for {SILENCE_MAX:?}"
-            );
-            let mut bytes = vec![0; HEADER_LEN];
-            self.socket.read_exact(&mut bytes).ok()?;
-            let (_, len) = Message::decode_header(bytes.first_chunk().unwrap()).unwrap();
-            bytes.resize(HEADER_LEN + len + CHECKSUM_LEN, 0);
-            self.socket.read_exact(&mut bytes[HEADER_LEN..]).ok()?;
-            match Message::decode(&bytes).unwrap() {
-                Message::Ping(nonce) => self.send(&Message::Pong(nonce)),
-                Message::Pong(_) => {}
-                message => return Some(message),
-            }
-        }
+        next_message(&mut self.socket)
     }
 
     /// The next message is an ERROR with this code and words.
     #[track_caller]
     pub(crate) fn expect_error(&mut self, expected: ErrorCode, words: &str) {
-        match self.receive() {
-            Some(Message::Error { code, text }) => {
-                assert_eq!(code, expected, "{text}");
-                assert!(text.contains(words), "{words:?} in {text:?}");
-            }
-            other => panic!("an ERROR with {words:?} was expected, not {other:?}"),
+        assert_refused(self.receive(), expected, words);
+    }
+}
+
+/// The next message of a peer other than PING and PONG; PINGs are answered. `None` at the end.
+pub(crate) fn next_message(peer: &mut (impl Read + Write)) -> Option<Message> {
+    let began = Instant::now();
+    loop {
+        assert!(began.elapsed() < SILENCE_MAX, "the peer lives, and has said nothing for {SILENCE_MAX:?}");
+        let mut bytes = vec![0; HEADER_LEN];
+        peer.read_exact(&mut bytes).ok()?;
+        let (_, len) = Message::decode_header(bytes.first_chunk().unwrap()).unwrap();
+        bytes.resize(HEADER_LEN + len + CHECKSUM_LEN, 0);
+        peer.read_exact(&mut bytes[HEADER_LEN..]).ok()?;
+        match Message::decode(&bytes).unwrap() {
+            // It may have closed already.
+            Message::Ping(nonce) => drop(peer.write_all(&Message::Pong(nonce).encode())),
+            Message::Pong(_) => {}
+            message => return Some(message),
         }
+    }
+}
+
+/// A peer said ERROR, with this code and words.
+#[track_caller]
+pub(crate) fn assert_refused(said: Option<Message>, expected: ErrorCode, words: &str) {
+    match said {
+        Some(Message::Error { code, text }) => {
+            assert_eq!(code, expected, "{text}");
+            assert!(text.contains(words), "{words:?} in {text:?}");
+        }
+        other => panic!("an ERROR with {words:?} was expected, not {other:?}"),
     }
 }
 
@@ -177,7 +185,6 @@ pub(crate) fn welcome(hello: &Hello) -> Message {
         streams: hello.streams,
         timeout_ms: 2000,
         reconnect_ms: 0,
-        host: 0,
     })
 }
 

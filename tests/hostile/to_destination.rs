@@ -77,7 +77,7 @@ fn preambles_of_strangers_are_refused() {
 }
 
 fn region(name: &str, gpa: u64, len: u64) -> Region {
-    Region { name: name.into(), gpa, len }
+    Region::new(name, gpa, len)
 }
 
 #[test]
@@ -122,8 +122,6 @@ fn hello_fields(streams: u16, live: u16, page_size: u32, chunk_pages: u32, regio
     for field in [1000u32, 0] {
         fields.extend_from_slice(&field.to_le_bytes());
     }
-    // The host.
-    fields.extend_from_slice(&[0; 8]);
     for field in [page_size, chunk_pages, regions] {
         fields.extend_from_slice(&field.to_le_bytes());
     }
@@ -354,12 +352,12 @@ fn a_session_that_did_not_agree_on_it_is_not_resumed() {
 }
 
 /// A frame of raw pages.
-fn raw_frame(seq: u64, chunk: u32, raw: u64) -> FrameHeader {
+pub(crate) fn raw_frame(seq: u64, chunk: u32, raw: u64) -> FrameHeader {
     FrameHeader { kind: FrameKind::Pages, seq, chunk, raw, ..FrameHeader::end(0) }
 }
 
 /// A frame with an encoded section.
-fn encoded_frame(delta: u64, zstd: u64, section: &[u8], hasher: &PageHasher) -> Vec<u8> {
+pub(crate) fn encoded_frame(delta: u64, zstd: u64, section: &[u8], hasher: &PageHasher) -> Vec<u8> {
     let header = FrameHeader {
         encoded_len: section.len() as u32,
         delta,
@@ -389,7 +387,7 @@ fn referring_frame(references: &[(u32, u64)], hasher: &PageHasher) -> Vec<u8> {
 }
 
 /// Frames that are none, or that must not come first, each with words of the reason that it is refused with.
-fn bad_frames(hasher: &PageHasher) -> Vec<(Vec<u8>, &'static str)> {
+pub(crate) fn bad_frames(hasher: &PageHasher) -> Vec<(Vec<u8>, &'static str)> {
     let encode = |header: FrameHeader| header.encode(hasher).to_vec();
     let flipped = |at: usize| {
         let mut bytes = encode(raw_frame(0, 0, 1));
@@ -451,7 +449,7 @@ fn bad_frames(hasher: &PageHasher) -> Vec<(Vec<u8>, &'static str)> {
 }
 
 #[test]
-fn bad_frames_end_their_stream_with_the_reason() {
+pub(crate) fn bad_frames_end_their_stream_with_the_reason() {
     let _turn = turn();
     let job = Job::new(Image::Random, MIB);
     let recv = Recv::to_file(&job.to, TIMEOUT);

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use pageferry::pagecopy::digest::PageHasher;
-use pageferry::transport::wire::control::{ErrorCode, Message, Totals, Welcome};
+use pageferry::transport::wire::control::{Base, BaseChunk, ErrorCode, Message, Totals, Welcome};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::common::raw::{Peer, Server, read_raw_frame, receipt_bytes, welcome};
@@ -64,15 +64,8 @@ fn silence_and_absence() {
 }
 
 fn welcome_bytes() -> Vec<u8> {
-    Message::Welcome(Welcome {
-        version: 1,
-        capabilities: 3,
-        streams: 1,
-        timeout_ms: 2000,
-        reconnect_ms: 0,
-        host: 0,
-    })
-    .encode()
+    Message::Welcome(Welcome { version: 1, capabilities: 3, streams: 1, timeout_ms: 2000, reconnect_ms: 0 })
+        .encode()
 }
 
 #[test]
@@ -86,15 +79,8 @@ fn answers_to_hello_that_make_no_sense() {
         facing(1, "2", script, &[words]);
     };
     let welcome = |version, streams, capabilities| {
-        Message::Welcome(Welcome {
-            version,
-            streams,
-            capabilities,
-            timeout_ms: 2000,
-            reconnect_ms: 0,
-            host: 0,
-        })
-        .encode()
+        Message::Welcome(Welcome { version, streams, capabilities, timeout_ms: 2000, reconnect_ms: 0 })
+            .encode()
     };
     answer(b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), "something else than pageferry answers there");
     answer([2, 0, 0, 0, 0xff, 0xff, 0xff, 0xff].to_vec(), "limit");
@@ -109,6 +95,20 @@ fn answers_to_hello_that_make_no_sense() {
     answer(Message::Running.encode(), "RUNNING while");
     let twice = [welcome(1, 1, 3), welcome(1, 1, 3)].concat();
     answer(twice, "WELCOME while this side was in state ExpectPrepared");
+    // What it says of an older copy: not agreed on, of no such guest, or twice.
+    let base = |seed, chunk, pages: u64| {
+        let seals = vec![7; pages.count_ones() as usize];
+        Message::Base(Base { seed, chunks: vec![BaseChunk { chunk, pages, seals }] }).encode()
+    };
+    answer(base(1, 0, 1), "BASE while this side was in state ExpectWelcome");
+    answer([welcome(1, 1, 3), base(1, 0, 1)].concat(), "BASE, which was not offered");
+    let agreed = welcome(1, 1, 3 | 128);
+    answer([agreed.clone(), base(1, 0, 2)].concat(), "pages that the guest does not have");
+    answer([agreed.clone(), base(1, u32::MAX, 1)].concat(), "pages that the guest does not have");
+    answer([agreed.clone(), base(1, 0, 1), base(1, 0, 1)].concat(), "a chunk comes twice");
+    answer([agreed.clone(), base(1, 0, 1), base(2, 0, 1)].concat(), "its seed is another");
+    let long = [20u16.to_le_bytes(), [0; 2]].concat();
+    answer([agreed, long, 600_000u32.to_le_bytes().to_vec()].concat(), "limit");
     let no = Message::Error { code: ErrorCode::Layout, text: "no room for this guest".into() };
     answer(no.encode(), "the destination reports: no room for this guest");
     let flood: Vec<u8> = (0..5000)

@@ -6,17 +6,18 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use pageferry::engine::source::{Fate, SourceBackend};
-use pageferry::engine::{Options, explain};
-use pageferry::pagecopy::backend::{BackendError, Fault, Guest, GuestRam, MissingPages, Room, StateBlob};
+use pageferry::pagecopy::backend::{
+    BackendError, Fault, Guest, GuestRam, MissingPages, Room, StateBlob, StateSink,
+};
 use pageferry::pagecopy::bitmap::PageBitmap;
 use pageferry::pagecopy::layout::{CHUNK_PAGES, CHUNK_SIZE, Layout, PAGE_SIZE};
 use pageferry::vmm_shim::guest_memory::GuestMemory;
+use pageferry::{Destination, Fate, SourceBuilder, explain};
 use testkit::PATIENCE;
 use vm_memory::Bytes;
 use vm_memory::volatile_memory::VolatileSlice;
 
-use crate::ends::{Still, Taker, Told, differences, empty, ferry, options};
+use crate::ends::{self, Still, Taker, Told, differences, empty, ferry};
 
 /// Chunks of the guest, of which the last is a hole.
 const CHUNKS: u32 = 16;
@@ -119,11 +120,8 @@ impl Guest for Toucher {
         *self.touching.lock().unwrap() = Some(std::thread::spawn(touch));
         Ok(())
     }
-    fn throttle(&self, _percent: u8) -> Result<(), BackendError> {
+    fn save_state(&self, _out: &mut dyn StateSink) -> Result<(), BackendError> {
         Ok(())
-    }
-    fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
-        Ok(Vec::new())
     }
     fn load_state(&self, _state: &[StateBlob]) -> Result<(), BackendError> {
         Ok(())
@@ -135,7 +133,7 @@ impl Guest for Toucher {
 }
 
 /// A guest to move, and its memory; `None`, with the reason printed, where it cannot run before its pages.
-fn source() -> Option<(Arc<GuestMemory>, SourceBackend)> {
+fn source() -> Option<(Arc<GuestMemory>, SourceBuilder)> {
     let memory = empty(Layout::flat(u64::from(CHUNKS) * CHUNK_SIZE as u64).unwrap());
     if let Err(error) = memory.missing_unit() {
         println!("skipped: {error}");
@@ -144,26 +142,20 @@ fn source() -> Option<(Arc<GuestMemory>, SourceBackend)> {
     for chunk in 0..CHUNKS - 1 {
         memory.chunk(chunk).copy_from(&[chunk as u8 + 1; CHUNK_SIZE][..]);
     }
-    let from = SourceBackend {
-        ram: memory.clone(),
-        log: Arc::new(Told::default()),
-        guest: Some(Arc::new(Still)),
-        paused: false,
-        machine: "a".into(),
-    };
+    let from = ends::source(memory.clone(), Arc::new(Told::default()), Arc::new(Still), 1);
+    let from = from.postcopy_after_rounds(0);
     Some((memory, from))
 }
 
 /// Room that has gone since the guest was offered.
 #[test]
 fn a_guest_whose_missing_pages_do_not_fit_stays_at_the_source() {
-    let Some((_, from)) = source() else { return };
+    let Some((memory, from)) = source() else { return };
     let needed = COME * PAGE_SIZE as u64;
-    let options = Options { postcopy_after_rounds: Some(0), ..options(1) };
-    let arrived = empty(from.ram.layout().clone());
+    let arrived = empty(memory.layout().clone());
     let guest = Toucher::new(&arrived);
     let to = Taker { ram: Tight::new(&arrived, &[needed, needed - 1]), guest: guest.clone() };
-    let (sent, received) = ferry("tcp:127.0.0.1:0", &options, &from, to);
+    let (sent, received) = ferry("tcp:127.0.0.1:0", from, Destination::builder(), to);
     let (sent, received) = (sent.unwrap_err(), received.unwrap_err());
     let word = format!("{needed} bytes are still to come, but this test has {} left", needed - 1);
     assert_eq!(sent.fate, Fate::RunsOn, "{sent:?}");
@@ -183,9 +175,10 @@ fn a_guest_that_has_all_its_pages_is_not_lost_by_a_hole() {
         let guest = Toucher::new(&arrived);
         let to = Taker { ram: Tight::new(&arrived, &[]), guest: guest.clone() };
         // A source that is done leaves without a word where its link timed out: nobody is then waited for for long.
-        let postcopy_timeout = Duration::from_secs(10);
-        let options = Options { postcopy_after_rounds: Some(0), postcopy_timeout, ..options(1) };
-        let (sent, received) = ferry("tcp:127.0.0.1:0", &options, &from, to);
+        let short = Duration::from_secs(10);
+        let destination = Destination::builder().postcopy_timeout(short);
+        let destination = destination.handover_timeout(short).reconnect_timeout(short);
+        let (sent, received) = ferry("tcp:127.0.0.1:0", from, destination, to);
         let stopped = guest.stopped.load(Ordering::SeqCst);
         assert_eq!(received.is_err(), stopped, "{received:?}");
         let touching = guest.touching.lock().unwrap().take().unwrap();

@@ -5,19 +5,15 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use pageferry::engine::Options;
-use pageferry::engine::destination::{Arrival, Destination, Incoming, IncomingError};
-use pageferry::engine::explain;
-use pageferry::engine::progress::Progress;
-use pageferry::engine::report::Report;
-use pageferry::engine::source::{Failure, Fate, SourceBackend, migrate};
-use pageferry::pagecopy::backend::{BackendError, Guest, GuestRam, StateBlob};
-use pageferry::pagecopy::layout::{CHUNK_SIZE, Layout};
-use pageferry::transport::wire::control::Hello;
+use pageferry::backend::{BackendError, Guest, GuestRam, StateBlob, StateSink};
+use pageferry::layout::{CHUNK_SIZE, Layout};
 use pageferry::vmm_shim::guest_memory::GuestMemory;
+use pageferry::{
+    Arrival, Destination, Failure, Fate, IncomingError, Landing, Offer, Progress, Refused, Report, explain,
+};
 use vm_memory::volatile_memory::VolatileSlice;
 
-use crate::ends::{Hooked, Still, Told, differences, empty, full, options};
+use crate::ends::{Hooked, Still, Told, differences, empty, full, source};
 
 /// A VMM that panics at a step, so often.
 struct Shaky {
@@ -35,17 +31,15 @@ fn shake(at: &str, here: &str, left: &AtomicU32) {
     }
 }
 
-impl Incoming for Shaky {
-    fn open(&mut self, _hello: &Hello, _layout: Layout) -> Result<Arc<dyn GuestRam>, String> {
+impl Shaky {
+    fn land(&self, _offer: &Offer) -> Result<Landing, Refused> {
         shake(self.at, "open", &self.left);
-        Ok(self.ram.clone())
-    }
-    fn guest(&self) -> Option<Arc<dyn Guest>> {
-        Some(self.guest.clone())
-    }
-    fn arrived(&mut self, running: bool) {
-        self.arrived.lock().unwrap().push(running);
-        shake(self.at, "arrived", &self.left);
+        let (at, left, arrived) = (self.at, self.left.clone(), self.arrived.clone());
+        let landing = Landing::guest(self.ram.clone(), self.guest.clone());
+        Ok(landing.on_arrival(move |running| {
+            arrived.lock().unwrap().push(running);
+            shake(at, "arrived", &left);
+        }))
     }
 }
 
@@ -64,11 +58,8 @@ impl Guest for ShakyGuest {
         self.runs.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
-    fn throttle(&self, _percent: u8) -> Result<(), BackendError> {
+    fn save_state(&self, _out: &mut dyn StateSink) -> Result<(), BackendError> {
         Ok(())
-    }
-    fn save_state(&self) -> Result<Vec<StateBlob>, BackendError> {
-        Ok(Vec::new())
     }
     fn load_state(&self, _state: &[StateBlob]) -> Result<(), BackendError> {
         shake(self.at, "load", &self.left);
@@ -89,13 +80,7 @@ struct Outcome {
 /// Moves a guest to a VMM that panics at `at`, `times` times.
 fn ferry(at: &'static str, times: u32) -> Outcome {
     let memory = full(4);
-    let from = SourceBackend {
-        ram: memory.clone(),
-        log: Arc::new(Told::default()),
-        guest: Some(Arc::new(Still)),
-        paused: false,
-        machine: "a".into(),
-    };
+    let from = source(memory.clone(), Arc::new(Told::default()), Arc::new(Still), 2);
     let arrived_memory = empty(memory.layout().clone());
     let left = Arc::new(AtomicU32::new(times));
     let (runs, arrived) = (Arc::new(AtomicU32::new(0)), Arc::new(Mutex::new(Vec::new())));
@@ -109,33 +94,28 @@ fn ferry(at: &'static str, times: u32) -> Outcome {
         _ => arrived_memory.clone(),
     };
     let guest = Arc::new(ShakyGuest { at, left: left.clone(), runs: runs.clone() });
-    let mut taker = Shaky { ram, at, left: left.clone(), guest, arrived: arrived.clone() };
+    let taker = Shaky { ram, at, left: left.clone(), guest, arrived: arrived.clone() };
     let notices = Arc::new(Mutex::new(Vec::new()));
     let (noticed, shaking) = (notices.clone(), left);
     let notice = move |line: &str| {
         noticed.lock().unwrap_or_else(|e| e.into_inner()).push(line.to_owned());
         shake(at, "notice", &shaking);
     };
-    let options = Options { handover_timeout: Duration::from_secs(5), ..options(2) };
-    let uri = "tcp:127.0.0.1:0".parse().unwrap();
-    let progress = Progress::default();
-    let destination = Destination::bind(&uri, &options, &progress, notice).unwrap();
+    let destination = Destination::builder().handover_timeout(Duration::from_secs(5)).notice(notice);
+    let destination = destination.bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     let uri = destination.uri().clone();
-    let (sent, received) = std::thread::scope(|scope| {
-        let arriving = scope.spawn(move || destination.receive(&mut taker));
-        if at == "notice" {
-            // A stranger, of whom it has something to say.
-            let address = uri.to_string().replace("tcp:", "");
-            std::io::Write::write_all(&mut std::net::TcpStream::connect(address).unwrap(), &[b'x'; 64])
-                .unwrap();
-        }
-        let sent = migrate(&from, &uri, &options, &Progress::default());
-        if sent.is_err() {
-            // Where it listens on.
-            progress.cancel();
-        }
-        (sent, arriving.join().expect("the session's thread ends in order"))
-    });
+    let arriving = destination.receive(move |offer| taker.land(offer)).unwrap();
+    if at == "notice" {
+        // A stranger, of whom it has something to say.
+        let address = uri.to_string().replace("tcp:", "");
+        std::io::Write::write_all(&mut std::net::TcpStream::connect(address).unwrap(), &[b'x'; 64]).unwrap();
+    }
+    let sent = from.build().unwrap().start(&uri).unwrap().wait();
+    if sent.is_err() {
+        // Where it listens on.
+        arriving.cancel().unwrap();
+    }
+    let received = arriving.wait();
     let arrived = arrived.lock().unwrap_or_else(|e| e.into_inner()).clone();
     let notices = notices.lock().unwrap_or_else(|e| e.into_inner()).clone();
     let runs = runs.load(Ordering::SeqCst);
@@ -208,7 +188,7 @@ impl GuestRam for Slow {
     }
     fn populate(&self, _first: u32, _count: u32) -> Result<(), BackendError> {
         self.calls.fetch_add(1, Ordering::SeqCst);
-        self.progress.cancel();
+        self.progress.cancel().unwrap();
         std::thread::sleep(Duration::from_millis(500));
         Ok(())
     }
@@ -224,26 +204,15 @@ fn cancel_is_heard_while_memory_is_brought_in() {
         memory.chunk(at * 8).subslice(0, 1).unwrap().copy_from(&[1u8]);
     }
     assert_eq!(memory.chunk(0).len(), CHUNK_SIZE);
-    let progress = Progress::default();
-    let slow = Arc::new(Slow { memory: empty(layout), calls: AtomicU32::new(0), progress: progress.clone() });
-    let from = SourceBackend {
-        ram: memory,
-        log: Arc::new(Told::default()),
-        guest: Some(Arc::new(Still)),
-        paused: false,
-        machine: "a".into(),
-    };
-    let options = options(1);
-    let destination =
-        Destination::bind(&"tcp:127.0.0.1:0".parse().unwrap(), &options, &progress, |_| {}).unwrap();
+    let destination = Destination::builder().bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
     let uri = destination.uri().clone();
-    let guest = Arc::new(Still);
-    let mut taker =
-        Shaky { ram: slow.clone(), at: "nowhere", left: Arc::default(), guest, arrived: Arc::default() };
-    let (sent, received) = std::thread::scope(|scope| {
-        let arriving = scope.spawn(move || destination.receive(&mut taker));
-        (migrate(&from, &uri, &options, &Progress::default()), arriving.join().unwrap())
-    });
+    let slow =
+        Arc::new(Slow { memory: empty(layout), calls: AtomicU32::new(0), progress: destination.progress() });
+    let from = source(memory, Arc::new(Told::default()), Arc::new(Still), 1);
+    let ram = slow.clone();
+    let arriving = destination.receive(move |_| Ok(Landing::guest(ram.clone(), Arc::new(Still)))).unwrap();
+    let sent = from.build().unwrap().start(&uri).unwrap().wait();
+    let received = arriving.wait();
     assert!(matches!(received, Err(IncomingError::Cancelled)), "{received:?}");
     assert!(explain(&sent.unwrap_err()).contains("cancelled"));
     let calls = slow.calls.load(Ordering::SeqCst);

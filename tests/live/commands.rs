@@ -221,7 +221,7 @@ fn a_guest_with_content_takes_it_along() {
     let spec = with(&text);
     let source = world.source("source", &spec);
     let (destination, uri) = world.destination("destination", &spec);
-    let ended = source.ctl(&["migrate", &uri, "--codec", "zstd", "--json"]);
+    let ended = source.ctl(&["migrate", &uri, "--codec", "zstd:1", "--json"]);
     assert_eq!(ended.code, Some(0), "{ended:?}");
     // All of memory has content, and it shrinks.
     let (logical, wire) = (ended.json()["logical_bytes"].clone(), ended.json()["wire_bytes"].clone());

@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use pageferry::engine::source::SourceBackend;
+use pageferry::Destination;
 use pageferry::pagecopy::backend::{Guest, GuestRam};
 use pageferry::vmm_shim::guests::counter::{Checker, CounterParams, PAGE_WORDS_MAX, Side};
 use pageferry::vmm_shim::vmm::{self, GuestImage, Tracker, Vm, VmConfig};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
-use crate::ends::{Hooked, Still, Taker, Told, differences, empty, ferry, full, options};
+use crate::ends::{Hooked, Still, Taker, Told, differences, empty, ferry, full, source as source_of};
 use crate::{Content, PATIENCE, Recv, device, device_or_skip, image, kvm_or_skip, report, turn};
 
 /// The connection manager's command that ends a connection, and the bytes that follow its head: the connection's number.
@@ -56,16 +56,16 @@ fn three_of_four_queue_pairs_are_enough() {
     let _turn = turn();
     let memory = full(32);
     for chunks in [3, 60] {
-        let from = SourceBackend {
-            ram: Hooked::new(&memory, ends_one_after(chunks)),
-            log: Arc::new(Told::default()),
-            guest: Some(Arc::new(Still)),
-            paused: false,
-            machine: "a".into(),
-        };
+        let from = source_of(
+            Hooked::new(&memory, ends_one_after(chunks)),
+            Arc::new(Told::default()),
+            Arc::new(Still),
+            4,
+        );
         let arrived = empty(memory.layout().clone());
         let to = Taker { ram: arrived.clone(), guest: Arc::new(Still) };
-        let (sent, received) = ferry(&format!("rdma:{address}:0"), &options(4), &from, to);
+        let (sent, received) =
+            ferry(&format!("rdma:{address}:0"), from, Destination::builder().insecure(true), to);
         let (report, _) = (sent.unwrap(), received.unwrap());
         assert_eq!((report.streams_lost, report.mismatches, report.verified), (1, 0, true), "{report:?}");
         assert_eq!(differences(&memory, &arrived), 0, "pages that are not as the source has them");
@@ -117,15 +117,11 @@ fn a_running_guest_does_not_notice_a_lost_queue_pair() {
         }
     };
     runs_at(Side::Source);
-    let from = SourceBackend {
-        ram: Hooked::new(&memory, ends_one_after(20)),
-        log: source.dirty_log().unwrap(),
-        guest: Some(source.clone()),
-        paused: false,
-        machine: "a".into(),
-    };
+    let from =
+        source_of(Hooked::new(&memory, ends_one_after(20)), source.dirty_log().unwrap(), source.clone(), 4);
     let to = Taker { ram: arrived, guest: destination.clone() };
-    let (sent, received) = ferry(&format!("rdma:{address}:0"), &options(4), &from, to);
+    let (sent, received) =
+        ferry(&format!("rdma:{address}:0"), from, Destination::builder().insecure(true), to);
     let (report, arrival) = (sent.unwrap(), received.unwrap());
     println!("lost {}, torn {}, rounds {}", report.streams_lost, report.torn, report.rounds);
     assert!(arrival.running);
@@ -251,7 +247,8 @@ fn the_guest_runs_on_when_its_device_is_removed() {
         Process(child.unwrap(), api)
     };
     let source = vm("a", &[]);
-    let mut destination = vm("b", &["--reconnect-timeout", "0", "--incoming", &format!("rdma:{address}:0")]);
+    let mut destination =
+        vm("b", &["--insecure", "--reconnect-timeout", "0", "--incoming", &format!("rdma:{address}:0")]);
     source.wait("running", |status| (status["state"] == "running").then_some(()));
     let uri = destination.wait("listening", |status| status["listening"].as_str().map(str::to_owned));
     source.ctl(&["migrate", &uri, "--detach", "--streams", "4", "--codec", "raw"]);

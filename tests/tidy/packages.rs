@@ -13,7 +13,15 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("vmm-shim", &["transport", "pageferry-transport", "pageferry"]),
     (
         "tests/kit",
-        &["pagecopy", "transport", "pageferry-transport", "vmm-shim", "pageferry-vmm-shim", "pageferry"],
+        &[
+            "pagecopy",
+            "pageferry-pagecopy",
+            "transport",
+            "pageferry-transport",
+            "vmm-shim",
+            "pageferry-vmm-shim",
+            "pageferry",
+        ],
     ),
 ];
 /// What only tests may depend on, by either name.
@@ -24,13 +32,15 @@ const TESTED: &[&str] = &["", "pagecopy", "transport", "vmm-shim", "benches"];
 const LICENCES_IN_FILES: &[(&str, &str)] = &[("rdma-sys", "MIT")];
 /// Packages of which Cargo.lock may have several versions, each with its reason. All but the newest cost only time to build.
 const DUPLICATES: &[(&str, &str)] = &[
+    ("bit-vec", "yasna, of rcgen, has 0.9"),
     ("bitflags", "vmm-sys-util (kvm-ioctls) and rdma-sys's bindgen have 1"),
     ("clap", "rdma-sys's bindgen, a build script of the feature rdma, has 2"),
+    ("getrandom", "ring has 0.2"),
     ("linux-raw-sys", "of the two rustix"),
     ("rustix", "rdma-sys's bindgen, through which, has 0.38"),
     ("shlex", "rdma-sys's bindgen has 1"),
     ("strsim", "of the two clap"),
-    ("syn", "a derive macro of proptest's random numbers has 2"),
+    ("syn", "derive macros of landlock's flags and of proptest's random numbers have 2"),
     ("unicode-width", "of the two clap"),
     ("windows-sys", "of the two rustix; never built on Linux"),
 ];

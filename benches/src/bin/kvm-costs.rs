@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use pagecopy::backend::{Guest, GuestRam};
+use pagecopy::backend::{Guest, GuestRam, StateBlob};
 use pagecopy::bitmap::PageBitmap;
 use pageferry::print;
 use vmm_shim::guest_memory::{Backing, GuestMemory};
@@ -95,14 +95,14 @@ fn stop_save_load() {
             a.pause().unwrap();
             pause.push(start.elapsed());
             let start = Instant::now();
-            let state = a.save_state().unwrap();
+            let state = StateBlob::all_of(&a).unwrap();
             save.push(start.elapsed());
             let (b, _) = vm(cpus, GuestImage::Incoming, Tracker::None, &memory);
             let start = Instant::now();
             b.load_state(&state).unwrap();
             load.push(start.elapsed());
         }
-        let bytes: usize = a.save_state().unwrap().iter().map(|b| b.bytes.len()).sum();
+        let bytes: usize = StateBlob::all_of(&a).unwrap().iter().map(|b| b.bytes.len()).sum();
         let (pause, save, load) = (median(pause), median(save), median(load));
         print::line(format_args!(
             "{cpus} vCPUs: pause {pause:?}, save {save:?} ({bytes} bytes), load {load:?}"
@@ -120,9 +120,9 @@ fn counter_rates() {
             std::thread::sleep(Duration::from_millis(5));
         }
         let free = rate(&a, &console, pages);
-        a.throttle(50).unwrap();
+        a.throttle().unwrap().set(50).unwrap();
         let half = rate(&a, &console, pages);
-        a.throttle(0).unwrap();
+        a.throttle().unwrap().set(0).unwrap();
         print::line(format_args!(
             "{cpus} vCPUs, {words} words: {free:.0} pages/s, throttled by 50 % {half:.0}"
         ));

@@ -96,6 +96,30 @@ pub(crate) const ROWS: &[Row] = &[
         figure: Figure::Compared(&["random-anon"], of_the_limit),
     },
     Row {
+        name: "tls-file",
+        what: "random, TLS, loopback, into a fresh tmpfs file: time of QEMU's best / ours",
+        target: Target::AtLeast(2.0),
+        figure: Figure::Compared(&["tls-file"], faster_under_tls),
+    },
+    Row {
+        name: "tls-anon",
+        what: "random, TLS, loopback, into anonymous memory: time of QEMU's best / ours",
+        target: Target::AtLeast(2.0),
+        figure: Figure::Compared(&["tls-anon"], faster_under_tls),
+    },
+    Row {
+        name: "tls-file-cost",
+        what: "random, into a fresh tmpfs file: our time under TLS / without",
+        target: Target::AtMost(1.7),
+        figure: Figure::Compared(&["tls-file"], what_tls_costs),
+    },
+    Row {
+        name: "tls-anon-cost",
+        what: "random, into anonymous memory: our time under TLS / without",
+        target: Target::AtMost(1.7),
+        figure: Figure::Compared(&["tls-anon"], what_tls_costs),
+    },
+    Row {
         name: "sparse",
         what: "sparse: time of QEMU's best / ours",
         target: Target::AtLeast(4.0),
@@ -258,6 +282,11 @@ pub(crate) fn comparison(name: &str, size: u64, guest: &Path) -> Option<Comparis
     let made = |kind, length| Image::Made(kind, length);
     let (image, contenders): (Image, Vec<&str>) = match name {
         "random-file" | "random-anon" => (made(Kind::Random, size), limited),
+        "tls-file" | "tls-anon" => {
+            let under = ["tls:pageferry:1:auto", "tls:pageferry:2:auto", "tls:pageferry:4:auto"];
+            let theirs = ["tls:qemu:multifd:2", "tls:qemu:multifd:4", "tls:qemu:multifd:8", "qemu:multifd:4"];
+            (made(Kind::Random, size), [&auto[..], &under, &theirs].concat())
+        }
         "sparse" => (made(Kind::Sparse, size), loopback),
         "zero" => (made(Kind::Zero, size), loopback),
         "mixed" => (made(Kind::Mixed, size), loopback),
@@ -288,7 +317,7 @@ pub(crate) fn comparison(name: &str, size: u64, guest: &Path) -> Option<Comparis
     Some(Comparison {
         name: name.into(),
         image,
-        anonymous: name == "random-anon",
+        anonymous: matches!(name, "random-anon" | "tls-anon"),
         link,
         contenders: contenders.iter().filter_map(|text| text.parse().ok()).collect(),
         watch_memory: name == "memory",
@@ -336,6 +365,14 @@ fn best<'a>(all: &[&'a Outcome], which: impl Fn(&Contender) -> bool) -> Option<&
 
 fn ours<'a>(all: &[&'a Outcome]) -> Option<&'a Runs> {
     best(all, Contender::is_ours)
+}
+
+fn faster_under_tls(all: &[&Outcome]) -> Option<(f64, String)> {
+    time_ratio(best(all, Contender::is_qemu_under_tls)?, best(all, Contender::is_ours_under_tls)?)
+}
+
+fn what_tls_costs(all: &[&Outcome]) -> Option<(f64, String)> {
+    time_ratio(best(all, Contender::is_ours_under_tls)?, ours(all)?)
 }
 
 fn named<'a>(all: &[&'a Outcome], name: &str) -> Option<&'a Runs> {
@@ -476,6 +513,7 @@ mod tests {
         assert_eq!(guest.contenders.len(), 3 + LEVELS.len());
         assert_eq!(comparison("random-anon", GIB, Path::new("/")).unwrap().contenders.len(), 7);
         assert_eq!(comparison("mixed-zstd", GIB, Path::new("/")).unwrap().contenders.len(), 4);
+        assert_eq!(comparison("tls-anon", GIB, Path::new("/")).unwrap().contenders.len(), 9);
         assert!(comparison("nothing", GIB, Path::new("/")).is_none());
     }
 }

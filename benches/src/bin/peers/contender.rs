@@ -1,7 +1,8 @@
 //! What takes part in a comparison: pageferry, QEMU, or the bare machine.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::str::FromStr;
 
 use pageferry::measure::ferry::Ferry;
@@ -19,6 +20,8 @@ pub(crate) enum Contender {
     Qemu(Mode),
     /// Bytes alone, without a protocol: what the machine can do. The number is that of its streams.
     Limit(Sender, u8),
+    /// One of the others, under TLS.
+    Tls(Box<Contender>),
 }
 
 impl Contender {
@@ -36,6 +39,16 @@ impl Contender {
         matches!(self, Self::Qemu(Mode::MultifdZstd(..)))
     }
 
+    /// Ours under TLS.
+    pub(crate) fn is_ours_under_tls(&self) -> bool {
+        matches!(self, Self::Tls(inner) if inner.is_ours())
+    }
+
+    /// QEMU under TLS.
+    pub(crate) fn is_qemu_under_tls(&self) -> bool {
+        matches!(self, Self::Tls(inner) if inner.is_plain_qemu())
+    }
+
     /// Moves the image once.
     pub(crate) fn run(&self, pageferry: &Path, job: &Job<'_>) -> Result<Took, String> {
         match self {
@@ -44,8 +57,25 @@ impl Contender {
             }
             Self::Qemu(mode) => qemu::migrate(*mode, job),
             Self::Limit(sender, streams) => limit::measure(*sender, *streams, job),
+            Self::Tls(inner) => {
+                let keys = keys(pageferry, job.folder, job.host)?;
+                inner.run(pageferry, &Job { tls: Some(&keys), ..*job })
+            }
         }
     }
+}
+
+/// A folder with certificates for this host, made once.
+fn keys(pageferry: &Path, folder: &Path, host: &str) -> Result<PathBuf, String> {
+    let keys = folder.join(format!("keys-{host}"));
+    if !keys.is_dir() {
+        let made = Command::new(pageferry).args(["keys", "init", "--host", host]).arg(&keys).output();
+        let made = made.map_err(|e| format!("{}: {e}", pageferry.display()))?;
+        if !made.status.success() {
+            return Err(String::from_utf8_lossy(&made.stderr).into_owned());
+        }
+    }
+    Ok(keys)
 }
 
 impl fmt::Display for Contender {
@@ -54,6 +84,7 @@ impl fmt::Display for Contender {
             Self::Pageferry(streams, codec) => write!(f, "pageferry:{streams}:{codec}"),
             Self::Qemu(mode) => write!(f, "qemu:{mode}"),
             Self::Limit(sender, streams) => write!(f, "limit:{sender}:{streams}"),
+            Self::Tls(inner) => write!(f, "tls:{inner}"),
         }
     }
 }
@@ -75,8 +106,12 @@ impl FromStr for Contender {
                 let streams = streams.parse().ok().filter(|n| (1..=64).contains(n));
                 Ok(Self::Limit(sender.parse()?, streams.ok_or("streams of a limit are 1 to 64")?))
             }
+            "tls" => match how.parse()? {
+                inner @ (Self::Pageferry(..) | Self::Qemu(_)) => Ok(Self::Tls(Box::new(inner))),
+                other => Err(format!("{other} has no TLS")),
+            },
             _ => Err(format!(
-                "{text:?} is none of pageferry:STREAMS[:CODEC], qemu:MODE, limit:write|splice[:STREAMS]"
+                "{text:?} is none of [tls:]pageferry:STREAMS[:CODEC], [tls:]qemu:MODE, limit:write|splice[:STREAMS]"
             )),
         }
     }
@@ -88,12 +123,30 @@ mod tests {
 
     #[test]
     fn contenders_are_named_and_read_alike() {
-        for text in ["pageferry:4:auto", "pageferry:2:zstd:3", "qemu:multifd:8", "qemu:tcp", "limit:splice:2"]
-        {
+        for text in [
+            "pageferry:4:auto",
+            "pageferry:2:zstd:3",
+            "qemu:multifd:8",
+            "qemu:tcp",
+            "limit:splice:2",
+            "tls:qemu:multifd:4",
+            "tls:pageferry:1:raw",
+        ] {
             assert_eq!(text.parse::<Contender>().unwrap().to_string(), text);
         }
         assert_eq!("pageferry:8".parse::<Contender>().unwrap().to_string(), "pageferry:8:auto");
-        for bad in ["", "pageferry", "pageferry:x", "qemu", "qemu:udp", "limit:telepathy", "xen:4"] {
+        for bad in [
+            "",
+            "pageferry",
+            "pageferry:x",
+            "qemu",
+            "qemu:udp",
+            "limit:telepathy",
+            "xen:4",
+            "tls",
+            "tls:limit:write",
+            "tls:tls:qemu:tcp",
+        ] {
             assert!(bad.parse::<Contender>().is_err(), "{bad}");
         }
     }

@@ -139,7 +139,7 @@ fn sockets(streams: u8) -> io::Result<Vec<(Connection, Connection)>> {
 
 /// The destination's memory, populated with all cores: anonymous memory, and files where the kernel makes large pages of them.
 fn memory(length: u64, target: Target<'_>) -> io::Result<GuestMemory> {
-    let layout = Layout::new(vec![Region { name: "ram".into(), gpa: 0, len: length }]);
+    let layout = Layout::new(vec![Region::new("ram", 0, length)]);
     let backing = match target {
         Target::File(path) => Backing::File { path: path.into(), create: true },
         Target::Anonymous => Backing::Anonymous { huge: true },

@@ -3,6 +3,7 @@
 //! `cargo run --release -p pageferry-benches --bin peers -- --help`
 
 mod acceptance;
+mod choose;
 mod contender;
 mod delta;
 mod forward;
@@ -49,6 +50,7 @@ enum Command {
     Run(RunArgs),
     MakeImage(MakeImageArgs),
     MakeGuestRam(guest_ram::MakeArgs),
+    Choose(choose::ChooseArgs),
     /// The part of make-guest-ram that runs in the guest
     #[command(hide = true)]
     FillGuest(guest_ram::FillArgs),
@@ -109,7 +111,7 @@ struct RunArgs {
     #[command(flatten)]
     how: HowArgs,
     /// `pageferry:STREAMS[:CODEC]`, `qemu:tcp`, `qemu:xbzrle`, `qemu:multifd:CHANNELS`, `qemu:multifd-zstd:CHANNELS[:LEVEL]`,
-    /// `limit:write|splice[:STREAMS]`
+    /// `limit:write|splice[:STREAMS]`; `tls:` before one of the first five
     #[arg(required = true)]
     contenders: Vec<Contender>,
 }
@@ -174,6 +176,7 @@ fn run(cli: &Cli) -> ExitCode {
             .map(|()| true)
             .map_err(|e| format!("{}: {e}", args.file.display())),
         Command::MakeGuestRam(args) => guest_ram::make(args).map(|()| true),
+        Command::Choose(args) => choose::run(args).map(|()| true),
         Command::FillGuest(args) => guest_ram::fill(args).map(|()| true),
         Command::Limit(args) => limit::run(args).map(|()| true),
         Command::Live(args) => live::run(args).map(|()| true),

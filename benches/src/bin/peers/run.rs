@@ -180,6 +180,7 @@ impl Runner {
             port: self.port,
             folder: &self.folder,
             watch_memory: what.watch_memory,
+            tls: None,
         };
         let flow = self.warm.flow();
         let took = contender.run(&self.pageferry, &job);
