@@ -171,11 +171,16 @@ mod tests {
     #[test]
     fn files_are_a_folders_unless_they_are_named() {
         let files = |args: &TlsArgs, side| args.files(side).unwrap().unwrap();
-        let of = |ca: &str, cert: &str, key: &str| TlsFiles {
+        let named = |ca: &str, cert: &str, key: &str| TlsFiles {
             ca: ca.into(),
             cert: cert.into(),
             key: key.into(),
             crl: None,
+        };
+        // A list of revoked certificates may come later.
+        let of = |ca: &str, cert: &str, key: &str| TlsFiles {
+            crl: Some("/d/ca-crl.pem".into()),
+            ..named(ca, cert, key)
         };
         let dir = args(Some("/d"), [None, None, None]);
         let client = of("/d/ca-cert.pem", "/d/client-cert.pem", "/d/client-key.pem");
@@ -185,7 +190,7 @@ mod tests {
         let some = args(Some("/d"), [None, Some("c"), None]);
         assert_eq!(files(&some, Side::Server), of("/d/ca-cert.pem", "c", "/d/server-key.pem"));
         let all = args(None, [Some("a"), Some("c"), Some("k")]);
-        assert_eq!(files(&all, Side::Server), of("a", "c", "k"));
+        assert_eq!(files(&all, Side::Server), named("a", "c", "k"));
         assert_eq!(args(None, [None, None, None]).files(Side::Client), Ok(None));
         for named in [[Some("a"), None, None], [Some("a"), Some("c"), None], [None, None, Some("k")]] {
             assert!(args(None, named).files(Side::Client).unwrap_err().contains("go together"));
