@@ -61,5 +61,5 @@ pub use error::BackendError;
 pub use fault::Fault;
 pub use guard::GuardedPages;
 pub use guest::{Guest, PAUSE_PATIENCE, Rehearsal, StateBlob, StateSink, Throttle};
-pub use log::{DirtyLog, StaticLog};
+pub use log::{ContentLog, DirtyLog, StaticLog};
 pub use ram::{GuestRam, MissingPages, Placer, Room};

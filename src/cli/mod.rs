@@ -17,6 +17,7 @@ pub mod measure;
 mod output;
 pub mod print;
 mod protection;
+mod qemu;
 mod random;
 mod rate;
 mod recv;
@@ -61,6 +62,7 @@ enum Command {
     Ctl(ctl::CtlArgs),
     Send(send::SendArgs),
     Recv(recv::RecvArgs),
+    Qemu(qemu::QemuArgs),
     Inspect(inspect::InspectArgs),
     Keys(keys::KeysArgs),
     Lab(lab::LabArgs),
@@ -175,6 +177,7 @@ impl Command {
             Self::Ctl(args) => ctl::run(args).map(done),
             Self::Send(args) => send::run(args).map(done),
             Self::Recv(args) => recv::run(args).map(done),
+            Self::Qemu(args) => qemu::run(args).map(done),
             Self::Inspect(args) => inspect::run(args),
             Self::Keys(args) => keys::run(args),
             Self::Lab(args) => lab::run(args),
@@ -189,6 +192,7 @@ impl Command {
             Self::Ctl(args) => args.json,
             Self::Send(args) => args.json,
             Self::Recv(args) => args.json,
+            Self::Qemu(args) => args.json(),
             Self::Inspect(args) => args.json,
             Self::Keys(args) => args.json,
             Self::Lab(args) => args.json(),

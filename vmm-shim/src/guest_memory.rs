@@ -22,8 +22,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pagecopy::backend::{BackendError, GuardedPages, GuestRam, MissingPages, Placer, Room};
-use pagecopy::bitmap::{PageBitmap, runs};
-use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE};
+use pagecopy::bitmap::{PageBitmap, bits, runs};
+use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE, Region};
+use pagecopy::zero::is_zero;
 use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use rustix::mm::Advice;
@@ -87,13 +88,11 @@ pub struct GuestMemory {
     layout: Layout,
     kind: Kind,
     regions: Vec<Mapping>,
-    /// The file behind the mappings, unless anonymous.
-    file: Option<File>,
-    /// Its path, where it has one.
-    path: Option<PathBuf>,
-    /// Whether it was made here, so that its directory entry must be made durable with it.
+    /// The files behind the mappings; none where they are anonymous.
+    files: Vec<Behind>,
+    /// Whether they were made here, so that their directory entries must be made durable with them.
     created: bool,
-    /// Whether the file is mapped privately, so that writes stay in this process.
+    /// Whether files are mapped privately, so that writes stay in this process.
     private_file: bool,
     /// Where `/proc` is mounted, and only for memory that has private pages.
     pagemap: Option<Pagemap>,
@@ -101,6 +100,16 @@ pub struct GuestMemory {
     _watched: Vec<Watched>,
     /// Whether dense memory may be made of large pages that its file system would not grant by itself.
     enlarges: bool,
+}
+
+/// A file behind guest memory.
+#[derive(Debug)]
+struct Behind {
+    file: File,
+    /// Its path, where it has one.
+    path: Option<PathBuf>,
+    /// The regions that it has, one after another from its beginning.
+    regions: Range<usize>,
 }
 
 impl GuestMemory {
@@ -189,9 +198,9 @@ impl GuestMemory {
     /// The file behind a region (an index into `layout().regions()`) and the offset in bytes of the region in it, to
     /// pass to another process; `None` for anonymous memory and where there is no such region.
     pub fn fd_of(&self, region: usize) -> Option<(BorrowedFd<'_>, u64)> {
-        let file = self.file.as_ref()?;
-        let before = self.layout.regions().get(..=region)?;
-        Some((file.as_fd(), before[..region].iter().map(|r| r.len).sum()))
+        let behind = self.files.iter().find(|behind| behind.regions.contains(&region))?;
+        let before = &self.layout.regions()[behind.regions.start..region];
+        Some((behind.file.as_fd(), before.iter().map(|r| r.len).sum()))
     }
 
     /// Whether pages are private to this process, so that its page table knows all of them.
@@ -224,14 +233,40 @@ impl GuestMemory {
             layout,
             kind: Kind::Anonymous,
             regions,
-            file: None,
-            path: None,
+            files: Vec::new(),
             created: false,
             private_file: false,
             pagemap,
             _watched: Vec::new(),
             enlarges: false,
         })
+    }
+
+    /// Takes memory that is in files, each region in one of its own, from its beginning: memory that others have mapped, too, such as a
+    /// VMM in another process.
+    ///
+    /// # Errors
+    /// When a file is shorter than its region, is of another kind than the others (tmpfs or memfd, hugetlbfs, disk), or cannot be
+    /// mapped; the text names it.
+    pub fn of_files(regions: Vec<(Region, File, PathBuf)>) -> Result<Self, BackendError> {
+        let mut files = Vec::new();
+        let mut own = Vec::new();
+        for (at, (region, file, path)) in regions.into_iter().enumerate() {
+            let len = file.metadata().map(|meta| meta.len());
+            let len =
+                len.map_err(|e| BackendError::new(format!("{}: ask for its length", path.display()), e))?;
+            if len < region.len {
+                let (path, name) = (path.display(), &region.name);
+                let what = format!(
+                    "{path}: the file has {len} bytes, but the memory {name:?} that it is to hold {}",
+                    region.len
+                );
+                return Err(BackendError::invalid(what));
+            }
+            own.push(region);
+            files.push(Behind { file, path: Some(path), regions: at..at + 1 });
+        }
+        Self::over_files(Layout::new(own)?, files, false, false)
     }
 
     fn over_file(
@@ -241,8 +276,19 @@ impl GuestMemory {
         created: bool,
         private_file: bool,
     ) -> Result<Self, BackendError> {
+        let regions = 0..layout.regions().len();
+        let behind = Behind { file, path: path.map(Path::to_owned), regions };
+        Self::over_files(layout, vec![behind], created, private_file)
+    }
+
+    fn over_files(
+        layout: Layout,
+        files: Vec<Behind>,
+        created: bool,
+        private_file: bool,
+    ) -> Result<Self, BackendError> {
         check_page_size()?;
-        let kind = kind_of(&file)?;
+        let kind = kind_of_all(&files)?;
         let (align, skew_of): (u64, fn(u64) -> u64) = match kind {
             Kind::Hugetlb(size) => {
                 check_huge_regions(&layout, size)?;
@@ -252,32 +298,28 @@ impl GuestMemory {
         };
         let mut regions = Vec::with_capacity(layout.regions().len());
         let mut watched = Vec::new();
-        let mut offset = 0;
-        for region in layout.regions() {
-            let mapping = Mapping::new(
-                Some((&file, offset)),
-                region.len,
-                align,
-                skew_of(region.gpa.unwrap_or(0)),
-                private_file,
-            )
-            .map_err(|e| mapping_error(&region.name, region.len, kind, e))?;
-            if kind == Kind::Shmem {
-                // Dirtiness is tracked by pages of 4 KiB, which huge shmem pages would blur to 2 MiB. A tmpfs mounted
-                // with huge=always keeps huge pages all the same.
-                mapping.advise_size(false);
+        for Behind { file, path, regions: own } in &files {
+            let mut offset = 0;
+            for region in &layout.regions()[own.clone()] {
+                let skew = skew_of(region.gpa.unwrap_or(0));
+                let mapping = Mapping::new(Some((file, offset)), region.len, align, skew, private_file)
+                    .map_err(|e| mapping_error(&region.name, region.len, kind, e))?;
+                if kind == Kind::Shmem {
+                    // Dirtiness is tracked by pages of 4 KiB, which huge shmem pages would blur to 2 MiB. A tmpfs mounted
+                    // with huge=always keeps huge pages all the same.
+                    mapping.advise_size(false);
+                }
+                watched.extend(path.as_ref().and_then(|path| Watched::new(mapping.range(), path)));
+                regions.push(mapping);
+                offset += region.len;
             }
-            watched.extend(path.and_then(|path| Watched::new(mapping.range(), path)));
-            regions.push(mapping);
-            offset += region.len;
         }
         let pagemap = if private_file { Pagemap::open().ok() } else { None };
         Ok(Self {
             layout,
             kind,
             regions,
-            file: Some(file),
-            path: path.map(Path::to_owned),
+            files,
             created,
             private_file,
             pagemap,
@@ -288,10 +330,9 @@ impl GuestMemory {
 
     /// A region, with what is behind it.
     fn mapped(&self, region: usize) -> Mapped<'_> {
-        let base = || self.layout.regions()[..region].iter().map(|r| r.len).sum();
         Mapped {
             memory: self.regions[region].slice(),
-            file: self.file.as_ref().map(|file| (file.as_fd(), base())),
+            file: self.fd_of(region),
             kind: self.kind,
             private: self.private_file,
         }
@@ -300,7 +341,7 @@ impl GuestMemory {
     /// Fails where the file system of a RAM file has not room for all of the guest, which would be stopped when it needs what
     /// there is not. Nothing is set aside: others may take the room later.
     pub fn require_room(&self) -> Result<(), BackendError> {
-        let Some(room) = self.path.as_ref().and_then(|_| self.room()) else { return Ok(()) };
+        let Some(room) = self.is_in_files().then(|| self.room()).flatten() else { return Ok(()) };
         let needed = self.layout.bytes();
         if room.bytes >= needed {
             return Ok(());
@@ -308,6 +349,31 @@ impl GuestMemory {
         let Room { bytes, of, hint } = room;
         let what = format!("the guest's memory takes {needed} bytes, but {of} has {bytes} left: {hint}");
         Err(BackendError::new(what, io::Error::from(Errno::NOSPC)))
+    }
+
+    /// Fails where a page holds something other than zeros: memory that is to be filled is fresh. Pages that are holes are not touched.
+    pub(crate) fn require_zeros(&self) -> Result<(), BackendError> {
+        let mut populated = vec![0; self.layout.chunks() as usize];
+        self.populated(0, &mut populated)?;
+        let mut page = [0u8; PAGE_SIZE];
+        for (chunk, pages) in (0..).zip(populated) {
+            for bit in bits(pages) {
+                let memory = self
+                    .chunk(chunk)
+                    .subslice(bit as usize * PAGE_SIZE, PAGE_SIZE)
+                    .expect("a page that the chunk has");
+                memory.copy_to(&mut page[..]);
+                if !is_zero(&page) {
+                    let region = self.layout.locate(chunk).map_or(0, |place| place.region);
+                    let name = &self.layout.regions()[region].name;
+                    return Err(BackendError::invalid(format!(
+                        "memory {name:?} is not fresh, it holds something already: is it another guest's? start QEMU with a file of its own, \
+                         made anew"
+                    )));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Brings a run of pages in.
@@ -320,7 +386,25 @@ impl GuestMemory {
 
     /// The error of bringing memory in: says where there is no room, if that is why.
     pub(crate) fn no_room(&self, what: String, error: io::Error) -> BackendError {
-        room::no_room(self, self.path.is_some(), what, error)
+        room::no_room(self, self.is_in_files(), what, error)
+    }
+
+    /// Whether the memory is in files that have paths.
+    fn is_in_files(&self) -> bool {
+        self.files.iter().any(|behind| behind.path.is_some())
+    }
+
+    /// What the fullest of the file systems of these files has left.
+    fn room_of_files(&self) -> Option<Room> {
+        let room = |behind: &Behind| {
+            let (bytes, path) = (room::of_file(&behind.file).ok()??, behind.path.as_ref()?);
+            Some(Room {
+                bytes,
+                of: format!("the file system of {}", path.display()),
+                hint: "free some of it, mount it larger, or keep the memory elsewhere",
+            })
+        };
+        self.files.iter().filter_map(room).min_by_key(|room| room.bytes)
     }
 
     /// The bytes of a huge page where memory comes in no smaller pieces, else 0; or why the kernel cannot tell who touches a
@@ -413,22 +497,15 @@ impl GuestRam for GuestMemory {
     }
 
     fn room(&self) -> Option<Room> {
-        let (kind, file) = (self.kind, self.file.as_ref());
-        let of_file = || Some((room::of_file(file?).ok()??, self.path.as_ref()?));
-        let of_file = of_file().map(|(bytes, path)| Room {
-            bytes,
-            of: format!("the file system of {}", path.display()),
-            hint: "free some of it, mount it larger, or keep the memory elsewhere",
-        });
-        match kind {
+        match self.kind {
             _ if self.private_file => None,
             Kind::Anonymous => Some(memory_room()),
             // Mapping it took its huge pages out of the reserve.
             Kind::Hugetlb(_) => None,
-            Kind::Disk => of_file,
+            Kind::Disk => self.room_of_files(),
             Kind::Shmem => {
                 let memory = memory_room();
-                Some(of_file.filter(|of_file| of_file.bytes <= memory.bytes).unwrap_or(memory))
+                Some(self.room_of_files().filter(|of_files| of_files.bytes <= memory.bytes).unwrap_or(memory))
             }
         }
     }
@@ -516,12 +593,13 @@ impl GuestRam for GuestMemory {
     /// A file on a disk is synced, and so is the directory of one that was made here. Other memory has nothing
     /// durable.
     fn persist(&self) -> Result<(), BackendError> {
-        let Some(file) = self.file.as_ref().filter(|_| self.kind == Kind::Disk && !self.private_file) else {
+        if self.kind != Kind::Disk || self.private_file {
             return Ok(());
-        };
-        // Pages dirtied through the shared mapping are dirty in the page cache, so fdatasync writes them too.
-        file.sync_data().map_err(|e| BackendError::new("sync the RAM file to its disk", e))?;
-        if let Some(path) = self.path.as_ref().filter(|_| self.created) {
+        }
+        for Behind { file, path, .. } in &self.files {
+            // Pages dirtied through the shared mapping are dirty in the page cache, so fdatasync writes them too.
+            file.sync_data().map_err(|e| BackendError::new("sync the RAM file to its disk", e))?;
+            let Some(path) = path.as_ref().filter(|_| self.created) else { continue };
             let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
             File::open(dir)
                 .and_then(|d| d.sync_all())
@@ -529,6 +607,24 @@ impl GuestRam for GuestMemory {
         }
         Ok(())
     }
+}
+
+/// What all of these files are on.
+fn kind_of_all(files: &[Behind]) -> Result<Kind, BackendError> {
+    let mut kinds = files.iter().map(|behind| Ok((kind_of(&behind.file)?, behind)));
+    let (kind, first) = kinds.next().unwrap_or_else(|| Err(BackendError::invalid("there is no memory")))?;
+    for other in kinds {
+        let (other, behind) = other?;
+        if other != kind {
+            let path =
+                |behind: &Behind| behind.path.as_deref().unwrap_or(Path::new("?")).display().to_string();
+            let (one, two) = (path(first), path(behind));
+            return Err(BackendError::invalid(format!(
+                "{one} and {two} are on file systems of different kinds ({kind:?}, {other:?}): keep all memory of a guest in files of one kind"
+            )));
+        }
+    }
+    Ok(kind)
 }
 
 /// Refuses hosts whose pages are not 4 KiB: there the unit of dirtiness is not the unit of mapping.
@@ -571,8 +667,6 @@ fn collapse_works() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use pagecopy::layout::Region;
-
     use super::*;
 
     #[test]

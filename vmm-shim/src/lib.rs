@@ -25,6 +25,7 @@ pub mod kvm;
 pub mod lost_room;
 mod mapped;
 mod pagemap;
+pub mod qemu;
 mod ram_file;
 pub mod room;
 mod sys;

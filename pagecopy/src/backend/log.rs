@@ -104,6 +104,13 @@ pub trait DirtyLog: Send + Sync {
         true
     }
 
+    /// *When*: once, at the start.
+    /// *Must*: tell whether nobody notes writes: then, at each `sync`, all of memory is compared with what was last sent of it, which
+    /// takes about 0.13 s for each GiB and core, and finds what changed by its content ([`ContentLog`]).
+    fn compares(&self) -> bool {
+        false
+    }
+
     /// *When*: at the end of a migration, whatever came of it; also of a log that was never started.
     /// *Must*: stop logging and free what it took. Harmless when not started.
     /// *Error*: logging goes on and costs the guest time. It changes nothing of how the migration ended.
@@ -129,6 +136,9 @@ impl<T: DirtyLog + ?Sized> DirtyLog for Arc<T> {
     fn expects_writes(&self) -> bool {
         (**self).expects_writes()
     }
+    fn compares(&self) -> bool {
+        (**self).compares()
+    }
     fn stop(&self) -> Result<(), BackendError> {
         (**self).stop()
     }
@@ -150,6 +160,31 @@ impl DirtyLog for StaticLog {
     }
     fn expects_writes(&self) -> bool {
         false
+    }
+    fn stop(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+/// The dirty log of memory whose writes nobody notes: what changed is found by its content.
+///
+/// A content that comes back is no change only where it is what was last *sent*: one that was sent in between is found, for memory is
+/// compared with what left, not with what was there at the last look.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ContentLog;
+
+impl DirtyLog for ContentLog {
+    fn name(&self) -> &str {
+        "scan"
+    }
+    fn start(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+    fn sync(&self, _dirty: &PageBitmap) -> Result<u64, BackendError> {
+        Ok(0)
+    }
+    fn compares(&self) -> bool {
+        true
     }
     fn stop(&self) -> Result<(), BackendError> {
         Ok(())

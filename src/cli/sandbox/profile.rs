@@ -121,6 +121,14 @@ impl Profile {
         profile
     }
 
+    /// `qemu recv`: its memory is open; it commands QEMU at `qmp`, which it may have to connect to again.
+    pub(in super::super) fn qemu(uri: &Uri, qmp: &Path) -> Self {
+        let mut profile = Self { connects: true, ..Self::common() };
+        profile.name_folder_of(qmp, Access::Read);
+        profile.takes_in(uri, None, true);
+        profile
+    }
+
     /// The same, with a file that is read, or all that is in a folder.
     pub(in super::super) fn reading(mut self, path: &Path) -> Self {
         self.reads(path);

@@ -6,6 +6,7 @@
 
 mod bandwidth;
 mod base;
+mod contents;
 #[cfg(test)]
 mod doubles;
 mod doubt;
@@ -376,7 +377,10 @@ impl PageSource {
         let mut lap = Lap::start();
         let found = self.log.sync(&self.pending);
         lap.to(&self.counters.spent.scan);
-        found
+        match found {
+            Ok(found) if self.log.compares() => Ok(found + self.compare()?),
+            found => found,
+        }
     }
 
     /// Page bytes that are pending or under way.

@@ -1,0 +1,112 @@
+//! `pageferry qemu recv`: takes a guest in for a QEMU that waits.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use pageferry::backend::{Guest, GuestRam};
+use pageferry::pagecopy::layout::Layout;
+use pageferry::vmm_shim::qemu::{QemuGuest, Role};
+use pageferry::{Destination, Landing, Offer, Refused, Uri};
+
+use super::super::api::ApiAddress;
+use super::super::protection::ListenArgs;
+use super::super::sandbox::{Profile, SandboxArgs};
+use super::super::words::{self, explain};
+use super::super::{CliError, Exit, PinnedArgs, output, stop};
+
+/// Takes the guest of `pageferry qemu send` in, for a QEMU that was started with `-incoming defer`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  pageferry qemu recv tcp:0:4444 --qmp unix:/run/vm1.qmp --tls-dir /etc/pki/pageferry"
+)]
+pub(super) struct RecvArgs {
+    /// Where to listen: tcp:HOST:PORT (port 0: any), unix:PATH or rdma:HOST:PORT
+    uri: Uri,
+    /// QEMU's monitor: unix:PATH, as it was started with `-qmp unix:PATH,server=on,wait=off`
+    #[arg(long, value_name = "ADDRESS")]
+    qmp: ApiAddress,
+    /// Give a silent peer or stream up after this many seconds
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    link_timeout: u64,
+    /// Wait this many seconds for a source that was lost on the way and connects again; 0: give up at once
+    #[arg(long, default_value_t = 300, value_name = "S", value_parser = clap::value_parser!(u64).range(0..=86400))]
+    reconnect_timeout: u64,
+    #[command(flatten)]
+    pinned: PinnedArgs,
+    #[command(flatten)]
+    protection: ListenArgs,
+    /// Print one JSON object at the end instead of text
+    #[arg(long)]
+    pub(super) json: bool,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
+}
+
+pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
+    if args.uri.is_one_way() {
+        let text = "a guest of QEMU comes from another QEMU: give tcp:, unix: or rdma:".to_owned();
+        return Err(CliError::usage(text));
+    }
+    let guest = super::attach(&args.qmp.0, Role::Destination)?;
+    let ram: Arc<dyn GuestRam> = Arc::new(guest.memory().map_err(|e| CliError::cannot_start(&e))?);
+    let profile = Profile::qemu(&args.uri, &args.qmp.0);
+    args.sandbox.enter(profile.reading_anew(&args.protection.files()))?;
+    let destination = Destination::builder()
+        .link_timeout(Duration::from_secs(args.link_timeout))
+        .reconnect_timeout(Duration::from_secs(args.reconnect_timeout))
+        .rdma(args.pinned.options())
+        .notice(|notice| tracing::info!("{notice}"))
+        .tls(args.protection.tls().map_err(CliError::usage)?)
+        .insecure(args.protection.is_insecure())
+        .bind(&args.uri)
+        .map_err(|e| CliError::cannot_start(&e))?;
+    let progress = destination.progress();
+    let cancelled = progress.clone();
+    stop::on_signals(move || {
+        // Nothing of this is postcopy, which could not be cancelled.
+        let _ = cancelled.cancel();
+    });
+    tracing::info!("listening on {}", destination.uri());
+    let own = guest.clone();
+    let arriving = destination.receive(move |offer| land(offer, &ram, &own));
+    let arriving = arriving.map_err(|e| CliError::cannot_start(&e))?;
+    let bar = output::Bar::start(&progress, args.json);
+    let result = arriving.wait();
+    bar.finish();
+    let end = result.map(drop).map_err(|error| {
+        let exit = if error.is_cancelled() { Exit::Cancelled } else { Exit::Failed };
+        CliError { exit, text: explain(&error) }
+    });
+    output::print(&words::report(&progress), args.json);
+    end
+}
+
+/// Lets a guest come that this QEMU is for.
+fn land(offer: &Offer, ram: &Arc<dyn GuestRam>, guest: &Arc<QemuGuest>) -> Result<Landing, Refused> {
+    if !offer.live {
+        return Err("memory alone came, and no guest: use `pageferry recv`".into());
+    }
+    if offer.layout != *ram.layout() {
+        let (theirs, own) = (blocks(&offer.layout), blocks(ram.layout()));
+        let what = format!(
+            "the guest's memory is {theirs}, this QEMU's {own}: start it with the source's memory backends"
+        );
+        return Err(what.into());
+    }
+    if offer.machine != guest.machine() {
+        let (theirs, own) = (&offer.machine, guest.machine());
+        let what = format!(
+            "the guest's machine is \"{theirs}\", this QEMU's \"{own}\": start it with the source's -machine"
+        );
+        return Err(what.into());
+    }
+    let own: Arc<dyn Guest> = guest.clone();
+    Ok(Landing::guest(ram.clone(), own))
+}
+
+/// Memory blocks in words.
+fn blocks(layout: &Layout) -> String {
+    let block = |region: &pageferry::layout::Region| format!("{} of {} MiB", region.name, region.len >> 20);
+    layout.regions().iter().map(block).collect::<Vec<_>>().join(" and ")
+}

@@ -1,0 +1,207 @@
+//! QEMUs for tests: a Linux guest under software emulation, with its memory in a file.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use testkit::wait_until;
+
+use crate::common::folder;
+
+pub(crate) const MEMORY_MIB: usize = 256;
+/// A guest boots in ten seconds on an idle host.
+const BOOT: Duration = Duration::from_secs(300);
+
+/// What all guests of a process share: a kernel, and their program as a file system.
+pub(crate) struct Rig {
+    folder: TempDir,
+    kernel: PathBuf,
+    guests: AtomicU64,
+}
+
+impl Rig {
+    /// `None`, with the reason printed, where there can be no QEMU or no kernel for its guest.
+    pub(crate) fn get() -> Option<&'static Self> {
+        static RIG: OnceLock<Result<Rig, String>> = OnceLock::new();
+        RIG.get_or_init(Self::make).as_ref().map_err(|why| println!("skipped: {why}")).ok()
+    }
+
+    fn make() -> Result<Self, String> {
+        let qemu = Command::new("qemu-system-x86_64").arg("--version").output();
+        qemu.map_err(|e| format!("no QEMU: qemu-system-x86_64: {e}"))?;
+        let prepared =
+            Command::new(env!("CARGO_BIN_EXE_pageferry")).args(["lab", "prepare"]).output().unwrap();
+        if !prepared.status.success() {
+            return Err(format!("no kernel: {}", String::from_utf8_lossy(&prepared.stderr)));
+        }
+        let said = String::from_utf8_lossy(&prepared.stdout).into_owned();
+        let kernel = said.lines().find_map(|line| line.strip_prefix("kernel:")?.split_once("), "));
+        let kernel = PathBuf::from(kernel.expect("where the kernel is").1);
+        let folder = folder();
+        let program = folder.path().join("guest");
+        let built = Command::new("rustc")
+            .args([
+                "--edition",
+                "2024",
+                "-O",
+                "-C",
+                "strip=symbols",
+                "-C",
+                "target-feature=+crt-static",
+                "-C",
+                "panic=abort",
+                "-o",
+            ])
+            .arg(&program)
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qemu/guest.rs"))
+            .output()
+            .map_err(|e| format!("no rustc: {e}"))?;
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        let archive = [entry("init", &std::fs::read(&program).unwrap()), entry("TRAILER!!!", &[])].concat();
+        std::fs::write(folder.path().join("initrd"), archive).unwrap();
+        Ok(Self { folder, kernel, guests: AtomicU64::new(0) })
+    }
+
+    /// A QEMU whose guest boots.
+    pub(crate) fn start(&self, more: &[&str]) -> Qemu {
+        self.qemu("share=on", more)
+    }
+
+    /// A QEMU that waits for a guest.
+    pub(crate) fn start_waiting(&self, more: &[&str]) -> Qemu {
+        self.start(&[more, &["-incoming", "defer"]].concat())
+    }
+
+    /// A QEMU whose memory backend has these options besides.
+    pub(crate) fn qemu(&self, backend: &str, more: &[&str]) -> Qemu {
+        let number = self.guests.fetch_add(1, Ordering::Relaxed);
+        let path = |what: &str| self.folder.path().join(format!("{what}{number}"));
+        let (ram, socket, console) = (path("ram"), path("qmp"), path("console"));
+        let bytes = MEMORY_MIB;
+        let object = format!("memory-backend-file,id=ram,size={bytes}M,mem-path={},{backend}", ram.display());
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-machine", "q35,memory-backend=ram", "-accel", "tcg,thread=multi", "-cpu", "max"])
+            .args(["-m", &format!("{bytes}M"), "-object", &object, "-nodefaults", "-display", "none"])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
+            .args(["-serial", &format!("file:{}", console.display())])
+            .arg("-kernel")
+            .arg(&self.kernel)
+            .arg("-initrd")
+            .arg(self.folder.path().join("initrd"))
+            .args(["-append", "console=ttyS0 quiet panic=-1 mib=32 rate=200"])
+            .args(more)
+            .stdin(Stdio::null());
+        let child = command.spawn().unwrap();
+        let qemu = Qemu { child, ram, socket, console };
+        wait_until("QEMU's monitor", BOOT, || UnixStream::connect(&qemu.socket).is_ok());
+        qemu
+    }
+}
+
+/// One file of a cpio archive (newc, as Documentation/driver-api/early-userspace/buffer-format.rst of Linux has it).
+fn entry(name: &str, data: &[u8]) -> Vec<u8> {
+    let fields = [1, 0o100_755, 0, 0, 1, 0, data.len(), 0, 0, 0, 0, name.len() + 1, 0];
+    let mut out = b"070701".to_vec();
+    fields.iter().for_each(|field| out.extend_from_slice(format!("{field:08x}").as_bytes()));
+    out.extend_from_slice(name.as_bytes());
+    out.push(0);
+    out.resize(out.len().next_multiple_of(4), 0);
+    out.extend_from_slice(data);
+    out.resize(out.len().next_multiple_of(4), 0);
+    out
+}
+
+/// A running QEMU; killed when it is dropped.
+pub(crate) struct Qemu {
+    child: Child,
+    ram: PathBuf,
+    socket: PathBuf,
+    console: PathBuf,
+}
+
+impl Qemu {
+    /// The address of its monitor, as pageferry takes it.
+    pub(crate) fn qmp(&self) -> String {
+        format!("unix:{}", self.socket.display())
+    }
+
+    /// Has a command done over its monitor.
+    pub(crate) fn ask(&self, command: &str) -> Value {
+        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map(|line| line.unwrap());
+        lines.next().expect("a greeting");
+        for command in ["qmp_capabilities", command] {
+            writeln!(stream, "{}", json!({ "execute": command, "id": command })).unwrap();
+        }
+        let answers = lines.map(|line| serde_json::from_str::<Value>(&line).unwrap());
+        let answer = answers.into_iter().find(|answer| answer["id"] == command).expect("an answer");
+        assert!(answer.get("error").is_none(), "{command}: {answer}");
+        answer["return"].clone()
+    }
+
+    /// What its guest does.
+    pub(crate) fn status(&self) -> String {
+        self.ask("query-status")["status"].as_str().unwrap().to_owned()
+    }
+
+    /// Whether its own migration has this capability set.
+    pub(crate) fn capability(&self, name: &str) -> bool {
+        let all = self.ask("query-migrate-capabilities");
+        all.as_array().unwrap().iter().any(|one| one["capability"] == name && one["state"] == true)
+    }
+
+    /// What the guest wrote to its console here.
+    pub(crate) fn console(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.console).unwrap()).into_owned()
+    }
+
+    /// Waits until the guest has told its count so often here.
+    pub(crate) fn wait_beats(&self, count: usize) {
+        wait_until("the guest counts", BOOT, || beats(&self.console()) >= count);
+    }
+
+    /// The content of its memory.
+    pub(crate) fn ram(&self) -> Vec<u8> {
+        std::fs::read(&self.ram).unwrap()
+    }
+
+    /// Bytes of its memory's file that are no holes.
+    pub(crate) fn populated_bytes(&self) -> u64 {
+        std::fs::metadata(&self.ram).unwrap().blocks() * 512
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.ram);
+    }
+}
+
+/// How often a guest has told its count.
+pub(crate) fn beats(console: &str) -> usize {
+    console.matches("beat ").count()
+}
+
+/// Checks that a guest counted on without a gap and found nothing wrong in its memory.
+pub(crate) fn check_console(console: &str) {
+    let mut next = 0;
+    for line in console.lines().filter(|line| line.starts_with("beat ")) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        // The last line may be under way.
+        let [_, beat, _, _, _, errors] = words[..] else { continue };
+        assert_eq!(beat.parse(), Ok(next), "{console}");
+        assert_eq!(errors, "0", "{console}");
+        next += 1;
+    }
+    assert!(next > 0, "{console}");
+}

@@ -1,0 +1,345 @@
+//! A guest of QEMU, as the engine commands it.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use pagecopy::backend::{BackendError, Guest, StateBlob, StateSink};
+use pagecopy::layout::Region;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::pipe::{PipeFlags, pipe_with};
+use serde_json::{Value, json};
+
+use super::{Block, Qmp, blocks};
+use crate::guest_memory::GuestMemory;
+
+/// The name by which QEMU knows the pipe for its state.
+const FD_NAME: &str = "pageferry-state";
+/// The name of the piece of state, and its version.
+const PIECE: (&str, u32) = ("qemu", 1);
+/// QEMU says nothing of its state for so long, or takes nothing of it: it has stalled.
+const STATE_PATIENCE: Duration = Duration::from_secs(30);
+/// How often QEMU is asked whether its migration has ended.
+const TICK: Duration = Duration::from_millis(1);
+/// Memory in shared files is left out of QEMU's own stream.
+const CAPABILITY: &str = "x-ignore-shared";
+/// Capabilities under which its stream would not be one of bytes from end to end.
+const MUST_BE_OFF: [&str; 6] =
+    ["multifd", "postcopy-ram", "x-colo", "background-snapshot", "return-path", "pause-before-switchover"];
+/// Nothing of the state waits for a limit: it is part of the downtime.
+const NO_LIMIT: u64 = 1 << 50;
+
+/// On which side a QEMU is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Its guest is moved away.
+    Source,
+    /// It waits for a guest: `-incoming defer`.
+    Destination,
+}
+
+/// A QEMU and its guest.
+///
+/// What was set in QEMU is put back when this is dropped.
+#[derive(Debug)]
+pub struct QemuGuest {
+    qmp: Qmp,
+    role: Role,
+    blocks: Mutex<Vec<Block>>,
+    ran: bool,
+    machine: String,
+    /// A state was loaded, which QEMU does once.
+    loaded: AtomicBool,
+    before: Before,
+}
+
+/// What is put back in the end.
+#[derive(Debug, Default)]
+struct Before {
+    capabilities: Vec<Value>,
+    bandwidth: Option<u64>,
+}
+
+impl QemuGuest {
+    /// Attaches to the QEMU whose monitor is at `path`.
+    ///
+    /// # Errors
+    /// Where its guest cannot be moved from outside, or its state is not what `role` takes. Nothing was changed then; the text names the
+    /// block, device or capability, and what helps.
+    pub fn attach(path: &Path, role: Role) -> Result<Self, BackendError> {
+        let qmp = Qmp::connect(path)?;
+        let status = status_of(&qmp)?;
+        let fits = match role {
+            Role::Source => !matches!(&status[..], "inmigrate" | "finish-migrate"),
+            Role::Destination => status == "inmigrate",
+        };
+        if !fits {
+            let hint = match role {
+                Role::Source => "there is no guest in it to be moved",
+                Role::Destination => "start it with `-incoming defer`, and anew for each guest",
+            };
+            return Err(BackendError::invalid(format!("QEMU at {} is `{status}`: {hint}", path.display())));
+        }
+        let before = Before::of(&qmp)?;
+        if !before.has(CAPABILITY) {
+            let what = format!(
+                "QEMU at {} has not the capability {CAPABILITY}: it takes version 4.0 or later",
+                path.display()
+            );
+            return Err(BackendError::invalid(what));
+        }
+        blocks::refuse_unseen_writers(&qmp)?;
+        let blocks = Mutex::new(blocks::find(&qmp)?);
+        let machine = qmp.execute("qom-get", json!({ "path": "/machine", "property": "type" }))?;
+        let machine = format!("qemu {}", machine.as_str().unwrap_or("?"));
+        let ran = status == "running";
+        Ok(Self { qmp, role, blocks, ran, machine, loaded: AtomicBool::new(false), before })
+    }
+
+    /// Its memory, mapped here as well: once.
+    ///
+    /// # Errors
+    /// Of mapping it; and, at a destination, where it holds something, for it is to be fresh.
+    pub fn memory(&self) -> Result<GuestMemory, BackendError> {
+        let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        let regions =
+            blocks.drain(..).map(|block| (Region::unplaced(block.name, block.bytes), block.file, block.path));
+        let memory = GuestMemory::of_files(regions.collect())?;
+        if self.role == Role::Destination {
+            memory.require_zeros()?;
+        }
+        Ok(memory)
+    }
+
+    /// Whether the guest ran when this was attached.
+    pub fn ran(&self) -> bool {
+        self.ran
+    }
+
+    /// QEMU's machine, which both sides have alike.
+    pub fn machine(&self) -> &str {
+        &self.machine
+    }
+
+    /// Its monitor.
+    pub fn qmp(&self) -> &Qmp {
+        &self.qmp
+    }
+
+    /// Sets what its own migration takes.
+    fn prepare(&self) -> Result<(), BackendError> {
+        let set = |name: &&str| self.before.has(name);
+        let off = MUST_BE_OFF.iter().filter(|name| set(name)).map(|name| capability(name, false));
+        let all: Vec<Value> = off.chain([capability(CAPABILITY, true)]).collect();
+        self.qmp.execute("migrate-set-capabilities", json!({ "capabilities": all }))?;
+        if self.role == Role::Source {
+            self.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": NO_LIMIT }))?;
+        }
+        Ok(())
+    }
+
+    /// How its own migration stands; why it failed, where it has.
+    fn migration(&self) -> Result<String, BackendError> {
+        let answer = self.qmp.execute("query-migrate", Value::Null)?;
+        let status = answer["status"].as_str().unwrap_or_default().to_owned();
+        if status == "failed" {
+            let why = answer["error-desc"].as_str().unwrap_or("its standard error says why").to_owned();
+            return Err(BackendError::new("QEMU's own migration of the devices' state failed", why));
+        }
+        Ok(status)
+    }
+
+    /// Waits for the end of QEMU's own migration.
+    fn await_migration(&self) -> Result<(), BackendError> {
+        let deadline = Instant::now() + STATE_PATIENCE;
+        while self.migration()? != "completed" {
+            if Instant::now() > deadline {
+                return Err(BackendError::new(
+                    "wait for the end of QEMU's own migration",
+                    io::Error::from(ErrorKind::TimedOut),
+                ));
+            }
+            std::thread::sleep(TICK);
+        }
+        Ok(())
+    }
+
+    /// Has QEMU write its state into a pipe, and reads it from there.
+    fn read_state(&self, out: &mut dyn StateSink) -> Result<(), BackendError> {
+        let (reader, writer) = pipe()?;
+        self.qmp.give(FD_NAME, writer.as_fd())?;
+        drop(writer);
+        self.qmp.execute("migrate", json!({ "uri": format!("fd:{FD_NAME}") }))?;
+        out.begin(PIECE.0, PIECE.1)?;
+        let mut reader = File::from(reader);
+        let mut bytes = vec![0; 256 << 10];
+        loop {
+            ready(&reader, PollFlags::IN)
+                .map_err(|e| BackendError::new("read the devices' state from QEMU", e))?;
+            match reader.read(&mut bytes) {
+                Ok(0) => break,
+                Ok(count) => out.write(&bytes[..count])?,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(BackendError::new("read the devices' state from QEMU", e)),
+            }
+        }
+        self.await_migration()
+    }
+
+    /// Has QEMU read its state from a pipe, and writes it there.
+    fn write_state(&self, state: &[u8]) -> Result<(), BackendError> {
+        let (reader, writer) = pipe()?;
+        self.qmp.give(FD_NAME, reader.as_fd())?;
+        drop(reader);
+        self.qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{FD_NAME}") }))?;
+        let written = feed(writer, state);
+        // QEMU's own word, where it has one, says more than a pipe that broke.
+        self.await_migration()?;
+        written.map_err(|e| BackendError::new("write the devices' state to QEMU", e))
+    }
+
+    fn stand_still(&self) -> Result<(), BackendError> {
+        self.qmp.execute("stop", Value::Null).map(drop)
+    }
+
+    fn announce(&self) {
+        // Whoever sent to the guest learns where it is a little later, where this fails.
+        let rounds = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
+        let _ = self.qmp.execute("announce-self", rounds);
+    }
+}
+
+impl Guest for QemuGuest {
+    fn pause(&self) -> Result<(), BackendError> {
+        self.stand_still()?;
+        let status = status_of(&self.qmp)?;
+        if status == "running" {
+            return Err(BackendError::invalid(
+                "QEMU's guest runs although it was stopped: somebody else commands it",
+            ));
+        }
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), BackendError> {
+        self.qmp.execute("cont", Value::Null)?;
+        let status = status_of(&self.qmp)?;
+        if status != "running" {
+            return Err(BackendError::invalid(format!(
+                "QEMU's guest is `{status}` although it was let go on"
+            )));
+        }
+        self.announce();
+        Ok(())
+    }
+
+    fn save_state(&self, out: &mut dyn StateSink) -> Result<(), BackendError> {
+        self.prepare()?;
+        self.read_state(out).inspect_err(|_| {
+            // It may be in the midst of it.
+            let _ = self.qmp.execute("migrate_cancel", Value::Null);
+        })
+    }
+
+    fn load_state(&self, state: &[StateBlob]) -> Result<(), BackendError> {
+        let [StateBlob { name, version, bytes }] = state else {
+            return Err(BackendError::invalid("the state is not one piece: it is not QEMU's"));
+        };
+        if (name.as_str(), *version) != PIECE {
+            return Err(BackendError::invalid(format!(
+                "the state is {name:?} of version {version}, not QEMU's"
+            )));
+        }
+        if self.loaded.swap(true, Ordering::SeqCst) {
+            return Err(BackendError::invalid(
+                "this QEMU has taken a state before, and takes one alone: start it anew for another attempt",
+            ));
+        }
+        self.prepare()?;
+        // Else it would run as soon as it has its state.
+        self.stand_still()?;
+        self.write_state(bytes)?;
+        match &status_of(&self.qmp)?[..] {
+            "running" => Err(BackendError::invalid("QEMU's guest runs before it was let")),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for QemuGuest {
+    fn drop(&mut self) {
+        // A QEMU that is gone needs nothing put back.
+        let _ = self.before.put_back(&self.qmp, self.role);
+    }
+}
+
+impl Before {
+    fn of(qmp: &Qmp) -> Result<Self, BackendError> {
+        let capabilities = qmp.execute("query-migrate-capabilities", Value::Null)?;
+        let parameters = qmp.execute("query-migrate-parameters", Value::Null)?;
+        let capabilities = capabilities.as_array().cloned().unwrap_or_default();
+        Ok(Self { capabilities, bandwidth: parameters["max-bandwidth"].as_u64() })
+    }
+
+    /// Whether QEMU knows a capability.
+    fn has(&self, name: &str) -> bool {
+        self.capabilities.iter().any(|one| one["capability"] == name)
+    }
+
+    fn put_back(&self, qmp: &Qmp, role: Role) -> Result<(), BackendError> {
+        let touched = |one: &&Value| {
+            one["capability"].as_str().is_some_and(|name| name == CAPABILITY || MUST_BE_OFF.contains(&name))
+        };
+        let capabilities: Vec<&Value> = self.capabilities.iter().filter(touched).collect();
+        qmp.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
+        if let (Role::Source, Some(bandwidth)) = (role, self.bandwidth) {
+            qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": bandwidth }))?;
+        }
+        Ok(())
+    }
+}
+
+fn capability(name: &str, state: bool) -> Value {
+    json!({ "capability": name, "state": state })
+}
+
+/// What QEMU's guest does: `running`, `paused`, `inmigrate`, `postmigrate` and others (RunState in QEMU's reference of QMP).
+fn status_of(qmp: &Qmp) -> Result<String, BackendError> {
+    let status = qmp.execute("query-status", Value::Null)?;
+    Ok(status["status"].as_str().unwrap_or_default().to_owned())
+}
+
+fn pipe() -> Result<(OwnedFd, OwnedFd), BackendError> {
+    pipe_with(PipeFlags::CLOEXEC)
+        .map_err(|e| BackendError::new("make a pipe for the devices' state", io::Error::from(e)))
+}
+
+/// Waits until a pipe can be read or written.
+fn ready(fd: &impl AsFd, flags: PollFlags) -> io::Result<()> {
+    let patience = Timespec { tv_sec: STATE_PATIENCE.as_secs() as i64, tv_nsec: 0 };
+    match poll(&mut [PollFd::new(fd, flags)], Some(&patience)) {
+        Ok(0) => Err(ErrorKind::TimedOut.into()),
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Writes all of the state, and then closes the pipe.
+fn feed(writer: OwnedFd, mut state: &[u8]) -> io::Result<()> {
+    rustix::io::ioctl_fionbio(&writer, true)?;
+    let mut writer = File::from(writer);
+    while !state.is_empty() {
+        ready(&writer, PollFlags::OUT)?;
+        match writer.write(state) {
+            Ok(count) => state = &state[count..],
+            Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
