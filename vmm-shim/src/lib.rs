@@ -13,11 +13,13 @@
 //! | vCPUs of KVM, in a VM that anybody made | [`kvm::KvmBitmapLog`] or [`kvm::KvmRingLog`], over [`kvm::KvmSlots`] |
 //! | devices that write guest memory of vm-memory | [`bitmap_log::BitmapLog`], in a [`union_log::UnionLog`] with that of its vCPUs |
 //! | memory that this process writes, without KVM | [`uffd_log::UffdLog`] |
+//! | memory of another process, which knows nothing of it | [`foreign::SoftDirtyLog`], over a [`foreign::Process`] |
 //! | a dirty log of its own | [`conformance::run`], to try it |
 
 pub mod adapter;
 pub mod bitmap_log;
 pub mod conformance;
+pub mod foreign;
 pub mod guest_memory;
 pub mod guests;
 pub mod holes;

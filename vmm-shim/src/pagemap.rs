@@ -1,6 +1,6 @@
-//! What the kernel knows of this process's pages: present, swapped, written; from `/proc/self/pagemap`.
+//! What the kernel knows of a process's pages: present, swapped, written; from `/proc/PID/pagemap`.
 //!
-//! Everything here is read from this process's page table. So it says nothing about pages of shared memory that only
+//! Everything here is read from that process's page table. So it says nothing about pages of shared memory that only
 //! another process has touched.
 
 use std::fs::File;
@@ -30,6 +30,11 @@ pub(crate) struct Query {
     pub(crate) report: u64,
 }
 
+/// Bit 63 of an entry: present; bit 62: swapped.
+pub(crate) const ENTRY_PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+/// Bit 55 of an entry: written since the process's bits were last cleared.
+pub(crate) const ENTRY_SOFT_DIRTY: u64 = 1 << 55;
+
 /// The page table of this process, open: `/proc/self/pagemap`. A process that gives `/proc` up later opens it before.
 #[derive(Debug)]
 pub struct Pagemap(File);
@@ -38,6 +43,11 @@ impl Pagemap {
     /// Opens it; needs no privilege, but a mounted `/proc`.
     pub fn open() -> io::Result<Self> {
         File::open("/proc/self/pagemap").map(Self)
+    }
+
+    /// The page table of whichever process this `pagemap` is of.
+    pub(crate) fn of(file: File) -> Self {
+        Self(file)
     }
 
     /// Calls `each` with runs of addresses, `start..end`, that cover exactly the pages of `start..end` that match. A
@@ -51,6 +61,17 @@ impl Pagemap {
         start: u64,
         end: u64,
         mut each: impl FnMut(u64, u64),
+    ) -> io::Result<()> {
+        self.scan_categories(query, start, end, |from, to, _| each(from, to))
+    }
+
+    /// The same, and tells which of the categories that are reported hold for each run.
+    pub(crate) fn scan_categories(
+        &self,
+        query: &Query,
+        start: u64,
+        end: u64,
+        mut each: impl FnMut(u64, u64, u64),
     ) -> io::Result<()> {
         let mut out = vec![PageRegion::default(); BATCH];
         let mut at = start;
@@ -70,7 +91,7 @@ impl Pagemap {
                 // The kernel only reports what it was asked for; clamped, so that no caller depends on that.
                 let (from, to) = (run.start.max(start), run.end.min(end));
                 if from < to {
-                    each(from, to);
+                    each(from, to, run.categories);
                 }
             }
             if arg.walk_end <= at {
@@ -89,8 +110,21 @@ impl Pagemap {
         end: u64,
         mut each: impl FnMut(u64, u64),
     ) -> io::Result<()> {
-        /// Bit 63: present; bit 62: swapped.
-        const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+        self.read_entries(start, end, |at, entry| {
+            if entry & ENTRY_PRESENT_OR_SWAPPED != 0 {
+                each(at, at + PAGE_SIZE as u64);
+            }
+        })
+    }
+
+    /// Calls `each` with the address of every page and its entry. Works on every kernel, and costs as much as
+    /// [`Self::read_present`].
+    pub(crate) fn read_entries(
+        &self,
+        start: u64,
+        end: u64,
+        mut each: impl FnMut(u64, u64),
+    ) -> io::Result<()> {
         let page = PAGE_SIZE as u64;
         let mut entries = vec![0u8; BATCH * 8];
         let mut at = start;
@@ -99,10 +133,7 @@ impl Pagemap {
             let bytes = &mut entries[..count * 8];
             self.0.read_exact_at(bytes, at / page * 8)?;
             for (i, entry) in bytes.chunks_exact(8).enumerate() {
-                let entry = u64::from_ne_bytes(entry.try_into().expect("chunks of 8"));
-                if entry & PRESENT_OR_SWAPPED != 0 {
-                    each(at + i as u64 * page, at + (i as u64 + 1) * page);
-                }
+                each(at + i as u64 * page, u64::from_ne_bytes(entry.try_into().expect("chunks of 8")));
             }
             at += count as u64 * page;
         }

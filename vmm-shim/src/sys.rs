@@ -27,6 +27,8 @@ pub(crate) mod scan {
     pub(crate) const PFNZERO: u64 = 1 << 5;
     /// The page is part of a huge page that is mapped as such.
     pub(crate) const HUGE: u64 = 1 << 6;
+    /// The page was written since the process's bits were last cleared. Kernels without `CONFIG_MEM_SOFT_DIRTY` take it, and never say so.
+    pub(crate) const SOFT_DIRTY: u64 = 1 << 7;
 }
 
 /// A run of pages that `PAGEMAP_SCAN` reports: `struct page_region`.

@@ -217,7 +217,7 @@ impl DirtyLog for UffdLog {
 }
 
 /// Adds pages, counted from the start of chunk `first`, to a bitmap.
-fn insert_run(dirty: &PageBitmap, first: u32, pages: Range<u64>) {
+pub(crate) fn insert_run(dirty: &PageBitmap, first: u32, pages: Range<u64>) {
     const PAGES: u64 = CHUNK_PAGES as u64;
     let mut page = pages.start;
     while page < pages.end {
