@@ -14,7 +14,7 @@
 //! * Writes through another process's mapping of the same memory (vhost-user back ends), by `pwrite(2)` to its file, and by devices of VFIO.
 //! * A page that is taken away (a balloon, virtio-mem) and then read, not written, before the next look. It is noticed where it is still
 //!   away. A guest that gives pages away expects nothing of them until it has written them.
-//! * A page of shared memory that was only written before the process's page table lost it; see [`SoftDirtyLog`] about swap.
+//! * A page of shared memory that the process itself takes out of its page table and keeps; see [`SoftDirtyLog`], also about swap.
 //!
 //! What it reports beyond what was written: all of a transparent huge page, of which one byte was.
 //!
@@ -22,6 +22,7 @@
 //! logs of one process, or a log and CRIU, take each other's bits away.
 
 mod log;
+mod losses;
 mod maps;
 mod process;
 mod soft_dirty;

@@ -2,12 +2,14 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pagecopy::backend::{BackendError, DirtyLog};
 use pagecopy::bitmap::PageBitmap;
 use pagecopy::layout::{Layout, PAGE_SIZE};
 
+use super::losses::Losses;
 use super::maps::{self, Mapping, MappingKind};
 use super::process::Process;
 use super::soft_dirty;
@@ -21,15 +23,23 @@ use crate::uffd_log::insert_run;
 /// between the scan and the clearing is in neither this report nor the next: that nothing is, is the [`Standstill`]'s to see to.
 ///
 /// A page that was in the page table at the last look and is not any more counts as written: it may have been taken away.
+///
+/// Shared memory that the kernel takes out of the page table loses its bits. It does so where the host swaps, and with huge pages that
+/// come and go. It counts what it does, and where the counts have moved since the last look, all shared memory counts as written
+/// ([`doubted`](Self::doubted)): whoever wants guests to be moved in few rounds keeps their memory from being swapped. A process that
+/// asks for it by itself, by `MADV_DONTNEED` or `MADV_PAGEOUT` on shared memory that it keeps, is not noticed.
 #[derive(Debug)]
 pub struct SoftDirtyLog<S> {
     process: Process,
     layout: Layout,
     pieces: Vec<Piece>,
+    /// Whether shared memory may have huge pages.
+    huge: bool,
     standstill: S,
-    /// The pages that were there at the last look, between `start` and `stop`.
-    started: Mutex<Option<PageBitmap>>,
+    /// Between `start` and `stop`.
+    started: Mutex<Option<Started>>,
     pauses: Mutex<Standstills>,
+    doubted: AtomicU64,
 }
 
 /// A range of addresses that holds a part of a region.
@@ -42,6 +52,26 @@ struct Piece {
     page: u64,
     /// What was mapped there at first.
     mapped: Vec<Mapping>,
+}
+
+impl Piece {
+    /// All of its pages, counted from the start of the region.
+    fn pages(&self) -> Range<u64> {
+        self.page..self.page + (self.addresses.end - self.addresses.start) / PAGE_SIZE as u64
+    }
+
+    fn is_shared(&self) -> bool {
+        self.mapped.iter().any(|mapping| mapping.shared)
+    }
+}
+
+/// What is known since the last look.
+#[derive(Debug)]
+struct Started {
+    /// The pages that were there.
+    present: PageBitmap,
+    /// Where there is shared memory.
+    losses: Option<Losses>,
 }
 
 /// What one look found.
@@ -63,7 +93,7 @@ impl<S: Standstill> SoftDirtyLog<S> {
         addresses: &[Vec<Range<u64>>],
         standstill: S,
     ) -> Result<Self, BackendError> {
-        let mut pieces = Vec::new();
+        let (mut pieces, mut huge) = (Vec::new(), false);
         if addresses.len() != layout.regions().len() {
             return Err(BackendError::invalid(format!(
                 "track {} regions of process {}: addresses of {} are known",
@@ -87,7 +117,11 @@ impl<S: Standstill> SoftDirtyLog<S> {
             }
             let mut page = 0;
             for range in ranges {
-                let mapped = mapped_in(&process, &region.name, range)?;
+                let mut mapped = mapped_in(&process, &region.name, range)?;
+                for mapping in &mut mapped {
+                    // Comes and goes, and is no other mapping.
+                    huge |= mapping.shared & std::mem::take(&mut mapping.transparent_huge);
+                }
                 pieces.push(Piece {
                     addresses: range.clone(),
                     chunk: layout.region_chunks(at).start,
@@ -98,7 +132,7 @@ impl<S: Standstill> SoftDirtyLog<S> {
             }
         }
         let (started, pauses) = (Mutex::default(), Mutex::default());
-        Ok(Self { process, layout, pieces, standstill, started, pauses })
+        Ok(Self { process, layout, pieces, huge, standstill, started, pauses, doubted: AtomicU64::new(0) })
     }
 
     /// The process.
@@ -111,7 +145,12 @@ impl<S: Standstill> SoftDirtyLog<S> {
         *self.pauses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn started(&self) -> MutexGuard<'_, Option<PageBitmap>> {
+    /// How many looks counted all shared memory as written, because the kernel may have lost bits of it.
+    pub fn doubted(&self) -> u64 {
+        self.doubted.load(Ordering::Relaxed)
+    }
+
+    fn started(&self) -> MutexGuard<'_, Option<Started>> {
         // It is one value, replaced whole.
         self.started.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -176,12 +215,14 @@ impl<S: Standstill> DirtyLog for SoftDirtyLog<S> {
         *started = None;
         soft_dirty::check()?;
         let look = self.room();
+        let shared = self.pieces.iter().any(Piece::is_shared);
+        let losses = shared.then(|| Losses::begin(self.huge)).transpose()?;
         while_standing(&self.standstill, &self.pauses, || {
             self.clear_bits()?;
             self.scan(&look)
         })?;
         self.require_mapped()?;
-        *started = Some(look.present);
+        *started = Some(Started { present: look.present, losses });
         Ok(())
     }
 
@@ -195,22 +236,30 @@ impl<S: Standstill> DirtyLog for SoftDirtyLog<S> {
             )));
         }
         let mut started = self.started();
-        let before = started.take().ok_or_else(|| BackendError::not_started(self.name()))?;
+        let mut last = started.take().ok_or_else(|| BackendError::not_started(self.name()))?;
         let look = self.room();
         while_standing(&self.standstill, &self.pauses, || {
             self.scan(&look)?;
             self.clear_bits()
         })?;
         self.require_mapped()?;
+        if let Some(losses) = &mut last.losses
+            && losses.may_have_been()?
+        {
+            self.doubted.fetch_add(1, Ordering::Relaxed);
+            for piece in self.pieces.iter().filter(|piece| piece.is_shared()) {
+                insert_run(&look.written, piece.chunk, piece.pages());
+            }
+        }
         let mut count = 0;
         for chunk in 0..self.layout.chunks() {
-            let pages = look.written.get(chunk) | before.get(chunk) & !look.present.get(chunk);
+            let pages = look.written.get(chunk) | last.present.get(chunk) & !look.present.get(chunk);
             count += u64::from(pages.count_ones());
             if pages != 0 {
                 dirty.insert(chunk, pages);
             }
         }
-        *started = Some(look.present);
+        *started = Some(Started { present: look.present, ..last });
         Ok(count)
     }
 

@@ -36,6 +36,8 @@ pub struct Mapping {
     pub shared: bool,
     /// What the pages are kept in.
     pub kind: MappingKind,
+    /// Whether there are, or may come to be, transparent huge pages.
+    pub transparent_huge: bool,
 }
 
 impl Mapping {
@@ -114,16 +116,24 @@ fn mapping(line: &str, systems: &FileSystems) -> Option<Mapping> {
     let device = device(words.next()?, 16)?;
     let inode = words.next()?.parse().ok()?;
     let shared = permissions.len() == 4 && permissions.ends_with('s');
-    Some(Mapping { addresses, offset, device, inode, shared, kind: systems.kind(device, inode) })
+    Some(Mapping {
+        addresses,
+        offset,
+        device,
+        inode,
+        shared,
+        kind: systems.kind(device, inode),
+        transparent_huge: false,
+    })
 }
 
-/// All mappings that the text of `maps` names. Huge pages are not told from other files yet: [`find_huge`].
+/// All mappings that the text of `maps` names. Nothing is known of huge pages yet: [`find_huge`].
 pub(super) fn parse(maps: &str, systems: &FileSystems) -> Vec<Mapping> {
     maps.lines().filter_map(|line| mapping(line, systems)).collect()
 }
 
-/// Tells which of these mappings, in rising order, are of huge pages, by the text of `smaps`. It is read no further than the last of
-/// them: the kernel walks the page table of everything that it describes.
+/// Tells which of these mappings, in rising order, are of huge pages or may have some, by the text of `smaps`. It is read no further
+/// than the last of them: the kernel walks the page table of everything that it describes.
 pub(super) fn find_huge(smaps: impl BufRead, mappings: &mut [Mapping]) -> io::Result<()> {
     let Some(end) = mappings.last().map(|last| last.addresses.end) else { return Ok(()) };
     let mut at = 0..0;
@@ -137,11 +147,18 @@ pub(super) fn find_huge(smaps: impl BufRead, mappings: &mut [Mapping]) -> io::Re
             if at.start >= end {
                 break;
             }
-        } else if first == "KernelPageSize:" {
-            let bytes = words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10;
-            if bytes > PAGE_SIZE as u64 {
-                let here = |mapping: &&mut Mapping| at.contains(&mapping.addresses.start);
-                mappings.iter_mut().filter(here).for_each(|m| m.kind = MappingKind::Hugetlb(bytes));
+            continue;
+        }
+        let number = words.next().and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+        for mapping in mappings.iter_mut().filter(|mapping| at.contains(&mapping.addresses.start)) {
+            match first {
+                "KernelPageSize:" if number << 10 > PAGE_SIZE as u64 => {
+                    mapping.kind = MappingKind::Hugetlb(number << 10);
+                }
+                "THPeligible:" | "AnonHugePages:" | "ShmemPmdMapped:" => {
+                    mapping.transparent_huge |= number > 0
+                }
+                _ => {}
             }
         }
     }
@@ -191,6 +208,8 @@ mod tests {
 7f0000000000-7f0000200000 rw-s 00000000 00:01 2049 /memfd:pc.ram (deleted)
 Size:               2048 kB
 KernelPageSize:        4 kB
+ShmemPmdMapped:        0 kB
+THPeligible:    1
 VmFlags: rd wr sh mr mw me ms
 7f0000400000-7f0000600000 rw-s 00000000 00:10 77 /anon_hugepage (deleted)
 KernelPageSize:     2048 kB
@@ -199,7 +218,8 @@ KernelPageSize:     2048 kB
 ";
         let mut all = mappings();
         find_huge(smaps.as_bytes(), &mut all[..5]).unwrap();
-        assert_eq!(all[1].kind, MappingKind::Memory);
+        assert_eq!((all[1].kind, all[1].transparent_huge), (MappingKind::Memory, true));
+        assert!(!all[4].transparent_huge);
         assert_eq!(all[4].kind, MappingKind::Hugetlb(2 << 20));
         assert_eq!(all[5].kind, MappingKind::Memory, "behind the last one that was asked for");
     }

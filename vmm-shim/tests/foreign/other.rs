@@ -1,0 +1,206 @@
+//! Another process with guest memory: this very program, which writes, reads and gives away pages when it is asked to.
+
+use std::io::{BufRead, BufReader, Lines, Write};
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+
+use pagecopy::backend::{BackendError, GuestRam};
+use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE, Region};
+use vmm_shim::conformance::Page;
+use vmm_shim::foreign::Standstill;
+use vmm_shim::guest_memory::{Backing, GuestMemory};
+
+/// What the other process's memory is; set for it alone.
+const MEMORY: &str = "PAGEFERRY_TEST_OTHER_MEMORY";
+/// Begins the lines that are not the harness's.
+pub(crate) const SAID: &str = "the other process: ";
+
+/// Two regions, neither a multiple of a chunk.
+pub(crate) fn layout() -> Layout {
+    let (chunk, page) = (CHUNK_SIZE as u64, PAGE_SIZE as u64);
+    let low = Region::new("low", 0, 9 * chunk + 9 * page);
+    Layout::new(vec![low, Region::new("high", 1 << 32, 2 * chunk + page)]).unwrap()
+}
+
+/// One region of two huge pages.
+pub(crate) fn huge_layout() -> Layout {
+    Layout::flat(4 << 20).unwrap()
+}
+
+/// A command that runs one test of this program.
+pub(crate) fn this_program(test: &str) -> Command {
+    let module = module_path!().split("::").skip(1).filter(|&part| part != "other");
+    let name: Vec<&str> = module.chain([test]).collect();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "--nocapture", "--test-threads", "1", &name.join("::")]);
+    command
+}
+
+/// The life of the other process, in the test that it is started as; nothing in any other process.
+pub(crate) fn live() {
+    let Ok(memory) = std::env::var(MEMORY) else { return };
+    let (layout, backing) = match memory.as_str() {
+        "anonymous" => (layout(), Backing::Anonymous { huge: false }),
+        "anonymous, huge" => (huge_layout(), Backing::Anonymous { huge: true }),
+        "hugetlb" => (huge_layout(), Backing::MemfdHuge),
+        path => (layout(), Backing::File { path: path.into(), create: false }),
+    };
+    let memory = match GuestMemory::create(layout, &backing) {
+        Ok(memory) => memory,
+        Err(e) => return println!("\n{SAID}cannot: {e}: {}", e.source),
+    };
+    let at = |region| memory.region(region).ptr_guard_mut().as_ptr() as u64;
+    let addresses: Vec<String> = (0..memory.layout().regions().len()).map(|r| at(r).to_string()).collect();
+    println!("\n{SAID}{}", addresses.join(" "));
+    for line in std::io::stdin().lines() {
+        let line = line.unwrap();
+        let mut words = line.split(' ');
+        let what = words.next().unwrap();
+        let numbers: Vec<u64> = words.map(|word| word.parse().unwrap()).collect();
+        let page = |chunk: u64, bit: u64| {
+            memory.chunk(chunk as u32).subslice(bit as usize * PAGE_SIZE, PAGE_SIZE).unwrap()
+        };
+        match (what, &numbers[..]) {
+            ("write", [number, pages @ ..]) => {
+                for (at, pair) in pages.chunks_exact(2).enumerate() {
+                    let number = number + at as u64;
+                    // Somewhere else in the page each time.
+                    let offset = number as usize % (PAGE_SIZE / 8) * 8;
+                    page(pair[0], pair[1]).subslice(offset, 8).unwrap().copy_from(&[number]);
+                }
+            }
+            ("read", [chunk, bit]) => drop(page(*chunk, *bit).copy_to(&mut [0u8; PAGE_SIZE])),
+            ("discard", [chunk, bit]) => memory.discard(*chunk as u32, 1 << bit).unwrap(),
+            ("become", []) => panic!("no other program: {}", Command::new("cat").exec()),
+            _ => panic!("{line:?}"),
+        }
+        println!("{SAID}done");
+    }
+}
+
+/// The other process; it ends when this is dropped.
+pub(crate) struct Other {
+    pub(crate) child: Child,
+    pub(crate) addresses: Vec<Vec<Range<u64>>>,
+    pipes: Mutex<(ChildStdin, Lines<BufReader<ChildStdout>>)>,
+}
+
+impl Other {
+    /// One with memory of a kind, or why there cannot be.
+    fn start(memory: &str, layout: &Layout) -> Result<Self, String> {
+        let mut child = this_program("the_other_process")
+            .env(MEMORY, memory)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdin = child.stdin.take().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut other = Self { child, addresses: Vec::new(), pipes: Mutex::new((stdin, lines)) };
+        let said = other.said();
+        if said.starts_with("cannot") {
+            return Err(said);
+        }
+        let starts = said.split(' ').map(|word| word.parse::<u64>().unwrap());
+        other.addresses =
+            starts.zip(layout.regions()).map(|(at, region)| vec![at..at + region.len]).collect();
+        Ok(other)
+    }
+
+    /// One with private memory.
+    pub(crate) fn private() -> Self {
+        Self::start("anonymous", &layout()).unwrap()
+    }
+
+    /// One with private huge pages.
+    pub(crate) fn huge() -> Self {
+        Self::start("anonymous, huge", &huge_layout()).unwrap()
+    }
+
+    /// One with huge pages of hugetlbfs, or why the host has none.
+    pub(crate) fn hugetlb() -> Result<Self, String> {
+        Self::start("hugetlb", &huge_layout())
+    }
+
+    /// One that has mapped the same file as this process.
+    pub(crate) fn sharing(memory: &GuestMemory) -> Self {
+        let (fd, _) = memory.fd_of(0).unwrap();
+        let path = format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
+        Self::start(&path, memory.layout()).unwrap()
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn said(&self) -> String {
+        let lines = &mut self.pipes.lock().unwrap().1;
+        lines.map(Result::unwrap).find_map(|line| line.strip_prefix(SAID).map(str::to_owned)).unwrap()
+    }
+
+    /// Says something to it, and does not wait.
+    pub(crate) fn tell(&self, line: &str) {
+        writeln!(self.pipes.lock().unwrap().0, "{line}").unwrap();
+    }
+
+    /// Has it do something, and waits until it is done.
+    pub(crate) fn ask(&self, line: &str) {
+        self.tell(line);
+        assert_eq!(self.said(), "done");
+    }
+
+    /// Has it write pages; the numbers it writes begin with `number`.
+    pub(crate) fn write(&self, number: u64, pages: &[Page]) {
+        let list: String = pages.iter().map(|(chunk, bit)| format!(" {chunk} {bit}")).collect();
+        self.ask(&format!("write {number}{list}"));
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Lets either the other process write, or a log look.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    taken: Mutex<bool>,
+    left: Condvar,
+}
+
+impl Gate {
+    pub(crate) fn enter(&self) {
+        let mut taken = self.left.wait_while(self.taken.lock().unwrap(), |taken| *taken).unwrap();
+        *taken = true;
+    }
+
+    pub(crate) fn leave(&self) {
+        assert!(std::mem::replace(&mut *self.taken.lock().unwrap(), false), "nobody was in");
+        self.left.notify_all();
+    }
+
+    pub(crate) fn is_taken(&self) -> bool {
+        *self.taken.lock().unwrap()
+    }
+}
+
+impl Standstill for Gate {
+    fn stop(&self) -> Result<(), BackendError> {
+        self.enter();
+        Ok(())
+    }
+    fn go_on(&self) -> Result<(), BackendError> {
+        self.leave();
+        Ok(())
+    }
+}
+
+/// A gate that nobody else goes through.
+pub(crate) fn gate() -> Arc<Gate> {
+    Arc::default()
+}
