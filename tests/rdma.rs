@@ -3,6 +3,8 @@
 #[cfg(feature = "rdma")]
 #[path = "common/ends.rs"]
 mod ends;
+#[path = "common/in_lab.rs"]
+mod in_lab;
 #[path = "rdma/lab.rs"]
 mod lab;
 #[cfg(feature = "rdma")]

@@ -1,12 +1,6 @@
 //! This very program, run in the lab's guest, where there is no device here.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Command, Stdio};
-
-use crate::device;
-
-/// One boot for all tests; emulation is slow.
-const TIMEOUT_S: &str = "400";
+use crate::{device, in_lab};
 
 /// Removing the device takes a process that never used it.
 const SCRIPT: &str = "
@@ -21,47 +15,5 @@ fn the_labs_guest_passes_all_of_this() {
     if device().is_ok() {
         return println!("skipped: there is a device here, the lab is not needed");
     }
-    let lab = || {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry"));
-        command.arg("lab").stdin(Stdio::null());
-        command
-    };
-    let prepared = lab().arg("prepare").output().unwrap();
-    let errors = String::from_utf8_lossy(&prepared.stderr);
-    match prepared.status.code() {
-        Some(0) => {}
-        Some(3) => return println!("skipped: {}", errors.lines().last().unwrap_or_default()),
-        _ => panic!("lab prepare: {prepared:?}"),
-    }
-    let mut child = lab()
-        .args(["run", "--timeout", TIMEOUT_S, "--", "sh", "-c", SCRIPT])
-        .arg(std::env::current_exe().unwrap())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let errors = child.stderr.take().unwrap();
-    let errors = std::thread::spawn(move || pass_on(errors));
-    let lines = pass_on(child.stdout.take().unwrap());
-    let (status, errors) = (child.wait().unwrap(), errors.join().unwrap());
-    let mut test = "";
-    for line in &lines {
-        if let Some(rest) = line.strip_prefix("---- ") {
-            test = rest.split(' ').next().unwrap_or_default();
-        } else if let Some(reason) = line.strip_prefix("skipped: ") {
-            println!("skipped: in the lab, {test}: {reason}");
-        }
-    }
-    let failed = format!("{status}\n{}\n{}", lines.join("\n"), errors.join("\n"));
-    assert!(status.success(), "in the lab: {failed}");
-    assert!(lines.iter().any(|line| line.starts_with("test result: ok. ")), "no tests ran: {failed}");
-}
-
-/// Shows lines as they come, past the harness, which holds back what is printed; and returns them.
-fn pass_on(from: impl Read) -> Vec<String> {
-    let lines = BufReader::new(from).split(b'\n').map_while(Result::ok);
-    lines
-        .map(|line| String::from_utf8_lossy(&line).into_owned())
-        .inspect(|line| drop(writeln!(std::io::stderr(), "lab| {line}")))
-        .collect()
+    in_lab::run(&[], SCRIPT);
 }

@@ -7,6 +7,7 @@ mod other;
 mod who;
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -266,18 +267,19 @@ fn a_region_may_lie_in_pieces() {
 #[test]
 fn what_cannot_be_tracked_is_refused_by_name() {
     let other = Other::private();
-    let refused = |addresses: &[Vec<std::ops::Range<u64>>]| {
+    let refused = |addresses: &[Vec<Range<u64>>]| {
         let process = Process::open(other.pid()).unwrap();
         SoftDirtyLog::new(process, layout(), addresses, gate()).unwrap_err().to_string()
     };
     let good = &other.addresses;
     assert!(refused(&good[..1]).contains("2 regions"));
     let (start, end) = (good[0][0].start, good[0][0].end);
-    for bad in [vec![], vec![start..end - 4096], vec![start + 1..end + 1], vec![start..end, start..end]] {
+    let one = |range: Range<u64>| vec![range];
+    for bad in [vec![], one(start..end - 4096), one(start + 1..end + 1), vec![start..end, start..end]] {
         let text = refused(&[bad, good[1].clone()]);
         assert!(text.contains("\"low\"") && text.contains("whole pages"), "{text}");
     }
-    let text = refused(&[vec![4096..4096 + end - start], good[1].clone()]);
+    let text = refused(&[one(4096..4096 + end - start), good[1].clone()]);
     assert!(text.contains("not all of it is mapped"), "{text}");
 }
 

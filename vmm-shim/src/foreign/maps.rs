@@ -156,7 +156,7 @@ pub(super) fn find_huge(smaps: impl BufRead, mappings: &mut [Mapping]) -> io::Re
                     mapping.kind = MappingKind::Hugetlb(number << 10);
                 }
                 "THPeligible:" | "AnonHugePages:" | "ShmemPmdMapped:" => {
-                    mapping.transparent_huge |= number > 0
+                    mapping.transparent_huge |= number > 0;
                 }
                 _ => {}
             }

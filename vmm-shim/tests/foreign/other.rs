@@ -105,8 +105,10 @@ impl Other {
             return Err(said);
         }
         let starts = said.split(' ').map(|word| word.parse::<u64>().unwrap());
-        other.addresses =
-            starts.zip(layout.regions()).map(|(at, region)| vec![at..at + region.len]).collect();
+        other.addresses = starts
+            .zip(layout.regions())
+            .map(|(at, region)| Vec::from_iter(Some(at..at + region.len)))
+            .collect();
         Ok(other)
     }
 
