@@ -160,7 +160,8 @@ impl Qemu {
 
     /// What the guest wrote to its console here.
     pub(crate) fn console(&self) -> String {
-        String::from_utf8_lossy(&std::fs::read(&self.console).unwrap()).into_owned()
+        // QEMU makes the file after its monitor answers.
+        String::from_utf8_lossy(&std::fs::read(&self.console).unwrap_or_default()).into_owned()
     }
 
     /// Waits until the guest has told its count so often here.

@@ -14,6 +14,7 @@
 mod blocks;
 mod guest;
 mod qmp;
+mod written;
 
 pub use blocks::Block;
 pub use guest::{QemuGuest, Role};

@@ -1,6 +1,7 @@
 //! Which pages were written.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::BackendError;
 use crate::bitmap::PageBitmap;
@@ -64,7 +65,7 @@ use crate::bitmap::PageBitmap;
 /// # Ok::<(), BackendError>(())
 /// ```
 pub trait DirtyLog: Send + Sync {
-    /// A short name for reports: `kvm-bitmap`, `kvm-ring`, `uffd-wp`, `static`.
+    /// A short name for reports: `kvm-bitmap`, `kvm-ring`, `uffd-wp`, `soft-dirty`, `scan`, `static`.
     fn name(&self) -> &str;
 
     /// *When*: once, before the first page is read; after [`stop`](Self::stop) or a failed migration perhaps again.
@@ -104,6 +105,13 @@ pub trait DirtyLog: Send + Sync {
         true
     }
 
+    /// *When*: after each `sync`.
+    /// *Must*: tell for how long in all the guest stood still since logging was started, so that it could be looked at; zero for a log that
+    /// needs no standstill. Rounds are then kept so long that the guest stands still for a twentieth of the time at most.
+    fn paused(&self) -> Duration {
+        Duration::ZERO
+    }
+
     /// *When*: once, at the start.
     /// *Must*: tell whether nobody notes writes: then, at each `sync`, all of memory is compared with what was last sent of it, which
     /// takes about 0.13 s for each GiB and core, and finds what changed by its content ([`ContentLog`]).
@@ -135,6 +143,9 @@ impl<T: DirtyLog + ?Sized> DirtyLog for Arc<T> {
     }
     fn expects_writes(&self) -> bool {
         (**self).expects_writes()
+    }
+    fn paused(&self) -> Duration {
+        (**self).paused()
     }
     fn compares(&self) -> bool {
         (**self).compares()

@@ -149,6 +149,13 @@ impl SourceBuilder {
         self
     }
 
+    /// Whether all of memory is compared with what was sent, once the guest stands still (no): pages that its dirty log did not tell of
+    /// are sent all the same, and counted ([`Report::final_check_pages`]). It takes about 0.13 s for each GiB and core, of the downtime.
+    pub fn final_check(mut self, final_check: bool) -> Self {
+        self.source.options.final_check = final_check;
+        self
+    }
+
     /// The archive of an older state of this guest, of which one that it is saved into now has no more than the difference (none).
     pub fn base(mut self, base: impl Into<Option<PathBuf>>) -> Self {
         self.source.options.base = base.into();

@@ -49,6 +49,8 @@ pub(crate) struct Options {
     pub(crate) on_demand: bool,
     /// The guest is saved as of one instant, while it runs on.
     pub(crate) snapshot: bool,
+    /// Source: all of memory is compared with what was sent, once the guest stands still.
+    pub(crate) final_check: bool,
     /// A guest that was saved runs on.
     pub(crate) resume_after_save: bool,
     /// Silence after which a peer, or a stream, is given up.
@@ -85,6 +87,7 @@ impl Default for Options {
             base: None,
             on_demand: false,
             snapshot: false,
+            final_check: false,
             resume_after_save: false,
             timeout: Duration::from_secs(10),
             reconnect_timeout: Duration::from_secs(300),

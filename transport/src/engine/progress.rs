@@ -131,6 +131,7 @@ impl Progress {
             logical_bytes: report.logical_bytes,
             wire_bytes: report.wire_bytes,
             pages: report.pages,
+            paused_ms: report.paused_ms,
         };
         let mut rounds = self.shared.rounds.lock().unwrap_or_else(|e| e.into_inner());
         if rounds.len() < ROUNDS_KEPT {

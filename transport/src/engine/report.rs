@@ -217,6 +217,9 @@ pub struct Round {
     pub wire_bytes: u64,
     /// Pages by what became of them.
     pub pages: Pages,
+    /// For how long the guest stood still so that the dirty log could look, in milliseconds.
+    #[serde(default)]
+    pub paused_ms: f64,
 }
 
 /// Why a migration does not end by itself, and what may help.
@@ -298,6 +301,12 @@ pub struct Report {
     /// Time that the guest stood still for trials of how long its state takes, all of them together, in milliseconds.
     #[serde(default)]
     pub rehearsed_ms: f64,
+    /// Time that the guest stood still so that its dirty log could look which pages it wrote, all of them together, in milliseconds.
+    #[serde(default)]
+    pub paused_ms: f64,
+    /// Pages that were not as they had been sent, and that the dirty log had not told of, where all of memory was compared in the end.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub final_check_pages: Option<u64>,
     /// What the downtime was predicted to be at the switchover, or would be now, in milliseconds; 0 while it cannot be told.
     pub expected_downtime_ms: f64,
     /// The downtime that is aimed for, in milliseconds.
@@ -462,6 +471,12 @@ impl Report {
             "downtime:",
             format!("{:.1} ms (expected {:.1} ms)", self.downtime_ms, self.expected_downtime_ms),
         );
+        if self.paused_ms != 0.0 {
+            line("looks:", format!("{:.1} ms (the guest stood still for them)", self.paused_ms));
+        }
+        if let Some(pages) = self.final_check_pages {
+            line("final check:", format!("{pages} pages (written unnoticed, and sent)"));
+        }
         if !self.throttle_percent.is_empty() {
             let percents: Vec<String> = self.throttle_percent.iter().map(u8::to_string).collect();
             line("cpu throttle:", format!("{} %", percents.join(", ")));

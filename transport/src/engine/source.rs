@@ -467,7 +467,7 @@ impl<'a, E: Environment> Attempt<'a, E> {
         let mut digest = 0;
         if let Some(guest) = &self.backend.guest {
             let (guest, ran) = (guest.clone(), u8::from(!self.backend.paused));
-            let progress = self.progress;
+            let (progress, final_check) = (self.progress, self.options.final_check);
             progress.update(|r| r.status = Status::Device);
             self.paused_at = Some(clock::now());
             guest.pause()?;
@@ -477,6 +477,10 @@ impl<'a, E: Environment> Attempt<'a, E> {
             source.hurry();
             watch.hurry();
             let mut dirtied = source.dirty_sync()?;
+            if final_check {
+                let unnoticed = source.compare()?;
+                progress.update(|r| r.final_check_pages = Some(unnoticed));
+            }
             if progress.tuning().pause_before_switchover {
                 feeder.settle(env, || watch.check()).await?;
                 wait_to_go_on(watch, progress).await?;

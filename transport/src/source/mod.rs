@@ -383,6 +383,11 @@ impl PageSource {
         }
     }
 
+    /// For how long the guest stood still for dirty syncs.
+    pub(crate) fn paused(&self) -> Duration {
+        self.log.paused()
+    }
+
     /// Page bytes that are pending or under way.
     pub fn remaining_bytes(&self) -> u64 {
         self.pending.count() * PAGE_SIZE as u64 + self.counters.logical_under_way.load(Ordering::Relaxed)

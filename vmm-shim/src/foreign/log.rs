@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use pagecopy::backend::{BackendError, DirtyLog};
 use pagecopy::bitmap::PageBitmap;
@@ -204,6 +205,11 @@ impl<S: Standstill> SoftDirtyLog<S> {
 }
 
 impl<S: Standstill> DirtyLog for SoftDirtyLog<S> {
+    /// As [`paused`](Self::paused) has it in all.
+    fn paused(&self) -> Duration {
+        self.pauses.lock().unwrap_or_else(PoisonError::into_inner).total
+    }
+
     fn name(&self) -> &str {
         "soft-dirty"
     }

@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde_json::{Value, json};
 
+use super::written::Inode;
 use super::{Block, Qmp, blocks};
 use crate::guest_memory::GuestMemory;
 
@@ -51,6 +52,10 @@ pub struct QemuGuest {
     qmp: Qmp,
     role: Role,
     blocks: Mutex<Vec<Block>>,
+    /// Their files, in the same order.
+    inodes: Vec<Inode>,
+    /// It was stopped for a look, and is to go on after that.
+    looked_at: AtomicBool,
     ran: bool,
     machine: String,
     /// A state was loaded, which QEMU does once.
@@ -94,11 +99,17 @@ impl QemuGuest {
             return Err(BackendError::invalid(what));
         }
         blocks::refuse_unseen_writers(&qmp)?;
-        let blocks = Mutex::new(blocks::find(&qmp)?);
+        let blocks = blocks::find(&qmp)?;
+        let inode = |block: &Block| {
+            Inode::of(&block.file)
+                .map_err(|e| BackendError::new(format!("{}: ask for its inode", block.path.display()), e))
+        };
+        let inodes = blocks.iter().map(inode).collect::<Result<_, _>>()?;
         let machine = qmp.execute("qom-get", json!({ "path": "/machine", "property": "type" }))?;
         let machine = format!("qemu {}", machine.as_str().unwrap_or("?"));
         let ran = status == "running";
-        Ok(Self { qmp, role, blocks, ran, machine, loaded: AtomicBool::new(false), before })
+        let (loaded, looked_at) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Self { qmp, role, blocks: Mutex::new(blocks), inodes, looked_at, ran, machine, loaded, before })
     }
 
     /// Its memory, mapped here as well: once.
@@ -205,6 +216,26 @@ impl QemuGuest {
 
     fn stand_still(&self) -> Result<(), BackendError> {
         self.qmp.execute("stop", Value::Null).map(drop)
+    }
+
+    pub(super) fn inodes(&self) -> &[Inode] {
+        &self.inodes
+    }
+
+    pub(super) fn stop_if_running(&self) -> Result<(), BackendError> {
+        let runs = status_of(&self.qmp)? == "running";
+        if runs {
+            self.stand_still()?;
+        }
+        self.looked_at.store(runs, Ordering::SeqCst);
+        Ok(())
+    }
+
+    pub(super) fn go_on_if_stopped(&self) -> Result<(), BackendError> {
+        if self.looked_at.swap(false, Ordering::SeqCst) {
+            self.qmp.execute("cont", Value::Null)?;
+        }
+        Ok(())
     }
 
     fn announce(&self) {

@@ -29,6 +29,9 @@ const WAYS_SETTLED: u32 = 7;
 /// rounds would follow each other for nothing.
 const ROUND_MIN: Duration = Duration::from_millis(5);
 
+/// Of a guest that is stood still for each sync, so many times that long is a round: the guest runs for the rest of it.
+const PAUSED_SHARE: u32 = 20;
+
 /// Trials of the state's time at most; the shortest counts.
 const REHEARSALS_MAX: u32 = 8;
 /// How long a trial may hold the guest for a vCPU that does not stop.
@@ -116,6 +119,9 @@ struct Course<'a> {
     ways: u32,
     /// How long there was nothing to send, for receipts were on their way.
     waited: Duration,
+    /// Whether all of memory is compared in the end, and how long that took when it was tried.
+    final_check: bool,
+    checked: Option<Duration>,
     /// Trials of the state's time so far.
     rehearsals: u32,
     /// A trial left the guest paused that is to run, since then.
@@ -157,6 +163,8 @@ impl<'a> Course<'a> {
             round_trip,
             ways,
             waited: Duration::ZERO,
+            final_check: false,
+            checked: None,
             rehearsals: 0,
             left_paused: None,
             state_time,
@@ -248,9 +256,10 @@ impl<'a> Course<'a> {
         if self.rehearsals == 0 || (long && self.rehearsals < REHEARSALS_MAX) {
             self.rehearse(paused)?;
         }
-        let syncing = clock::now();
+        let (syncing, paused_before) = (clock::now(), self.source.paused());
         let dirtied = self.source.dirty_sync().map_err(Cause::from)?;
-        let sync_time = clock::now() - syncing;
+        let sync_time = clock::now() - syncing + self.check_time()?;
+        let round_min = ROUND_MIN.max((self.source.paused() - paused_before) * PAUSED_SHARE);
         mover.end_round(dirtied);
         let counters = self.source.counters();
         let sample = Sample {
@@ -270,18 +279,31 @@ impl<'a> Course<'a> {
             brake.on_round(&self.policy, sample.remaining_logical_bytes, most)?;
         }
         self.report();
-        while decision == Decision::NextRound && clock::now() - begun < ROUND_MIN {
+        while decision == Decision::NextRound && clock::now() - begun < round_min {
             match self.check(mover) {
                 Ok(()) => {}
                 // The next one begins at once.
                 Err(Stop::Sync) => break,
                 Err(stop) => return Err(stop),
             }
-            let left = ROUND_MIN.saturating_sub(clock::now() - begun);
+            let left = round_min.saturating_sub(clock::now() - begun);
             mover.sleep(left.min(Duration::from_millis(1))).await;
             self.waited += left.min(Duration::from_millis(1));
         }
         Ok(decision)
+    }
+
+    /// How long a comparison of all memory takes, which is part of the downtime where it is asked for: tried once.
+    fn check_time(&mut self) -> Result<Duration, Cause> {
+        if !self.final_check {
+            return Ok(Duration::ZERO);
+        }
+        if let Some(time) = self.checked {
+            return Ok(time);
+        }
+        let begun = clock::now();
+        self.source.compare()?;
+        Ok(*self.checked.insert(clock::now() - begun))
     }
 
     /// Tries how long the state takes, at a moment when the streams still have work.
@@ -474,12 +496,13 @@ impl<E: Environment> Attempt<'_, E> {
     /// Rounds, until the policy has enough of them. Returns how many there were.
     pub(super) async fn precopy(&mut self, feeder: &Feeder) -> Result<(u64, Next), Cause> {
         let round_trip = self.round_trip.unwrap_or_default();
-        let after = self.options.postcopy_after_rounds;
+        let (after, final_check) = (self.options.postcopy_after_rounds, self.options.final_check);
         let (backend, progress, began) = (self.backend, self.progress, self.began);
         let (watch, source) = self.parts();
         let source = source.clone();
         let ways = if watch.may_finish_in_flight() { WAYS } else { WAYS_SETTLED };
-        let course = Course::new(backend, progress, &source, began, round_trip, ways)?;
+        let mut course = Course::new(backend, progress, &source, began, round_trip, ways)?;
+        course.final_check = final_check;
         let mut left_paused = None;
         let rounds = course.run(watch, feeder, (backend, after), &mut left_paused).await;
         if left_paused.is_some() {

@@ -547,8 +547,10 @@ impl<'a, E: Environment> Watch<'a, E> {
         let counters = source.counters();
         let remaining = source.remaining_bytes();
         let total = clock::now() - self.began;
+        let paused_ms = source.paused().as_secs_f64() * 1e3;
         self.progress.update(|r| {
             r.count(counters);
+            r.paused_ms = paused_ms;
             r.remaining_bytes = remaining;
             if matches!(r.status, Status::Setup | Status::Active | Status::Device | Status::Reconnecting) {
                 r.rates(total);
