@@ -92,3 +92,94 @@ fn a_guest_whose_destination_dies_runs_on() {
     // What was set in QEMU is as before.
     assert!(!from.capability("x-ignore-shared"));
 }
+
+/// What `pageferry` says where it refuses a QEMU before anything is done.
+fn refused(side: &str, qemu: &Qemu, words: &[&str]) {
+    let uri = if side == "send" { "tcp:127.0.0.1:9" } else { "tcp:127.0.0.1:0" };
+    let ended = Ferry::start(["qemu", side, uri, "--qmp", &qemu.qmp(), "--json"]).wait_for(PATIENCE);
+    assert_eq!(ended.code, Some(3), "{ended:?}");
+    for word in words {
+        assert!(ended.stderr.contains(word), "{word}: {ended:?}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!(json["status"], "failed");
+    assert!(!qemu.capability("x-ignore-shared"));
+}
+
+#[test]
+fn what_cannot_be_moved_is_refused_by_name() {
+    let Some(rig) = Rig::get() else { return };
+    let _turn = turn();
+    let private = rig.qemu("share=off", &["-S"]);
+    refused("send", &private, &["`ram`", "memory-backend-file", "share=off", "share=on"]);
+    drop(private);
+    // A second backend that is private.
+    let numa = [
+        "-S",
+        "-m",
+        "256M,slots=2,maxmem=1G",
+        "-object",
+        "memory-backend-ram,id=dimm,size=128M",
+        "-device",
+        "pc-dimm,memdev=dimm",
+    ];
+    let dimm = rig.start(&numa);
+    refused("send", &dimm, &["`dimm`", "memory-backend-ram", "private", "share=on"]);
+    drop(dimm);
+    let runs = rig.start(&["-S"]);
+    refused("recv", &runs, &["prelaunch", "-incoming defer"]);
+    assert_eq!(runs.status(), "prelaunch");
+    drop(runs);
+    let waits = rig.start_waiting(&[]);
+    refused("send", &waits, &["inmigrate", "no guest in it"]);
+    // Something is in its memory: it may be another guest's.
+    waits.write(5 << 20, b"x");
+    refused("recv", &waits, &["\"ram\"", "not fresh"]);
+    assert_eq!(waits.status(), "inmigrate");
+}
+
+#[test]
+fn a_socket_that_is_no_monitor_is_told_so() {
+    let folder = common::folder();
+    let path = folder.path().join("sock");
+    let uri = format!("unix:{}", path.display());
+    let send = || Ferry::start(["qemu", "send", "tcp:127.0.0.1:9", "--qmp", &uri]).wait_for(PATIENCE);
+    let nobody = send();
+    assert_eq!(nobody.code, Some(3), "{nobody:?}");
+    assert!(nobody.stderr.contains("-qmp unix:PATH,server=on,wait=off"), "{nobody:?}");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let answers = [&b"HTTP/1.1 400 Bad Request\r\n"[..], b"{\"hello\": 1}\n", b""];
+    let serving = std::thread::spawn(move || {
+        for answer in answers {
+            let (mut stream, _) = listener.accept().unwrap();
+            std::io::Write::write_all(&mut stream, answer).unwrap();
+            if answer.is_empty() {
+                // It says nothing, as a monitor that has another client.
+                std::io::Read::read(&mut stream, &mut [0]).unwrap();
+            }
+        }
+    });
+    for words in ["something else", "not QEMU's monitor", "one client at a time"] {
+        let ended = send();
+        assert_eq!(ended.code, Some(3), "{ended:?}");
+        assert!(ended.stderr.contains(words), "{words}: {ended:?}");
+    }
+    serving.join().unwrap();
+}
+
+#[test]
+fn a_destination_of_another_shape_is_refused() {
+    let Some(rig) = Rig::get() else { return };
+    let _turn = turn();
+    let from = rig.start(&["-S"]);
+    let (receiving, uri) = {
+        let to = rig.qemu_of(128, "share=on", &["-incoming", "defer"]);
+        let (receiving, uri) = receive(&to);
+        let sending = Ferry::start(["qemu", "send", &uri, "--qmp", &from.qmp()]).wait_for(PATIENCE);
+        assert_eq!(sending.code, Some(1), "{sending:?}");
+        assert!(sending.stderr.contains("ram of 256 MiB, this QEMU's ram of 128 MiB"), "{sending:?}");
+        (receiving, uri)
+    };
+    drop((receiving, uri));
+    assert_eq!(from.status(), "prelaunch");
+}

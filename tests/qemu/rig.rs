@@ -1,7 +1,7 @@
 //! QEMUs for tests: a Linux guest under software emulation, with its memory in a file.
 
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -81,15 +81,19 @@ impl Rig {
 
     /// A QEMU whose memory backend has these options besides.
     pub(crate) fn qemu(&self, backend: &str, more: &[&str]) -> Qemu {
+        self.qemu_of(MEMORY_MIB, backend, more)
+    }
+
+    /// The same of another size.
+    pub(crate) fn qemu_of(&self, mib: usize, backend: &str, more: &[&str]) -> Qemu {
         let number = self.guests.fetch_add(1, Ordering::Relaxed);
         let path = |what: &str| self.folder.path().join(format!("{what}{number}"));
         let (ram, socket, console) = (path("ram"), path("qmp"), path("console"));
-        let bytes = MEMORY_MIB;
-        let object = format!("memory-backend-file,id=ram,size={bytes}M,mem-path={},{backend}", ram.display());
+        let object = format!("memory-backend-file,id=ram,size={mib}M,mem-path={},{backend}", ram.display());
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args(["-machine", "q35,memory-backend=ram", "-accel", "tcg,thread=multi", "-cpu", "max"])
-            .args(["-m", &format!("{bytes}M"), "-object", &object, "-nodefaults", "-display", "none"])
+            .args(["-m", &format!("{mib}M"), "-object", &object, "-nodefaults", "-display", "none"])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
             .args(["-serial", &format!("file:{}", console.display())])
             .arg("-kernel")
@@ -172,6 +176,12 @@ impl Qemu {
     /// The content of its memory.
     pub(crate) fn ram(&self) -> Vec<u8> {
         std::fs::read(&self.ram).unwrap()
+    }
+
+    /// Writes into its memory's file.
+    pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
+        let file = std::fs::OpenOptions::new().write(true).open(&self.ram).unwrap();
+        file.write_all_at(bytes, at).unwrap();
     }
 
     /// Bytes of its memory's file that are no holes.
