@@ -2,6 +2,8 @@
 //! processes of pageferry.
 
 mod common;
+#[path = "common/in_lab.rs"]
+mod in_lab;
 #[path = "qemu/rig.rs"]
 mod rig;
 
@@ -41,8 +43,13 @@ fn a_linux_guest_goes_there_and_back() {
     let mut console = String::new();
     for hop in 0..2 {
         let next = rig.start_waiting(&["-smp", "2"]);
-        let report = migrate(&at, &next, &[]);
+        let report = migrate(&at, &next, &["--final-check"]);
         assert_eq!(report["verified"], true, "{report}");
+        if vmm_shim::foreign::check().is_ok() {
+            // By soft-dirty bits, which told of everything.
+            assert!(report["paused_ms"].as_f64() > Some(0.0), "{report}");
+            assert_eq!(report["final_check_pages"], 0, "{report}");
+        }
         next.wait_beats(5);
         assert_eq!(at.status(), "postmigrate", "hop {hop}");
         console += &at.console();
@@ -50,6 +57,21 @@ fn a_linux_guest_goes_there_and_back() {
     }
     console += &at.console();
     rig::check_console(&console);
+}
+
+#[test]
+fn the_labs_guest_passes_this_by_kvm_and_soft_dirty_bits() {
+    if Rig::get().is_none() || vmm_shim::foreign::check().is_ok() {
+        return println!(
+            "skipped: there is no QEMU, or this kernel notes written pages, and the lab is not needed"
+        );
+    }
+    let script =
+        "exec \"$0\" --test-threads 1 --show-output --color never goes_there_and_back arrives_as_it_was";
+    let Some(lines) = in_lab::run(&["--no-rdma"], script) else { return };
+    let ran = lines.iter().filter(|line| line.ends_with("... ok")).count();
+    assert_eq!(ran, 2, "{}", lines.join("\n"));
+    assert!(!lines.iter().any(|line| line.starts_with("skipped: ")), "{}", lines.join("\n"));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,6 +23,9 @@ const BOOT: Duration = Duration::from_secs(300);
 pub(crate) struct Rig {
     folder: TempDir,
     kernel: PathBuf,
+    initrd: PathBuf,
+    /// The host's KVM runs a Linux guest: in a lab guest it does, while others may be machines without hardware.
+    kvm: bool,
     guests: AtomicU64,
 }
 
@@ -44,31 +47,18 @@ impl Rig {
         let said = String::from_utf8_lossy(&prepared.stdout).into_owned();
         let kernel = said.lines().find_map(|line| line.strip_prefix("kernel:")?.split_once("), "));
         let kernel = PathBuf::from(kernel.expect("where the kernel is").1);
-        let folder = folder();
-        let program = folder.path().join("guest");
-        let built = Command::new("rustc")
-            .args([
-                "--edition",
-                "2024",
-                "-O",
-                "-C",
-                "strip=symbols",
-                "-C",
-                "target-feature=+crt-static",
-                "-C",
-                "panic=abort",
-                "-o",
-            ])
-            .arg(&program)
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qemu/guest.rs"))
-            .output()
-            .map_err(|e| format!("no rustc: {e}"))?;
-        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        let archive = [entry("init", &std::fs::read(&program).unwrap()), entry("TRAILER!!!", &[])].concat();
-        std::fs::write(folder.path().join("initrd"), archive).unwrap();
-        Ok(Self { folder, kernel, guests: AtomicU64::new(0) })
+        let kvm = std::env::var_os("PAGEFERRY_LAB_HOST").is_some();
+        Ok(Self { folder: folder(), kernel, initrd: initrd()?, kvm, guests: AtomicU64::new(0) })
     }
 
+    /// How a guest runs.
+    fn accelerator(&self) -> [&'static str; 4] {
+        if self.kvm {
+            ["-accel", "kvm", "-cpu", "host"]
+        } else {
+            ["-accel", "tcg,thread=multi", "-cpu", "max"]
+        }
+    }
     /// A QEMU whose guest boots.
     pub(crate) fn start(&self, more: &[&str]) -> Qemu {
         self.qemu("share=on", more)
@@ -92,14 +82,15 @@ impl Rig {
         let object = format!("memory-backend-file,id=ram,size={mib}M,mem-path={},{backend}", ram.display());
         let mut command = Command::new("qemu-system-x86_64");
         command
-            .args(["-machine", "q35,memory-backend=ram", "-accel", "tcg,thread=multi", "-cpu", "max"])
+            .args(["-machine", "q35,memory-backend=ram"])
+            .args(self.accelerator())
             .args(["-m", &format!("{mib}M"), "-object", &object, "-nodefaults", "-display", "none"])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
             .args(["-serial", &format!("file:{}", console.display())])
             .arg("-kernel")
             .arg(&self.kernel)
             .arg("-initrd")
-            .arg(self.folder.path().join("initrd"))
+            .arg(&self.initrd)
             .args(["-append", "console=ttyS0 quiet panic=-1 mib=32 rate=200"])
             .args(more)
             .stdin(Stdio::null());
@@ -108,6 +99,42 @@ impl Rig {
         wait_until("QEMU's monitor", BOOT, || UnixStream::connect(&qemu.socket).is_ok());
         qemu
     }
+}
+
+/// The guest's file system: its program, built for it. One that was built of the same source is taken: where this test runs in a lab guest
+/// there is no compiler.
+fn initrd() -> Result<PathBuf, String> {
+    let digest = pageferry::pagecopy::digest::PageHasher::new(0).checksum(include_bytes!("guest.rs"));
+    let kept = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let initrd = kept.join(format!("qemu-guest-{digest:016x}.cpio"));
+    if initrd.exists() {
+        return Ok(initrd);
+    }
+    let own = tempfile::tempdir_in(kept).map_err(|e| format!("{}: {e}", kept.display()))?;
+    let program = own.path().join("guest");
+    let built = Command::new("rustc")
+        .args([
+            "--edition",
+            "2024",
+            "-O",
+            "-C",
+            "strip=symbols",
+            "-C",
+            "target-feature=+crt-static",
+            "-C",
+            "panic=abort",
+            "-o",
+        ])
+        .arg(&program)
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qemu/guest.rs"))
+        .output()
+        .map_err(|e| format!("no rustc: {e}"))?;
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let archive = [entry("init", &std::fs::read(&program).unwrap()), entry("TRAILER!!!", &[])].concat();
+    let whole = own.path().join("initrd");
+    std::fs::write(&whole, archive).unwrap();
+    std::fs::rename(&whole, &initrd).unwrap();
+    Ok(initrd)
 }
 
 /// One file of a cpio archive (newc, as Documentation/driver-api/early-userspace/buffer-format.rst of Linux has it).

@@ -21,6 +21,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 pub use exchange::Exchange;
 use reader::{Inbox, MessageReader};
@@ -159,28 +160,35 @@ async fn run<E, W: Fn(LinkEvent) -> E>(
     let _abort = AbortOnDrop(writing.abort_handle());
     let mut reader = MessageReader { reader, timeout, buffer: Vec::new(), opened: false };
     let (mut writes, mut answers) = (true, true);
+    // Why nothing can be said any more, and until when the peer's last words are waited for: they tell more than that it is gone.
+    let mut broken: Option<(io::Error, Instant)> = None;
     let error = loop {
-        let next = async {
-            let len = reader.header().await?;
-            (inbox.announced)(len);
-            inbox.room(len).await;
-            reader.fields(len).await
-        };
-        let next = tokio::select! {
-            biased;
-            written = &mut writing => {
-                writes = false;
-                match written {
-                    Ok(Err(error)) => {
+        let next = {
+            let next = async {
+                let len = reader.header().await?;
+                (inbox.announced)(len);
+                inbox.room(len).await;
+                reader.fields(len).await
+            };
+            tokio::pin!(next);
+            if let Some((_, until)) = &broken {
+                tokio::time::timeout_at(*until, next).await.unwrap_or(Err(LinkError::Closed))
+            } else {
+                tokio::select! {
+                    biased;
+                    written = &mut writing => {
+                        writes = false;
+                        // Else nobody has anything to say any more.
+                        let Ok(Err(error)) = written else { break Some(LinkError::Closed) };
                         answers = false;
-                        break Some(LinkError::Io(error));
+                        let until = Instant::now() + FAREWELL.min(timeout);
+                        broken = Some((error, until));
+                        tokio::time::timeout_at(until, next).await.unwrap_or(Err(LinkError::Closed))
                     }
-                    // Nobody has anything to say any more.
-                    _ => break Some(LinkError::Closed),
+                    () = waiting.too_much.notified() => break Some(LinkError::Flood),
+                    heard = next.as_mut() => heard,
                 }
             }
-            () = waiting.too_much.notified() => break Some(LinkError::Flood),
-            next = next => next,
         };
         match next {
             Ok(Message::Ping(nonce)) => {
@@ -192,7 +200,7 @@ async fn run<E, W: Fn(LinkEvent) -> E>(
                 Ok(()) => {}
                 Err(error) => break error,
             },
-            Err(error) => break Some(error),
+            Err(error) => break Some(broken.map_or(error, |(error, _)| LinkError::Io(error))),
         }
     };
     if let Some(error) = error {
@@ -232,12 +240,11 @@ mod tests {
     use crossbeam_channel::{Receiver, unbounded};
     use pagecopy::backend::StateBlob;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
-    use tokio::time::Instant;
 
     use super::pace::PIECE;
     use super::writer::OUTBOX_MAX;
     use super::*;
-    use crate::wire::control::{FIRST_LEN_MAX, HEADER_LEN, STATE_LEN_MAX};
+    use crate::wire::control::{ErrorCode, FIRST_LEN_MAX, HEADER_LEN, STATE_LEN_MAX};
 
     const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -382,6 +389,18 @@ mod tests {
         }
     }
 
+    /// A refusal is heard although nothing can be written any more.
+    #[tokio::test(start_paused = true)]
+    async fn the_last_words_of_a_peer_that_is_gone_are_heard() {
+        let (link, inbox, mut peer) = link(PIECE);
+        let words = Message::Error { code: ErrorCode::Busy, text: "no".into() };
+        peer.write_all(&words.encode()).await.unwrap();
+        drop(peer);
+        link.send(state(1));
+        assert!(matches!(next(&inbox).await, LinkEvent::Message(message) if message == words));
+        assert!(matches!(next(&inbox).await, LinkEvent::Dead(_)));
+    }
+
     /// Answers that a peer asks for and does not read are bounded.
     #[tokio::test(start_paused = true)]
     async fn an_outbox_that_nobody_reads_ends_the_link() {
@@ -399,7 +418,7 @@ mod tests {
     async fn a_link_that_was_dropped_is_closed() {
         let (link, _inbox, peer) = link(PIECE);
         let text = "no".to_owned();
-        link.send(Message::Error { code: crate::wire::control::ErrorCode::Busy, text });
+        link.send(Message::Error { code: ErrorCode::Busy, text });
         drop(link);
         let (mut read, mut write) = tokio::io::split(peer);
         let mut heard = Vec::new();

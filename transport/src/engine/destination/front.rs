@@ -382,16 +382,26 @@ struct Door {
 
 impl Door {
     async fn greet(self, connection: AsyncConnection, peer: String) {
-        if let Err((mut connection, code, reason)) = self.admit(connection, &peer).await {
-            if let Some(connection) = &mut connection {
-                // Non-blocking, and far smaller than a fresh socket's buffer.
-                let message = Message::Error { code, text: reason.clone() }.encode();
-                let _ = io::Write::write_all(&mut &*connection, &message);
-            }
-            if self.events.len() < REFUSALS_MAX {
-                let _ = self.events.send(Event::Refused { peer, reason });
-            }
+        let Err((connection, code, reason)) = self.admit(connection, &peer).await else { return };
+        let message = Message::Error { code, text: reason.clone() }.encode();
+        if self.events.len() < REFUSALS_MAX {
+            let _ = self.events.send(Event::Refused { peer, reason });
         }
+        if let Some(Ok(mut connection)) = connection.map(Connection::into_async) {
+            self.part(&mut connection, &message).await;
+        }
+    }
+
+    /// Says the last words, and waits until they are heard. A socket that is closed with unread bytes takes with it what was said last.
+    async fn part(&self, connection: &mut AsyncConnection, words: &[u8]) {
+        let farewell = async {
+            connection.write_all(words).await?;
+            connection.shutdown().await?;
+            let mut scrap = [0; 4096];
+            while connection.read(&mut scrap).await? > 0 {}
+            Ok::<_, io::Error>(())
+        };
+        let _ = tokio::time::timeout(FAREWELL.min(self.patience), farewell).await;
     }
 
     async fn admit(
@@ -522,14 +532,8 @@ impl Door {
                 (Some(connection), ErrorCode::Protocol, reason)
             }
             Unfit::Failed(mut connection, error) => {
-                // A socket that is closed with unread bytes takes with it what was said last: why.
-                let farewell = async {
-                    connection.shutdown().await?;
-                    let mut scrap = [0; 4096];
-                    while connection.read(&mut scrap).await? > 0 {}
-                    Ok::<_, io::Error>(())
-                };
-                let _ = tokio::time::timeout(FAREWELL.min(self.patience), farewell).await;
+                // It has been told why.
+                self.part(&mut connection, &[]).await;
                 (None, ErrorCode::Protocol, format!("no TLS connection: {error}"))
             }
             Unfit::Gone => (None, ErrorCode::Protocol, "it does not speak TLS, and is gone".into()),
