@@ -2,6 +2,8 @@
 //! processes of pageferry.
 
 mod common;
+#[path = "qemu/faults.rs"]
+mod faults;
 #[path = "common/in_lab.rs"]
 mod in_lab;
 #[path = "qemu/rig.rs"]

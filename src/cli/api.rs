@@ -3,6 +3,7 @@
 //! A request is `{"execute": NAME, ...arguments}`; the answer is `{"return": VALUE}` or `{"error": TEXT}`. `docs/api.md` describes it
 //! for those who write clients, and the types below give its schema.
 
+pub(super) mod control;
 pub(super) mod schema;
 
 use std::io::{BufRead, BufReader, Write};
@@ -251,13 +252,13 @@ pub(super) struct VmStatus {
     /// Why it crashed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reason: Option<String>,
-    /// What runs in it: `counter`, `mem-test`, or an image's file.
+    /// What runs in it: `counter`, `mem-test`, or an image's file; `qemu`, where it is QEMU's.
     pub guest: String,
     /// Its vCPUs.
     pub cpus: u8,
     /// Its memory.
     pub memory_bytes: u64,
-    /// `kvm` or `process`.
+    /// `kvm`, `process`, or QEMU's `tcg`.
     pub accelerator: String,
     /// How writes are tracked.
     pub tracker: String,

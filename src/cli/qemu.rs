@@ -1,5 +1,6 @@
 //! `pageferry qemu`: moves guests of QEMU from beside it, by its memory in shared files.
 
+mod commanded;
 mod recv;
 mod send;
 

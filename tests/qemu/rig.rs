@@ -78,7 +78,7 @@ impl Rig {
     pub(crate) fn qemu_of(&self, mib: usize, backend: &str, more: &[&str]) -> Qemu {
         let number = self.guests.fetch_add(1, Ordering::Relaxed);
         let path = |what: &str| self.folder.path().join(format!("{what}{number}"));
-        let (ram, socket, console) = (path("ram"), path("qmp"), path("console"));
+        let (ram, socket, beside, console) = (path("ram"), path("qmp"), path("beside"), path("console"));
         let object = format!("memory-backend-file,id=ram,size={mib}M,mem-path={},{backend}", ram.display());
         let mut command = Command::new("qemu-system-x86_64");
         command
@@ -86,6 +86,7 @@ impl Rig {
             .args(self.accelerator())
             .args(["-m", &format!("{mib}M"), "-object", &object, "-nodefaults", "-display", "none"])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", beside.display())])
             .args(["-serial", &format!("file:{}", console.display())])
             .arg("-kernel")
             .arg(&self.kernel)
@@ -95,8 +96,8 @@ impl Rig {
             .args(more)
             .stdin(Stdio::null());
         let child = command.spawn().unwrap();
-        let qemu = Qemu { child, ram, socket, console };
-        wait_until("QEMU's monitor", BOOT, || UnixStream::connect(&qemu.socket).is_ok());
+        let qemu = Qemu { child, ram, socket, beside, console };
+        wait_until("QEMU's monitor", BOOT, || UnixStream::connect(&qemu.beside).is_ok());
         qemu
     }
 }
@@ -104,7 +105,7 @@ impl Rig {
 /// The guest's file system: its program, built for it. One that was built of the same source is taken: where this test runs in a lab guest
 /// there is no compiler.
 fn initrd() -> Result<PathBuf, String> {
-    let digest = pageferry::pagecopy::digest::PageHasher::new(0).checksum(include_bytes!("guest.rs"));
+    let digest = pagecopy::digest::PageHasher::new(0).checksum(include_bytes!("guest.rs"));
     let kept = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let initrd = kept.join(format!("qemu-guest-{digest:016x}.cpio"));
     if initrd.exists() {
@@ -155,6 +156,8 @@ pub(crate) struct Qemu {
     child: Child,
     ram: PathBuf,
     socket: PathBuf,
+    /// A second monitor: each has one client at a time.
+    beside: PathBuf,
     console: PathBuf,
 }
 
@@ -164,9 +167,15 @@ impl Qemu {
         format!("unix:{}", self.socket.display())
     }
 
-    /// Has a command done over its monitor.
+    /// Ends it at once.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Has a command done over its second monitor.
     pub(crate) fn ask(&self, command: &str) -> Value {
-        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        let mut stream = UnixStream::connect(&self.beside).unwrap();
         let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map(|line| line.unwrap());
         lines.next().expect("a greeting");
         for command in ["qmp_capabilities", command] {

@@ -92,6 +92,8 @@ pub struct GuestMemory {
     files: Vec<Behind>,
     /// Whether they were made here, so that their directory entries must be made durable with them.
     created: bool,
+    /// Whether a guest of another process has the files mapped: whatever stops who touches a page here does not stop it.
+    others: bool,
     /// Whether files are mapped privately, so that writes stay in this process.
     private_file: bool,
     /// Where `/proc` is mounted, and only for memory that has private pages.
@@ -101,6 +103,9 @@ pub struct GuestMemory {
     /// Whether dense memory may be made of large pages that its file system would not grant by itself.
     enlarges: bool,
 }
+
+/// Why memory that others have mapped cannot miss pages, nor be guarded.
+const OTHERS: &str = "the guest runs in another process, whose touches of this memory are not seen here";
 
 /// A file behind guest memory.
 #[derive(Debug)]
@@ -235,6 +240,7 @@ impl GuestMemory {
             regions,
             files: Vec::new(),
             created: false,
+            others: false,
             private_file: false,
             pagemap,
             _watched: Vec::new(),
@@ -266,7 +272,8 @@ impl GuestMemory {
             own.push(region);
             files.push(Behind { file, path: Some(path), regions: at..at + 1 });
         }
-        Self::over_files(Layout::new(own)?, files, false, false)
+        let memory = Self::over_files(Layout::new(own)?, files, false, false)?;
+        Ok(Self { others: true, ..memory })
     }
 
     fn over_file(
@@ -321,6 +328,7 @@ impl GuestMemory {
             regions,
             files,
             created,
+            others: false,
             private_file,
             pagemap,
             _watched: watched,
@@ -411,6 +419,7 @@ impl GuestMemory {
     /// missing page of it.
     pub(crate) fn missing_bytes(&self) -> Result<u64, BackendError> {
         match self.kind {
+            _ if self.others => Err(BackendError::invalid(OTHERS)),
             _ if self.private_file => Err(BackendError::invalid(
                 "a RAM file that is open for reading only cannot be brought in while its guest runs",
             )),
@@ -424,6 +433,9 @@ impl GuestMemory {
 
     /// How it is guarded, or why the kernel cannot.
     fn guard_grain(&self) -> Result<Grain, BackendError> {
+        if self.others {
+            return Err(BackendError::invalid(OTHERS));
+        }
         uffd_guard::grain(self.kind, self.private_file, self.pagemap.is_some())
     }
 }

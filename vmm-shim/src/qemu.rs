@@ -12,10 +12,11 @@
 //! | to take a state | the same with `migrate-incoming`, in a QEMU that was started by `-incoming defer` |
 
 mod blocks;
+mod control;
 mod guest;
 mod qmp;
 mod written;
 
 pub use blocks::Block;
-pub use guest::{QemuGuest, Role};
+pub use guest::{Machine, QemuGuest, Role};
 pub use qmp::Qmp;

@@ -51,6 +51,13 @@ pub trait Guest: Send + Sync {
         None
     }
 
+    /// *When*: at the source, where there is no [`rehearsal`](Self::rehearsal).
+    /// *Must*: tell how long pausing, saving and loading the state and resuming take together, as far as that is known. The default is a
+    /// guess for few and small devices.
+    fn state_time(&self) -> Duration {
+        Duration::from_millis(5)
+    }
+
     /// *When*: at the source, after `pause`, while the guest stands still: it is part of the downtime.
     /// *Must*: give the state of everything but memory to `out`, piece by piece, in whatever order `load_state` understands. `out`
     /// takes large pieces as they come: a device's state need not be in one buffer. All pieces together are at most 64 MiB.

@@ -14,6 +14,7 @@ use super::super::protection::ListenArgs;
 use super::super::sandbox::{Profile, SandboxArgs};
 use super::super::words::{self, explain};
 use super::super::{CliError, Exit, PinnedArgs, output, stop};
+use super::commanded::Attached;
 
 /// Takes the guest of `pageferry qemu send` in, for a QEMU that was started with `-incoming defer`
 #[derive(Debug, Args)]
@@ -26,6 +27,9 @@ pub(super) struct RecvArgs {
     /// QEMU's monitor: unix:PATH, as it was started with `-qmp unix:PATH,server=on,wait=off`
     #[arg(long, value_name = "ADDRESS")]
     qmp: ApiAddress,
+    /// Answer `pageferry ctl` here: status, cancel; unix:PATH
+    #[arg(long, value_name = "ADDRESS")]
+    api: Option<ApiAddress>,
     /// Give a silent peer or stream up after this many seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     link_timeout: u64,
@@ -50,7 +54,7 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     }
     let guest = super::attach(&args.qmp.0, Role::Destination)?;
     let ram: Arc<dyn GuestRam> = Arc::new(guest.memory().map_err(|e| CliError::cannot_start(&e))?);
-    let profile = Profile::qemu(&args.uri, &args.qmp.0);
+    let profile = Profile::qemu(&args.uri, &args.qmp.0, args.api.as_ref().map(|api| api.0.as_path()));
     args.sandbox.enter(profile.reading_anew(&args.protection.files()))?;
     let destination = Destination::builder()
         .link_timeout(Duration::from_secs(args.link_timeout))
@@ -62,6 +66,9 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
         .bind(&args.uri)
         .map_err(|e| CliError::cannot_start(&e))?;
     let progress = destination.progress();
+    let attached = Attached::new(progress.clone(), &guest, ram.layout().bytes())?;
+    let attached = attached.listening_on(destination.uri().to_string());
+    let _answering = attached.serve(args.api.as_ref().map(|api| api.0.as_path()))?;
     let cancelled = progress.clone();
     stop::on_signals(move || {
         // Nothing of this is postcopy, which could not be cancelled.

@@ -11,9 +11,10 @@ use pageferry::{Fate, Source, Uri};
 use super::super::api::ApiAddress;
 use super::super::protection::ConnectArgs;
 use super::super::send::is_not_started;
-use super::super::tuning::TuningArgs;
+use super::super::tuning::{OnTimeoutArg, TuningArgs};
 use super::super::words::{self, explain};
 use super::super::{CliError, Exit, TransferArgs, output, stop};
+use super::commanded::Attached;
 
 /// Moves the guest of a QEMU to `pageferry qemu recv`
 #[derive(Debug, Args)]
@@ -26,6 +27,9 @@ pub(super) struct SendArgs {
     /// QEMU's monitor: unix:PATH, as it was started with `-qmp unix:PATH,server=on,wait=off`
     #[arg(long, value_name = "ADDRESS")]
     qmp: ApiAddress,
+    /// Answer `pageferry ctl` here: status, set, cancel, switchover, continue; unix:PATH
+    #[arg(long, value_name = "ADDRESS")]
+    api: Option<ApiAddress>,
     /// How written pages are found
     #[arg(long, value_enum, default_value_t = TrackerArg::Auto)]
     tracker: TrackerArg,
@@ -54,6 +58,10 @@ enum TrackerArg {
     Scan,
 }
 
+/// Why a guest of QEMU has all its pages before it runs.
+const NO_POSTCOPY: &str = "--on-timeout postcopy: a guest of QEMU moves by precopy alone, for QEMU would have to hand its userfaultfd \
+                           over; use cancel or switchover";
+
 /// What finds written pages.
 fn log(tracker: TrackerArg, guest: &Arc<QemuGuest>, layout: &Layout) -> Result<Arc<dyn DirtyLog>, CliError> {
     let soft_dirty = || guest.soft_dirty_log(layout).map(|log| Arc::new(log) as Arc<dyn DirtyLog>);
@@ -73,10 +81,14 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
             "a guest of QEMU is moved to another QEMU, not saved: give tcp:, unix: or rdma:".to_owned();
         return Err(CliError::usage(text));
     }
+    if args.tuning.on_timeout == Some(OnTimeoutArg::Postcopy) {
+        return Err(CliError::usage(NO_POSTCOPY.into()));
+    }
     let guest = super::attach(&args.qmp.0, Role::Source)?;
     let ram: Arc<dyn GuestRam> = Arc::new(guest.memory().map_err(|e| CliError::cannot_start(&e))?);
     let log = log(args.tracker, &guest, ram.layout())?;
     let final_check = args.final_check && !log.compares();
+    let (memory_bytes, tracker) = (ram.layout().bytes(), log.name().to_owned());
     let source = Source::builder(ram, log)
         .guest(guest.clone())
         .machine(guest.machine())
@@ -87,6 +99,8 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
     let source = source.build().map_err(|e| CliError::usage(explain(&e)))?;
     let migration = source.start(&args.uri).map_err(|e| CliError::cannot_start(&e))?;
     let progress = migration.progress();
+    let attached = Attached::new(progress.clone(), &guest, memory_bytes)?.tracked_by(&tracker);
+    let _answering = attached.serve(args.api.as_ref().map(|api| api.0.as_path()))?;
     let cancelled = progress.clone();
     stop::on_signals(move || {
         // Nothing of this is postcopy, which could not be cancelled.

@@ -121,10 +121,11 @@ impl Profile {
         profile
     }
 
-    /// `qemu recv`: its memory is open; it commands QEMU at `qmp`, which it may have to connect to again.
-    pub(in super::super) fn qemu(uri: &Uri, qmp: &Path) -> Self {
+    /// `qemu recv`: its memory is open; it commands QEMU at `qmp`, which it may have to connect to again, and may answer at `api`.
+    pub(in super::super) fn qemu(uri: &Uri, qmp: &Path, api: Option<&Path>) -> Self {
         let mut profile = Self { connects: true, ..Self::common() };
         profile.name_folder_of(qmp, Access::Read);
+        api.into_iter().for_each(|api| profile.name_folder_of(api, Access::Sockets));
         profile.takes_in(uri, None, true);
         profile
     }

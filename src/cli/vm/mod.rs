@@ -12,12 +12,13 @@ use pageferry::cli::print;
 use pageferry::{Destination, Landing, Offer, Refused, Uri};
 
 use super::api::ApiAddress;
+use super::api::control::Control;
 use super::protection::ListenArgs;
 use super::sandbox::{Profile, SandboxArgs};
 use super::words::explain;
 use super::{CliError, Exit, PinnedArgs, backing, file, size, stop};
 use machine::Machine;
-use server::{Control, Server};
+use server::Server;
 
 /// Runs a small virtual machine that can be migrated
 #[derive(Debug, Args)]

@@ -1,6 +1,5 @@
 //! What the requests to a `vm` process do.
 
-mod control;
 mod recording;
 mod refusal;
 
@@ -11,6 +10,7 @@ use pageferry::{Failure, Fate, Progress, RdmaOptions, Refusal, Report, Status, U
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
+use super::super::api::control::Commanded;
 use super::super::api::{MigrateRequest, PlanRequest, Request, RunState, VmStatus};
 use super::super::protection::TlsRequest;
 use super::super::sandbox;
@@ -19,7 +19,6 @@ use super::super::stop::{Heard, stopping};
 use super::super::words::{self, explain};
 use super::super::{CliError, Exit};
 use super::machine::Machine;
-pub(super) use control::Control;
 use recording::Recording;
 use refusal::not_here;
 
@@ -124,6 +123,15 @@ impl State {
     }
 }
 
+impl Commanded for Server {
+    fn execute(&self, request: Request) -> Result<Value, String> {
+        self.answer(request)
+    }
+    fn quit(&self, force: bool) {
+        self.leave(force);
+    }
+}
+
 impl Server {
     pub(super) fn new(machine: Machine, incoming: bool) -> Self {
         let run = if incoming { RunState::Incoming } else { RunState::Paused };
@@ -155,7 +163,7 @@ impl Server {
         self.shared.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    fn execute(&self, request: Request) -> Result<Value, String> {
+    fn answer(&self, request: Request) -> Result<Value, String> {
         match request {
             Request::Status => serde_json::to_value(self.status()).map_err(|e| e.to_string()),
             Request::Migrate(request) => self.migrate(&request).map(|()| Value::Null),
@@ -468,7 +476,7 @@ impl Server {
     }
 
     /// Ends the process, after whatever migration is under way was cancelled or, in postcopy, has ended. By `force` at once.
-    pub(super) fn quit(&self, force: bool) {
+    fn leave(&self, force: bool) {
         let state = self.state();
         let loses = state.in_postcopy() || state.may_lose_guest();
         if force && loses {
@@ -494,7 +502,7 @@ impl Server {
         if !state.may_lose_guest() {
             drop(state);
             stopping();
-            self.quit(false);
+            self.leave(false);
             return Heard::Ending;
         }
         if std::mem::replace(&mut state.warned, true) {

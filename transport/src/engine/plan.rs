@@ -8,7 +8,7 @@ use pagecopy::layout::PAGE_SIZE;
 use pagecopy::plan::{Aim, DirtyCurve, forecast, remedies};
 use serde::{Deserialize, Serialize};
 
-use super::source::{STATE_TIME_GUESS, SourceBackend};
+use super::source::{SourceBackend, state_time};
 
 /// Shortest time between two looks at what was dirtied; the first ones are this far apart, later ones farther.
 const LOOK: Duration = Duration::from_millis(50);
@@ -79,7 +79,7 @@ pub(super) fn plan(
         present_bytes: present_pages * PAGE_SIZE as u64,
         bytes_per_s: link_bytes_per_s,
         downtime_us: downtime_limit_ms.saturating_mul(1000),
-        state_time_us: STATE_TIME_GUESS.as_micros() as u64,
+        state_time_us: state_time(backend).as_micros() as u64,
     };
     let come_to = forecast(&curve, aim);
     let helps = (!come_to.converges).then(|| {

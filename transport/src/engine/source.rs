@@ -637,7 +637,9 @@ async fn wait_to_go_on(watch: &mut Watch<'_, impl Environment>, progress: &Progr
 }
 
 /// How long saving, sending and loading device state is taken to need until it is measured.
-pub(super) const STATE_TIME_GUESS: Duration = Duration::from_millis(5);
+pub(super) fn state_time(backend: &SourceBackend) -> Duration {
+    backend.guest.as_ref().map_or(Duration::ZERO, |guest| guest.state_time())
+}
 
 /// Sets the bits of a dense map, with all cores: looking at memory that nobody has looked at costs a page fault each time.
 fn find_dense(ram: &dyn GuestRam, populated: &PageBitmap, dense: &mut [u8]) {

@@ -33,13 +33,18 @@ pub struct Block {
     pub path: PathBuf,
 }
 
+/// All memory backends, as QEMU tells of them.
+pub(super) fn backends(qmp: &Qmp) -> Result<Value, BackendError> {
+    qmp.execute("query-memdev", Value::Null)
+}
+
 /// Finds a QEMU's memory in shared files, in the order of names.
 ///
 /// # Errors
 /// Where some of it is in no shared file, or a file cannot be opened. The text names the backend and what helps.
 pub(super) fn find(qmp: &Qmp) -> Result<Vec<Block>, BackendError> {
     let names = ram_blocks(qmp)?;
-    let backends = qmp.execute("query-memdev", Value::Null)?;
+    let backends = backends(qmp)?;
     let mut blocks = Vec::new();
     for backend in backends.as_array().into_iter().flatten() {
         let id = backend["id"].as_str().unwrap_or_default();

@@ -4,17 +4,17 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use pagecopy::backend::{BackendError, Guest, StateBlob, StateSink};
+use pagecopy::backend::{BackendError, Guest, StateBlob, StateSink, Throttle};
 use pagecopy::layout::Region;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde_json::{Value, json};
 
+use super::control::{Control, status_of};
 use super::written::Inode;
 use super::{Block, Qmp, blocks};
 use crate::guest_memory::GuestMemory;
@@ -25,6 +25,8 @@ const FD_NAME: &str = "pageferry-state";
 const PIECE: (&str, u32) = ("qemu", 1);
 /// QEMU says nothing of its state for so long, or takes nothing of it: it has stalled.
 const STATE_PATIENCE: Duration = Duration::from_secs(30);
+/// What `stop`, saving, loading and `cont` take together: 12 to 19 ms each to save and to load 0.3 to 0.8 MB, on an idle host.
+const STATE_TIME: Duration = Duration::from_millis(35);
 /// How often QEMU is asked whether its migration has ended.
 const TICK: Duration = Duration::from_millis(1);
 /// Memory in shared files is left out of QEMU's own stream.
@@ -44,20 +46,30 @@ pub enum Role {
     Destination,
 }
 
+/// A QEMU's machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// vCPUs, 255 where there are more.
+    pub cpus: u8,
+}
+
 /// A QEMU and its guest.
 ///
 /// What was set in QEMU is put back when this is dropped.
 #[derive(Debug)]
 pub struct QemuGuest {
-    qmp: Qmp,
+    qmp: Arc<Qmp>,
     role: Role,
     blocks: Mutex<Vec<Block>>,
     /// Their files, in the same order.
     inodes: Vec<Inode>,
-    /// It was stopped for a look, and is to go on after that.
-    looked_at: AtomicBool,
+    /// All memory backends.
+    backends: Value,
     ran: bool,
     machine: String,
+    control: Control,
     /// A state was loaded, which QEMU does once.
     loaded: AtomicBool,
     before: Before,
@@ -99,7 +111,7 @@ impl QemuGuest {
             return Err(BackendError::invalid(what));
         }
         blocks::refuse_unseen_writers(&qmp)?;
-        let blocks = blocks::find(&qmp)?;
+        let (backends, blocks) = (blocks::backends(&qmp)?, blocks::find(&qmp)?);
         let inode = |block: &Block| {
             Inode::of(&block.file)
                 .map_err(|e| BackendError::new(format!("{}: ask for its inode", block.path.display()), e))
@@ -108,8 +120,10 @@ impl QemuGuest {
         let machine = qmp.execute("qom-get", json!({ "path": "/machine", "property": "type" }))?;
         let machine = format!("qemu {}", machine.as_str().unwrap_or("?"));
         let ran = status == "running";
-        let (loaded, looked_at) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Self { qmp, role, blocks: Mutex::new(blocks), inodes, looked_at, ran, machine, loaded, before })
+        let qmp = Arc::new(qmp);
+        let (loaded, control) = (AtomicBool::new(false), Control::new(qmp.clone()));
+        let blocks = Mutex::new(blocks);
+        Ok(Self { qmp, role, blocks, inodes, backends, ran, machine, control, loaded, before })
     }
 
     /// Its memory, mapped here as well: once.
@@ -135,6 +149,18 @@ impl QemuGuest {
     /// QEMU's machine, which both sides have alike.
     pub fn machine(&self) -> &str {
         &self.machine
+    }
+
+    /// What it is, for people.
+    ///
+    /// # Errors
+    /// When QEMU does not say.
+    pub fn describe(&self) -> Result<Machine, BackendError> {
+        let kvm = self.qmp.execute("query-kvm", Value::Null)?;
+        let accelerator = if kvm["enabled"] == true { "kvm" } else { "tcg" }.to_owned();
+        let cpus = self.qmp.execute("query-cpus-fast", Value::Null)?;
+        let cpus = cpus.as_array().map_or(0, Vec::len).try_into().unwrap_or(u8::MAX);
+        Ok(Machine { accelerator, cpus })
     }
 
     /// Its monitor.
@@ -214,28 +240,12 @@ impl QemuGuest {
         written.map_err(|e| BackendError::new("write the devices' state to QEMU", e))
     }
 
-    fn stand_still(&self) -> Result<(), BackendError> {
-        self.qmp.execute("stop", Value::Null).map(drop)
-    }
-
     pub(super) fn inodes(&self) -> &[Inode] {
         &self.inodes
     }
 
-    pub(super) fn stop_if_running(&self) -> Result<(), BackendError> {
-        let runs = status_of(&self.qmp)? == "running";
-        if runs {
-            self.stand_still()?;
-        }
-        self.looked_at.store(runs, Ordering::SeqCst);
-        Ok(())
-    }
-
-    pub(super) fn go_on_if_stopped(&self) -> Result<(), BackendError> {
-        if self.looked_at.swap(false, Ordering::SeqCst) {
-            self.qmp.execute("cont", Value::Null)?;
-        }
-        Ok(())
+    pub(super) fn control(&self) -> &Control {
+        &self.control
     }
 
     fn announce(&self) {
@@ -247,7 +257,7 @@ impl QemuGuest {
 
 impl Guest for QemuGuest {
     fn pause(&self) -> Result<(), BackendError> {
-        self.stand_still()?;
+        self.control.pause()?;
         let status = status_of(&self.qmp)?;
         if status == "running" {
             return Err(BackendError::invalid(
@@ -258,7 +268,7 @@ impl Guest for QemuGuest {
     }
 
     fn resume(&self) -> Result<(), BackendError> {
-        self.qmp.execute("cont", Value::Null)?;
+        self.control.run()?;
         let status = status_of(&self.qmp)?;
         if status != "running" {
             return Err(BackendError::invalid(format!(
@@ -269,7 +279,20 @@ impl Guest for QemuGuest {
         Ok(())
     }
 
+    fn throttle(&self) -> Option<&dyn Throttle> {
+        Some(self)
+    }
+
+    fn state_time(&self) -> Duration {
+        STATE_TIME
+    }
+
     fn save_state(&self, out: &mut dyn StateSink) -> Result<(), BackendError> {
+        if blocks::backends(&self.qmp)? != self.backends {
+            return Err(BackendError::invalid(
+                "memory was plugged in or out of QEMU meanwhile: migrate it once more",
+            ));
+        }
         self.prepare()?;
         self.read_state(out).inspect_err(|_| {
             // It may be in the midst of it.
@@ -293,12 +316,19 @@ impl Guest for QemuGuest {
         }
         self.prepare()?;
         // Else it would run as soon as it has its state.
-        self.stand_still()?;
+        self.control.pause()?;
         self.write_state(bytes)?;
         match &status_of(&self.qmp)?[..] {
             "running" => Err(BackendError::invalid("QEMU's guest runs before it was let")),
             _ => Ok(()),
         }
+    }
+}
+
+/// By stops of some milliseconds: QEMU takes no throttling from outside.
+impl Throttle for QemuGuest {
+    fn set(&self, percent: u8) -> Result<(), BackendError> {
+        self.control.throttle(percent)
     }
 }
 
@@ -337,12 +367,6 @@ impl Before {
 
 fn capability(name: &str, state: bool) -> Value {
     json!({ "capability": name, "state": state })
-}
-
-/// What QEMU's guest does: `running`, `paused`, `inmigrate`, `postmigrate` and others (RunState in QEMU's reference of QMP).
-fn status_of(qmp: &Qmp) -> Result<String, BackendError> {
-    let status = qmp.execute("query-status", Value::Null)?;
-    Ok(status["status"].as_str().unwrap_or_default().to_owned())
 }
 
 fn pipe() -> Result<(OwnedFd, OwnedFd), BackendError> {

@@ -69,9 +69,9 @@ fn addresses_of(process: &Process, region: &Region, inode: Inode) -> Result<Vec<
 /// Stands still for looks at its page table; a guest that does so already is left as it is.
 impl Standstill for QemuGuest {
     fn stop(&self) -> Result<(), BackendError> {
-        self.stop_if_running()
+        self.control().stop_to_look()
     }
     fn go_on(&self) -> Result<(), BackendError> {
-        self.go_on_if_stopped()
+        self.control().go_on()
     }
 }

@@ -13,7 +13,7 @@ use pagecopy::throttle::PERCENT_MAX;
 use self::brake::Brake;
 use super::environment::Environment;
 use super::watch::Watch;
-use super::{Attempt, Cause, STATE_TIME_GUESS, SourceBackend};
+use super::{Attempt, Cause, SourceBackend, state_time};
 use crate::clock;
 use crate::engine::progress::Progress;
 use crate::engine::report::{Remedy, Stalled};
@@ -150,7 +150,7 @@ impl<'a> Course<'a> {
             acked_wire_bytes: acked(&counters.wire_acked),
         });
         let brake = backend.guest.as_ref().map(|guest| Brake::new(guest, &backend.log));
-        let state_time = STATE_TIME_GUESS;
+        let state_time = state_time(backend);
         let mut course = Self {
             policy,
             progress,

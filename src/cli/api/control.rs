@@ -15,8 +15,9 @@ use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 
-use super::super::super::api::{Answer, LINE_MAX, Request};
-use super::Server;
+use serde_json::Value;
+
+use super::{Answer, LINE_MAX, Request};
 
 /// A client that has not said a whole line, or not taken an answer, in this time is left.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -59,6 +60,14 @@ impl Users {
     }
 }
 
+/// What is commanded over a control socket.
+pub(in super::super) trait Commanded: Clone + Send + Sync + 'static {
+    /// Does what is asked; may block.
+    fn execute(&self, request: Request) -> Result<Value, String>;
+    /// Ends, once the answer to that request is written.
+    fn quit(&self, force: bool);
+}
+
 /// The control socket, before anybody is answered on it.
 pub(in super::super) struct Control {
     listener: PrivateListener,
@@ -74,7 +83,7 @@ impl Control {
     }
 
     /// Answers on it.
-    pub(in super::super) fn serve(self, server: &Server) -> Result<Runtime, String> {
+    pub(in super::super) fn serve(self, server: &impl Commanded) -> Result<Runtime, String> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -89,7 +98,7 @@ impl Control {
     }
 }
 
-async fn accept(listener: AsyncPrivateListener, users: Users, server: Server) {
+async fn accept(listener: AsyncPrivateListener, users: Users, server: impl Commanded) {
     let (clients, refused) = (Arc::new(Clients::default()), Arc::new(Semaphore::new(REFUSED_MAX)));
     let mut told = Told::default();
     loop {
@@ -223,7 +232,7 @@ async fn refuse(mut stream: UnixStream, why: String) {
     }
 }
 
-async fn client(server: &Server, stream: UnixStream, place: &ClientPlace) {
+async fn client(server: &impl Commanded, stream: UnixStream, place: &ClientPlace) {
     let (reader, mut writer) = tokio::io::split(stream);
     let mut reader = BufReader::new(reader.take(LINE_MAX));
     let mut line = Vec::new();
