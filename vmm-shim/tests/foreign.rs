@@ -18,7 +18,7 @@ use pagecopy::backend::{BackendError, DirtyLog, GuestRam};
 use pagecopy::bitmap::{PageBitmap, bits};
 use pagecopy::layout::{Layout, PAGE_SIZE};
 use testkit::{PATIENCE, wait_until};
-use vmm_shim::conformance::{Page, Subject, run};
+use vmm_shim::conformance::{Page, Rule, Subject, run};
 use vmm_shim::foreign::{MappingKind, Process, SoftDirtyLog, Standstill, check};
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 
@@ -57,6 +57,8 @@ struct Shared {
     gate: Arc<Gate>,
     log: Log,
     number: AtomicU64,
+    /// Whether the other process writes nothing while the log looks.
+    stands: bool,
 }
 
 impl Shared {
@@ -64,7 +66,7 @@ impl Shared {
         let memory = GuestMemory::create(layout(), backing).unwrap();
         let (other, gate) = (Other::sharing(&memory), gate());
         let log = log_of(&other, layout(), &gate).unwrap();
-        Self { memory, other, gate, log, number: AtomicU64::new(1) }
+        Self { memory, other, gate, log, number: AtomicU64::new(1), stands: true }
     }
 
     fn sync(&self) -> BTreeSet<Page> {
@@ -81,6 +83,9 @@ impl Subject for Shared {
     }
     fn write(&self, pages: &[Page]) {
         let number = self.number.fetch_add(pages.len() as u64, Ordering::Relaxed);
+        if !self.stands {
+            return self.other.write(number, pages);
+        }
         self.gate.enter();
         self.other.write(number, pages);
         self.gate.leave();
@@ -108,6 +113,19 @@ fn a_memfd_of_another_process_conforms() {
 fn a_tmpfs_file_of_another_process_conforms() {
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     conforms("tmpfs", &Backing::File { path: file.path().into(), create: true });
+}
+
+/// What is written between the scan and the clearing is lost, and the suite does see that.
+#[test]
+fn without_a_standstill_pages_are_lost() {
+    soft_dirty_or_skip!();
+    for _ in 0..20 {
+        let subject = Shared { stands: false, ..Shared::new(&Backing::Memfd) };
+        if let Err(violation) = run(&subject) {
+            return assert_eq!(violation.rule, Rule::Converges, "{violation}");
+        }
+    }
+    panic!("no page was lost in 20 runs");
 }
 
 #[test]
