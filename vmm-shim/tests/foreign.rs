@@ -63,14 +63,17 @@ struct Shared {
 
 impl Shared {
     fn new(backing: &Backing) -> Self {
-        let memory = GuestMemory::create(layout(), backing).unwrap();
+        Self::of(GuestMemory::create(layout(), backing).unwrap())
+    }
+
+    fn of(memory: GuestMemory) -> Self {
         let (other, gate) = (Other::sharing(&memory), gate());
-        let log = log_of(&other, layout(), &gate).unwrap();
+        let log = log_of(&other, memory.layout().clone(), &gate).unwrap();
         Self { memory, other, gate, log, number: AtomicU64::new(1), stands: true }
     }
 
     fn sync(&self) -> BTreeSet<Page> {
-        sync(&self.log, &layout()).unwrap()
+        sync(&self.log, self.memory.layout()).unwrap()
     }
 }
 
@@ -181,6 +184,38 @@ fn pages_that_are_taken_away_are_reported_whoever_takes_them() {
     shared.other.ask("discard 0 2");
     assert_eq!(shared.sync(), [(0, 2)].into());
     assert_eq!(shared.log.doubted(), 0);
+}
+
+/// A huge page of shared memory comes apart where a part of it is taken away. The rest comes back as if nobody had written it.
+#[test]
+fn where_bits_are_lost_with_a_huge_page_all_of_it_was_written() {
+    soft_dirty_or_skip!();
+    if std::env::var_os("PAGEFERRY_LAB_HOST").is_none() {
+        return println!("skipped: it mounts a tmpfs of huge pages, which the lab's guest may");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut mount = std::process::Command::new("mount");
+    let mounted =
+        mount.args(["-t", "tmpfs", "-o", "huge=always,size=16m", "huge"]).arg(folder.path()).status();
+    assert!(mounted.unwrap().success());
+    let backing = Backing::File { path: folder.path().join("ram"), create: true };
+    let shared = Shared::of(GuestMemory::create(huge_layout(), &backing).unwrap());
+    shared.write(&[(0, 0), (8, 0)]);
+    shared.log.start().unwrap();
+    assert_eq!(shared.sync(), BTreeSet::new());
+    shared.write(&[(0, 5)]);
+    shared.other.ask("discard 0 9");
+    shared.other.ask("read 0 5");
+    let found = shared.sync();
+    assert!(found.contains(&(0, 5)), "lost: {found:?}");
+    println!(
+        "{} of 1024 pages after a huge page came apart, {} looks in doubt",
+        found.len(),
+        shared.log.doubted()
+    );
+    assert_eq!((found.len(), shared.log.doubted()), (1024, 1));
+    drop(shared);
+    assert!(std::process::Command::new("umount").arg("-l").arg(folder.path()).status().unwrap().success());
 }
 
 /// What the module's documentation says is not seen.

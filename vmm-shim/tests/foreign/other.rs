@@ -1,20 +1,26 @@
 //! Another process with guest memory: this very program, which writes, reads and gives away pages when it is asked to.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 
 use pagecopy::backend::{BackendError, GuestRam};
 use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE, Region};
+use vmm_shim::adapter::VmMemory;
 use vmm_shim::conformance::Page;
 use vmm_shim::foreign::Standstill;
 use vmm_shim::guest_memory::{Backing, GuestMemory};
+use vmm_shim::vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// What the other process's memory is; set for it alone.
 const MEMORY: &str = "PAGEFERRY_TEST_OTHER_MEMORY";
+/// Stands before the path of a file that has the layout of huge pages.
+const HUGE_FILE: &str = "huge ";
 /// Begins the lines that are not the harness's.
 pub(crate) const SAID: &str = "the other process: ";
 
@@ -42,13 +48,16 @@ pub(crate) fn this_program(test: &str) -> Command {
 /// The life of the other process, in the test that it is started as; nothing in any other process.
 pub(crate) fn live() {
     let Ok(memory) = std::env::var(MEMORY) else { return };
-    let (layout, backing) = match memory.as_str() {
-        "anonymous" => (layout(), Backing::Anonymous { huge: false }),
-        "anonymous, huge" => (huge_layout(), Backing::Anonymous { huge: true }),
-        "hugetlb" => (huge_layout(), Backing::MemfdHuge),
-        path => (layout(), Backing::File { path: path.into(), create: false }),
+    let memory = match memory.as_str() {
+        "anonymous" => mapped(layout(), &Backing::Anonymous { huge: false }),
+        "anonymous, huge" => mapped(huge_layout(), &Backing::Anonymous { huge: true }),
+        "hugetlb" => mapped(huge_layout(), &Backing::MemfdHuge),
+        path => match path.strip_prefix(HUGE_FILE) {
+            Some(path) => Ok(mapped_huge(Path::new(path))),
+            None => mapped(layout(), &Backing::File { path: path.into(), create: false }),
+        },
     };
-    let memory = match GuestMemory::create(layout, &backing) {
+    let memory = match memory {
         Ok(memory) => memory,
         Err(e) => return println!("\n{SAID}cannot: {e}: {}", e.source),
     };
@@ -79,6 +88,19 @@ pub(crate) fn live() {
         }
         println!("{SAID}done");
     }
+}
+
+fn mapped(layout: Layout, backing: &Backing) -> Result<Box<dyn GuestRam>, BackendError> {
+    GuestMemory::create(layout, backing).map(|memory| Box::new(memory) as _)
+}
+
+/// A file whose mapping may have huge pages, which [`GuestMemory`] has none of.
+fn mapped_huge(path: &Path) -> Box<dyn GuestRam> {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let len = huge_layout().bytes() as usize;
+    let range = (GuestAddress(0), len, Some(FileOffset::new(file, 0)));
+    let memory = GuestMemoryMmap::<()>::from_ranges_with_files([range]).unwrap();
+    Box::new(VmMemory::new(memory).unwrap())
 }
 
 /// The other process; it ends when this is dropped.
@@ -130,7 +152,8 @@ impl Other {
     /// One that has mapped the same file as this process.
     pub(crate) fn sharing(memory: &GuestMemory) -> Self {
         let (fd, _) = memory.fd_of(0).unwrap();
-        let path = format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
+        let huge = if *memory.layout() == huge_layout() { HUGE_FILE } else { "" };
+        let path = format!("{huge}/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
         Self::start(&path, memory.layout()).unwrap()
     }
 
