@@ -49,7 +49,7 @@ fn a_linux_guest_goes_there_and_back() {
         assert_eq!(report["verified"], true, "{report}");
         if vmm_shim::foreign::check().is_ok() {
             // By soft-dirty bits, which told of everything.
-            assert!(report["paused_ms"].as_f64() > Some(0.0), "{report}");
+            assert!(report["paused_ms"].as_f64().is_some_and(|ms| ms > 0.0), "{report}");
             assert_eq!(report["final_check_pages"], 0, "{report}");
         }
         next.wait_beats(5);

@@ -11,7 +11,8 @@
 //! SIGSTOP does not. Every look is a little downtime; [`SoftDirtyLog::paused`] tells how much.
 //!
 //! What the log does not see, and what whoever uses it has to refuse:
-//! * Writes through another process's mapping of the same memory (vhost-user back ends), by `pwrite(2)` to its file, and by devices of VFIO.
+//! * Writes through another process's mapping of the same memory (vhost-user back ends), by `pwrite(2)` to its file, and by devices of
+//!   VFIO.
 //! * A page that is taken away (a balloon, virtio-mem) and then read, not written, before the next look. It is noticed where it is still
 //!   away. A guest that gives pages away expects nothing of them until it has written them.
 //! * A page of shared memory that the process itself takes out of its page table and keeps; see [`SoftDirtyLog`], also about swap.

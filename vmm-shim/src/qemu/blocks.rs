@@ -38,6 +38,23 @@ pub(super) fn backends(qmp: &Qmp) -> Result<Value, BackendError> {
     qmp.execute("query-memdev", Value::Null)
 }
 
+/// A file, as the kernel knows it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Inode {
+    pub(super) device: u64,
+    pub(super) number: u64,
+}
+
+impl Block {
+    /// Its file.
+    pub(super) fn inode(&self) -> Result<Inode, BackendError> {
+        let meta = self.file.metadata();
+        let meta =
+            meta.map_err(|e| BackendError::new(format!("{}: ask for its inode", self.path.display()), e))?;
+        Ok(Inode { device: meta.dev(), number: meta.ino() })
+    }
+}
+
 /// Finds a QEMU's memory in shared files, in the order of names.
 ///
 /// # Errors

@@ -14,8 +14,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde_json::{Value, json};
 
+use super::blocks::Inode;
 use super::control::{Control, status_of};
-use super::written::Inode;
 use super::{Block, Qmp, blocks};
 use crate::guest_memory::GuestMemory;
 
@@ -112,11 +112,7 @@ impl QemuGuest {
         }
         blocks::refuse_unseen_writers(&qmp)?;
         let (backends, blocks) = (blocks::backends(&qmp)?, blocks::find(&qmp)?);
-        let inode = |block: &Block| {
-            Inode::of(&block.file)
-                .map_err(|e| BackendError::new(format!("{}: ask for its inode", block.path.display()), e))
-        };
-        let inodes = blocks.iter().map(inode).collect::<Result<_, _>>()?;
+        let inodes = blocks.iter().map(Block::inode).collect::<Result<_, _>>()?;
         let machine = qmp.execute("qom-get", json!({ "path": "/machine", "property": "type" }))?;
         let machine = format!("qemu {}", machine.as_str().unwrap_or("?"));
         let ran = status == "running";

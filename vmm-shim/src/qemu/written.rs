@@ -1,28 +1,14 @@
 //! Which pages of a QEMU's memory were written, by the page table of its process.
 
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use pagecopy::backend::BackendError;
 use pagecopy::layout::{Layout, Region};
 
 use super::QemuGuest;
+use super::blocks::Inode;
 use crate::foreign::{Process, SoftDirtyLog, Standstill};
-
-/// A file, as the kernel knows it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Inode {
-    device: u64,
-    number: u64,
-}
-
-impl Inode {
-    pub(super) fn of(file: &File) -> std::io::Result<Self> {
-        file.metadata().map(|meta| Self { device: meta.dev(), number: meta.ino() })
-    }
-}
 
 impl QemuGuest {
     /// A log of the pages that this QEMU's process writes: its vCPUs, its devices, and the kernel on its behalf. The guest stands still for

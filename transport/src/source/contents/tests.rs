@@ -1,3 +1,5 @@
+//! Memory that is compared with what was sent of it.
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
