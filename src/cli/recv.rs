@@ -7,7 +7,9 @@ use std::time::Duration;
 use clap::Args;
 use pageferry::backend::GuestRam;
 use pageferry::vmm_shim::guest_memory::{Backing, GuestMemory};
-use pageferry::{Destination, Landing, Offer, Refused, Uri, content_digest};
+use pageferry::{
+    Destination, DestinationBuilder, IncomingError, Landing, Offer, Refused, Uri, content_digest,
+};
 
 use super::protection::ListenArgs;
 use super::sandbox::{Profile, SandboxArgs};
@@ -32,6 +34,18 @@ pub(super) struct RecvArgs {
     /// Print an xxh3-128 of the content (reads all of it once more)
     #[arg(long)]
     digest: bool,
+    #[command(flatten)]
+    waiting: WaitingArgs,
+    /// Print one JSON object at the end instead of text
+    #[arg(long)]
+    pub(super) json: bool,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
+}
+
+/// How a command that takes something in waits for it.
+#[derive(Debug, Args)]
+pub(super) struct WaitingArgs {
     /// Give a silent peer or stream up after this many seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     link_timeout: u64,
@@ -42,11 +56,30 @@ pub(super) struct RecvArgs {
     pinned: PinnedArgs,
     #[command(flatten)]
     protection: ListenArgs,
-    /// Print one JSON object at the end instead of text
-    #[arg(long)]
-    pub(super) json: bool,
-    #[command(flatten)]
-    sandbox: SandboxArgs,
+}
+
+impl WaitingArgs {
+    /// The certificates that may be replaced meanwhile.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        self.protection.files()
+    }
+
+    /// What listens so.
+    pub(super) fn builder(&self) -> Result<DestinationBuilder, CliError> {
+        Ok(Destination::builder()
+            .link_timeout(Duration::from_secs(self.link_timeout))
+            .reconnect_timeout(Duration::from_secs(self.reconnect_timeout))
+            .rdma(self.pinned.options())
+            .notice(|notice| tracing::info!("{notice}"))
+            .tls(self.protection.tls().map_err(CliError::usage)?)
+            .insecure(self.protection.is_insecure()))
+    }
+}
+
+/// How a session that came in has ended.
+pub(super) fn verdict(error: &IncomingError) -> CliError {
+    let exit = if error.is_cancelled() { Exit::Cancelled } else { Exit::Failed };
+    CliError { exit, text: explain(error) }
 }
 
 #[derive(Debug, Args)]
@@ -90,17 +123,9 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     let (file, base, strict) = (&args.target.ram_file, &args.base, args.sandbox.is_strict());
     args.sandbox.check(&args.uri)?;
     let profile = Profile::recv(&args.uri, file.as_deref(), base.as_deref(), strict);
-    args.sandbox.enter(profile.reading_anew(&args.protection.files()))?;
-    let destination = Destination::builder()
-        .link_timeout(Duration::from_secs(args.link_timeout))
-        .reconnect_timeout(Duration::from_secs(args.reconnect_timeout))
-        .rdma(args.pinned.options())
-        .notice(|notice| tracing::info!("{notice}"))
-        .base(args.base.clone())
-        .tls(args.protection.tls().map_err(CliError::usage)?)
-        .insecure(args.protection.is_insecure())
-        .bind(&args.uri)
-        .map_err(|e| CliError::cannot_start(&e))?;
+    args.sandbox.enter(profile.reading_anew(&args.waiting.files()))?;
+    let destination = args.waiting.builder()?.base(args.base.clone());
+    let destination = destination.bind(&args.uri).map_err(|e| CliError::cannot_start(&e))?;
     let progress = destination.progress();
     let cancelled = progress.clone();
     stop::on_signals(move || {
@@ -122,10 +147,7 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     if let (true, Ok(arrival)) = (args.digest, &result) {
         report.digest = Some(content_digest(&*arrival.vm).map_err(|e| CliError::cannot_start(&e))?);
     }
-    let end = result.map(drop).map_err(|error| {
-        let exit = if error.is_cancelled() { Exit::Cancelled } else { Exit::Failed };
-        CliError { exit, text: explain(&error) }
-    });
+    let end = result.map(drop).map_err(|error| verdict(&error));
     output::print(&report, args.json);
     end
 }

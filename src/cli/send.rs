@@ -47,6 +47,17 @@ pub(super) fn is_not_started(failure: &Failure) -> bool {
     matches!(failure.cause, Cause::Socket(_) | Cause::Tls(_))
 }
 
+/// How a migration has ended that failed.
+pub(super) fn verdict(failure: &Failure) -> CliError {
+    let exit = match (failure.fate, &failure.cause) {
+        (Fate::Unknown, _) => Exit::Unknown,
+        (_, cause) if cause.is_cancelled() => Exit::Cancelled,
+        _ if is_not_started(failure) => Exit::CannotStart,
+        _ => Exit::Failed,
+    };
+    CliError { exit, text: explain(failure) }
+}
+
 pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
     let ram = match args.uri {
         Uri::Rdma { .. } => GuestMemory::open_ram_file_to_register(&args.ram_file),
@@ -76,13 +87,5 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
         report.digest = Some(content_digest(&*ram).map_err(|e| CliError::cannot_start(&e))?);
     }
     output::print(&report, args.json);
-    result.map(drop).map_err(|failure| {
-        let exit = match (failure.fate, &failure.cause) {
-            (Fate::Unknown, _) => Exit::Unknown,
-            (_, cause) if cause.is_cancelled() => Exit::Cancelled,
-            _ if is_not_started(&failure) => Exit::CannotStart,
-            _ => Exit::Failed,
-        };
-        CliError { exit, text: explain(&failure) }
-    })
+    result.map(drop).map_err(|failure| verdict(&failure))
 }

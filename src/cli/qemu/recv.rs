@@ -1,19 +1,18 @@
 //! `pageferry qemu recv`: takes a guest in for a QEMU that waits.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use clap::Args;
 use pageferry::backend::{Guest, GuestRam};
 use pageferry::pagecopy::layout::Layout;
 use pageferry::vmm_shim::qemu::{QemuGuest, Role};
-use pageferry::{Destination, Landing, Offer, Refused, Uri};
+use pageferry::{Landing, Offer, Refused, Uri};
 
 use super::super::api::ApiAddress;
-use super::super::protection::ListenArgs;
+use super::super::recv::{WaitingArgs, verdict};
 use super::super::sandbox::{Profile, SandboxArgs};
-use super::super::words::{self, explain};
-use super::super::{CliError, Exit, PinnedArgs, output, stop};
+use super::super::words;
+use super::super::{CliError, output, stop};
 use super::commanded::Attached;
 
 /// Takes the guest of `pageferry qemu send` in, for a QEMU that was started with `-incoming defer`
@@ -30,16 +29,8 @@ pub(super) struct RecvArgs {
     /// Answer `pageferry ctl` here: status, cancel; unix:PATH
     #[arg(long, value_name = "ADDRESS")]
     api: Option<ApiAddress>,
-    /// Give a silent peer or stream up after this many seconds
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
-    link_timeout: u64,
-    /// Wait this many seconds for a source that was lost on the way and connects again; 0: give up at once
-    #[arg(long, default_value_t = 300, value_name = "S", value_parser = clap::value_parser!(u64).range(0..=86400))]
-    reconnect_timeout: u64,
     #[command(flatten)]
-    pinned: PinnedArgs,
-    #[command(flatten)]
-    protection: ListenArgs,
+    waiting: WaitingArgs,
     /// Print one JSON object at the end instead of text
     #[arg(long)]
     pub(super) json: bool,
@@ -55,16 +46,8 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     let guest = super::attach(&args.qmp.0, Role::Destination)?;
     let ram: Arc<dyn GuestRam> = Arc::new(guest.memory().map_err(|e| CliError::cannot_start(&e))?);
     let profile = Profile::qemu(&args.uri, &args.qmp.0, args.api.as_ref().map(|api| api.0.as_path()));
-    args.sandbox.enter(profile.reading_anew(&args.protection.files()))?;
-    let destination = Destination::builder()
-        .link_timeout(Duration::from_secs(args.link_timeout))
-        .reconnect_timeout(Duration::from_secs(args.reconnect_timeout))
-        .rdma(args.pinned.options())
-        .notice(|notice| tracing::info!("{notice}"))
-        .tls(args.protection.tls().map_err(CliError::usage)?)
-        .insecure(args.protection.is_insecure())
-        .bind(&args.uri)
-        .map_err(|e| CliError::cannot_start(&e))?;
+    args.sandbox.enter(profile.reading_anew(&args.waiting.files()))?;
+    let destination = args.waiting.builder()?.bind(&args.uri).map_err(|e| CliError::cannot_start(&e))?;
     let progress = destination.progress();
     let attached = Attached::new(progress.clone(), &guest, ram.layout().bytes())?;
     let attached = attached.listening_on(destination.uri().to_string());
@@ -81,10 +64,7 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     let bar = output::Bar::start(&progress, args.json);
     let result = arriving.wait();
     bar.finish();
-    let end = result.map(drop).map_err(|error| {
-        let exit = if error.is_cancelled() { Exit::Cancelled } else { Exit::Failed };
-        CliError { exit, text: explain(&error) }
-    });
+    let end = result.map(drop).map_err(|error| verdict(&error));
     output::print(&words::report(&progress), args.json);
     end
 }

@@ -6,14 +6,14 @@ use clap::{Args, ValueEnum};
 use pageferry::backend::{ContentLog, DirtyLog, GuestRam};
 use pageferry::layout::Layout;
 use pageferry::vmm_shim::qemu::{QemuGuest, Role};
-use pageferry::{Fate, Source, Uri};
+use pageferry::{Source, Uri};
 
 use super::super::api::ApiAddress;
 use super::super::protection::ConnectArgs;
-use super::super::send::is_not_started;
+use super::super::send::verdict;
 use super::super::tuning::{OnTimeoutArg, TuningArgs};
 use super::super::words::{self, explain};
-use super::super::{CliError, Exit, TransferArgs, output, stop};
+use super::super::{CliError, TransferArgs, output, stop};
 use super::commanded::Attached;
 
 /// Moves the guest of a QEMU to `pageferry qemu recv`
@@ -110,13 +110,5 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
     let result = migration.wait();
     bar.finish();
     output::print(&words::report(&progress), args.json);
-    result.map(drop).map_err(|failure| {
-        let exit = match (failure.fate, &failure.cause) {
-            (Fate::Unknown, _) => Exit::Unknown,
-            (_, cause) if cause.is_cancelled() => Exit::Cancelled,
-            _ if is_not_started(&failure) => Exit::CannotStart,
-            _ => Exit::Failed,
-        };
-        CliError { exit, text: explain(&failure) }
-    })
+    result.map(drop).map_err(|failure| verdict(&failure))
 }
