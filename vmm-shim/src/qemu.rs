@@ -17,6 +17,9 @@ mod guest;
 mod qmp;
 mod written;
 
+#[cfg(test)]
+mod tests;
+
 pub use blocks::Block;
 pub use guest::{Machine, QemuGuest, Role};
 pub use qmp::Qmp;
