@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use super::process::{MemoryWatch, Running};
+use super::qemu::Pair;
 use super::{Job, PATIENCE, Target, Took};
 use pageferry::engine::report::{Report, Status};
 
@@ -32,23 +33,42 @@ impl Ferry<'_> {
     /// # Errors
     /// The complaint of the command that failed, or that a page was not verified.
     pub fn transfer(&self, job: &Job<'_>) -> Result<Took, String> {
-        let uri = format!("{}:{}:{}", self.scheme, job.host, job.port);
         let mut recv = job.destination.command(self.program);
-        // Without, whoever reaches it sees what was made for this.
-        recv.args(["recv", &uri, "--json", "--insecure"]);
+        recv.arg("recv");
         match job.target {
             Target::File(copy) => recv.arg("--ram-file").arg(copy),
             Target::Anonymous => recv.arg("--anon"),
         };
+        let mut send = job.source.command(self.program);
+        send.arg("send").arg("--ram-file").arg(job.image);
+        self.run(recv, send, job)
+    }
+
+    /// Moves a paused guest of QEMU that has the image for its memory, from beside it.
+    ///
+    /// # Errors
+    /// As of [`transfer`](Self::transfer), and those of starting two QEMUs.
+    pub fn attached(&self, job: &Job<'_>) -> Result<Took, String> {
+        let pair = Pair::start(job)?;
+        let [source, destination] = pair.sockets().map(|socket| format!("unix:{}", socket.display()));
+        let mut recv = job.destination.command(self.program);
+        recv.args(["qemu", "recv", "--qmp", &destination]);
+        let mut send = job.source.command(self.program);
+        send.args(["qemu", "send", "--qmp", &source]);
+        self.run(recv, send, job)
+    }
+
+    fn run(&self, mut recv: Command, mut send: Command, job: &Job<'_>) -> Result<Took, String> {
+        let uri = format!("{}:{}:{}", self.scheme, job.host, job.port);
+        // Without, whoever reaches it sees what was made for this.
+        recv.args([&uri, "--json", "--insecure"]);
         under_tls(&mut recv, job);
         let mut recv = self.start(&mut recv)?;
         if let Some(Err(text)) = recv.stderr().map(wait_until_it_listens) {
             return Err(reason(&text));
         }
         let received = recv.stdout().map(first_line);
-        let mut send = job.source.command(self.program);
-        send.args(["send", &uri, "--json", "--streams", &self.streams.to_string(), "--codec", self.codec]);
-        send.arg("--ram-file").arg(job.image);
+        send.args([&uri, "--json", "--streams", &self.streams.to_string(), "--codec", self.codec]);
         under_tls(&mut send, job);
         let begin = Instant::now();
         let mut send = self.start(&mut send)?;

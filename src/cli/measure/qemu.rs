@@ -121,17 +121,7 @@ const CREDENTIALS: &str = "tls0";
 /// # Errors
 /// What QEMU says, or that it does not answer or is not there.
 pub fn migrate(mode: Mode, job: &Job<'_>) -> Result<Took, String> {
-    let length = job.image.metadata().map_err(|e| format!("{}: {e}", job.image.display()))?.len();
-    if let Target::File(copy) = job.target {
-        let file = std::fs::File::create(copy).and_then(|file| file.set_len(length));
-        file.map_err(|e| format!("{}: {e}", copy.display()))?;
-    }
-    let socket = |name: &str| job.folder.join(name);
-    let start = |ram, name, place, incoming| {
-        Qemu::start(ram, length, Runs::Not, &socket(name), place, incoming, job.tls)
-    };
-    let mut destination = start(job.target, "destination.qmp", job.destination, true)?;
-    let mut source = start(Target::File(job.image), "source.qmp", job.source, false)?;
+    let Pair { mut source, mut destination } = start_pair(job, job.tls)?;
     let mut parameters = mode.parameters();
     if job.tls.is_some() {
         parameters["tls-creds"] = CREDENTIALS.into();
@@ -162,6 +152,48 @@ pub fn migrate(mode: Mode, job: &Job<'_>) -> Result<Took, String> {
         source_private_bytes: most(source_memory),
         destination_private_bytes: most(destination_memory),
     })
+}
+
+/// A paused guest that has the image for its RAM, and a QEMU that waits for it.
+fn start_pair(job: &Job<'_>, tls: Option<&Path>) -> Result<Pair, String> {
+    let length = job.image.metadata().map_err(|e| format!("{}: {e}", job.image.display()))?.len();
+    if let Target::File(copy) = job.target {
+        let file = std::fs::File::create(copy).and_then(|file| file.set_len(length));
+        file.map_err(|e| format!("{}: {e}", copy.display()))?;
+    }
+    let socket = |name: &str| job.folder.join(name);
+    let start =
+        |ram, name, place, incoming| Qemu::start(ram, length, Runs::Not, &socket(name), place, incoming, tls);
+    let destination = start(job.target, "destination.qmp", job.destination, true)?;
+    let source = start(Target::File(job.image), "source.qmp", job.source, false)?;
+    Ok(Pair { source, destination })
+}
+
+/// Two QEMUs, for whoever commands them.
+pub struct Pair {
+    source: Qemu,
+    destination: Qemu,
+}
+
+impl Pair {
+    /// Starts them, and waits until they answer.
+    ///
+    /// # Errors
+    /// Those of QEMU.
+    pub fn start(job: &Job<'_>) -> Result<Self, String> {
+        let mut pair = start_pair(job, None)?;
+        for qemu in [&mut pair.source, &mut pair.destination] {
+            qemu.connect()?;
+            // Its monitor has one client at a time.
+            qemu.link = None;
+        }
+        Ok(pair)
+    }
+
+    /// Their monitors: the source's and the destination's.
+    pub fn sockets(&self) -> [&Path; 2] {
+        [&self.source.socket, &self.destination.socket]
+    }
 }
 
 /// What helps QEMU to move a guest that runs, and writes more than its link carries.

@@ -120,6 +120,18 @@ pub(crate) const ROWS: &[Row] = &[
         figure: Figure::Compared(&["tls-anon"], what_tls_costs),
     },
     Row {
+        name: "attached",
+        what: "random, a paused guest of QEMU, into a fresh tmpfs file: time of QEMU's best / ours beside it",
+        target: Target::AtLeast(2.0),
+        figure: Figure::Compared(&["attached"], faster_attached),
+    },
+    Row {
+        name: "attached-cost",
+        what: "the same: our time beside QEMU / by send and recv",
+        target: Target::AtMost(1.05),
+        figure: Figure::Compared(&["attached"], what_attaching_costs),
+    },
+    Row {
         name: "sparse",
         what: "sparse: time of QEMU's best / ours",
         target: Target::AtLeast(4.0),
@@ -287,6 +299,10 @@ pub(crate) fn comparison(name: &str, size: u64, guest: &Path) -> Option<Comparis
             let theirs = ["tls:qemu:multifd:2", "tls:qemu:multifd:4", "tls:qemu:multifd:8", "qemu:multifd:4"];
             (made(Kind::Random, size), [&auto[..], &under, &theirs].concat())
         }
+        "attached" => {
+            let beside = ["attached:2:auto", "attached:4:auto"];
+            (made(Kind::Random, size), [&loopback[..], &beside].concat())
+        }
         "sparse" => (made(Kind::Sparse, size), loopback),
         "zero" => (made(Kind::Zero, size), loopback),
         "mixed" => (made(Kind::Mixed, size), loopback),
@@ -369,6 +385,14 @@ fn ours<'a>(all: &[&'a Outcome]) -> Option<&'a Runs> {
 
 fn faster_under_tls(all: &[&Outcome]) -> Option<(f64, String)> {
     time_ratio(best(all, Contender::is_qemu_under_tls)?, best(all, Contender::is_ours_under_tls)?)
+}
+
+fn faster_attached(all: &[&Outcome]) -> Option<(f64, String)> {
+    time_ratio(best(all, Contender::is_plain_qemu)?, best(all, Contender::is_attached)?)
+}
+
+fn what_attaching_costs(all: &[&Outcome]) -> Option<(f64, String)> {
+    time_ratio(best(all, Contender::is_attached)?, ours(all)?)
 }
 
 fn what_tls_costs(all: &[&Outcome]) -> Option<(f64, String)> {

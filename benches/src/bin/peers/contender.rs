@@ -16,6 +16,8 @@ use crate::limit::{self, Sender};
 pub(crate) enum Contender {
     /// `pageferry send` and `recv`: streams and codec.
     Pageferry(u16, String),
+    /// `pageferry qemu send` and `recv`, beside two QEMUs: streams and codec.
+    Attached(u16, String),
     /// QEMU's own migration.
     Qemu(Mode),
     /// Bytes alone, without a protocol: what the machine can do. The number is that of its streams.
@@ -27,6 +29,11 @@ pub(crate) enum Contender {
 impl Contender {
     pub(crate) fn is_ours(&self) -> bool {
         matches!(self, Self::Pageferry(..))
+    }
+
+    /// Ours beside two QEMUs.
+    pub(crate) fn is_attached(&self) -> bool {
+        matches!(self, Self::Attached(..))
     }
 
     /// QEMU with the pages as they are.
@@ -55,6 +62,9 @@ impl Contender {
             Self::Pageferry(streams, codec) => {
                 Ferry { program: pageferry, scheme: "tcp", streams: *streams, codec }.transfer(job)
             }
+            Self::Attached(streams, codec) => {
+                Ferry { program: pageferry, scheme: "tcp", streams: *streams, codec }.attached(job)
+            }
             Self::Qemu(mode) => qemu::migrate(*mode, job),
             Self::Limit(sender, streams) => limit::measure(*sender, *streams, job),
             Self::Tls(inner) => {
@@ -82,6 +92,7 @@ impl fmt::Display for Contender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pageferry(streams, codec) => write!(f, "pageferry:{streams}:{codec}"),
+            Self::Attached(streams, codec) => write!(f, "attached:{streams}:{codec}"),
             Self::Qemu(mode) => write!(f, "qemu:{mode}"),
             Self::Limit(sender, streams) => write!(f, "limit:{sender}:{streams}"),
             Self::Tls(inner) => write!(f, "tls:{inner}"),
@@ -95,10 +106,15 @@ impl FromStr for Contender {
     fn from_str(text: &str) -> Result<Self, String> {
         let (who, how) = text.split_once(':').unwrap_or((text, ""));
         match who {
-            "pageferry" => {
+            "pageferry" | "attached" => {
                 let (streams, codec) = how.split_once(':').unwrap_or((how, "auto"));
                 let streams = streams.parse().map_err(|_| format!("{streams:?} is no number of streams"))?;
-                Ok(Self::Pageferry(streams, codec.to_owned()))
+                let codec = codec.to_owned();
+                Ok(if who == "attached" {
+                    Self::Attached(streams, codec)
+                } else {
+                    Self::Pageferry(streams, codec)
+                })
             }
             "qemu" => how.parse().map(Self::Qemu),
             "limit" => {
@@ -111,7 +127,7 @@ impl FromStr for Contender {
                 other => Err(format!("{other} has no TLS")),
             },
             _ => Err(format!(
-                "{text:?} is none of [tls:]pageferry:STREAMS[:CODEC], [tls:]qemu:MODE, limit:write|splice[:STREAMS]"
+                "{text:?} is none of [tls:]pageferry:STREAMS[:CODEC], attached:STREAMS[:CODEC], [tls:]qemu:MODE, limit:write|splice[:STREAMS]"
             )),
         }
     }
@@ -131,6 +147,7 @@ mod tests {
             "limit:splice:2",
             "tls:qemu:multifd:4",
             "tls:pageferry:1:raw",
+            "attached:4:auto",
         ] {
             assert_eq!(text.parse::<Contender>().unwrap().to_string(), text);
         }
