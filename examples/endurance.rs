@@ -29,7 +29,9 @@ use pageferry::vmm_shim::uffd_log::UffdLog;
 use pageferry::vmm_shim::vmm::{GuestImage, Tracker, Vm, VmConfig};
 use pageferry::vmm_shim::writer::{MemoryWriter, WriterOptions};
 use pageferry::vmm_shim::{kvm, vmm};
-use pageferry::{Arriving, Destination, Landing, Progress, Side, Source, Status, Tls, TlsFiles, explain};
+use pageferry::{
+    Arriving, Destination, Landing, Progress, Side, Source, Status, Tls, TlsFiles, explain, reserve,
+};
 
 type Failed = Box<dyn Error + Send + Sync>;
 
@@ -49,6 +51,8 @@ const SLACK_BYTES: u64 = 4 << 20;
 const SETTLE: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
+    // As any program may whose processes outlive many migrations.
+    reserve::keep_little();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let done = match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["side", folder] => side(Path::new(folder), None).map(|()| true),

@@ -37,7 +37,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use pageferry::engine::report::Status;
 use pageferry::vmm_shim::lost_room;
-use pageferry::{CodecMode, RdmaOptions, SourceBuilder};
+use pageferry::{CodecMode, RdmaOptions, SourceBuilder, reserve};
 
 /// Moves the RAM of a running virtual machine between hosts.
 #[derive(Debug, Parser)]
@@ -110,6 +110,8 @@ impl CliError {
 pub fn run() -> ExitCode {
     // Before there is any guest memory.
     lost_room::report();
+    // A `vm` is there for many migrations. Here, not in the library, which leaves its host's allocator as it is.
+    reserve::keep_little();
     print::on_panic(|text| match tracing::enabled!(tracing::Level::ERROR) {
         true => tracing::error!("{text}"),
         false => say(text),

@@ -58,3 +58,39 @@ fn memory_that_a_migration_took_goes_back_to_the_host() {
     assert_hardly_grown("source", &source, before_source);
     assert_hardly_grown("destination", &destination, before_destination);
 }
+
+/// Migrations that are cancelled before anything is looked at, and those after which nothing may have grown since.
+const FIRST: usize = 10;
+const THEN: usize = 20;
+
+/// Begins a migration, and cancels it when some of its pages have arrived: more, or fewer.
+fn begin_and_cancel(world: &World, spec: &Spec, source: &Vm, number: usize) {
+    let (destination, uri) = world.destination(&format!("b{number}"), spec);
+    source.begin_migration(&uri, &json!({"streams": 8, "bandwidth": 60_000_000, "downtime_limit_ms": 0}));
+    let sent = (1 + number as u64 % 8) << 20;
+    wait_for("some of it was sent", PATIENCE, || {
+        (source.status()["migration"]["wire_bytes"].as_u64() >= Some(sent)).then_some(())
+    });
+    source.ask(&json!({"execute": "cancel"})).unwrap();
+    let report = source.wait_migration(PATIENCE);
+    assert_eq!(report["status"], "cancelled", "{report}");
+    destination.wait_exit(PATIENCE);
+}
+
+/// A source keeps nothing of the migrations that came to nothing, however many.
+#[test]
+fn a_source_does_not_grow_by_migrations_that_are_cancelled() {
+    let spec = Spec { working_set: 32 << 20, ..Spec::counter() }.with(&["--memory", "memfd"]);
+    let world = World::new();
+    let source = world.source("a", &spec);
+    for number in 0..FIRST {
+        begin_and_cancel(&world, &spec, &source, number);
+    }
+    let before = anonymous(&source);
+    for number in FIRST..FIRST + THEN {
+        begin_and_cancel(&world, &spec, &source, number);
+    }
+    let after = anonymous(&source);
+    println!("{before} bytes after {FIRST} migrations, {after} after {THEN} more");
+    assert_hardly_grown("source", &source, before);
+}

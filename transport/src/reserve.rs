@@ -21,6 +21,15 @@ pub fn is_short() -> bool {
     sys::is_short()
 }
 
+/// Has the C library give free memory at the end of an arena back at once, where it is more than 256 KiB. By itself glibc raises that bound to
+/// twice the largest buffer that was ever freed, up to 64 MiB, for each arena, and there is one for most threads of a migration. Whoever has
+/// set the bound by the environment (mallopt(3)) keeps it.
+///
+/// It is for all memory of the process, so no part of this library calls it: a program does, in the beginning, that is there for migrations.
+pub fn keep_little() {
+    sys::keep_little();
+}
+
 /// Gives memory that nobody uses any more back to the host, where the C library keeps it: glibc has what the threads of a migration had in
 /// arenas of their own, and the more of it the larger a buffer once was that was freed. Due once a migration has ended.
 pub(crate) fn give_back() {

@@ -6,6 +6,10 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use super::RESERVE_BYTES;
 
+/// Free bytes at the end of an arena from which on they are given back.
+#[cfg(target_env = "gnu")]
+const KEPT_BYTES: libc::c_int = 256 << 10;
+
 static RESERVE: AtomicPtr<u8> = AtomicPtr::new(null_mut());
 static SHORT: AtomicBool = AtomicBool::new(false);
 
@@ -86,6 +90,21 @@ pub(super) fn give_back() {
     // SAFETY: malloc_trim takes the allocator's own locks, touches only memory that is free, and takes no pointer.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+pub(super) fn keep_little() {
+    #[cfg(target_env = "gnu")]
+    {
+        let tunables = std::env::var_os("GLIBC_TUNABLES").unwrap_or_default();
+        let is_set = tunables.to_string_lossy().contains("glibc.malloc.trim_threshold");
+        if is_set || std::env::var_os("MALLOC_TRIM_THRESHOLD_").is_some() {
+            return;
+        }
+        // SAFETY: mallopt takes two numbers, and the allocator's own lock as it changes one of its bounds.
+        unsafe {
+            libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT_BYTES);
+        }
     }
 }
 
