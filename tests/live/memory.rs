@@ -66,7 +66,10 @@ const THEN: usize = 20;
 /// Begins a migration, and cancels it when some of its pages have arrived: more, or fewer.
 fn begin_and_cancel(world: &World, spec: &Spec, source: &Vm, number: usize) {
     let (destination, uri) = world.destination(&format!("b{number}"), spec);
-    source.begin_migration(&uri, &json!({"streams": 8, "bandwidth": 60_000_000, "downtime_limit_ms": 0}));
+    source.begin_migration(
+        &uri,
+        &json!({"streams": 32, "codec": "delta", "bandwidth": 200_000_000, "downtime_limit_ms": 0}),
+    );
     let sent = (1 + number as u64 % 8) << 20;
     wait_for("some of it was sent", PATIENCE, || {
         (source.status()["migration"]["wire_bytes"].as_u64() >= Some(sent)).then_some(())
@@ -87,10 +90,11 @@ fn a_source_does_not_grow_by_migrations_that_are_cancelled() {
         begin_and_cancel(&world, &spec, &source, number);
     }
     let before = anonymous(&source);
+    let mut most = 0;
     for number in FIRST..FIRST + THEN {
         begin_and_cancel(&world, &spec, &source, number);
+        assert_hardly_grown("source", &source, before);
+        most = most.max(anonymous(&source));
     }
-    let after = anonymous(&source);
-    println!("{before} bytes after {FIRST} migrations, {after} after {THEN} more");
-    assert_hardly_grown("source", &source, before);
+    println!("{before} bytes after {FIRST} migrations, at most {most} after any of {THEN} more");
 }
