@@ -6,6 +6,9 @@ mod common;
 #[allow(dead_code, reason = "shared with tests/inspect.rs, of which this is a part")]
 #[path = "inspect/hand.rs"]
 mod hand;
+#[allow(dead_code, reason = "shared with tests/tls.rs, of which this is a part")]
+#[path = "tls/lab.rs"]
+mod lab;
 #[allow(dead_code, reason = "shared with tests/live.rs, of which this is a part")]
 #[path = "live/vm.rs"]
 mod vm;

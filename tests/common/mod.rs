@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
 pub(crate) mod raw;
+pub(crate) mod secure;
 pub(crate) mod tmpfs;
 
 use std::ffi::OsStr;

@@ -1,7 +1,8 @@
 //! Peers made by hand: they speak the protocol as far as a test wants, and then break it.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::pagecopy::digest::{PageHasher, receipt};
@@ -11,6 +12,9 @@ use pageferry::transport::wire::control::{
 };
 use pageferry::transport::wire::frame::{FrameHeader, FrameKind, encode_receipt};
 use pageferry::transport::wire::{Preamble, Role};
+use rustls::{ClientConfig, ServerConfig};
+
+use super::secure::{PROOF_LEN, Wire};
 
 pub(crate) const SESSION: [u8; 16] = *b"a test's session";
 pub(crate) const SEED: u64 = 42;
@@ -40,20 +44,60 @@ pub(crate) fn hello(len: u64) -> Hello {
 /// Far more than any wait of the tests: a failure, not a hang.
 pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(20);
 
+/// How a peer connects to a destination: the port, and what it shakes hands with, if it does.
+#[derive(Clone)]
+pub(crate) struct Door {
+    pub(crate) port: u16,
+    pub(crate) tls: Option<Arc<ClientConfig>>,
+}
+
+impl Door {
+    pub(crate) fn plain(port: u16) -> Self {
+        Self { port, tls: None }
+    }
+
+    /// A connection, if it comes about.
+    pub(crate) fn try_connect(&self) -> io::Result<Peer> {
+        let socket = TcpStream::connect(("127.0.0.1", self.port))?;
+        Ok(Peer::over(match &self.tls {
+            Some(config) => Wire::secured(socket, config)?,
+            None => Wire::plain(socket),
+        }))
+    }
+
+    /// A source made by hand whose session the destination has accepted, and the key of the session.
+    pub(crate) fn open_session(&self, hello: Hello) -> (Peer, Option<[u8; PROOF_LEN]>) {
+        let mut peer = self.try_connect().unwrap();
+        peer.write(&preamble(Role::Control, 0).encode());
+        peer.send(&Message::Hello(hello));
+        assert!(matches!(peer.receive(), Some(Message::Welcome(_))));
+        assert_eq!(peer.receive(), Some(Message::Prepared));
+        let key = self.tls.as_ref().map(|_| peer.socket.session_key(&SESSION));
+        (peer, key)
+    }
+}
+
 /// A connection.
 pub(crate) struct Peer {
-    pub(crate) socket: TcpStream,
+    pub(crate) socket: Wire,
 }
 
 impl Peer {
     pub(crate) fn connect(port: u16) -> Self {
-        Self::over(TcpStream::connect(("127.0.0.1", port)).unwrap())
+        Door::plain(port).try_connect().unwrap()
     }
 
-    pub(crate) fn over(socket: TcpStream) -> Self {
-        socket.set_read_timeout(Some(SILENCE_MAX)).unwrap();
-        socket.set_nodelay(true).unwrap();
+    pub(crate) fn over(socket: Wire) -> Self {
         Self { socket }
+    }
+
+    /// The words that a connection of a session begins with, with the proof that it is one.
+    pub(crate) fn begin(&mut self, preamble: &Preamble, key: Option<&[u8; PROOF_LEN]>) {
+        self.write(&preamble.encode());
+        if let Some(key) = key {
+            let proof = self.socket.proof(key, preamble);
+            self.write(&proof);
+        }
     }
 
     /// Writes; the peer may have closed already.
@@ -110,12 +154,7 @@ pub(crate) fn assert_refused(said: Option<Message>, expected: ErrorCode, words: 
 
 /// A source made by hand whose session the destination has accepted.
 pub(crate) fn open_session(port: u16, hello: Hello) -> Peer {
-    let mut peer = Peer::connect(port);
-    peer.write(&preamble(Role::Control, 0).encode());
-    peer.send(&Message::Hello(hello));
-    assert!(matches!(peer.receive(), Some(Message::Welcome(_))));
-    assert_eq!(peer.receive(), Some(Message::Prepared));
-    peer
+    Door::plain(port).open_session(hello).0
 }
 
 /// A stream of that session.
@@ -129,21 +168,39 @@ pub(crate) fn open_stream(port: u16, stream: u16) -> Peer {
 /// A destination made by hand.
 pub(crate) struct Server {
     listener: TcpListener,
+    tls: Option<Arc<ServerConfig>>,
 }
 
 impl Server {
     pub(crate) fn new() -> (Self, String) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let uri = format!("tcp:{}", listener.local_addr().unwrap());
-        (Self { listener }, uri)
+        Self::with(None)
     }
 
-    /// The next connection and its preamble.
+    /// One that shakes hands with this, if it does.
+    pub(crate) fn with(tls: Option<Arc<ServerConfig>>) -> (Self, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("tcp:{}", listener.local_addr().unwrap());
+        (Self { listener, tls }, uri)
+    }
+
+    /// The next connection, before anything is said on it.
+    pub(crate) fn accept_socket(&self) -> TcpStream {
+        self.listener.accept().unwrap().0
+    }
+
+    /// The next connection and its preamble. Whether it proves to be of the session is not looked at.
     pub(crate) fn accept(&self) -> (Peer, Preamble) {
-        let mut peer = Peer::over(self.listener.accept().unwrap().0);
+        let socket = self.accept_socket();
+        let mut peer = Peer::over(match &self.tls {
+            Some(config) => Wire::accepted(socket, config).unwrap(),
+            None => Wire::plain(socket),
+        });
         let mut bytes = [0; Preamble::LEN];
         peer.socket.read_exact(&mut bytes).unwrap();
         let preamble = Preamble::decode(&bytes).unwrap();
+        if self.tls.is_some() && preamble.role != Role::Control {
+            peer.socket.read_exact(&mut [0; PROOF_LEN]).unwrap();
+        }
         (peer, preamble)
     }
 

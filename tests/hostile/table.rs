@@ -7,6 +7,9 @@
 //! | `session` | a source that has the session | `recv`, `vm --incoming` |
 //! | `source` | a destination that is connected to | `send`, a running `vm` |
 //! | `archive` | a file that is loaded or looked into | `recv`, `vm --incoming`, `inspect` |
+//!
+//! Most attacks come over plain connections and again under TLS, where whoever attacks has a good certificate; and there are some upon TLS
+//! itself.
 
 #[path = "table/archive.rs"]
 mod archive;
@@ -40,6 +43,8 @@ pub(crate) struct Bounds {
 pub(crate) const AT_THE_DOOR: Bounds = Bounds { memory: 96 * MIB, threads: 16, descriptors: 640 };
 /// Of a source that has the session, with as many streams as there may be.
 pub(crate) const IN_THE_SESSION: Bounds = Bounds { memory: 256 * MIB, threads: 300, descriptors: 700 };
+/// The same under TLS: each stream has records that are not taken apart yet, and those that are about to be sent.
+pub(crate) const IN_THE_SESSION_UNDER_TLS: Bounds = Bounds { memory: 336 * MIB, ..IN_THE_SESSION };
 /// Of a destination that a source has connected to, for each of its streams a few threads.
 pub(crate) const AT_THE_SOURCE: Bounds = Bounds { memory: 32 * MIB, threads: 16, descriptors: 32 };
 /// Of an archive.

@@ -1,6 +1,6 @@
 //! Authorities and certificates of every kind, in folders.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
@@ -98,6 +98,10 @@ impl Keys {
         let authority = Authority::new("the authority");
         let both = Self::trusting(&authority).with("server", &authority, &Wanted::good(), "");
         both.with("client", &authority, &Wanted::good(), "")
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
     }
 
     pub(crate) fn text(&self) -> &str {

@@ -2,7 +2,6 @@
 
 use std::ffi::OsStr;
 use std::io::Write;
-use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use pageferry::pagecopy::digest::PageHasher;
@@ -13,9 +12,11 @@ use pageferry::transport::wire::control::{
 use pageferry::vmm_shim::vmm;
 use testkit::PATIENCE;
 
-use super::{IN_THE_SESSION, Watch};
-use crate::common::raw::{Peer, SEED, hello, open_session, preamble};
+use super::{IN_THE_SESSION, IN_THE_SESSION_UNDER_TLS, Watch};
+use crate::common::raw::{Door, Peer, SEED, hello, preamble};
+use crate::common::secure::{self, PROOF_LEN};
 use crate::common::{Ferry, Image, Job, MIB, Recv, turn};
+use crate::lab::Keys;
 use crate::to_destination::{bad_frames, encoded_frame, raw_frame};
 use crate::vm::have_kvm;
 
@@ -28,7 +29,9 @@ const GUEST: u64 = 64 << 20;
 
 /// What the attacker has.
 struct Held {
-    port: u16,
+    door: Door,
+    /// Of the session, under TLS.
+    key: Option<[u8; PROOF_LEN]>,
     control: Peer,
 }
 
@@ -45,10 +48,16 @@ fn offer(live: bool) -> Hello {
 }
 
 impl Held {
+    /// A connection of the session.
+    fn open(&self, role: Role, id: u16) -> Option<Peer> {
+        let mut peer = self.door.try_connect().ok()?;
+        peer.begin(&preamble(role, id), self.key.as_ref());
+        Some(peer)
+    }
+
     /// A stream of the session that may send frames; `None` where it is refused.
     fn stream(&self, id: u16) -> Option<Peer> {
-        let mut peer = Peer::connect(self.port);
-        peer.write(&preamble(Role::Stream, id).encode());
+        let mut peer = self.open(Role::Stream, id)?;
         matches!(peer.receive(), Some(Message::Attached { .. })).then_some(peer)
     }
 
@@ -229,8 +238,7 @@ fn pings(held: &mut Held) {
 fn resumes(held: &mut Held) {
     let mut peers = Vec::new();
     for epoch in 1..1000 {
-        let mut peer = Peer::connect(held.port);
-        peer.write(&preamble(Role::Resume, 0).encode());
+        let mut peer = held.open(Role::Resume, 0).expect("it is the session's");
         peer.send(&Message::Resume { epoch });
         peers.push(peer);
     }
@@ -239,12 +247,12 @@ fn resumes(held: &mut Held) {
 /// As fast as they are taken, for less than the time-out.
 fn queries(held: &mut Held) {
     let begun = Instant::now();
-    let query = [&preamble(Role::Query, 0).encode()[..], &Message::Query.encode().repeat(1000)].concat();
+    let queries = Message::Query.encode().repeat(1000);
     let mut peers = Vec::new();
     while begun.elapsed() < Duration::from_secs(TIMEOUT) / 2 {
-        let Ok(mut peer) = TcpStream::connect(("127.0.0.1", held.port)) else { break };
-        peer.set_nonblocking(true).unwrap();
-        let _ = peer.write(&query);
+        let Some(mut peer) = held.open(Role::Query, 0) else { break };
+        peer.socket.socket().set_nonblocking(true).unwrap();
+        peer.write(&queries);
         peers.push(peer);
         if peers.len() > 2000 {
             peers.clear();
@@ -272,9 +280,10 @@ impl Held {
 }
 
 /// A destination of one of the two kinds, and what it is named by.
-fn destination(live: bool, job: &Job) -> (Recv, &'static str) {
+fn destination(live: bool, job: &Job, keys: Option<&Keys>) -> (Recv, &'static str) {
     let timeout = TIMEOUT.to_string();
-    let common = ["--link-timeout", &timeout, "--reconnect-timeout", "3"];
+    let mut common = vec!["--link-timeout", &timeout, "--reconnect-timeout", "3"];
+    common.extend(keys.iter().flat_map(|keys| ["--tls-dir", keys.text()]));
     if !live {
         let file = [OsStr::new("--ram-file"), job.to.as_os_str()];
         let args = common.iter().map(OsStr::new).chain(file);
@@ -292,19 +301,24 @@ fn destination(live: bool, job: &Job) -> (Recv, &'static str) {
 
 #[test]
 fn a_source_that_breaks_its_session_loses_it() {
+    let keys = Keys::good();
     for attack in &ATTACKS {
-        for live in [false, true].into_iter().filter(|&live| live || !attack.live) {
+        // Under TLS on one kind of destination: what the other has besides is not about connections.
+        let ways = [(false, None), (true, None), (attack.live, Some(&keys))];
+        for (live, keys) in ways.into_iter().filter(|&(live, _)| live || !attack.live) {
             let _turn = turn();
             let job = Job::new(Image::Zero, MIB);
-            let (recv, name) = destination(live, &job);
+            let (recv, name) = destination(live, &job, keys);
             let watch = Watch::of(recv.ferry.id());
-            let control = open_session(recv.port(), offer(live));
-            let mut held = Held { port: recv.port(), control };
+            let door = Door { port: recv.port(), tls: keys.map(|keys| secure::client(keys.path(), true)) };
+            let (control, key) = door.open_session(offer(live));
+            let mut held = Held { door, key, control };
             (attack.run)(&mut held);
             drop(held);
-            let row = format!("{}, on {name}", attack.name);
+            let under = if keys.is_some() { ", under TLS" } else { "" };
+            let row = format!("{}, on {name}{under}", attack.name);
             let ended = recv.ferry.wait_for(PATIENCE);
-            watch.end(&row, IN_THE_SESSION);
+            watch.end(&row, if keys.is_some() { IN_THE_SESSION_UNDER_TLS } else { IN_THE_SESSION });
             assert_eq!(ended.code, Some(1), "{row}: {ended:?}");
             ended.says(attack.words);
         }

@@ -16,7 +16,9 @@ use testkit::{PATIENCE, wait_for};
 
 use super::{AT_THE_SOURCE, Watch};
 use crate::common::raw::{Peer, Server, receipt_bytes, welcome};
+use crate::common::secure;
 use crate::common::{Image, Job, MIB, PAGE, send, turn};
+use crate::lab::Keys;
 use crate::vm::{Spec, World, prove};
 
 /// How long somebody goes on whom the source does not leave.
@@ -27,36 +29,42 @@ struct Attack {
     name: &'static str,
     script: fn(&Server),
     words: &'static [&'static str],
+    /// What `send` ends with: it has failed, or has begun nothing.
+    code: i32,
+}
+
+impl Attack {
+    const fn new(name: &'static str, script: fn(&Server), words: &'static [&'static str]) -> Self {
+        Self { name, script, words, code: 1 }
+    }
+
+    /// Upon a handshake: no session has begun.
+    const fn below(name: &'static str, script: fn(&Server), words: &'static [&'static str]) -> Self {
+        Self { name, script, words, code: 3 }
+    }
 }
 
 const ATTACKS: [Attack; 11] = [
-    Attack { name: "a WELCOME of 4 GiB", script: oversize, words: &["limit"] },
-    Attack {
-        name: "a WELCOME by drops",
-        script: slow_welcome,
-        words: &["comes too slowly", "has not sent WELCOME"],
-    },
-    Attack { name: "ATTACHED by drops", script: slow_attached, words: &["could not be opened"] },
-    Attack {
-        name: "PINGs, answers never read",
-        script: pings,
-        words: &["has not taken", "broke", "closed", "no receipt"],
-    },
-    Attack {
-        name: "STREAM_STOPPED without end",
-        script: stopped,
-        words: &["floods", "stopped", "no receipt", "lost"],
-    },
-    Attack { name: "receipts for frames never sent", script: unsent, words: &["a receipt for frame"] },
-    Attack { name: "receipts of 4 GiB", script: long_receipts, words: &["the limit is 64"] },
-    Attack { name: "receipts of other bytes, without end", script: garbage, words: &["bad magic"] },
-    Attack { name: "loads without receipts", script: loads, words: &["loads without a receipt"] },
-    Attack { name: "frames that are never read", script: deaf, words: &["no receipt for 1 s"] },
-    Attack {
-        name: "errors of the longest text, without end",
-        script: errors,
-        words: &["the destination reports"],
-    },
+    Attack::new("a WELCOME of 4 GiB", oversize, &["limit"]),
+    Attack::new("a WELCOME by drops", slow_welcome, &["comes too slowly", "has not sent WELCOME"]),
+    Attack::new("ATTACHED by drops", slow_attached, &["could not be opened"]),
+    Attack::new("PINGs, answers never read", pings, &["has not taken", "broke", "closed", "no receipt"]),
+    Attack::new("STREAM_STOPPED without end", stopped, &["floods", "stopped", "no receipt", "lost"]),
+    Attack::new("receipts for frames never sent", unsent, &["a receipt for frame"]),
+    Attack::new("receipts of 4 GiB", long_receipts, &["the limit is 64"]),
+    Attack::new("receipts of other bytes, without end", garbage, &["bad magic"]),
+    Attack::new("loads without receipts", loads, &["loads without a receipt"]),
+    Attack::new("frames that are never read", deaf, &["no receipt for 1 s"]),
+    Attack::new("errors of the longest text, without end", errors, &["the destination reports"]),
+];
+
+/// Upon TLS itself.
+const TLS_ATTACKS: [Attack; 5] = [
+    Attack::below("a record of 64 KiB", long_record, &["TLS"]),
+    Attack::below("a handshake message of 16 MiB", long_message, &["TLS"]),
+    Attack::below("another protocol in place of TLS", no_tls, &["does not speak TLS"]),
+    Attack::below("a handshake by drops", slow_handshake, &["timed out"]),
+    Attack::new("keys renewed without end", renewals, &["TLS"]),
 ];
 
 /// Writes the same over and over, without reading, until the source has had enough; or for a long time.
@@ -159,6 +167,49 @@ fn deaf(server: &Server) {
     std::thread::sleep(LONG);
 }
 
+/// A record that is longer than any may be.
+fn long_record(server: &Server) {
+    let mut socket = server.accept_socket();
+    let _ = socket.write_all(&[22, 3, 3, 0xff, 0xff]).and_then(|()| socket.write_all(&[0; 0xffff]));
+    let _ = std::io::copy(&mut socket, &mut std::io::sink());
+}
+
+/// The beginning of a message of 16 MiB, which goes on in record after record.
+fn long_message(server: &Server) {
+    let mut socket = server.accept_socket();
+    socket.set_write_timeout(Some(LONG)).unwrap();
+    let mut record = vec![22, 3, 3, 0x40, 0, 2, 0xff, 0xff, 0xff];
+    record.resize(5 + 0x4000, 0);
+    while socket.write_all(&record).is_ok() {
+        record[5..9].fill(0);
+    }
+}
+
+fn no_tls(server: &Server) {
+    let mut socket = server.accept_socket();
+    let _ = socket.write_all(&b"220 mail.example ESMTP\r\n".repeat(1000));
+    let _ = std::io::copy(&mut socket, &mut std::io::sink());
+}
+
+/// The handshake's answer never ends, and comes a byte at a time.
+fn slow_handshake(server: &Server) {
+    let mut socket = server.accept_socket();
+    for byte in [&[22, 3, 3, 0x40, 0, 2, 0, 0x3f, 0xfc, 3, 3][..], &[7; 100]].concat() {
+        if socket.write_all(&[byte]).is_err() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Asks for new keys, over and over.
+fn renewals(server: &Server) {
+    let (mut peer, _) = server.hello();
+    peer.socket.set_write_timeout(Some(LONG)).unwrap();
+    let begun = Instant::now();
+    while begun.elapsed() < LONG && peer.socket.renew_keys().is_ok() {}
+}
+
 fn errors(server: &Server) {
     let mut control = silent(server);
     let error = Message::Error { code: ErrorCode::Local, text: "e".repeat(4096) };
@@ -170,19 +221,40 @@ fn a_send_gives_up_whoever_breaks_the_protocol() {
     for attack in &ATTACKS {
         let _turn = turn();
         let job = Job::new(Image::Random, 16 * MIB);
-        let (server, uri) = Server::new();
-        let args = ["--link-timeout", "1", "--streams", "1", "--codec", "raw"];
-        let sending = send(&uri, &job.from, &args);
-        let watch = Watch::of(sending.id());
-        std::thread::scope(|scope| {
-            scope.spawn(|| (attack.script)(&server));
-            let sent = sending.wait();
-            watch.end(&format!("{}, on send", attack.name), AT_THE_SOURCE);
-            assert_eq!(sent.code, Some(1), "{}: {sent:?}", attack.name);
-            sent.says(&["the source is unchanged"]).says(attack.words);
-        });
-        assert_eq!(std::fs::read(&job.from).unwrap(), job.content);
+        assert_given_up(attack, &job, None);
     }
+}
+
+#[test]
+fn a_send_under_tls_gives_up_whoever_breaks_the_protocol() {
+    let keys = Keys::good();
+    for attack in ATTACKS.iter().chain(&TLS_ATTACKS) {
+        let _turn = turn();
+        let job = Job::new(Image::Random, 16 * MIB);
+        assert_given_up(attack, &job, Some(&keys));
+    }
+}
+
+/// A source gives up who attacks it, for the reason that the row has, and what it has read is what it was.
+#[track_caller]
+fn assert_given_up(attack: &Attack, job: &Job, keys: Option<&Keys>) {
+    let (server, uri) = Server::with(keys.map(|keys| secure::server(keys.path())));
+    let mut args = vec!["--link-timeout", "1", "--streams", "1", "--codec", "raw"];
+    args.extend(keys.iter().flat_map(|keys| ["--tls-dir", keys.text()]));
+    let sending = send(&uri, &job.from, &args);
+    let watch = Watch::of(sending.id());
+    let row = format!("{}, on send{}", attack.name, if keys.is_some() { ", under TLS" } else { "" });
+    std::thread::scope(|scope| {
+        scope.spawn(|| (attack.script)(&server));
+        let sent = sending.wait();
+        watch.end(&row, AT_THE_SOURCE);
+        assert_eq!(sent.code, Some(attack.code), "{row}: {sent:?}");
+        sent.says(attack.words);
+        if attack.code == 1 {
+            sent.says(&["the source is unchanged"]);
+        }
+    });
+    assert_eq!(std::fs::read(&job.from).unwrap(), job.content);
 }
 
 #[test]
