@@ -1,6 +1,8 @@
 //! What a host lacks, and threads that panic: room in a file system, memory, threads. Each is an error of the migration, told to both
 //! sides at once, and never the silent end of a process.
 
+#[path = "lacking/claims.rs"]
+mod claims;
 #[path = "common/mod.rs"]
 mod common;
 #[path = "common/ends.rs"]

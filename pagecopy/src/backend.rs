@@ -62,4 +62,4 @@ pub use fault::Fault;
 pub use guard::GuardedPages;
 pub use guest::{Guest, PAUSE_PATIENCE, Rehearsal, StateBlob, StateSink, Throttle};
 pub use log::{ContentLog, DirtyLog, StaticLog};
-pub use ram::{GuestRam, MissingPages, Placer, Room};
+pub use ram::{Claim, GuestRam, MissingPages, Placer, Room, Unclaimed};

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use pageferry::Uri;
+use pageferry::vmm_shim::room;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -110,6 +111,10 @@ impl SandboxArgs {
                     exit: Exit::CannotStart,
                     text: format!("--allow-path {}: {e}", path.display()),
                 })?;
+            }
+            // Programs that it runs keep account there, too. Where it cannot be had, guests are told of when they come.
+            if let Ok(account) = room::open_account() {
+                profile.keep(&account);
             }
             let missing = engage(&profile);
             if let (Mode::Strict, Some(lack)) = (mode, missing.iter().find(|lack| lack.essential)) {

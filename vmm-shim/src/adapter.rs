@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use pagecopy::backend::{BackendError, GuardedPages, GuestRam, MissingPages, Room};
+use pagecopy::backend::{BackendError, Claim, GuardedPages, GuestRam, MissingPages, Room, Unclaimed};
 use pagecopy::bitmap::{PageBitmap, runs};
 use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE, Region};
 use rustix::mm::Advice;
@@ -17,7 +17,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use crate::holes::Pagemap;
 use crate::mapped::{Mapped, is_private, memory_room, place_of};
 use crate::ram_file::{Kind, kind_of_fd};
-use crate::room;
+use crate::room::{self, Wanted};
 use crate::uffd_guard::{self, Grain, UffdGuard};
 use crate::uffd_missing::{self, MissingRam, UffdMissing};
 
@@ -121,6 +121,12 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> VmMemory<M> {
     }
 }
 
+/// The file system of a region's file, without what it has left.
+fn file_system() -> Room {
+    let hint = "free some of it, mount it larger, or keep the memory elsewhere";
+    Room { bytes: 0, of: "the file system of the guest's memory".into(), hint }
+}
+
 /// What is behind a region of vm-memory.
 fn backed<R: GuestMemoryRegion>(region: &R) -> Result<Backed, BackendError> {
     let gpa = region.start_addr().raw_value();
@@ -185,8 +191,7 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> GuestRam for VmMemory<M> {
     fn room(&self) -> Option<Room> {
         let of_file = |backed: &Backed| {
             let bytes = room::of_file(&backed.file.as_ref()?.0).ok()??;
-            let of = "the file system of the guest's memory".into();
-            Some(Room { bytes, of, hint: "free some of it, mount it larger, or keep the memory elsewhere" })
+            Some(Room { bytes, ..file_system() })
         };
         let of = |backed: &Backed| match backed.kind {
             Kind::Hugetlb(_) => None,
@@ -198,6 +203,15 @@ impl<M: GuestMemoryBackend + Send + Sync + 'static> GuestRam for VmMemory<M> {
             }
         };
         self.backed.iter().filter_map(of).min_by_key(|room| room.bytes)
+    }
+
+    /// All of it of each: how it comes in different kinds of memory nobody knows before.
+    fn claim(&self, bytes: u64) -> Result<Option<Box<dyn Claim>>, Unclaimed> {
+        let all = || self.backed.iter().filter(|b| !matches!(b.kind, Kind::Hugetlb(_)));
+        let shared = || all().filter(|b| !b.private).filter_map(|b| Some(&b.file.as_ref()?.0));
+        let of_memory = all().any(|b| b.private || b.kind != Kind::Disk).then(memory_room);
+        let (grown, of_files) = (shared().collect(), shared().map(|file| (file, file_system())).collect());
+        room::claim(&Wanted { bytes, of_memory, grown, of_files })
     }
 
     fn spare_bytes(&self) -> u64 {

@@ -21,7 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pagecopy::backend::{BackendError, GuardedPages, GuestRam, MissingPages, Placer, Room};
+use pagecopy::backend::{BackendError, Claim, GuardedPages, GuestRam, MissingPages, Placer, Room, Unclaimed};
 use pagecopy::bitmap::{PageBitmap, bits, runs};
 use pagecopy::layout::{CHUNK_SIZE, Layout, PAGE_SIZE, Region};
 use pagecopy::zero::is_zero;
@@ -37,7 +37,7 @@ use crate::lost_room::Watched;
 use crate::mapped::{Mapped, memory_room, place_of};
 use crate::pagemap::Pagemap;
 use crate::ram_file::{Kind, check_huge_regions, create_file, kind_of, memfd, open_file, require_regular};
-use crate::room;
+use crate::room::{self, Wanted};
 use crate::uffd_guard::{self, Grain, UffdGuard};
 use crate::uffd_missing::{self, MissingRam, UffdMissing};
 
@@ -115,6 +115,15 @@ struct Behind {
     path: Option<PathBuf>,
     /// The regions that it has, one after another from its beginning.
     regions: Range<usize>,
+}
+
+impl Behind {
+    /// The file system of a file with a path, without what it has left.
+    fn file_system(&self) -> Option<Room> {
+        let of = format!("the file system of {}", self.path.as_ref()?.display());
+        let hint = "free some of it, mount it larger, or keep the memory elsewhere";
+        Some(Room { bytes: 0, of, hint })
+    }
 }
 
 impl GuestMemory {
@@ -405,12 +414,8 @@ impl GuestMemory {
     /// What the fullest of the file systems of these files has left.
     fn room_of_files(&self) -> Option<Room> {
         let room = |behind: &Behind| {
-            let (bytes, path) = (room::of_file(&behind.file).ok()??, behind.path.as_ref()?);
-            Some(Room {
-                bytes,
-                of: format!("the file system of {}", path.display()),
-                hint: "free some of it, mount it larger, or keep the memory elsewhere",
-            })
+            let bytes = room::of_file(&behind.file).ok()??;
+            Some(Room { bytes, ..behind.file_system()? })
         };
         self.files.iter().filter_map(room).min_by_key(|room| room.bytes)
     }
@@ -520,6 +525,17 @@ impl GuestRam for GuestMemory {
                 Some(self.room_of_files().filter(|of_files| of_files.bytes <= memory.bytes).unwrap_or(memory))
             }
         }
+    }
+
+    fn claim(&self, bytes: u64) -> Result<Option<Box<dyn Claim>>, Unclaimed> {
+        if self.private_file || matches!(self.kind, Kind::Hugetlb(_)) {
+            return Ok(None);
+        }
+        let grown = self.files.iter().map(|behind| &behind.file).collect();
+        let of_files =
+            self.files.iter().filter_map(|behind| Some((&behind.file, behind.file_system()?))).collect();
+        let of_memory = (self.kind != Kind::Disk).then(memory_room);
+        room::claim(&Wanted { bytes, of_memory, grown, of_files })
     }
 
     /// Shared memory that is about to be filled may use huge pages, where its file system grants them to those who ask

@@ -1,7 +1,12 @@
 //! How much room there is for guest memory: in a file system, on this host, and in the cgroups of this process.
 //!
 //! What is said is of this moment: others take room meanwhile. So it serves to refuse what cannot fit, and bringing memory in must
-//! be able to fail all the same. Quotas of users are not looked at; they show when memory is brought in.
+//! be able to fail all the same. Guests that are on their way to this host at the same time know of each other ([`claim`]), where they
+//! are one user's. Quotas of users are not looked at; they show when memory is brought in.
+
+mod claim;
+mod ledger;
+mod sys;
 
 use std::fs::File;
 use std::io;
@@ -9,6 +14,18 @@ use std::path::{Path, PathBuf};
 
 use pagecopy::backend::{BackendError, GuestRam, Room};
 use rustix::io::Errno;
+
+pub(crate) use claim::{Wanted, claim};
+use ledger::{Ledger, Pool};
+
+/// Opens the account of guests that are on their way, for whoever gives up the right to: where it is, or why there is none. It is a file
+/// that is read and written, and there from now on.
+///
+/// # Errors
+/// When it cannot be made, or what is in its place is no account; the text names it. Guests then do not know of each other.
+pub fn open_account() -> io::Result<PathBuf> {
+    Ok(Ledger::of_user()?.path().to_owned())
+}
 
 /// Bytes that this process may take of the host's memory without swapping; as good as endless where the kernel does not say.
 pub fn spare_memory_bytes() -> u64 {
@@ -55,16 +72,24 @@ struct Left {
 
 /// The least of what the host and each cgroup have left; `root` is where their files are looked for.
 fn host(root: &Path) -> Left {
-    let text = std::fs::read_to_string(root.join("proc/meminfo")).unwrap_or_default();
-    let Some(available) = kib_of(&text, "MemAvailable:") else {
-        return Left { without_swap: u64::MAX, with_swap: u64::MAX };
-    };
-    let swap = kib_of(&text, "SwapFree:").unwrap_or(0);
-    let host = Left { without_swap: available, with_swap: available.saturating_add(swap) };
-    cgroups(root).iter().filter_map(|folder| cgroup(folder, swap)).fold(host, |least, left| Left {
+    let endless = Left { without_swap: u64::MAX, with_swap: u64::MAX };
+    pools(root).into_iter().fold(endless, |least, (_, left)| Left {
         without_swap: least.without_swap.min(left.without_swap),
         with_swap: least.with_swap.min(left.with_swap),
     })
+}
+
+/// What the host and each cgroup that has a limit have left; none where the kernel does not say.
+fn pools(root: &Path) -> Vec<(Pool, Left)> {
+    let text = std::fs::read_to_string(root.join("proc/meminfo")).unwrap_or_default();
+    let Some(available) = kib_of(&text, "MemAvailable:") else { return Vec::new() };
+    let swap = kib_of(&text, "SwapFree:").unwrap_or(0);
+    let host = Left { without_swap: available, with_swap: available.saturating_add(swap) };
+    let cgroups = cgroups(root).into_iter().filter_map(|folder| {
+        let left = cgroup(&folder, swap)?;
+        Some((Pool::cgroup(&folder).ok()?, left))
+    });
+    std::iter::once((Pool::HOST, host)).chain(cgroups).collect()
 }
 
 /// The folders of this process's memory cgroup and all above it, of the unified hierarchy (cgroups(7)) or else of version 1.

@@ -23,6 +23,23 @@ pub struct Room {
     pub hint: &'static str,
 }
 
+/// Room that a guest has spoken for which is on its way: others that come to the same host see less. Dropped, it is given up.
+pub trait Claim: Send {
+    /// *When*: often, while pages come: it is to be cheap.
+    /// *Must*: speak for less, by what has come since the claim. `populated` is how many bytes of memory were brought in ahead of their
+    /// content so far; what else has come the memory knows by itself.
+    fn update(&mut self, populated: u64);
+}
+
+/// Why there is no claim.
+#[derive(Debug)]
+pub enum Unclaimed {
+    /// Too little is left beside what others have spoken for. The guest is refused.
+    NoRoom(Room),
+    /// Nobody knows what others have spoken for. The guest is taken in all the same.
+    Unknown(BackendError),
+}
+
 /// Guest memory: regions with their host mappings.
 ///
 /// A VMM writes four methods: `layout`, `region`, `populated` and `discard`. The others make it faster, let postcopy have it, or say
@@ -75,6 +92,15 @@ pub trait GuestRam: Send + Sync {
     /// made, or where nobody knows.
     fn room(&self) -> Option<Room> {
         None
+    }
+
+    /// *When*: at the destination, once, before the first page, where [`room`](Self::room) is enough by itself.
+    /// *Must*: speak for so many bytes of it, so that guests which come at the same time do not count on the same bytes; `None` where that
+    /// was all given when the memory was made, or where nobody keeps account.
+    /// *Error*: as it says.
+    fn claim(&self, bytes: u64) -> Result<Option<Box<dyn Claim>>, Unclaimed> {
+        let _ = bytes;
+        Ok(None)
     }
 
     /// *When*: at the destination, before pages of these chunks come.

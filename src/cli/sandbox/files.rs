@@ -77,6 +77,7 @@ fn rights(access: Access) -> BitFlags<AccessFs> {
     match access {
         Access::Read => read,
         Access::Run => read | AccessFs::Execute,
+        Access::Kept => read | AccessFs::WriteFile,
         Access::Device => read | AccessFs::WriteFile | AccessFs::IoctlDev,
         Access::Sockets => AccessFs::MakeSock | AccessFs::RemoveFile,
         Access::Files => file | AccessFs::MakeReg | AccessFs::RemoveFile,

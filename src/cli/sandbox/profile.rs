@@ -22,6 +22,8 @@ pub(super) enum Access {
     Sockets,
     /// Files are made, read, written and removed.
     Files,
+    /// Read and written; it is there already.
+    Kept,
     /// Everything but devices.
     Folder,
 }
@@ -234,6 +236,11 @@ impl Profile {
         {
             self.files.push((folder.into(), access));
         }
+    }
+
+    /// Lets a file be read and written that is there, and that nobody has named.
+    pub(super) fn keep(&mut self, path: &Path) {
+        self.files.push((path.into(), Access::Kept));
     }
 
     /// Lets a file be read and written, or all that is in a folder.

@@ -43,6 +43,8 @@ pub struct Received {
     pub same: AtomicU64,
     /// Pages that were to be, and could not be read, or were not what was said of them.
     pub same_lacking: AtomicU64,
+    /// Bytes of memory that were brought in ahead of their content.
+    pub populated: AtomicU64,
     /// Where the time of the threads went.
     pub spent: Spent,
 }

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pagecopy::backend::{Guest, GuestRam};
+use pagecopy::backend::{GuestRam, Unclaimed};
 use pagecopy::digest::PageHasher;
 use pagecopy::layout::{Layout, PAGE_SIZE};
 
 use super::environment::{Call, Environment, Event, Speaks, say_no};
-use super::session::{Agreed, Session, caught, check_room, say_busy};
+use super::session::{Agreed, Made, Session, caught, check_room, lacks_room, say_busy};
 use super::{Arrival, Incoming, IncomingError, Offer};
 use crate::clock;
 use crate::destination::PageSink;
@@ -143,7 +143,7 @@ impl<'a, E: Environment> Reception<'a, E> {
                 format!("this destination panicked as it made memory for the guest: {what}"),
             ))
         });
-        let (ram, guest) = match opened {
+        let Made { ram, guest, claim } = match opened {
             Ok(opened) => opened,
             Err((code, reason)) => {
                 self.tell(&format!("refused the guest offered by {}: {reason}", call.peer));
@@ -185,7 +185,7 @@ impl<'a, E: Environment> Reception<'a, E> {
             r.streams = hello.streams;
         });
         let agreed = Agreed { machine: session, link, generation, hello, patience };
-        Some(Session::new((self.env, self.options, self.progress), agreed, ram, guest, sink))
+        Some(Session::new((self.env, self.options, self.progress), agreed, Made { ram, guest, claim }, sink))
     }
 
     /// What this side can do for such a guest, besides taking a session up again.
@@ -203,14 +203,12 @@ impl<'a, E: Environment> Reception<'a, E> {
     }
 }
 
-type Opened = (Arc<dyn GuestRam>, Option<Arc<dyn Guest>>);
-
 /// Memory for the guest that is offered, and who is to run it; or why not.
 fn open(
     env: &impl Environment,
     hello: &Hello,
     incoming: &mut dyn Incoming,
-) -> Result<Opened, (ErrorCode, String)> {
+) -> Result<Made, (ErrorCode, String)> {
     let refused = |reason| (ErrorCode::Layout, reason);
     let layout = Layout::new(hello.regions.clone()).map_err(|e| refused(e.to_string()))?;
     let layout = check_presence(hello, layout).map_err(refused)?;
@@ -229,10 +227,24 @@ fn open(
         ));
     }
     let brought = format!("the guest brings {} bytes", hello.data_bytes);
-    check_room(&brought, hello.data_bytes, ram.room()).map_err(|reason| (ErrorCode::NoRoom, reason))?;
+    let no_room = |reason| (ErrorCode::NoRoom, reason);
+    check_room(&brought, hello.data_bytes, ram.room()).map_err(no_room)?;
+    let claim = match ram.claim(hello.data_bytes) {
+        Ok(claim) => claim,
+        Err(Unclaimed::NoRoom(room)) => {
+            return Err(no_room(lacks_room(&brought, &room)));
+        }
+        Err(Unclaimed::Unknown(error)) => {
+            env.tell(&format!(
+                "guests that come to this host at once are not counted together: {}",
+                explain(&error)
+            ));
+            None
+        }
+    };
     env.check_headroom(destination_bytes(ram.layout(), hello.streams))
         .map_err(|e| (ErrorCode::Local, e.to_string()))?;
-    Ok((ram, guest))
+    Ok(Made { ram, guest, claim })
 }
 
 /// Refuses maps that are not the layout's.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use pagecopy::backend::{Guest, GuestRam, Room, StateBlob};
+use pagecopy::backend::{Claim, Guest, GuestRam, Room, StateBlob};
 
 use super::environment::{Environment, Event, Speaks, say_no};
 use super::{Incoming, IncomingError};
@@ -58,6 +58,8 @@ pub(super) struct Session<'a, E: Environment> {
     ram: Arc<dyn GuestRam>,
     guest: Option<Arc<dyn Guest>>,
     sink: Arc<PageSink>,
+    /// Room that is spoken for, until all pages are here.
+    claim: Option<Box<dyn Claim>>,
     /// What is to be brought in as large pages, once all streams are open: all cores are then busy, and opening them would take
     /// longer than the memory.
     dense: Option<Vec<Range<u32>>>,
@@ -87,13 +89,20 @@ pub(super) struct Agreed<L> {
     pub(super) patience: Duration,
 }
 
+/// What was made for the guest.
+pub(super) struct Made {
+    pub(super) ram: Arc<dyn GuestRam>,
+    pub(super) guest: Option<Arc<dyn Guest>>,
+    /// Room that is spoken for.
+    pub(super) claim: Option<Box<dyn Claim>>,
+}
+
 impl<'a, E: Environment> Session<'a, E> {
     /// One whose WELCOME was said.
     pub(super) fn new(
         (env, options, progress): (&'a E, &'a Options, &'a Progress),
         agreed: Agreed<E::Link>,
-        ram: Arc<dyn GuestRam>,
-        guest: Option<Arc<dyn Guest>>,
+        Made { ram, guest, claim }: Made,
         sink: Arc<PageSink>,
     ) -> Self {
         Self {
@@ -107,6 +116,7 @@ impl<'a, E: Environment> Session<'a, E> {
             ram,
             guest,
             sink,
+            claim,
             dense: None,
             populating: 0,
             streams: DestinationStreams::new(),
@@ -215,6 +225,7 @@ impl<'a, E: Environment> Session<'a, E> {
             incoming.arrived(self.runs());
         }
         self.take_rest().await?;
+        self.claim = None;
         self.linger().await;
         self.end_postcopy();
         Ok(())
@@ -274,6 +285,9 @@ impl<'a, E: Environment> Session<'a, E> {
             usage::short_of_memory()?;
         }
         self.show();
+        if let Some(claim) = &mut self.claim {
+            claim.update(self.sink.received().populated.load(Ordering::Relaxed));
+        }
         self.env.wait().await;
         let Some(event) = self.env.next() else { return Ok(None) };
         match event {
@@ -556,9 +570,12 @@ pub(super) async fn caught<T>(
 /// Refuses a guest whose pages have no room here, before the first of them comes; `what` says how much `needed` is.
 pub(super) fn check_room(what: &str, needed: u64, room: Option<Room>) -> Result<(), String> {
     match room {
-        Some(Room { bytes, of, hint }) if bytes < needed => {
-            Err(format!("{what}, but {of} has {bytes} left: {hint}"))
-        }
+        Some(room) if room.bytes < needed => Err(lacks_room(what, &room)),
         _ => Ok(()),
     }
+}
+
+/// Says that there is too little room.
+pub(super) fn lacks_room(what: &str, Room { bytes, of, hint }: &Room) -> String {
+    format!("{what}, but {of} has {bytes} left: {hint}")
 }

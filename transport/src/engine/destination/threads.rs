@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use pagecopy::backend::{BackendError, GuestRam};
+use pagecopy::layout::CHUNK_SIZE;
 
 use super::IncomingError;
 use crate::destination::PageSink;
@@ -48,6 +49,8 @@ impl Populating {
                 {
                     let begun = Instant::now();
                     ram.populate(run.start, run.end - run.start)?;
+                    let bytes = u64::from(run.end - run.start) * CHUNK_SIZE as u64;
+                    sink.received().populated.fetch_add(bytes, Ordering::Relaxed);
                     Spent::add(&sink.received().spent.fault_in, begun.elapsed());
                 }
                 Ok(())
