@@ -13,7 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use other::{Gate, Other, gate, huge_layout, layout};
+use other::{Gate, Other, gate, guest_layout, huge_layout, layout};
 use pagecopy::backend::{BackendError, DirtyLog, GuestRam};
 use pagecopy::bitmap::{PageBitmap, bits};
 use pagecopy::layout::{Layout, PAGE_SIZE};
@@ -21,6 +21,7 @@ use testkit::{PATIENCE, wait_until};
 use vmm_shim::conformance::{Page, Rule, Subject, run};
 use vmm_shim::foreign::{MappingKind, Process, SoftDirtyLog, Standstill, check};
 use vmm_shim::guest_memory::{Backing, GuestMemory};
+use vmm_shim::vmm::writer::FIRST_FREE;
 
 type Log = SoftDirtyLog<Arc<Gate>>;
 
@@ -63,13 +64,19 @@ struct Shared {
 
 impl Shared {
     fn new(backing: &Backing) -> Self {
-        Self::of(GuestMemory::create(layout(), backing).unwrap())
+        Self::of(GuestMemory::create(layout(), backing).unwrap()).unwrap()
     }
 
-    fn of(memory: GuestMemory) -> Self {
-        let (other, gate) = (Other::sharing(&memory), gate());
+    /// Over memory of any layout, or why there is no other process that can have it.
+    fn of(memory: GuestMemory) -> Result<Self, String> {
+        let (other, gate) = (Other::sharing(&memory)?, gate());
         let log = log_of(&other, memory.layout().clone(), &gate).unwrap();
-        Self { memory, other, gate, log, number: AtomicU64::new(1), stands: true }
+        Ok(Self { memory, other, gate, log, number: AtomicU64::new(1), stands: true })
+    }
+
+    /// Whether it is a vCPU that writes.
+    fn is_guest(&self) -> bool {
+        *self.memory.layout() == guest_layout()
     }
 
     fn sync(&self) -> BTreeSet<Page> {
@@ -93,15 +100,29 @@ impl Subject for Shared {
         self.other.write(number, pages);
         self.gate.leave();
     }
+    fn writable(&self) -> Vec<Page> {
+        let layout = self.memory.layout();
+        // The guest needs some for itself.
+        let first = if self.is_guest() { layout.page_at(FIRST_FREE).unwrap() } else { (0, 0) };
+        let pages = |chunk| bits(layout.valid(chunk)).map(move |bit| (chunk, bit));
+        (0..layout.chunks()).flat_map(pages).filter(|&page| page >= first).collect()
+    }
     fn exact(&self) -> bool {
         true
+    }
+    fn extra_pages(&self) -> usize {
+        // Of a guest: what it is told, its code, its stack, the task state segment, and the page tables with their accessed bits.
+        if self.is_guest() { 32 } else { 0 }
     }
 }
 
 fn conforms(what: &str, backing: &Backing) {
     soft_dirty_or_skip!();
-    let subject = Shared::new(backing);
-    run(&subject).unwrap();
+    keeps_all_rules(what, &Shared::new(backing));
+}
+
+fn keeps_all_rules(what: &str, subject: &Shared) {
+    run(subject).unwrap();
     let (paused, doubted) = (subject.log.paused(), subject.log.doubted());
     assert!(paused.count > 20 && paused.longest <= paused.total, "{paused:?}");
     println!("conforms: {what}: {} looks, longest {:?}, {doubted} in doubt", paused.count, paused.longest);
@@ -116,6 +137,15 @@ fn a_memfd_of_another_process_conforms() {
 fn a_tmpfs_file_of_another_process_conforms() {
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     conforms("tmpfs", &Backing::File { path: file.path().into(), create: true });
+}
+
+#[test]
+fn what_a_vcpu_of_another_process_writes_conforms() {
+    soft_dirty_or_skip!();
+    match Shared::of(GuestMemory::create(guest_layout(), &Backing::Memfd).unwrap()) {
+        Ok(subject) => keeps_all_rules("vCPU", &subject),
+        Err(reason) => println!("skipped: {reason}"),
+    }
 }
 
 /// What is written between the scan and the clearing is lost, and the suite does see that.
@@ -199,7 +229,7 @@ fn where_bits_are_lost_with_a_huge_page_all_of_it_was_written() {
         mount.args(["-t", "tmpfs", "-o", "huge=always,size=16m", "huge"]).arg(folder.path()).status();
     assert!(mounted.unwrap().success());
     let backing = Backing::File { path: folder.path().join("ram"), create: true };
-    let shared = Shared::of(GuestMemory::create(huge_layout(), &backing).unwrap());
+    let shared = Shared::of(GuestMemory::create(huge_layout(), &backing).unwrap()).unwrap();
     shared.write(&[(0, 0), (8, 0)]);
     shared.log.start().unwrap();
     assert_eq!(shared.sync(), BTreeSet::new());
@@ -281,7 +311,7 @@ fn a_process_that_becomes_another_program_is_an_error() {
 #[test]
 fn mappings_of_a_file_are_found_with_their_offsets() {
     let memory = GuestMemory::create(layout(), &Backing::Memfd).unwrap();
-    let other = Other::sharing(&memory);
+    let other = Other::sharing(&memory).unwrap();
     let process = Process::open(other.pid()).unwrap();
     let stat = rustix::fs::fstat(memory.fd_of(0).unwrap().0).unwrap();
     let mut found = process.mappings_of(stat.st_dev, stat.st_ino).unwrap();
@@ -341,7 +371,7 @@ fn files_on_a_disk_are_refused_by_name() {
     }
     let backing = Backing::File { path: file.path().into(), create: true };
     let memory = GuestMemory::create(layout(), &backing).unwrap();
-    let text = log_of(&Other::sharing(&memory), layout(), &gate()).unwrap_err().to_string();
+    let text = log_of(&Other::sharing(&memory).unwrap(), layout(), &gate()).unwrap_err().to_string();
     assert!(text.contains("not in memory") && text.contains("compare contents"), "{text}");
 }
 

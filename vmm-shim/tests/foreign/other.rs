@@ -16,11 +16,15 @@ use vmm_shim::conformance::Page;
 use vmm_shim::foreign::Standstill;
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 use vmm_shim::vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_shim::vmm::writer::Writer;
+use vmm_shim::vmm::{GuestImage, Tracker, Vm, VmConfig};
 
 /// What the other process's memory is; set for it alone.
 const MEMORY: &str = "PAGEFERRY_TEST_OTHER_MEMORY";
 /// Stands before the path of a file that has the layout of huge pages.
 const HUGE_FILE: &str = "huge ";
+/// Stands before the path of a file that is the memory of a guest on KVM, whose vCPU does the writing.
+const GUEST_FILE: &str = "guest ";
 /// Begins the lines that are not the harness's.
 pub(crate) const SAID: &str = "the other process: ";
 
@@ -36,6 +40,13 @@ pub(crate) fn huge_layout() -> Layout {
     Layout::flat(4 << 20).unwrap()
 }
 
+/// A layout in which the writer guest can run.
+pub(crate) fn guest_layout() -> Layout {
+    let (mib, page) = (1 << 20, PAGE_SIZE as u64);
+    let low = Region::new("low", 0, 16 * mib + 5 * page);
+    Layout::new(vec![low, Region::new("high", 4 << 30, mib + 67 * page)]).unwrap()
+}
+
 /// A command that runs one test of this program.
 pub(crate) fn this_program(test: &str) -> Command {
     let module = module_path!().split("::").skip(1).filter(|&part| part != "other");
@@ -48,6 +59,9 @@ pub(crate) fn this_program(test: &str) -> Command {
 /// The life of the other process, in the test that it is started as; nothing in any other process.
 pub(crate) fn live() {
     let Ok(memory) = std::env::var(MEMORY) else { return };
+    if let Some(path) = memory.strip_prefix(GUEST_FILE) {
+        return live_as_guest(path);
+    }
     let memory = match memory.as_str() {
         "anonymous" => mapped(layout(), &Backing::Anonymous { huge: false }),
         "anonymous, huge" => mapped(huge_layout(), &Backing::Anonymous { huge: true }),
@@ -61,18 +75,12 @@ pub(crate) fn live() {
         Ok(memory) => memory,
         Err(e) => return println!("\n{SAID}cannot: {e}: {}", e.source),
     };
-    let at = |region| memory.region(region).ptr_guard_mut().as_ptr() as u64;
-    let addresses: Vec<String> = (0..memory.layout().regions().len()).map(|r| at(r).to_string()).collect();
-    println!("\n{SAID}{}", addresses.join(" "));
-    for line in std::io::stdin().lines() {
-        let line = line.unwrap();
-        let mut words = line.split(' ');
-        let what = words.next().unwrap();
-        let numbers: Vec<u64> = words.map(|word| word.parse().unwrap()).collect();
+    say_addresses(&*memory);
+    for (what, numbers) in requests() {
         let page = |chunk: u64, bit: u64| {
             memory.chunk(chunk as u32).subslice(bit as usize * PAGE_SIZE, PAGE_SIZE).unwrap()
         };
-        match (what, &numbers[..]) {
+        match (what.as_str(), &numbers[..]) {
             ("write", [number, pages @ ..]) => {
                 for (at, pair) in pages.chunks_exact(2).enumerate() {
                     let number = number + at as u64;
@@ -84,10 +92,46 @@ pub(crate) fn live() {
             ("read", [chunk, bit]) => drop(page(*chunk, *bit).copy_to(&mut [0u8; PAGE_SIZE])),
             ("discard", [chunk, bit]) => memory.discard(*chunk as u32, 1 << bit).unwrap(),
             ("become", []) => panic!("no other program: {}", Command::new("cat").exec()),
-            _ => panic!("{line:?}"),
+            other => panic!("{other:?}"),
         }
         println!("{SAID}done");
     }
+}
+
+/// The life of one that has a guest.
+fn live_as_guest(path: &str) {
+    let memory = GuestMemory::create(guest_layout(), &Backing::File { path: path.into(), create: false });
+    let memory = Arc::new(memory.unwrap());
+    let config = VmConfig { cpus: 1, guest: GuestImage::Writer, tracker: Tracker::None };
+    let vm = match Vm::new(config, memory.clone(), Box::new(std::io::sink())) {
+        Ok(vm) => vm,
+        Err(e) => return println!("\n{SAID}cannot: {e}"),
+    };
+    vm.start().unwrap();
+    let mut writer = Writer::new(&vm);
+    say_addresses(&*memory);
+    for (what, numbers) in requests() {
+        assert_eq!(what, "write");
+        let address = |pair: &[u64]| memory.layout().address(pair[0] as u32, pair[1] as u32).unwrap();
+        let addresses: Vec<u64> = numbers[1..].chunks_exact(2).map(address).collect();
+        writer.write(&addresses).unwrap();
+        println!("{SAID}done");
+    }
+}
+
+fn say_addresses(memory: &dyn GuestRam) {
+    let at = |region| memory.region(region).ptr_guard_mut().as_ptr() as u64;
+    let addresses: Vec<String> = (0..memory.layout().regions().len()).map(|r| at(r).to_string()).collect();
+    println!("\n{SAID}{}", addresses.join(" "));
+}
+
+/// What is asked for: a word and numbers.
+fn requests() -> impl Iterator<Item = (String, Vec<u64>)> {
+    std::io::stdin().lines().map(|line| {
+        let line = line.unwrap();
+        let (what, numbers) = line.split_once(' ').unwrap_or((&line, ""));
+        (what.to_owned(), numbers.split_whitespace().map(|word| word.parse().unwrap()).collect())
+    })
 }
 
 fn mapped(layout: Layout, backing: &Backing) -> Result<Box<dyn GuestRam>, BackendError> {
@@ -149,12 +193,16 @@ impl Other {
         Self::start("hugetlb", &huge_layout())
     }
 
-    /// One that has mapped the same file as this process.
-    pub(crate) fn sharing(memory: &GuestMemory) -> Self {
+    /// One that has mapped the same file as this process; what it is depends on the layout.
+    pub(crate) fn sharing(memory: &GuestMemory) -> Result<Self, String> {
         let (fd, _) = memory.fd_of(0).unwrap();
-        let huge = if *memory.layout() == huge_layout() { HUGE_FILE } else { "" };
-        let path = format!("{huge}/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
-        Self::start(&path, memory.layout()).unwrap()
+        let kind = match memory.layout() {
+            layout if *layout == huge_layout() => HUGE_FILE,
+            layout if *layout == guest_layout() => GUEST_FILE,
+            _ => "",
+        };
+        let path = format!("{kind}/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
+        Self::start(&path, memory.layout())
     }
 
     pub(crate) fn pid(&self) -> u32 {
