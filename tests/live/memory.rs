@@ -72,7 +72,7 @@ fn begin_and_cancel(world: &World, spec: &Spec, source: &Vm, number: usize) {
     );
     let sent = (1 + number as u64 % 8) << 20;
     wait_for("some of it was sent", PATIENCE, || {
-        (source.status()["migration"]["wire_bytes"].as_u64() >= Some(sent)).then_some(())
+        source.status()["migration"]["wire_bytes"].as_u64().filter(|&bytes| bytes >= sent)
     });
     source.ask(&json!({"execute": "cancel"})).unwrap();
     let report = source.wait_migration(PATIENCE);

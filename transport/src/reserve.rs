@@ -21,11 +21,12 @@ pub fn is_short() -> bool {
     sys::is_short()
 }
 
-/// Has the C library give free memory at the end of an arena back at once, where it is more than 256 KiB. By itself glibc raises that bound to
-/// twice the largest buffer that was ever freed, up to 64 MiB, for each arena, and there is one for most threads of a migration. Whoever has
-/// set the bound by the environment (mallopt(3)) keeps it.
+/// Has the C library give free memory at the end of an arena back at once, where it is more than 256 KiB. By itself glibc raises that
+/// bound to twice the largest buffer that was ever freed, up to 64 MiB, for each arena, and there is one for most threads of a migration.
+/// Whoever has set the bound by the environment (mallopt(3)) keeps it.
 ///
-/// It is for all memory of the process, so no part of this library calls it: a program does, in the beginning, that is there for migrations.
+/// It is for all memory of the process, so no part of this library calls it: a program does, in the beginning, that is there for
+/// migrations.
 pub fn keep_little() {
     sys::keep_little();
 }

@@ -11,6 +11,7 @@
 //!   [`crate::lost_room`]'s hands.
 //! * A private mapping of a file opened for reading keeps writes to itself; see [`GuestMemory::open_ram_file`].
 
+mod files;
 mod placer;
 mod sys;
 
@@ -30,6 +31,7 @@ use rustix::io::Errno;
 use rustix::mm::Advice;
 use vm_memory::volatile_memory::VolatileSlice;
 
+use files::{Behind, kind_of_all};
 use placer::UffdPlacer;
 use sys::{HUGE_SIZE, Mapping};
 
@@ -106,25 +108,6 @@ pub struct GuestMemory {
 
 /// Why memory that others have mapped cannot miss pages, nor be guarded.
 const OTHERS: &str = "the guest runs in another process, whose touches of this memory are not seen here";
-
-/// A file behind guest memory.
-#[derive(Debug)]
-struct Behind {
-    file: File,
-    /// Its path, where it has one.
-    path: Option<PathBuf>,
-    /// The regions that it has, one after another from its beginning.
-    regions: Range<usize>,
-}
-
-impl Behind {
-    /// The file system of a file with a path, without what it has left.
-    fn file_system(&self) -> Option<Room> {
-        let of = format!("the file system of {}", self.path.as_ref()?.display());
-        let hint = "free some of it, mount it larger, or keep the memory elsewhere";
-        Some(Room { bytes: 0, of, hint })
-    }
-}
 
 impl GuestMemory {
     /// Makes or opens guest memory and maps it.
@@ -635,24 +618,6 @@ impl GuestRam for GuestMemory {
         }
         Ok(())
     }
-}
-
-/// What all of these files are on.
-fn kind_of_all(files: &[Behind]) -> Result<Kind, BackendError> {
-    let mut kinds = files.iter().map(|behind| Ok((kind_of(&behind.file)?, behind)));
-    let (kind, first) = kinds.next().unwrap_or_else(|| Err(BackendError::invalid("there is no memory")))?;
-    for other in kinds {
-        let (other, behind) = other?;
-        if other != kind {
-            let path =
-                |behind: &Behind| behind.path.as_deref().unwrap_or(Path::new("?")).display().to_string();
-            let (one, two) = (path(first), path(behind));
-            return Err(BackendError::invalid(format!(
-                "{one} and {two} are on file systems of different kinds ({kind:?}, {other:?}): keep all memory of a guest in files of one kind"
-            )));
-        }
-    }
-    Ok(kind)
 }
 
 /// Refuses hosts whose pages are not 4 KiB: there the unit of dirtiness is not the unit of mapping.
