@@ -38,7 +38,7 @@ use sys::{HUGE_SIZE, Mapping};
 use crate::lost_room::Watched;
 use crate::mapped::{Mapped, memory_room, place_of};
 use crate::pagemap::Pagemap;
-use crate::ram_file::{Kind, check_huge_regions, create_file, kind_of, memfd, open_file, require_regular};
+use crate::ram_file::{Kind, check_huge_regions, create_file, memfd, open_file, require_regular};
 use crate::room::{self, Wanted};
 use crate::uffd_guard::{self, Grain, UffdGuard};
 use crate::uffd_missing::{self, MissingRam, UffdMissing};

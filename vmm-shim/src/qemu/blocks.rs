@@ -35,7 +35,7 @@ pub struct Block {
 
 /// All memory backends, as QEMU tells of them.
 pub(super) fn backends(qmp: &Qmp) -> Result<Value, BackendError> {
-    qmp.execute("query-memdev", Value::Null)
+    qmp.execute("query-memdev", &Value::Null)
 }
 
 /// A file, as the kernel knows it.
@@ -111,12 +111,12 @@ fn ram_blocks(qmp: &Qmp) -> Result<Vec<String>, BackendError> {
 
 /// What a command of the human monitor prints.
 fn monitor(qmp: &Qmp, command: &str) -> Result<String, BackendError> {
-    let printed = qmp.execute("human-monitor-command", json!({ "command-line": command }))?;
+    let printed = qmp.execute("human-monitor-command", &json!({ "command-line": command }))?;
     Ok(printed.as_str().unwrap_or_default().to_owned())
 }
 
 fn property(qmp: &Qmp, object: &str, name: &str) -> Result<Value, BackendError> {
-    qmp.execute("qom-get", json!({ "path": object, "property": name }))
+    qmp.execute("qom-get", &json!({ "path": object, "property": name }))
 }
 
 /// Refuses a guest whose memory is written by somebody whom neither QEMU's process nor its page table shows.

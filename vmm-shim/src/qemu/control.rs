@@ -52,12 +52,12 @@ impl State {
 
 /// What QEMU's guest does: `running`, `paused`, `inmigrate`, `postmigrate` and others (RunState in QEMU's reference of QMP).
 pub(super) fn status_of(qmp: &Qmp) -> Result<String, BackendError> {
-    let status = qmp.execute("query-status", Value::Null)?;
+    let status = qmp.execute("query-status", &Value::Null)?;
     Ok(status["status"].as_str().unwrap_or_default().to_owned())
 }
 
 fn say(qmp: &Qmp, command: &str) -> Result<(), BackendError> {
-    qmp.execute(command, Value::Null).map(drop)
+    qmp.execute(command, &Value::Null).map(drop)
 }
 
 impl Control {

@@ -113,7 +113,7 @@ impl QemuGuest {
         blocks::refuse_unseen_writers(&qmp)?;
         let (backends, blocks) = (blocks::backends(&qmp)?, blocks::find(&qmp)?);
         let inodes = blocks.iter().map(Block::inode).collect::<Result<_, _>>()?;
-        let machine = qmp.execute("qom-get", json!({ "path": "/machine", "property": "type" }))?;
+        let machine = qmp.execute("qom-get", &json!({ "path": "/machine", "property": "type" }))?;
         let machine = format!("qemu {}", machine.as_str().unwrap_or("?"));
         let ran = status == "running";
         let qmp = Arc::new(qmp);
@@ -152,9 +152,9 @@ impl QemuGuest {
     /// # Errors
     /// When QEMU does not say.
     pub fn describe(&self) -> Result<Machine, BackendError> {
-        let kvm = self.qmp.execute("query-kvm", Value::Null)?;
+        let kvm = self.qmp.execute("query-kvm", &Value::Null)?;
         let accelerator = if kvm["enabled"] == true { "kvm" } else { "tcg" }.to_owned();
-        let cpus = self.qmp.execute("query-cpus-fast", Value::Null)?;
+        let cpus = self.qmp.execute("query-cpus-fast", &Value::Null)?;
         let cpus = cpus.as_array().map_or(0, Vec::len).try_into().unwrap_or(u8::MAX);
         Ok(Machine { accelerator, cpus })
     }
@@ -169,16 +169,16 @@ impl QemuGuest {
         let set = |name: &&str| self.before.has(name);
         let off = MUST_BE_OFF.iter().filter(|name| set(name)).map(|name| capability(name, false));
         let all: Vec<Value> = off.chain([capability(CAPABILITY, true)]).collect();
-        self.qmp.execute("migrate-set-capabilities", json!({ "capabilities": all }))?;
+        self.qmp.execute("migrate-set-capabilities", &json!({ "capabilities": all }))?;
         if self.role == Role::Source {
-            self.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": NO_LIMIT }))?;
+            self.qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": NO_LIMIT }))?;
         }
         Ok(())
     }
 
     /// How its own migration stands; why it failed, where it has.
     fn migration(&self) -> Result<String, BackendError> {
-        let answer = self.qmp.execute("query-migrate", Value::Null)?;
+        let answer = self.qmp.execute("query-migrate", &Value::Null)?;
         let status = answer["status"].as_str().unwrap_or_default().to_owned();
         if status == "failed" {
             let why = answer["error-desc"].as_str().unwrap_or("its standard error says why").to_owned();
@@ -207,7 +207,7 @@ impl QemuGuest {
         let (reader, writer) = pipe()?;
         self.qmp.give(FD_NAME, writer.as_fd())?;
         drop(writer);
-        self.qmp.execute("migrate", json!({ "uri": format!("fd:{FD_NAME}") }))?;
+        self.qmp.execute("migrate", &json!({ "uri": format!("fd:{FD_NAME}") }))?;
         out.begin(PIECE.0, PIECE.1)?;
         let mut reader = File::from(reader);
         let mut bytes = vec![0; 256 << 10];
@@ -229,7 +229,7 @@ impl QemuGuest {
         let (reader, writer) = pipe()?;
         self.qmp.give(FD_NAME, reader.as_fd())?;
         drop(reader);
-        self.qmp.execute("migrate-incoming", json!({ "uri": format!("fd:{FD_NAME}") }))?;
+        self.qmp.execute("migrate-incoming", &json!({ "uri": format!("fd:{FD_NAME}") }))?;
         let written = feed(writer, state);
         // QEMU's own word, where it has one, says more than a pipe that broke.
         self.await_migration()?;
@@ -247,7 +247,7 @@ impl QemuGuest {
     fn announce(&self) {
         // Whoever sent to the guest learns where it is a little later, where this fails.
         let rounds = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
-        let _ = self.qmp.execute("announce-self", rounds);
+        let _ = self.qmp.execute("announce-self", &rounds);
     }
 }
 
@@ -292,7 +292,7 @@ impl Guest for QemuGuest {
         self.prepare()?;
         self.read_state(out).inspect_err(|_| {
             // It may be in the midst of it.
-            let _ = self.qmp.execute("migrate_cancel", Value::Null);
+            let _ = self.qmp.execute("migrate_cancel", &Value::Null);
         })
     }
 
@@ -337,8 +337,8 @@ impl Drop for QemuGuest {
 
 impl Before {
     fn of(qmp: &Qmp) -> Result<Self, BackendError> {
-        let capabilities = qmp.execute("query-migrate-capabilities", Value::Null)?;
-        let parameters = qmp.execute("query-migrate-parameters", Value::Null)?;
+        let capabilities = qmp.execute("query-migrate-capabilities", &Value::Null)?;
+        let parameters = qmp.execute("query-migrate-parameters", &Value::Null)?;
         let capabilities = capabilities.as_array().cloned().unwrap_or_default();
         Ok(Self { capabilities, bandwidth: parameters["max-bandwidth"].as_u64() })
     }
@@ -353,9 +353,9 @@ impl Before {
             one["capability"].as_str().is_some_and(|name| name == CAPABILITY || MUST_BE_OFF.contains(&name))
         };
         let capabilities: Vec<&Value> = self.capabilities.iter().filter(touched).collect();
-        qmp.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
+        qmp.execute("migrate-set-capabilities", &json!({ "capabilities": capabilities }))?;
         if let (Role::Source, Some(bandwidth)) = (role, self.bandwidth) {
-            qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": bandwidth }))?;
+            qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": bandwidth }))?;
         }
         Ok(())
     }

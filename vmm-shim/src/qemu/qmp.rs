@@ -78,12 +78,12 @@ impl Qmp {
     ///
     /// # Errors
     /// QEMU's own, and those of the connection. A command that may be said twice is said again over a new connection before that.
-    pub fn execute(&self, command: &str, arguments: Value) -> Result<Value, BackendError> {
+    pub fn execute(&self, command: &str, arguments: &Value) -> Result<Value, BackendError> {
         let mut monitor = self.monitor();
-        match monitor.execute(command, &arguments, None) {
+        match monitor.execute(command, arguments, None) {
             Err(Failed::Connection(e)) if REPEATABLE.contains(&command) => {
-                *monitor = self.again(e)?;
-                monitor.execute(command, &arguments, None)
+                *monitor = self.again(&e)?;
+                monitor.execute(command, arguments, None)
             }
             other => other,
         }
@@ -104,7 +104,7 @@ impl Qmp {
     }
 
     /// A new connection in place of one that broke.
-    fn again(&self, broke: io::Error) -> Result<Monitor, BackendError> {
+    fn again(&self, broke: &io::Error) -> Result<Monitor, BackendError> {
         let gone = |e: BackendError| {
             let what =
                 format!("QEMU's monitor at {} went away ({broke}); connect to it again", self.path.display());

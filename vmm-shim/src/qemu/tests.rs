@@ -72,13 +72,13 @@ fn a_connection_that_breaks_is_made_anew_for_what_may_be_said_twice() {
     let guest = monitor(&path, &["stop", "getfd"]);
     let qmp = Qmp::connect(&path).unwrap();
     assert_eq!((qmp.version(), qmp.pid()), ((9, 1), std::process::id()));
-    qmp.execute("stop", Value::Null).unwrap();
+    qmp.execute("stop", &Value::Null).unwrap();
     assert!(!guest.lock().unwrap().runs);
-    let refused = qmp.execute("fail", Value::Null).unwrap_err();
+    let refused = qmp.execute("fail", &Value::Null).unwrap_err();
     assert_eq!(refused.source.to_string(), "it does not like to");
     // A descriptor may have been taken by then.
     assert!(qmp.give("x", folder_fd(&folder).as_fd()).is_err());
-    qmp.execute("cont", Value::Null).unwrap();
+    qmp.execute("cont", &Value::Null).unwrap();
     let said = guest.lock().unwrap().said.join(" ");
     assert_eq!(said, "qmp_capabilities stop qmp_capabilities stop fail getfd qmp_capabilities cont");
 }
