@@ -1,8 +1,8 @@
 //! How much room there is for guest memory: in a file system, on this host, and in the cgroups of this process.
 //!
 //! What is said is of this moment: others take room meanwhile. So it serves to refuse what cannot fit, and bringing memory in must
-//! be able to fail all the same. Guests that are on their way to this host at the same time know of each other ([`claim()`]), where they
-//! are one user's. Quotas of users are not looked at; they show when memory is brought in.
+//! be able to fail all the same. Guests that are on their way to this host at the same time know of each other (`GuestRam::claim`), where
+//! they are one user's. Quotas of users are not looked at; they show when memory is brought in.
 
 mod claim;
 mod ledger;
