@@ -180,11 +180,12 @@ impl QemuGuest {
     fn migration(&self) -> Result<String, BackendError> {
         let answer = self.qmp.execute("query-migrate", &Value::Null)?;
         let status = answer["status"].as_str().unwrap_or_default().to_owned();
-        if status == "failed" {
-            let why = answer["error-desc"].as_str().unwrap_or("its standard error says why").to_owned();
-            return Err(BackendError::new("QEMU's own migration of the devices' state failed", why));
-        }
-        Ok(status)
+        let why = match &status[..] {
+            "failed" => answer["error-desc"].as_str().unwrap_or("its standard error says why"),
+            "cancelled" => "somebody cancelled it",
+            _ => return Ok(status),
+        };
+        Err(BackendError::new("QEMU's own migration of the devices' state failed", why.to_owned()))
     }
 
     /// Waits for the end of QEMU's own migration.
