@@ -1,11 +1,12 @@
 //! Guests of a QEMU that nobody changed, moved from beside it: a Linux guest that writes its memory and checks it, two QEMUs, two
 //! processes of pageferry.
+//!
+//! In a lab guest they run under KVM, and find written pages by soft-dirty bits. Linux takes minutes to boot there, so that is for by hand:
+//! `pageferry lab run --no-rdma --timeout 1500 -- target/debug/deps/qemu-… there_and_back arrives_as_it_was --test-threads 1`.
 
 mod common;
 #[path = "qemu/faults.rs"]
 mod faults;
-#[path = "common/in_lab.rs"]
-mod in_lab;
 #[path = "qemu/rig.rs"]
 mod rig;
 
@@ -40,11 +41,12 @@ fn receive(to: &Qemu) -> (Option<Ferry>, String) {
 fn a_linux_guest_goes_there_and_back() {
     let Some(rig) = Rig::get() else { return };
     let _turn = turn();
-    let mut at = rig.start(&["-smp", "2"]);
+    let cpus = ["-smp", rig.cpus()];
+    let mut at = rig.start(&cpus);
     at.wait_beats(3);
     let mut console = String::new();
     for hop in 0..2 {
-        let next = rig.start_waiting(&["-smp", "2"]);
+        let next = rig.start_waiting(&cpus);
         let report = migrate(&at, &next, &["--final-check"]);
         assert_eq!(report["verified"], true, "{report}");
         if vmm_shim::foreign::check().is_ok() {
@@ -59,21 +61,6 @@ fn a_linux_guest_goes_there_and_back() {
     }
     console += &at.console();
     rig::check_console(&console);
-}
-
-#[test]
-fn the_labs_guest_passes_this_by_kvm_and_soft_dirty_bits() {
-    if Rig::get().is_none() || vmm_shim::foreign::check().is_ok() {
-        return println!(
-            "skipped: there is no QEMU, or this kernel notes written pages, and the lab is not needed"
-        );
-    }
-    let script =
-        "exec \"$0\" --test-threads 1 --show-output --color never goes_there_and_back arrives_as_it_was";
-    let Some(lines) = in_lab::run(&["--no-rdma"], script) else { return };
-    let ran = lines.iter().filter(|line| line.ends_with("... ok")).count();
-    assert_eq!(ran, 2, "{}", lines.join("\n"));
-    assert!(!lines.iter().any(|line| line.starts_with("skipped: ")), "{}", lines.join("\n"));
 }
 
 #[test]

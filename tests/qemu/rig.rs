@@ -60,6 +60,11 @@ impl Rig {
         }
     }
 
+    /// As many vCPUs as a guest can have here that are several, where that does not take too long.
+    pub(crate) fn cpus(&self) -> &'static str {
+        if self.kvm { "1" } else { "2" }
+    }
+
     /// A QEMU whose guest boots.
     pub(crate) fn start(&self, more: &[&str]) -> Qemu {
         self.qemu("share=on", more)
