@@ -139,6 +139,12 @@ fn what_cannot_be_moved_is_refused_by_name() {
     drop(dimm);
     let runs = rig.start(&["-S"]);
     refused("recv", &runs, &["prelaunch", "-incoming defer"]);
+    // A control socket that cannot be had, before a migration is begun.
+    let (qmp, taken) = (runs.qmp(), runs.qmp());
+    let ended =
+        Ferry::start(["qemu", "send", "tcp:127.0.0.1:9", "--qmp", &qmp, "--api", &taken]).wait_for(PATIENCE);
+    assert_eq!(ended.code, Some(3), "{ended:?}");
+    assert!(ended.stderr.contains("--api: "), "{ended:?}");
     assert_eq!(runs.status(), "prelaunch");
     drop(runs);
     let waits = rig.start_waiting(&[]);

@@ -1,21 +1,25 @@
 //! A migration of QEMU's guest, as `pageferry ctl` commands it.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use pageferry::engine::report::Status;
-use pageferry::vmm_shim::qemu::{Machine, QemuGuest};
+use pageferry::vmm_shim::qemu::Machine;
 use pageferry::{Progress, Refusal};
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
 use super::super::api::control::{Commanded, Control};
-use super::super::api::{Request, RunState, VmStatus};
+use super::super::api::{ApiAddress, Request, RunState, VmStatus};
+use super::super::tuning::OnTimeoutArg;
 use super::super::words::{self, explain};
 use super::super::{CliError, Exit, sandbox};
 
 /// Why most of what a VM can be asked is not for here.
 const ASK_QEMU: &str = "QEMU's own monitor does that: this is its migration alone";
+
+/// Why a guest of QEMU has all its pages before it runs.
+pub(super) const NO_POSTCOPY: &str = "--on-timeout postcopy: a guest of QEMU moves by precopy alone, for QEMU would have to hand its \
+                                      userfaultfd over; use cancel or switchover";
 
 /// A migration, out or in, and what it is of.
 #[derive(Clone)]
@@ -27,16 +31,15 @@ pub(super) struct Attached {
     listening: Option<String>,
 }
 
+/// Opens the control socket, before anything is begun.
+pub(super) fn open(api: Option<&ApiAddress>) -> Result<Option<Control>, CliError> {
+    let cannot = |text| CliError { exit: Exit::CannotStart, text };
+    api.map(|api| Control::open(&api.0, &[])).transpose().map_err(cannot)
+}
+
 impl Attached {
-    pub(super) fn new(progress: Progress, guest: &QemuGuest, memory_bytes: u64) -> Result<Self, CliError> {
-        let machine = guest.describe().map_err(|e| CliError::cannot_start(&e))?;
-        Ok(Self {
-            progress,
-            machine: Arc::new(machine),
-            memory_bytes,
-            tracker: String::new(),
-            listening: None,
-        })
+    pub(super) fn new(progress: Progress, machine: Machine, memory_bytes: u64) -> Self {
+        Self { progress, machine: Arc::new(machine), memory_bytes, tracker: String::new(), listening: None }
     }
 
     pub(super) fn tracked_by(self, tracker: &str) -> Self {
@@ -47,11 +50,9 @@ impl Attached {
         Self { listening: Some(uri), ..self }
     }
 
-    /// Answers at `api`, for as long as what is returned is kept.
-    pub(super) fn serve(&self, api: Option<&Path>) -> Result<Option<Runtime>, CliError> {
-        let Some(path) = api else { return Ok(None) };
-        let cannot = |text| CliError { exit: Exit::CannotStart, text };
-        Control::open(path, &[]).and_then(|control| control.serve(self)).map(Some).map_err(cannot)
+    /// Answers on a control socket, for as long as what is returned is kept. A migration that was begun goes on without.
+    pub(super) fn serve(&self, api: Option<Control>) -> Option<Runtime> {
+        api?.serve(self).inspect_err(|e| tracing::warn!("nobody is answered at --api: {e}")).ok()
     }
 
     fn status(&self) -> VmStatus {
@@ -89,6 +90,9 @@ impl Commanded for Attached {
         match request {
             Request::Status => serde_json::to_value(self.status()).map_err(|e| e.to_string()),
             Request::Cancel => done(self.progress.cancel()),
+            Request::Set(tuning) if tuning.on_timeout == Some(OnTimeoutArg::Postcopy) => {
+                Err(NO_POSTCOPY.into())
+            }
             Request::Set(tuning) => done(self.progress.tune(|now| tuning.apply(now))),
             Request::Switchover => done(self.progress.switchover()),
             Request::Continue => done(self.progress.continue_()),

@@ -13,7 +13,7 @@ use super::super::recv::{WaitingArgs, verdict};
 use super::super::sandbox::{Profile, SandboxArgs};
 use super::super::words;
 use super::super::{CliError, output, stop};
-use super::commanded::Attached;
+use super::commanded::{self, Attached};
 
 /// Takes the guest of `pageferry qemu send` in, for a QEMU that was started with `-incoming defer`
 #[derive(Debug, Args)]
@@ -49,9 +49,10 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     args.sandbox.enter(profile.reading_anew(&args.waiting.files()))?;
     let destination = args.waiting.builder()?.bind(&args.uri).map_err(|e| CliError::cannot_start(&e))?;
     let progress = destination.progress();
-    let attached = Attached::new(progress.clone(), &guest, ram.layout().bytes())?;
+    let machine = guest.describe().map_err(|e| CliError::cannot_start(&e))?;
+    let attached = Attached::new(progress.clone(), machine, ram.layout().bytes());
     let attached = attached.listening_on(destination.uri().to_string());
-    let _answering = attached.serve(args.api.as_ref().map(|api| api.0.as_path()))?;
+    let _answering = attached.serve(commanded::open(args.api.as_ref())?);
     let cancelled = progress.clone();
     stop::on_signals(move || {
         // Nothing of this is postcopy, which could not be cancelled.

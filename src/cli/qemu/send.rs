@@ -14,7 +14,7 @@ use super::super::send::verdict;
 use super::super::tuning::{OnTimeoutArg, TuningArgs};
 use super::super::words::{self, explain};
 use super::super::{CliError, TransferArgs, output, stop};
-use super::commanded::Attached;
+use super::commanded::{self, Attached, NO_POSTCOPY};
 
 /// Moves the guest of a QEMU to `pageferry qemu recv`
 #[derive(Debug, Args)]
@@ -58,10 +58,6 @@ enum TrackerArg {
     Scan,
 }
 
-/// Why a guest of QEMU has all its pages before it runs.
-const NO_POSTCOPY: &str = "--on-timeout postcopy: a guest of QEMU moves by precopy alone, for QEMU would have to hand its userfaultfd \
-                           over; use cancel or switchover";
-
 /// What finds written pages.
 fn log(tracker: TrackerArg, guest: &Arc<QemuGuest>, layout: &Layout) -> Result<Arc<dyn DirtyLog>, CliError> {
     let soft_dirty = || guest.soft_dirty_log(layout).map(|log| Arc::new(log) as Arc<dyn DirtyLog>);
@@ -97,10 +93,13 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
     let source = args.transfer.apply(source).tuning(args.tuning.tuning());
     let source = source.tls(args.protection.tls().map_err(CliError::usage)?);
     let source = source.build().map_err(|e| CliError::usage(explain(&e)))?;
+    // Whatever may fail comes before a migration that would be left in its midst.
+    let machine = guest.describe().map_err(|e| CliError::cannot_start(&e))?;
+    let api = commanded::open(args.api.as_ref())?;
     let migration = source.start(&args.uri).map_err(|e| CliError::cannot_start(&e))?;
     let progress = migration.progress();
-    let attached = Attached::new(progress.clone(), &guest, memory_bytes)?.tracked_by(&tracker);
-    let _answering = attached.serve(args.api.as_ref().map(|api| api.0.as_path()))?;
+    let attached = Attached::new(progress.clone(), machine, memory_bytes).tracked_by(&tracker);
+    let _answering = attached.serve(api);
     let cancelled = progress.clone();
     stop::on_signals(move || {
         // Nothing of this is postcopy, which could not be cancelled.

@@ -62,7 +62,8 @@ impl PageSource {
         Ok(found)
     }
 
-    /// The pages of a chunk that are not what was last sent. Of those of which nothing is known the destination has zeros.
+    /// The pages of a chunk that are not what was last sent. Of those that were never sent the destination has zeros; of those of which it
+    /// is not known any more what was sent, anything.
     fn changed(&self, chunk: u32, populated: u64) -> u64 {
         let (table, hasher) = (&self.shared.table, &self.shared.hasher);
         let settled = !self.pending.get(chunk);
@@ -73,8 +74,10 @@ impl PageSource {
                 memory.subslice(*bit as usize * PAGE_SIZE, PAGE_SIZE).expect("a page that the chunk has");
             hasher.memory(&page) != table.get(chunk, *bit).unwrap_or(hasher.zero())
         };
-        let written = bits(populated & settled).filter(differs).fold(0, |pages, bit| pages | 1 << bit);
-        (written | gone) & settled & self.ram.layout().valid(chunk)
+        let forgotten = self.carried.get(chunk) & !table.known(chunk);
+        let written =
+            bits(populated & settled & !forgotten).filter(differs).fold(0, |pages, bit| pages | 1 << bit);
+        (written | gone | forgotten) & settled & self.ram.layout().valid(chunk)
     }
 }
 

@@ -14,10 +14,11 @@ const SHARED: &str = "start both QEMUs with `-object memory-backend-file,id=ID,s
                       `-machine memory-backend=ID` or `-numa node,memdev=ID`";
 
 /// Devices whose back ends write guest memory where nobody sees it, by how their names in QEMU begin.
-const UNSEEN: [(&str, &str); 3] = [
+const UNSEEN: [(&str, &str); 4] = [
     ("vfio-", "the device writes memory by itself"),
     ("vhost-user-", "another process writes its memory"),
     ("vhost-vdpa-", "the device writes memory by itself"),
+    ("ivshmem-", "other processes write its memory"),
 ];
 
 /// One of a QEMU's memory backends that is in a shared file: one RAM block.

@@ -93,3 +93,13 @@ fn pages_that_come_and_go_are_found() {
     assert_eq!(source.dirty_sync().unwrap(), 2);
     assert_eq!(source.pending.get(LAST), 0b110);
 }
+
+#[test]
+fn what_the_destination_may_have_is_not_taken_for_zeros() {
+    let (ram, source) = sent(0);
+    source.carried.insert(LAST, 1 << 9);
+    source.shared.void(LAST, 1 << 9);
+    ram.memory.write(LAST, 9, &[0; 4096]);
+    assert_eq!(source.dirty_sync().unwrap(), 1);
+    assert_eq!(source.pending.get(LAST), 1 << 9);
+}
