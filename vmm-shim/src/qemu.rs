@@ -23,3 +23,4 @@ mod tests;
 pub use blocks::Block;
 pub use guest::{Machine, QemuGuest, Role};
 pub use qmp::Qmp;
+pub use written::QemuScanLog;

@@ -1,5 +1,7 @@
 //! Two dirty logs as one: what either reports.
 
+use std::time::Duration;
+
 use pagecopy::backend::{BackendError, DirtyLog};
 use pagecopy::bitmap::PageBitmap;
 
@@ -74,6 +76,15 @@ impl<A: DirtyLog, B: DirtyLog> DirtyLog for UnionLog<A, B> {
 
     fn expects_writes(&self) -> bool {
         self.first.expects_writes() || self.second.expects_writes()
+    }
+
+    /// They are looked at one after the other.
+    fn paused(&self) -> Duration {
+        self.first.paused() + self.second.paused()
+    }
+
+    fn compares(&self) -> bool {
+        self.first.compares() || self.second.compares()
     }
 
     fn stop(&self) -> Result<(), BackendError> {

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use pageferry::backend::{Guest, GuestRam};
 use pageferry::pagecopy::layout::Layout;
+use pageferry::vmm_shim::foreign;
 use pageferry::vmm_shim::qemu::{QemuGuest, Role};
 use pageferry::{Landing, Offer, Refused, Uri};
 
@@ -29,6 +30,10 @@ pub(super) struct RecvArgs {
     /// Answer `pageferry ctl` here: status, cancel; unix:PATH
     #[arg(long, value_name = "ADDRESS")]
     api: Option<ApiAddress>,
+    /// Whether dense memory becomes pages of 2 MiB, which come in and run faster; a later migration away from here then finds written
+    /// memory by 2 MiB at a time, and hashes all of it
+    #[arg(long, value_enum, default_value_t = LargePagesArg::Auto)]
+    large_pages: LargePagesArg,
     #[command(flatten)]
     waiting: WaitingArgs,
     /// Print one JSON object at the end instead of text
@@ -38,13 +43,31 @@ pub(super) struct RecvArgs {
     sandbox: SandboxArgs,
 }
 
+/// Whether dense memory becomes large pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum LargePagesArg {
+    /// Where written pages cannot be found one by one here, so that nothing is lost by it
+    Auto,
+    /// Yes, where memory is in a tmpfs and the kernel can (Linux 6.1)
+    On,
+    /// As QEMU and the file system have it
+    Off,
+}
+
+impl LargePagesArg {
+    fn wanted(self) -> bool {
+        self == Self::On || self == Self::Auto && foreign::check().is_err()
+    }
+}
+
 pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     if args.uri.is_one_way() {
         let text = "a guest of QEMU comes from another QEMU: give tcp:, unix: or rdma:".to_owned();
         return Err(CliError::usage(text));
     }
     let guest = super::attach(&args.qmp.0, Role::Destination)?;
-    let ram: Arc<dyn GuestRam> = Arc::new(guest.memory().map_err(|e| CliError::cannot_start(&e))?);
+    let ram = guest.memory().map_err(|e| CliError::cannot_start(&e))?;
+    let ram: Arc<dyn GuestRam> = Arc::new(if args.large_pages.wanted() { ram.enlarging() } else { ram });
     let profile = Profile::qemu(&args.uri, &args.qmp.0, args.api.as_ref().map(|api| api.0.as_path()));
     args.sandbox.enter(profile.reading_anew(&args.waiting.files()))?;
     let destination = args.waiting.builder()?.bind(&args.uri).map_err(|e| CliError::cannot_start(&e))?;

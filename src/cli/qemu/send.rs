@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use pageferry::backend::{ContentLog, DirtyLog, GuestRam};
+use pageferry::backend::{DirtyLog, GuestRam};
 use pageferry::layout::Layout;
-use pageferry::vmm_shim::qemu::{QemuGuest, Role};
+use pageferry::vmm_shim::qemu::{QemuGuest, QemuScanLog, Role};
 use pageferry::{Source, Uri};
 
 use super::super::api::ApiAddress;
@@ -61,12 +61,13 @@ enum TrackerArg {
 /// What finds written pages.
 fn log(tracker: TrackerArg, guest: &Arc<QemuGuest>, layout: &Layout) -> Result<Arc<dyn DirtyLog>, CliError> {
     let soft_dirty = || guest.soft_dirty_log(layout).map(|log| Arc::new(log) as Arc<dyn DirtyLog>);
+    let scan = || Arc::new(QemuScanLog::new(guest.clone()));
     match tracker {
-        TrackerArg::Scan => Ok(Arc::new(ContentLog)),
+        TrackerArg::Scan => Ok(scan()),
         TrackerArg::SoftDirty => soft_dirty().map_err(|e| CliError::cannot_start(&e)),
         TrackerArg::Auto => Ok(soft_dirty().unwrap_or_else(|e| {
             tracing::info!("written pages are found by comparing memory: {}", explain(&e));
-            Arc::new(ContentLog)
+            scan()
         })),
     }
 }
@@ -83,13 +84,12 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
     let guest = super::attach(&args.qmp.0, Role::Source)?;
     let ram: Arc<dyn GuestRam> = Arc::new(guest.memory().map_err(|e| CliError::cannot_start(&e))?);
     let log = log(args.tracker, &guest, ram.layout())?;
-    let final_check = args.final_check && !log.compares();
     let (memory_bytes, tracker) = (ram.layout().bytes(), log.name().to_owned());
     let source = Source::builder(ram, log)
         .guest(guest.clone())
         .machine(guest.machine())
         .paused(!guest.ran())
-        .final_check(final_check);
+        .final_check(args.final_check);
     let source = args.transfer.apply(source).tuning(args.tuning.tuning());
     let source = source.tls(args.protection.tls().map_err(CliError::usage)?);
     let source = source.build().map_err(|e| CliError::usage(explain(&e)))?;

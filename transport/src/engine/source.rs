@@ -379,8 +379,7 @@ impl<'a, E: Environment> Attempt<'a, E> {
         let layout = self.backend.ram.layout();
         let seed = self.env.seed()?;
         let mut presence = vec![0u8; Hello::presence_len(layout)];
-        // Only of memory alone: that of a guest stays in small pages, whose writes are told apart.
-        let mut dense = if self.backend.guest.is_none() { presence.clone() } else { Vec::new() };
+        let mut dense = presence.clone();
         for (chunk, _) in populated.iter() {
             let bit = chunk / PRESENCE_CHUNKS;
             presence[bit as usize / 8] |= 1 << (bit % 8);
@@ -449,7 +448,7 @@ impl<'a, E: Environment> Attempt<'a, E> {
         let (SourceBackend { ram, log, .. }, shared) = (self.backend.clone(), self.options.shared.clone());
         self.progress.update(|r| r.pages.hole = ram.layout().pages() - populated.count());
         let source = PageSource::new(ram, log, hasher, options, populated);
-        Ok(Arc::new(source.with_base(base).sharing(shared)))
+        Ok(Arc::new(source.with_base(base).sharing(shared).of_paused(self.backend.paused)))
     }
 
     async fn open_streams(&mut self, welcome: Welcome, feeder: &Feeder) -> Result<(), Cause> {
@@ -477,7 +476,7 @@ impl<'a, E: Environment> Attempt<'a, E> {
             source.hurry();
             watch.hurry();
             let mut dirtied = source.dirty_sync()?;
-            if final_check {
+            if final_check && !source.compared() {
                 let unnoticed = source.compare()?;
                 progress.update(|r| r.final_check_pages = Some(unnoticed));
             }

@@ -147,7 +147,7 @@ impl<'a> LaneSender<'a> {
     pub(super) fn new(stream: &'a StreamState, carrier: Box<dyn FrameSender>) -> Self {
         let source = &**stream.source();
         let encoder = ChunkEncoder::of(source.effort.clone(), CLOCKS);
-        let keeps_bases = source.log.expects_writes() && !carrier.seals();
+        let keeps_bases = source.keeps_bases && !carrier.seals();
         Self {
             stream,
             source,

@@ -192,6 +192,8 @@ pub struct PageSource {
     /// What the destination has an older copy of.
     base: Option<BaseSeals>,
     doubts: Doubts,
+    /// Pages may have to be sent again, and may then be deltas: what was sent is kept.
+    keeps_bases: bool,
     owners: Owners,
     bandwidth: Bandwidth,
     counters: Counters,
@@ -224,6 +226,7 @@ impl PageSource {
             initial: copy_of(&pending),
             base: None,
             doubts: Doubts::new(chunks, log.expects_writes()),
+            keeps_bases: log.expects_writes(),
             owners: Owners::new(chunks),
             bandwidth: Bandwidth::new(None),
             counters: Counters::default(),
@@ -242,6 +245,11 @@ impl PageSource {
     /// One that shares with others what their host has, if that is to be shared.
     pub fn sharing(self, host: Option<Arc<HostShare>>) -> Self {
         Self { bandwidth: Bandwidth::new(host), ..self }
+    }
+
+    /// One of a guest that was paused before, if it was: hardly a page will be sent twice.
+    pub(crate) fn of_paused(self, paused: bool) -> Self {
+        Self { keeps_bases: self.keeps_bases && !paused, ..self }
     }
 
     /// One whose destination has an older copy of the guest.
@@ -381,6 +389,11 @@ impl PageSource {
             Ok(found) if self.log.compares() => Ok(found + self.compare()?),
             found => found,
         }
+    }
+
+    /// Whether all of memory was compared with what was sent by the last dirty sync.
+    pub(crate) fn compared(&self) -> bool {
+        self.log.compares()
     }
 
     /// For how long the guest stood still for dirty syncs.

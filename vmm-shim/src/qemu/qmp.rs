@@ -46,6 +46,17 @@ struct Monitor {
     /// What was read and is no whole line yet.
     input: Vec<u8>,
     commands: u64,
+    /// Connections before this one.
+    connections: u64,
+    /// How often the guest was let run, as far as QEMU has said so over this connection.
+    runs: u64,
+}
+
+/// A moment at which the guest stood still. It has stood still between two that are equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct StoodStill {
+    connections: u64,
+    runs: u64,
 }
 
 impl Qmp {
@@ -79,10 +90,19 @@ impl Qmp {
     /// # Errors
     /// QEMU's own, and those of the connection. A command that may be said twice is said again over a new connection before that.
     pub fn execute(&self, command: &str, arguments: &Value) -> Result<Value, BackendError> {
-        let mut monitor = self.monitor();
+        self.execute_by(&mut self.monitor(), command, arguments)
+    }
+
+    fn execute_by(
+        &self,
+        monitor: &mut Monitor,
+        command: &str,
+        arguments: &Value,
+    ) -> Result<Value, BackendError> {
         match monitor.execute(command, arguments, None) {
             Err(Failed::Connection(e)) if REPEATABLE.contains(&command) => {
-                *monitor = self.again(&e)?;
+                // What QEMU said in between was said to nobody.
+                *monitor = Monitor { connections: monitor.connections + 1, ..self.again(&e)? };
                 monitor.execute(command, arguments, None)
             }
             other => other,
@@ -97,6 +117,19 @@ impl Qmp {
     pub fn give(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), BackendError> {
         let given = self.monitor().execute("getfd", &json!({ "fdname": name }), Some(fd));
         given.map(drop).map_err(|failed| failed.of(&self.path, "getfd"))
+    }
+
+    /// Whether the guest stands still: this moment, to compare others with, or `None` where it may run. QEMU tells of a guest that it lets
+    /// run (`RESUME`) before it answers who asks later, so nothing is missed between two looks.
+    ///
+    /// # Errors
+    /// As of [`execute`](Self::execute).
+    pub(super) fn look(&self) -> Result<Option<StoodStill>, BackendError> {
+        let mut monitor = self.monitor();
+        let status = self.execute_by(&mut monitor, "query-status", &Value::Null)?;
+        // Of other states it is not said that neither vCPUs nor devices write.
+        let still = matches!(status["status"].as_str(), Some("paused" | "prelaunch" | "postmigrate"));
+        Ok(still.then_some(StoodStill { connections: monitor.connections, runs: monitor.runs }))
     }
 
     fn monitor(&self) -> MutexGuard<'_, Monitor> {
@@ -150,7 +183,7 @@ impl Monitor {
         let stream = UnixStream::connect(path).map_err(|e| {
             failed(path, "connect to QEMU's monitor; start QEMU with `-qmp unix:PATH,server=on,wait=off`", e)
         })?;
-        let mut monitor = Self { stream, input: Vec::new(), commands: 0 };
+        let mut monitor = Self { stream, input: Vec::new(), commands: 0, connections: 0, runs: 0 };
         let greeting = monitor.line(GREETING_PATIENCE).map_err(|e| {
             let what = match e.kind() {
                 ErrorKind::TimedOut => {
@@ -192,6 +225,7 @@ impl Monitor {
         loop {
             // Events, and answers that came too late for those who asked, are nobody's.
             let mut answer = self.line(ANSWER_PATIENCE).map_err(Failed::Connection)?;
+            self.runs += u64::from(answer["event"] == "RESUME");
             if answer["id"].as_u64() != Some(self.commands) {
                 continue;
             }

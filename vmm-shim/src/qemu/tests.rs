@@ -12,6 +12,7 @@ use testkit::{PATIENCE, wait_until};
 
 use super::Qmp;
 use super::control::Control;
+use super::written::Writes;
 
 /// What was said to a monitor, and whether its guest runs.
 #[derive(Debug, Default)]
@@ -44,7 +45,9 @@ fn monitor(path: &Path, breaks_at: &[&'static str]) -> Arc<Mutex<Guest>> {
                 }
                 match &command[..] {
                     "stop" => guest.runs = false,
-                    "cont" => guest.runs = true,
+                    "cont" if !std::mem::replace(&mut guest.runs, true) => {
+                        writeln!(client, "{}", json!({ "event": "RESUME" })).unwrap();
+                    }
                     _ => {}
                 }
                 let status = if guest.runs { "running" } else { "paused" };
@@ -104,6 +107,30 @@ fn looks_leave_a_guest_as_it_was() {
     assert!(!runs(), "it was paused before");
     control.run().unwrap();
     assert!(runs());
+}
+
+#[test]
+fn a_guest_that_stands_still_has_written_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("qmp");
+    let guest = monitor(&path, &[]);
+    let (qmp, writes) = (Qmp::connect(&path).unwrap(), Writes::default());
+    let possible = || {
+        writes.look(&qmp).unwrap();
+        writes.possible()
+    };
+    let say = |command| drop(qmp.execute(command, &Value::Null).unwrap());
+    assert!(possible() && possible(), "it runs");
+    say("stop");
+    assert!(possible(), "it ran until now");
+    assert!(!possible() && !possible());
+    say("cont");
+    say("stop");
+    assert!(possible(), "it ran in between");
+    assert!(!possible());
+    guest.lock().unwrap().breaks_at.push("query-status");
+    assert!(possible(), "over another connection nobody knows what came before it");
+    assert!(!possible());
 }
 
 #[test]

@@ -1,13 +1,16 @@
-//! Which pages of a QEMU's memory were written, by the page table of its process.
+//! Which pages of a QEMU's memory were written: by the page table of its process, or by their content.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use pagecopy::backend::BackendError;
+use pagecopy::backend::{BackendError, ContentLog, DirtyLog};
+use pagecopy::bitmap::PageBitmap;
 use pagecopy::layout::{Layout, Region};
 
-use super::QemuGuest;
 use super::blocks::Inode;
+use super::qmp::StoodStill;
+use super::{QemuGuest, Qmp};
 use crate::foreign::{Process, SoftDirtyLog, Standstill};
 
 impl QemuGuest {
@@ -27,6 +30,61 @@ impl QemuGuest {
             .map(|(region, inode)| addresses_of(&process, region, *inode))
             .collect::<Result<_, _>>()?;
         SoftDirtyLog::new(process, layout.clone(), &addresses, self.clone())
+    }
+}
+
+/// The dirty log of a QEMU's guest whose writes nobody notes: memory is compared with what was sent of it, as by [`ContentLog`], but for a
+/// guest that has stood still since the last look. QEMU's own `stop` waits for its devices' requests, so nothing writes then.
+#[derive(Debug)]
+pub struct QemuScanLog {
+    guest: Arc<QemuGuest>,
+    writes: Writes,
+}
+
+impl QemuScanLog {
+    /// Of this guest.
+    pub fn new(guest: Arc<QemuGuest>) -> Self {
+        Self { guest, writes: Writes::default() }
+    }
+}
+
+impl DirtyLog for QemuScanLog {
+    fn name(&self) -> &str {
+        ContentLog.name()
+    }
+    fn start(&self) -> Result<(), BackendError> {
+        self.writes.look(self.guest.qmp())
+    }
+    fn sync(&self, _dirty: &PageBitmap) -> Result<u64, BackendError> {
+        self.writes.look(self.guest.qmp()).map(|()| 0)
+    }
+    fn compares(&self) -> bool {
+        self.writes.possible()
+    }
+    fn stop(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+/// Whether a guest can have written between two looks.
+#[derive(Debug, Default)]
+pub(super) struct Writes {
+    last: Mutex<Option<StoodStill>>,
+    possible: AtomicBool,
+}
+
+impl Writes {
+    pub(super) fn look(&self, qmp: &Qmp) -> Result<(), BackendError> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        // What fails leaves nothing known.
+        let before = last.take();
+        *last = qmp.look()?;
+        self.possible.store(last.is_none() || *last != before, Ordering::Release);
+        Ok(())
+    }
+
+    pub(super) fn possible(&self) -> bool {
+        self.possible.load(Ordering::Acquire)
     }
 }
 

@@ -110,7 +110,7 @@ struct RunArgs {
     watch_memory: bool,
     #[command(flatten)]
     how: HowArgs,
-    /// `pageferry:STREAMS[:CODEC]`, `qemu:tcp`, `qemu:xbzrle`, `qemu:multifd:CHANNELS`, `qemu:multifd-zstd:CHANNELS[:LEVEL]`,
+    /// `pageferry:STREAMS[:CODEC]`, `attached:STREAMS[:CODEC]`, `qemu:tcp`, `qemu:xbzrle`, `qemu:multifd:CHANNELS`, `qemu:multifd-zstd:CHANNELS[:LEVEL]`,
     /// `limit:write|splice[:STREAMS]`; `tls:` before one of the first five
     #[arg(required = true)]
     contenders: Vec<Contender>,

@@ -295,7 +295,8 @@ impl<'a> Course<'a> {
 
     /// How long a comparison of all memory takes, which is part of the downtime where it is asked for: tried once.
     fn check_time(&mut self) -> Result<Duration, Cause> {
-        if !self.final_check {
+        // A sync that compares takes that time already.
+        if !self.final_check || self.source.compared() {
             return Ok(Duration::ZERO);
         }
         if let Some(time) = self.checked {
