@@ -1,12 +1,17 @@
 //! Guests of a QEMU that nobody changed, moved from beside it: a Linux guest that writes its memory and checks it, two QEMUs, two
 //! processes of pageferry.
 //!
-//! In a lab guest they run under KVM, and find written pages by soft-dirty bits. Linux takes minutes to boot there, so that is for by hand:
-//! `pageferry lab run --no-rdma --timeout 1500 -- target/debug/deps/qemu-… there_and_back arrives_as_it_was --test-threads 1`.
+//! Linux takes minutes to boot under KVM in a lab guest, so there `counter.rs` has a guest without a system.
 
 mod common;
+#[path = "qemu/counter.rs"]
+mod counter;
+#[path = "common/device.rs"]
+mod device;
 #[path = "qemu/faults.rs"]
 mod faults;
+#[path = "common/in_lab.rs"]
+mod in_lab;
 #[path = "qemu/rig.rs"]
 mod rig;
 
@@ -21,7 +26,12 @@ const LONG: Duration = Duration::from_secs(240);
 
 /// Moves the guest of one QEMU to another, and returns the source's report.
 fn migrate(from: &Qemu, to: &Qemu, options: &[&str]) -> serde_json::Value {
-    let (mut receiving, uri) = receive(to);
+    migrate_by("tcp:127.0.0.1:0", from, to, options)
+}
+
+/// The same over this address.
+fn migrate_by(listens: &str, from: &Qemu, to: &Qemu, options: &[&str]) -> serde_json::Value {
+    let (mut receiving, uri) = receive_by(listens, to);
     let sending = Ferry::start([&["qemu", "send", &uri, "--qmp", &from.qmp(), "--json"], options].concat());
     let sent = sending.wait_for(LONG);
     let received = receiving.take().unwrap().wait_for(PATIENCE);
@@ -31,7 +41,11 @@ fn migrate(from: &Qemu, to: &Qemu, options: &[&str]) -> serde_json::Value {
 
 /// Has a QEMU's guest come.
 fn receive(to: &Qemu) -> (Option<Ferry>, String) {
-    let mut receiving = Ferry::start(["qemu", "recv", "tcp:127.0.0.1:0", "--qmp", &to.qmp(), "--json"]);
+    receive_by("tcp:127.0.0.1:0", to)
+}
+
+fn receive_by(listens: &str, to: &Qemu) -> (Option<Ferry>, String) {
+    let mut receiving = Ferry::start(["qemu", "recv", listens, "--insecure", "--qmp", &to.qmp(), "--json"]);
     let text = receiving.wait_stderr("listening on ");
     let uri = text.split("listening on ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
     (Some(receiving), uri)

@@ -83,27 +83,11 @@ impl Rig {
     /// The same of another size.
     pub(crate) fn qemu_of(&self, mib: usize, backend: &str, more: &[&str]) -> Qemu {
         let number = self.guests.fetch_add(1, Ordering::Relaxed);
-        let path = |what: &str| self.folder.path().join(format!("{what}{number}"));
-        let (ram, socket, beside, console) = (path("ram"), path("qmp"), path("beside"), path("console"));
-        let object = format!("memory-backend-file,id=ram,size={mib}M,mem-path={},{backend}", ram.display());
-        let mut command = Command::new("qemu-system-x86_64");
-        command
-            .args(self.machine())
-            .args(["-m", &format!("{mib}M"), "-object", &object, "-nodefaults", "-display", "none"])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", beside.display())])
-            .args(["-serial", &format!("file:{}", console.display())])
-            .arg("-kernel")
-            .arg(&self.kernel)
-            .arg("-initrd")
-            .arg(&self.initrd)
-            .args(["-append", "console=ttyS0 quiet panic=-1 mib=32 rate=200"])
-            .args(more)
-            .stdin(Stdio::null());
-        let child = command.spawn().unwrap();
-        let qemu = Qemu { child, ram, socket, beside, console };
-        wait_until("QEMU's monitor", BOOT, || UnixStream::connect(&qemu.beside).is_ok());
-        qemu
+        let ram = self.folder.path().join(format!("ram{number}"));
+        let [kernel, initrd] = [&self.kernel, &self.initrd].map(|path| path.to_str().unwrap());
+        let boot =
+            ["-kernel", kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet panic=-1 mib=32 rate=200"];
+        Qemu::start(&ram, mib, backend, &[&self.machine()[..], &boot, more].concat())
     }
 }
 
@@ -176,6 +160,25 @@ pub(crate) struct Qemu {
 }
 
 impl Qemu {
+    /// Starts one with its memory in the file `ram`, and waits until it answers.
+    pub(crate) fn start(ram: &Path, mib: usize, backend: &str, more: &[&str]) -> Self {
+        let path = |what: &str| ram.with_extension(what);
+        let (socket, beside, console) = (path("qmp"), path("beside"), path("console"));
+        let object = format!("memory-backend-file,id=ram,size={mib}M,mem-path={},{backend}", ram.display());
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-m", &format!("{mib}M"), "-object", &object, "-nodefaults", "-display", "none"])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", beside.display())])
+            .args(["-serial", &format!("file:{}", console.display())])
+            .args(more)
+            .stdin(Stdio::null());
+        let child = command.spawn().unwrap();
+        let qemu = Self { child, ram: ram.into(), socket, beside, console };
+        wait_until("QEMU's monitor", BOOT, || UnixStream::connect(&qemu.beside).is_ok());
+        qemu
+    }
+
     /// The address of its monitor, as pageferry takes it.
     pub(crate) fn qmp(&self) -> String {
         format!("unix:{}", self.socket.display())
