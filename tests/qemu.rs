@@ -51,15 +51,26 @@ fn receive_by(listens: &str, to: &Qemu) -> (Option<Ferry>, String) {
     (Some(receiving), uri)
 }
 
+/// How often a guest goes on: `PAGEFERRY_QEMU_HOPS`, or twice.
+fn hops() -> u64 {
+    number("PAGEFERRY_QEMU_HOPS").unwrap_or(2)
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: no number")))
+}
+
+/// `PAGEFERRY_QEMU_CPUS` may say how many vCPUs it has, `PAGEFERRY_QEMU_MIB` how much memory.
 #[test]
 fn a_linux_guest_goes_there_and_back() {
     let Some(rig) = Rig::get() else { return };
     let _turn = turn();
-    let cpus = ["-smp", rig.cpus()];
+    let cpus = number("PAGEFERRY_QEMU_CPUS").unwrap_or(2).to_string();
+    let cpus = ["-smp", &cpus];
     let mut at = rig.start(&cpus);
     at.wait_beats(3);
     let mut console = String::new();
-    for hop in 0..2 {
+    for hop in 0..hops() {
         let next = rig.start_waiting(&cpus);
         let report = migrate(&at, &next, &["--final-check"]);
         assert_eq!(report["verified"], true, "{report}");
@@ -70,6 +81,7 @@ fn a_linux_guest_goes_there_and_back() {
         }
         next.wait_beats(5);
         assert_eq!(at.status(), "postmigrate", "hop {hop}");
+        println!("hop {hop}: downtime {} ms", report["downtime_ms"]);
         console += &at.console();
         at = next;
     }
@@ -87,7 +99,7 @@ fn a_guest_that_stands_still_arrives_as_it_was() {
     migrate(&from, &to, &[]);
     assert_eq!((&from.status()[..], &to.status()[..]), ("postmigrate", "paused"));
     let (from_ram, to_ram) = (from.ram(), to.ram());
-    assert_eq!(from_ram.len(), rig::MEMORY_MIB * MIB);
+    assert!(from_ram.len() >= 256 * MIB && from_ram.len() == to_ram.len());
     let differ = from_ram.chunks(4096).zip(to_ram.chunks(4096)).filter(|(one, other)| one != other).count();
     assert_eq!(differ, 0, "pages");
     to.ask("cont");

@@ -14,7 +14,7 @@ use vmm_shim::vmm::{self, GuestImage, Tracker, Vm, VmConfig};
 
 use crate::common::{MIB, folder, turn};
 use crate::rig::Qemu;
-use crate::{LONG, device, in_lab, migrate_by};
+use crate::{LONG, device, hops, in_lab, migrate_by};
 
 const MEMORY_MIB: usize = 64;
 /// It is written in passes of a second.
@@ -93,14 +93,19 @@ impl Counter {
     }
 }
 
+/// Without one register that QEMU sets whatever KVM says to it, and that a KVM without hardware does not take.
 fn options(rom: &std::path::Path) -> Vec<&str> {
     let rom = rom.to_str().unwrap();
-    vec!["-machine", "q35,memory-backend=ram", "-accel", "kvm", "-cpu", "host", "-bios", rom]
-}
-
-/// How often it goes on: `PAGEFERRY_QEMU_HOPS`, or twice.
-fn hops() -> u64 {
-    std::env::var("PAGEFERRY_QEMU_HOPS").ok().and_then(|hops| hops.parse().ok()).unwrap_or(2)
+    vec![
+        "-machine",
+        "q35,memory-backend=ram",
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host,-arch-capabilities",
+        "-bios",
+        rom,
+    ]
 }
 
 /// Moves it over an address, there and back.

@@ -15,7 +15,8 @@ use testkit::wait_until;
 
 use crate::common::folder;
 
-pub(crate) const MEMORY_MIB: usize = 256;
+/// Memory of a guest, unless `PAGEFERRY_QEMU_MIB` says otherwise.
+const MEMORY_MIB: usize = 256;
 /// A guest boots in ten seconds on an idle host.
 const BOOT: Duration = Duration::from_secs(300);
 
@@ -26,6 +27,8 @@ pub(crate) struct Rig {
     initrd: PathBuf,
     /// The host's KVM runs a Linux guest: in a lab guest it does, while others may be machines without hardware.
     kvm: bool,
+    /// Memory of its guests.
+    mib: usize,
     guests: AtomicU64,
 }
 
@@ -48,7 +51,8 @@ impl Rig {
         let kernel = said.lines().find_map(|line| line.strip_prefix("kernel:")?.split_once("), "));
         let kernel = PathBuf::from(kernel.expect("where the kernel is").1);
         let kvm = std::env::var_os("PAGEFERRY_LAB_HOST").is_some();
-        Ok(Self { folder: folder(), kernel, initrd: initrd()?, kvm, guests: AtomicU64::new(0) })
+        let mib = crate::number("PAGEFERRY_QEMU_MIB").map_or(MEMORY_MIB, |mib| mib as usize);
+        Ok(Self { folder: folder(), kernel, initrd: initrd()?, kvm, mib, guests: AtomicU64::new(0) })
     }
 
     /// How a guest runs. A lab guest emulates KVM's hardware: fewer devices are found there in less time.
@@ -58,11 +62,6 @@ impl Rig {
         } else {
             ["-machine", "q35,memory-backend=ram", "-accel", "tcg,thread=multi", "-cpu", "max"]
         }
-    }
-
-    /// As many vCPUs as a guest can have here that are several, where that does not take too long.
-    pub(crate) fn cpus(&self) -> &'static str {
-        if self.kvm { "1" } else { "2" }
     }
 
     /// A QEMU whose guest boots.
@@ -77,7 +76,7 @@ impl Rig {
 
     /// A QEMU whose memory backend has these options besides.
     pub(crate) fn qemu(&self, backend: &str, more: &[&str]) -> Qemu {
-        self.qemu_of(MEMORY_MIB, backend, more)
+        self.qemu_of(self.mib, backend, more)
     }
 
     /// The same of another size.

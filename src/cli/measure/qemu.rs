@@ -364,7 +364,10 @@ impl Qemu {
         let mut command = place.command(&program);
         match runs {
             Runs::Not => command.args(["-accel", "tcg", "-S"]),
-            Runs::From(firmware) => command.args(["-accel", "kvm", "-cpu", "host", "-bios"]).arg(firmware),
+            // Without a register that QEMU sets whatever KVM says to it, and that a KVM without hardware does not take.
+            Runs::From(firmware) => {
+                command.args(["-accel", "kvm", "-cpu", "host,-arch-capabilities", "-bios"]).arg(firmware)
+            }
         };
         command
             .args(["-machine", "q35,memory-backend=ram", "-nodefaults", "-display", "none"])
