@@ -10,6 +10,8 @@ mod counter;
 mod device;
 #[path = "qemu/faults.rs"]
 mod faults;
+#[path = "qemu/harness.rs"]
+mod harness;
 #[path = "common/in_lab.rs"]
 mod in_lab;
 #[path = "qemu/rig.rs"]
@@ -31,7 +33,7 @@ fn migrate(from: &Qemu, to: &Qemu, options: &[&str]) -> serde_json::Value {
 
 /// The same over this address.
 fn migrate_by(listens: &str, from: &Qemu, to: &Qemu, options: &[&str]) -> serde_json::Value {
-    let (mut receiving, uri) = receive_by(listens, to);
+    let (mut receiving, uri) = receive_with(listens, to, &[]);
     let sending = Ferry::start([&["qemu", "send", &uri, "--qmp", &from.qmp(), "--json"], options].concat());
     let sent = sending.wait_for(LONG);
     let received = receiving.take().unwrap().wait_for(PATIENCE);
@@ -41,11 +43,13 @@ fn migrate_by(listens: &str, from: &Qemu, to: &Qemu, options: &[&str]) -> serde_
 
 /// Has a QEMU's guest come.
 fn receive(to: &Qemu) -> (Option<Ferry>, String) {
-    receive_by("tcp:127.0.0.1:0", to)
+    receive_with("tcp:127.0.0.1:0", to, &[])
 }
 
-fn receive_by(listens: &str, to: &Qemu) -> (Option<Ferry>, String) {
-    let mut receiving = Ferry::start(["qemu", "recv", listens, "--insecure", "--qmp", &to.qmp(), "--json"]);
+/// The same at this address, with options.
+fn receive_with(listens: &str, to: &Qemu, options: &[&str]) -> (Option<Ferry>, String) {
+    let command = ["qemu", "recv", listens, "--insecure", "--qmp", &to.qmp(), "--json"];
+    let mut receiving = Ferry::start([&command[..], options].concat());
     let text = receiving.wait_stderr("listening on ");
     let uri = text.split("listening on ").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
     (Some(receiving), uri)

@@ -22,10 +22,10 @@ const COUNTER: CounterParams =
     CounterParams { working_set: 8 << 20, pages_per_s: 2000, page_words: PAGE_WORDS_MAX };
 
 /// A guest that goes from QEMU to QEMU.
-struct Counter {
+pub(crate) struct Counter {
     folder: TempDir,
     rom: PathBuf,
-    at: Qemu,
+    pub(crate) at: Qemu,
     checker: Checker,
     /// How much of its output was checked, of the QEMU where it is.
     read: usize,
@@ -34,7 +34,7 @@ struct Counter {
 
 impl Counter {
     /// `None`, with the reason printed, where there is no QEMU or no KVM.
-    fn start() -> Option<Self> {
+    pub(crate) fn start() -> Option<Self> {
         if std::process::Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
             println!("skipped: no QEMU: qemu-system-x86_64");
             return None;
@@ -57,7 +57,7 @@ impl Counter {
     }
 
     /// A QEMU that waits for it.
-    fn waiting(&self) -> Qemu {
+    pub(crate) fn waiting(&self) -> Qemu {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
         let ram = self.folder.path().join(number.to_string());
         Qemu::start(
@@ -69,7 +69,7 @@ impl Counter {
     }
 
     /// Checks what it has told since the last look.
-    fn look(&mut self) -> u64 {
+    pub(crate) fn look(&mut self) -> u64 {
         let console = self.at.console();
         // To the checker all of one guest's consoles are one: it never goes back.
         self.checker.feed(Side::Source, &console.as_bytes()[self.read..]).unwrap();
@@ -77,7 +77,7 @@ impl Counter {
         self.checker.passes()[0].0
     }
 
-    fn wait_passes(&mut self, count: u64) {
+    pub(crate) fn wait_passes(&mut self, count: u64) {
         let before = self.look();
         wait_until("it counts and checks", LONG, || self.look() >= before + count);
     }
@@ -88,8 +88,13 @@ impl Counter {
         let report = migrate_by(listens, &self.at, &next, options);
         self.look();
         assert_eq!((&self.at.status()[..], &next.status()[..]), ("postmigrate", "running"));
-        (self.at, self.read) = (next, 0);
+        self.has_gone_to(next);
         report
+    }
+
+    /// It is there now, with all that it has told before looked at.
+    pub(crate) fn has_gone_to(&mut self, next: Qemu) {
+        (self.at, self.read) = (next, 0);
     }
 }
 

@@ -14,14 +14,14 @@ use crate::rig::{self, Qemu, Rig, beats};
 use crate::{LONG, receive};
 
 /// A path that can be cut, and mended.
-struct Path {
-    port: Port,
+pub(crate) struct Path {
+    pub(crate) port: Port,
     down: Arc<AtomicBool>,
     open: Arc<Mutex<Vec<TcpStream>>>,
 }
 
 impl Path {
-    fn to(uri: &str) -> Self {
+    pub(crate) fn to(uri: &str) -> Self {
         let target = uri.strip_prefix("tcp:").unwrap().to_owned();
         let (down, open) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
         let (is_down, all) = (down.clone(), open.clone());
@@ -49,13 +49,13 @@ impl Path {
         Self { port, down, open }
     }
 
-    fn cut(&self) {
+    pub(crate) fn cut(&self) {
         let mut open = self.open.lock().unwrap();
         self.down.store(true, Ordering::SeqCst);
         open.drain(..).for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
     }
 
-    fn mend(&self) {
+    pub(crate) fn mend(&self) {
         self.down.store(false, Ordering::SeqCst);
     }
 }

@@ -183,6 +183,11 @@ impl Qemu {
         format!("unix:{}", self.socket.display())
     }
 
+    /// The socket of its second monitor.
+    pub(crate) fn beside(&self) -> &Path {
+        &self.beside
+    }
+
     /// Ends it at once.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();

@@ -1,6 +1,7 @@
 //! `pageferry qemu recv`: takes a guest in for a QEMU that waits.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use pageferry::backend::{Guest, GuestRam};
@@ -34,6 +35,9 @@ pub(super) struct RecvArgs {
     /// memory by 2 MiB at a time, and hashes all of it
     #[arg(long, value_enum, default_value_t = LargePagesArg::Auto)]
     large_pages: LargePagesArg,
+    /// Wait this many seconds for a source that was lost after the guest had come whole, before it was handed over
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    handover_timeout: u64,
     #[command(flatten)]
     waiting: WaitingArgs,
     /// Print one JSON object at the end instead of text
@@ -70,7 +74,8 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     let ram: Arc<dyn GuestRam> = Arc::new(if args.large_pages.wanted() { ram.enlarging() } else { ram });
     let profile = Profile::qemu(&args.uri, &args.qmp.0, args.api.as_ref().map(|api| api.0.as_path()));
     args.sandbox.enter(profile.reading_anew(&args.waiting.files()))?;
-    let destination = args.waiting.builder()?.bind(&args.uri).map_err(|e| CliError::cannot_start(&e))?;
+    let builder = args.waiting.builder()?.handover_timeout(Duration::from_secs(args.handover_timeout));
+    let destination = builder.bind(&args.uri).map_err(|e| CliError::cannot_start(&e))?;
     let progress = destination.progress();
     let machine = guest.describe().map_err(|e| CliError::cannot_start(&e))?;
     let attached = Attached::new(progress.clone(), machine, ram.layout().bytes());
