@@ -14,6 +14,8 @@ mod faults;
 mod harness;
 #[path = "common/in_lab.rs"]
 mod in_lab;
+#[path = "qemu/memory.rs"]
+mod memory;
 #[path = "qemu/rig.rs"]
 mod rig;
 

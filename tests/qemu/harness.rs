@@ -20,6 +20,8 @@ use crate::{LONG, number, receive_with};
 
 /// A migration takes about so long by the limit of its bandwidth.
 const ROUGHLY_MS: u64 = 900;
+/// A sender that is alone asks for so long, until somebody interrupts it.
+const ASKS: Duration = Duration::from_secs(8);
 /// The handover takes about so long.
 const HANDOVER_US: u64 = 30_000;
 
@@ -191,12 +193,19 @@ impl Run {
         }
     }
 
-    /// Waits until both have ended. How the sender has.
+    /// Waits until both have ended. How the sender has. One that asks whether the destination has the guest does so for as long as
+    /// nobody interrupts it: once nobody can answer any more somebody does.
     fn end(&mut self) -> Ended {
+        let mut alone = None;
         wait_until("both end", LONG, || {
             self.look();
-            self.sending.as_mut().is_none_or(Ferry::has_ended)
-                && self.receiving.as_mut().is_none_or(Ferry::has_ended)
+            let (sending, receiving) = (self.sending.as_mut(), self.receiving.as_mut());
+            let ended = [sending, receiving].map(|who| who.is_none_or(Ferry::has_ended));
+            if ended == [false, true] && alone.get_or_insert_with(Instant::now).elapsed() > ASKS {
+                alone = Some(Instant::now());
+                self.sending.as_ref().unwrap().signal("TERM");
+            }
+            ended == [true, true]
         });
         drop(self.receiving.take());
         self.sending.take().expect("it was started").wait()

@@ -268,6 +268,23 @@ impl GuestMemory {
         Ok(Self { others: true, ..memory })
     }
 
+    /// Makes holes of all of it, so that it reads as zeros, as new.
+    ///
+    /// # Errors
+    /// Where the file system refuses, and of a file that is open for reading only.
+    pub fn clear(&self) -> Result<(), BackendError> {
+        if self.private_file {
+            return Err(BackendError::invalid("clear memory: its file is open for reading only"));
+        }
+        for (index, region) in self.layout.regions().iter().enumerate() {
+            let name = &region.name;
+            self.mapped(index)
+                .discard(0, region.len)
+                .map_err(|e| BackendError::new(format!("make a hole of region {name:?}"), e))?;
+        }
+        Ok(())
+    }
+
     fn over_file(
         layout: Layout,
         file: File,

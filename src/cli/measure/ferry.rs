@@ -63,15 +63,13 @@ impl Ferry<'_> {
         // Without, whoever reaches it sees what was made for this.
         recv.args([&uri, "--json", "--insecure"]);
         under_tls(&mut recv, job);
-        let mut recv = self.start(&mut recv)?;
-        if let Some(Err(text)) = recv.stderr().map(wait_until_it_listens) {
-            return Err(reason(&text));
-        }
+        let mut recv = start(&mut recv)?;
+        wait_until_ready(&mut recv)?;
         let received = recv.stdout().map(first_line);
         send.args([&uri, "--json", "--streams", &self.streams.to_string(), "--codec", self.codec]);
         under_tls(&mut send, job);
         let begin = Instant::now();
-        let mut send = self.start(&mut send)?;
+        let mut send = start(&mut send)?;
         let watch = |process: &Running| job.watch_memory.then(|| MemoryWatch::start(process.id()));
         let (send_memory, recv_memory) = (watch(&send), watch(&recv));
         let sent = send.stdout().map(first_line);
@@ -90,10 +88,19 @@ impl Ferry<'_> {
             destination_private_bytes: most(recv_memory),
         })
     }
+}
 
-    fn start(&self, command: &mut Command) -> Result<Running, String> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Running::start(command).map_err(|e| format!("{}: {e}", self.program.display()))
+/// Starts one of the commands.
+pub(super) fn start(command: &mut Command) -> Result<Running, String> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Running::start(command).map_err(|e| format!("{}: {e}", command.get_program().display()))
+}
+
+/// Waits until a destination listens. The error is why it does not.
+pub(super) fn wait_until_ready(recv: &mut Running) -> Result<(), String> {
+    match recv.stderr().map(wait_until_it_listens) {
+        Some(Err(text)) => Err(reason(&text)),
+        _ => Ok(()),
     }
 }
 

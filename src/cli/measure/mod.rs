@@ -4,6 +4,7 @@
 //! everything. What either says of itself is kept besides.
 
 pub mod ferry;
+pub mod live;
 pub mod process;
 pub mod qemu;
 

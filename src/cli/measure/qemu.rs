@@ -53,7 +53,7 @@ impl Mode {
         if matches!(self, Self::Rdma | Self::RdmaPinAll) { "rdma" } else { "tcp" }
     }
 
-    fn parameters(self) -> Value {
+    pub(super) fn parameters(self) -> Value {
         let mut parameters = json!({"max-bandwidth": BANDWIDTH, "downtime-limit": 300});
         if let Self::Multifd(channels) | Self::MultifdZstd(channels, _) = self {
             parameters["multifd-channels"] = channels.into();
@@ -184,8 +184,7 @@ impl Pair {
         let mut pair = start_pair(job, None)?;
         for qemu in [&mut pair.source, &mut pair.destination] {
             qemu.connect()?;
-            // Its monitor has one client at a time.
-            qemu.link = None;
+            qemu.part();
         }
         Ok(pair)
     }
@@ -194,124 +193,6 @@ impl Pair {
     pub fn sockets(&self) -> [&Path; 2] {
         [&self.source.socket, &self.destination.socket]
     }
-}
-
-/// What helps QEMU to move a guest that runs, and writes more than its link carries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Help {
-    /// Nothing: one connection.
-    None,
-    /// Throttled vCPUs.
-    AutoConverge,
-    /// Postcopy after this time.
-    Postcopy(Duration),
-    /// zstd, over four connections.
-    Zstd,
-}
-
-/// One move of a running guest by QEMU.
-#[derive(Clone, Copy, Debug)]
-pub struct LiveJob<'a> {
-    /// The guest's RAM, a file.
-    pub ram: &'a Path,
-    /// What leads from the reset vector into what that holds.
-    pub firmware: &'a Path,
-    /// Where the source runs.
-    pub source: &'a Place,
-    /// Where the destination runs.
-    pub destination: &'a Place,
-    /// Address and port of the destination.
-    pub address: &'a str,
-    /// A folder for sockets and logs.
-    pub folder: &'a Path,
-    /// What helps it.
-    pub help: Help,
-    /// The downtime limit.
-    pub downtime_limit: Duration,
-    /// How long the guest runs before it is moved.
-    pub warm_up: Duration,
-    /// How long the move may take.
-    pub patience: Duration,
-    /// Address of 8 bytes of the guest's memory that are read in the end.
-    pub word: u64,
-}
-
-/// What became of it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Lived {
-    /// QEMU's word for how the migration stands.
-    pub status: String,
-    /// How long it took, or was waited for.
-    pub took: Duration,
-    /// QEMU's count of rounds.
-    pub rounds: u64,
-    /// Downtime that QEMU reports, in milliseconds, where it ended.
-    pub downtime_ms: Option<f64>,
-    /// Downtime that it expects, in milliseconds.
-    pub expected_ms: Option<f64>,
-    /// The word that was asked for, where the guest has arrived.
-    pub word: Option<u64>,
-}
-
-/// Starts a guest under KVM and moves it while it runs.
-///
-/// # Errors
-/// What QEMU says, or that it does not answer or is not there.
-pub fn migrate_live(job: &LiveJob<'_>) -> Result<Lived, String> {
-    let length = job.ram.metadata().map_err(|e| format!("{}: {e}", job.ram.display()))?.len();
-    let runs = Runs::From(job.firmware);
-    let start = |ram, name, place, incoming| {
-        Qemu::start(ram, length, runs, &job.folder.join(name), place, incoming, None)
-    };
-    let mut destination = start(Target::Anonymous, "destination.qmp", job.destination, true)?;
-    let mut source = start(Target::File(job.ram), "source.qmp", job.source, false)?;
-    let limit_ms = job.downtime_limit.as_millis() as u64;
-    let (mode, capability) = match job.help {
-        Help::None => (Mode::Tcp, None),
-        Help::AutoConverge => (Mode::Tcp, Some("auto-converge")),
-        Help::Postcopy(_) => (Mode::Tcp, Some("postcopy-ram")),
-        Help::Zstd => (Mode::MultifdZstd(4, None), Some("multifd")),
-    };
-    let mut parameters = mode.parameters();
-    parameters["downtime-limit"] = limit_ms.into();
-    for qemu in [&mut source, &mut destination] {
-        qemu.set_up(capability, &parameters)?;
-    }
-    let uri = format!("tcp:{}", job.address);
-    destination.ask("migrate-incoming", &json!({ "uri": uri }))?;
-    std::thread::sleep(job.warm_up);
-    let begin = Instant::now();
-    source.ask("migrate", &json!({ "uri": uri }))?;
-    let mut asked_for_postcopy = false;
-    let state = loop {
-        std::thread::sleep(Duration::from_millis(100));
-        let state = source.ask("query-migrate", &json!({}))?;
-        if matches!(state["status"].as_str(), Some("completed" | "failed" | "cancelled"))
-            || begin.elapsed() > job.patience
-        {
-            break state;
-        }
-        if matches!(job.help, Help::Postcopy(after) if begin.elapsed() > after && !asked_for_postcopy) {
-            source.ask("migrate-start-postcopy", &json!({}))?;
-            asked_for_postcopy = true;
-        }
-    };
-    let took = begin.elapsed();
-    let status = state["status"].as_str().unwrap_or("unknown").to_owned();
-    let word = if status == "completed" {
-        destination.wait_for_migration(begin)?;
-        Some(destination.word_at(job.word, &job.folder.join("word"))?)
-    } else {
-        None
-    };
-    Ok(Lived {
-        took,
-        rounds: state["ram"]["dirty-sync-count"].as_u64().unwrap_or(0),
-        downtime_ms: state["downtime"].as_f64(),
-        expected_ms: state["expected-downtime"].as_f64(),
-        status,
-        word,
-    })
 }
 
 /// QEMU's name and version, or that there is none.
@@ -325,7 +206,7 @@ pub fn version() -> String {
 
 /// Whether a QEMU's guest runs.
 #[derive(Clone, Copy)]
-enum Runs<'a> {
+pub(super) enum Runs<'a> {
     /// It is paused, and stays so.
     Not,
     /// Under KVM, from this firmware.
@@ -333,14 +214,14 @@ enum Runs<'a> {
 }
 
 /// A QEMU with its guest.
-struct Qemu {
-    child: Running,
-    socket: PathBuf,
+pub(super) struct Qemu {
+    pub(super) child: Running,
+    pub(super) socket: PathBuf,
     link: Option<BufReader<UnixStream>>,
 }
 
 impl Qemu {
-    fn start(
+    pub(super) fn start(
         ram: Target<'_>,
         length: u64,
         runs: Runs<'_>,
@@ -390,8 +271,13 @@ impl Qemu {
         Ok(Self { child, socket: socket.into(), link: None })
     }
 
+    /// Lets another client have its monitor, which serves one at a time.
+    pub(super) fn part(&mut self) {
+        self.link = None;
+    }
+
     /// Waits for the socket, and greets.
-    fn connect(&mut self) -> Result<(), String> {
+    pub(super) fn connect(&mut self) -> Result<(), String> {
         let deadline = Instant::now() + ANSWER_PATIENCE;
         let stream = loop {
             match UnixStream::connect(&self.socket) {
@@ -409,7 +295,7 @@ impl Qemu {
     }
 
     /// Greets it, and sets one side of a migration up.
-    fn set_up(&mut self, capability: Option<&str>, parameters: &Value) -> Result<(), String> {
+    pub(super) fn set_up(&mut self, capability: Option<&str>, parameters: &Value) -> Result<(), String> {
         self.connect()?;
         if let Some(capability) = capability {
             let on = json!([{"capability": capability, "state": true}]);
@@ -419,7 +305,7 @@ impl Qemu {
     }
 
     /// One command; its return value.
-    fn ask(&mut self, command: &str, arguments: &Value) -> Result<Value, String> {
+    pub(super) fn ask(&mut self, command: &str, arguments: &Value) -> Result<Value, String> {
         let broke = |e: &dyn fmt::Display| format!("QEMU does not answer {command}: {e}");
         let link = self.link.as_mut().ok_or("QEMU is not connected")?;
         let line = json!({"execute": command, "arguments": arguments}).to_string() + "\n";
@@ -433,7 +319,7 @@ impl Qemu {
     }
 
     /// Waits for the end of a migration that began at `begin`; returns what QEMU says of it.
-    fn wait_for_migration(&mut self, begin: Instant) -> Result<Value, String> {
+    pub(super) fn wait_for_migration(&mut self, begin: Instant) -> Result<Value, String> {
         loop {
             let state = self.ask("query-migrate", &json!({}))?;
             match state["status"].as_str() {
@@ -451,7 +337,7 @@ impl Qemu {
     }
 
     /// 8 bytes of the guest's memory, by way of a file.
-    fn word_at(&mut self, address: u64, file: &Path) -> Result<u64, String> {
+    pub(super) fn word_at(&mut self, address: u64, file: &Path) -> Result<u64, String> {
         self.ask("pmemsave", &json!({"val": address, "size": 8, "filename": file}))?;
         let bytes = std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
         let word = bytes.try_into().map_err(|_| format!("{}: not 8 bytes", file.display()))?;

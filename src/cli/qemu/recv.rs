@@ -71,7 +71,8 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     }
     let guest = super::attach(&args.qmp.0, Role::Destination)?;
     let ram = guest.memory().map_err(|e| CliError::cannot_start(&e))?;
-    let ram: Arc<dyn GuestRam> = Arc::new(if args.large_pages.wanted() { ram.enlarging() } else { ram });
+    let memory = Arc::new(if args.large_pages.wanted() { ram.enlarging() } else { ram });
+    let ram: Arc<dyn GuestRam> = memory.clone();
     let profile = Profile::qemu(&args.uri, &args.qmp.0, args.api.as_ref().map(|api| api.0.as_path()));
     args.sandbox.enter(profile.reading_anew(&args.waiting.files()))?;
     let builder = args.waiting.builder()?.handover_timeout(Duration::from_secs(args.handover_timeout));
@@ -94,6 +95,12 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     let result = arriving.wait();
     bar.finish();
     let end = result.map(drop).map_err(|error| verdict(&error));
+    if end.is_err()
+        && guest.still_waits()
+        && let Err(e) = memory.clear()
+    {
+        tracing::warn!("start QEMU anew for another attempt: {}", words::explain(&e));
+    }
     output::print(&words::report(&progress), args.json);
     end
 }

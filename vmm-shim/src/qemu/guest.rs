@@ -147,6 +147,11 @@ impl QemuGuest {
         &self.machine
     }
 
+    /// Whether it still waits for its first state: then another guest may come, once its memory is as new.
+    pub fn still_waits(&self) -> bool {
+        !self.loaded.load(Ordering::SeqCst) && status_of(&self.qmp).is_ok_and(|status| status == "inmigrate")
+    }
+
     /// What it is, for people.
     ///
     /// # Errors

@@ -10,9 +10,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use testkit::{PATIENCE, wait_until};
 
-use super::Qmp;
 use super::control::Control;
 use super::written::Writes;
+use super::{Qmp, blocks};
 
 /// What was said to a monitor, and whether its guest runs.
 #[derive(Debug, Default)]
@@ -21,6 +21,8 @@ struct Guest {
     runs: bool,
     /// Commands before whose answer the connection breaks, once each.
     breaks_at: Vec<&'static str>,
+    /// What commands of the human monitor print.
+    prints: Vec<(&'static str, &'static str)>,
 }
 
 /// A monitor at `path`, with a guest that runs.
@@ -51,6 +53,9 @@ fn monitor(path: &Path, breaks_at: &[&'static str]) -> Arc<Mutex<Guest>> {
                     _ => {}
                 }
                 let status = if guest.runs { "running" } else { "paused" };
+                let line = request["arguments"]["command-line"].as_str();
+                let printed = line.map(|line| guest.prints.iter().find(|(command, _)| *command == line));
+                let printed = printed.map(|printed| json!(printed.map_or("", |(_, text)| text)));
                 drop(guest);
                 writeln!(client, "{}", json!({ "event": "NOBODY_ASKED" })).unwrap();
                 let id = &request["id"];
@@ -60,7 +65,10 @@ fn monitor(path: &Path, breaks_at: &[&'static str]) -> Arc<Mutex<Guest>> {
                         "{}",
                         json!({ "error": { "desc": "it does not like to" }, "id": id })
                     ),
-                    _ => writeln!(client, "{}", json!({ "return": { "status": status }, "id": id })),
+                    _ => {
+                        let answer = printed.unwrap_or_else(|| json!({ "status": status }));
+                        writeln!(client, "{}", json!({ "return": answer, "id": id }))
+                    }
                 };
             }
         }
@@ -88,6 +96,31 @@ fn a_connection_that_breaks_is_made_anew_for_what_may_be_said_twice() {
 
 fn folder_fd(folder: &tempfile::TempDir) -> std::fs::File {
     std::fs::File::open(folder.path()).unwrap()
+}
+
+#[test]
+fn whoever_writes_unseen_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("qmp");
+    let guest = monitor(&path, &[]);
+    let qmp = Qmp::connect(&path).unwrap();
+    let mut says = |tree, network| {
+        guest.lock().unwrap().prints = vec![("info qtree", tree), ("info network", network)];
+        blocks::refuse_unseen_writers(&qmp).map_err(|e| e.to_string())
+    };
+    // As QEMU prints them: tap with vhost writes as QEMU's process.
+    let own = "bus: main-system-bus\n  dev: q35-pcihost, id \"\"\n      dev: virtio-net-pci, id \"n0\"\n        vhost = true\n";
+    let tap = "n0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56\n \\ t0: index=0,type=tap,ifname=tap0\n";
+    says(own, tap).unwrap();
+    let device = says("  dev: vfio-pci, id \"gpu\"\n    host = \"0000:01:00.0\"\n", "").unwrap_err();
+    assert!(device.contains("`vfio-pci, id \"gpu\"`") && device.contains("device_del"), "{device}");
+    for kind in ["vhost-user-blk-pci", "vhost-user-fs-pci", "vhost-vdpa-device-pci", "ivshmem-plain"] {
+        let tree: &'static str = format!("    dev: {kind}, id \"\"\n").leak();
+        assert!(says(tree, "").is_err_and(|e| e.contains(kind)), "{kind}");
+    }
+    let switch = " \\ ovs0: index=0,type=vhost-user\n";
+    let network = says(own, switch).unwrap_err();
+    assert!(network.contains("`ovs0`"), "{network}");
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! The peer of `benches/converge.sh`: QEMU's migration of a guest that runs and writes faster than its link carries. That script says what
-//! is compared and makes the link.
+//! The peer of `benches/converge.sh`: QEMU's migration of a guest that runs and writes faster than its link carries, and pageferry's from
+//! beside it. That script and `benches/beside.sh` say what is compared, and make the link.
 
 use std::fs;
 use std::io;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use pageferry::measure::Place;
-use pageferry::measure::qemu::{self, Help, LiveJob};
+use pageferry::measure::live::{self, Help, LiveJob, Mover};
 use pageferry::print;
 use vmm_shim::guest_memory::{Backing, GuestMemory};
 use vmm_shim::guests::counter::{CounterParams, PAGE_WORDS_MAX};
@@ -21,7 +21,7 @@ const POSTCOPY_AFTER: Duration = Duration::from_secs(20);
 /// How long the guest runs first: two passes over its memory.
 const WARM_UP: Duration = Duration::from_secs(6);
 
-/// QEMU moves a running guest; prints a line as benches/converge.sh does
+/// QEMU, or pageferry from beside it, moves a running guest; prints a line as benches/converge.sh does
 #[derive(Debug, Args)]
 pub(crate) struct LiveArgs {
     /// The name it has there
@@ -53,6 +53,15 @@ pub(crate) struct LiveArgs {
     /// How many seconds the move may take
     #[arg(long, default_value_t = 120)]
     seconds: u64,
+    /// Moved from beside QEMU, by this `pageferry`, instead
+    #[arg(long, value_name = "PROGRAM")]
+    beside: Option<PathBuf>,
+    /// How long the guest runs first, in seconds; without, two passes over its memory
+    #[arg(long)]
+    warm_up: Option<u64>,
+    /// Options for `pageferry qemu send`
+    #[arg(last = true)]
+    options: Vec<String>,
     /// A folder for the guest's RAM; it should be on a tmpfs
     #[arg(long, default_value = "/dev/shm")]
     folder: PathBuf,
@@ -90,22 +99,26 @@ fn move_guest(args: &LiveArgs, folder: &Path) -> Result<(), String> {
     let (ram, rom) = (folder.join("ram"), folder.join("firmware"));
     let tsc_khz = make_guest(args, &ram, &rom)?;
     let [source, destination] = [&args.source, &args.destination].map(Place::namespace);
-    let lived = qemu::migrate_live(&LiveJob {
+    let lived = live::migrate_live(&LiveJob {
         ram: &ram,
         firmware: &rom,
         source: &source,
         destination: &destination,
         address: &args.address,
         folder,
-        help: args.case.help(),
+        mover: args
+            .beside
+            .as_deref()
+            .map_or(Mover::Qemu(args.case.help()), |program| Mover::Beside(program, &args.options)),
         downtime_limit: Duration::from_millis(args.downtime_limit),
-        warm_up: WARM_UP,
+        warm_up: args.warm_up.map_or(WARM_UP, Duration::from_secs),
         patience: Duration::from_secs(args.seconds),
         word: map::GAPS,
     })?;
     let or = |value: Option<f64>| value.map_or_else(|| "?".into(), |value| format!("{value:.0}"));
     print::line(format_args!(
-        "QEMU {}: {} after {} s and {} rounds; downtime {} ms, expected {} ms; the guest stood still for {} ms",
+        "{} {}: {} after {} s and {} rounds; downtime {} ms, expected {} ms; the guest stood still for {} ms",
+        if args.beside.is_some() { "beside" } else { "QEMU" },
         args.case.to_possible_value().map_or_else(String::new, |name| name.get_name().to_owned()),
         lived.status,
         lived.took.as_secs(),
