@@ -6,6 +6,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use serde_json::json;
 use testkit::proxy::Port;
 use testkit::{PATIENCE, wait_until};
 
@@ -121,6 +122,27 @@ fn a_link_that_is_cut_for_a_while_is_taken_up_again() {
     assert!(report["reconnects"].as_u64().is_some_and(|count| count >= 1), "{report}");
     it.to.wait_beats(3);
     rig::check_console(&(it.from.console() + &it.to.console()));
+}
+
+/// What that is worth: by itself, over the same link, QEMU has failed.
+#[test]
+fn qemu_alone_fails_where_a_link_is_cut() {
+    let Some(rig) = Rig::get() else { return };
+    let _turn = turn();
+    let (from, to) = (rig.start(&[]), rig.start_waiting(&[]));
+    from.wait_beats(3);
+    to.ask_with("migrate-incoming", &json!({ "uri": "tcp:127.0.0.1:0" }));
+    let listens = &to.ask("query-migrate")["socket-address"][0];
+    let path = Path::to(&format!("tcp:127.0.0.1:{}", listens["port"].as_str().unwrap()));
+    from.ask_with("migrate-set-parameters", &json!({ "max-bandwidth": 30 << 20 }));
+    from.ask_with("migrate", &json!({ "uri": path.port.uri() }));
+    wait_until("pages come", LONG, || to.populated_bytes() > 8 << 20);
+    path.cut();
+    let told = beats(&from.console());
+    from.wait_beats(told + 3);
+    path.mend();
+    wait_until("it has failed", LONG, || from.ask("query-migrate")["status"] == "failed");
+    runs_on(&from);
 }
 
 #[test]

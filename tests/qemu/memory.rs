@@ -9,7 +9,7 @@ use testkit::{PATIENCE, Rng};
 
 use crate::common::{Ferry, MIB, folder, turn};
 use crate::migrate;
-use crate::rig::{Qemu, Rig};
+use crate::rig::{self, Qemu, Rig};
 use crate::{receive, refused};
 
 /// A guest that never runs.
@@ -137,4 +137,39 @@ fn a_failed_attempt_leaves_a_destination_fresh() {
     assert_eq!(to.populated_bytes(), 0);
     migrate(&from, &to, &[]);
     assert!(from.ram() == to.ram());
+}
+
+/// Its devices' memory moves with it, where QEMU hands that over (10.0); before, in QEMU's own stream (until 8.0).
+#[test]
+fn a_guest_in_memfds_goes_there_and_back() {
+    let Some(rig) = Rig::get() else { return };
+    let _turn = turn();
+    let probe = rig.start(&["-S"]);
+    let version = &probe.ask("query-version")["qemu"];
+    let version = (version["major"].as_u64().unwrap(), version["minor"].as_u64().unwrap());
+    drop(probe);
+    if ((8, 1)..(10, 0)).contains(&version) {
+        return println!("skipped: QEMU {}.{} moves no memory of memfds from outside", version.0, version.1);
+    }
+    let machine = if version >= (10, 0) { "memory-backend=fd,aux-ram-share=on" } else { "memory-backend=fd" };
+    let memory =
+        ["-object", "memory-backend-memfd,id=fd,size=256M,share=on", "-machine", machine, "-device", "VGA"];
+    let mut at = rig.start(&memory);
+    at.wait_beats(3);
+    let mut console = String::new();
+    for _ in 0..2 {
+        let next = rig.start_waiting(&memory);
+        migrate(&at, &next, &["--final-check"]);
+        next.wait_beats(3);
+        console += &at.console();
+        at = next;
+    }
+    rig::check_console(&(console + &at.console()));
+    if version >= (10, 0) {
+        // What QEMU was set to is as before.
+        assert_eq!(at.ask("query-migrate-parameters")["mode"], "normal");
+        let private =
+            rig.start(&[&memory[..2], &["-machine", "memory-backend=fd,aux-ram-share=off", "-S"]].concat());
+        refused("send", &private, &["memfd", "aux-ram-share=on", "memory-backend-file"]);
+    }
 }

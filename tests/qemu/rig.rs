@@ -196,11 +196,17 @@ impl Qemu {
 
     /// Has a command done over its second monitor.
     pub(crate) fn ask(&self, command: &str) -> Value {
+        self.ask_with(command, &json!({}))
+    }
+
+    /// The same with arguments.
+    pub(crate) fn ask_with(&self, command: &str, arguments: &Value) -> Value {
         let mut stream = UnixStream::connect(&self.beside).unwrap();
         let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map(|line| line.unwrap());
         lines.next().expect("a greeting");
-        for command in ["qmp_capabilities", command] {
-            writeln!(stream, "{}", json!({ "execute": command, "id": command })).unwrap();
+        for (command, arguments) in [("qmp_capabilities", &json!({})), (command, arguments)] {
+            let request = json!({ "execute": command, "arguments": arguments, "id": command });
+            writeln!(stream, "{request}").unwrap();
         }
         let answers = lines.map(|line| serde_json::from_str::<Value>(&line).unwrap());
         let answer = answers.into_iter().find(|answer| answer["id"] == command).expect("an answer");

@@ -78,6 +78,7 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     let builder = args.waiting.builder()?.handover_timeout(Duration::from_secs(args.handover_timeout));
     let destination = builder.bind(&args.uri).map_err(|e| CliError::cannot_start(&e))?;
     let progress = destination.progress();
+    let notes = guest.own_memory();
     let machine = guest.describe().map_err(|e| CliError::cannot_start(&e))?;
     let attached = Attached::new(progress.clone(), machine, ram.layout().bytes());
     let attached = attached.listening_on(destination.uri().to_string());
@@ -101,7 +102,9 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
     {
         tracing::warn!("start QEMU anew for another attempt: {}", words::explain(&e));
     }
-    output::print(&words::report(&progress), args.json);
+    let mut report = words::report(&progress);
+    report.notes.extend(notes);
+    output::print(&report, args.json);
     end
 }
 

@@ -95,6 +95,7 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
     let source = source.build().map_err(|e| CliError::usage(explain(&e)))?;
     // Whatever may fail comes before a migration that would be left in its midst.
     let machine = guest.describe().map_err(|e| CliError::cannot_start(&e))?;
+    let notes = guest.own_memory();
     let api = commanded::open(args.api.as_ref())?;
     let migration = source.start(&args.uri).map_err(|e| CliError::cannot_start(&e))?;
     let progress = migration.progress();
@@ -108,6 +109,8 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
     let bar = output::Bar::start(&progress, args.json);
     let result = migration.wait();
     bar.finish();
-    output::print(&words::report(&progress), args.json);
+    let mut report = words::report(&progress);
+    report.notes.extend(notes);
+    output::print(&report, args.json);
     result.map(drop).map_err(|failure| verdict(&failure))
 }

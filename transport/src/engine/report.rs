@@ -307,6 +307,9 @@ pub struct Report {
     /// Pages that were not as they had been sent, and that the dirty log had not told of, where all of memory was compared in the end.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub final_check_pages: Option<u64>,
+    /// What is not as the rest of this may make one think, and is right so: memory that is the destination's own, say.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub notes: Vec<String>,
     /// What the downtime was predicted to be at the switchover, or would be now, in milliseconds; 0 while it cannot be told.
     pub expected_downtime_ms: f64,
     /// The downtime that is aimed for, in milliseconds.
@@ -476,6 +479,9 @@ impl Report {
         }
         if let Some(pages) = self.final_check_pages {
             line("final check:", format!("{pages} pages (written unnoticed, and sent)"));
+        }
+        for note in &self.notes {
+            line("note:", note.clone());
         }
         if !self.throttle_percent.is_empty() {
             let percents: Vec<String> = self.throttle_percent.iter().map(u8::to_string).collect();

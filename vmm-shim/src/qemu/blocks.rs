@@ -8,6 +8,7 @@ use pagecopy::backend::BackendError;
 use serde_json::{Value, json};
 
 use super::Qmp;
+use crate::foreign::Process;
 
 /// What to start a QEMU with whose memory can be moved.
 const SHARED: &str = "start both QEMUs with `-object memory-backend-file,id=ID,size=SIZE,mem-path=FILE,share=on`, and \
@@ -56,45 +57,80 @@ impl Block {
     }
 }
 
-/// Finds a QEMU's memory in shared files, in the order of names.
+/// How a QEMU leaves memory out of its own stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LeftOut {
+    /// What is in shared files, by the capability `x-ignore-shared`.
+    SharedFiles,
+    /// All blocks, by the migration mode `cpr-transfer`: memfds are no shared files to it since 8.1.
+    All,
+}
+
+/// Finds a QEMU's memory in shared files, in the order of names, and how it leaves that out of its own stream.
 ///
 /// # Errors
 /// Where some of it is in no shared file, or a file cannot be opened. The text names the backend and what helps.
-pub(super) fn find(qmp: &Qmp) -> Result<Vec<Block>, BackendError> {
-    let names = ram_blocks(qmp)?;
+pub(super) fn find(qmp: &Qmp) -> Result<(Vec<Block>, LeftOut), BackendError> {
+    let table = ram_blocks(qmp)?;
     let backends = backends(qmp)?;
-    let mut blocks = Vec::new();
+    let (mut blocks, mut left_out) = (Vec::new(), LeftOut::SharedFiles);
     for backend in backends.as_array().into_iter().flatten() {
         let id = backend["id"].as_str().unwrap_or_default();
         let canonical = format!("/objects/{id}");
         // One that no machine uses has no block.
-        let Some(name) = names.iter().find(|&name| name == id || *name == canonical) else { continue };
+        let Some(RamBlock { name, .. }) = table.iter().find(|one| one.name == id || one.name == canonical)
+        else {
+            continue;
+        };
         let bytes = backend["size"].as_u64().unwrap_or(0);
         let kind = property(qmp, &canonical, "type")?.as_str().unwrap_or_default().to_owned();
         let shared = backend["share"].as_bool().unwrap_or(false);
-        check(qmp, id, &kind, shared)?;
+        if check(qmp, id, &kind, shared)? == LeftOut::All {
+            left_out = LeftOut::All;
+        }
         let (file, path) = open(qmp, id, &canonical, bytes)?;
         blocks.push(Block { name: name.clone(), bytes, file, path });
     }
     if blocks.is_empty() {
         return Err(BackendError::invalid(format!("this QEMU has no memory in a shared file: {SHARED}")));
     }
+    if left_out == LeftOut::All {
+        add_devices_memory(qmp, &table, &mut blocks)?;
+    }
     blocks.sort_by(|one, other| one.name.cmp(&other.name));
-    Ok(blocks)
+    Ok((blocks, left_out))
+}
+
+/// Adds what devices have for memory, such as a display's. What the guest cannot write is the destination's own: ROMs and tables, which
+/// both QEMUs make alike.
+fn add_devices_memory(qmp: &Qmp, table: &[RamBlock], blocks: &mut Vec<Block>) -> Result<(), BackendError> {
+    if property(qmp, "/machine", "aux-ram-share").ok().and_then(|shared| shared.as_bool()) != Some(true) {
+        let what = "QEMU's memory is in a memfd, and its devices' memory is private to it: start both QEMUs with \
+                    `-machine aux-ram-share=on`, or with memory-backend-file";
+        return Err(BackendError::invalid(what));
+    }
+    for RamBlock { name, bytes, address, writable } in table {
+        if *writable && !blocks.iter().any(|block| block.name == *name) {
+            let (file, path) = at_address(qmp.pid(), name, *address)?;
+            blocks.push(Block { name: name.clone(), bytes: *bytes, file, path });
+        }
+    }
+    Ok(())
 }
 
 /// Refuses memory that QEMU's own stream would carry, or nobody else can have.
-fn check(qmp: &Qmp, id: &str, kind: &str, shared: bool) -> Result<(), BackendError> {
+fn check(qmp: &Qmp, id: &str, kind: &str, shared: bool) -> Result<LeftOut, BackendError> {
     // What QEMU leaves out are blocks in named files, since 8.1; before, all that are shared.
     let named_alone = qmp.version() >= (8, 1);
     let why = match kind {
         "memory-backend-file" | "memory-backend-memfd" if !shared => {
             "its memory is private to QEMU (share=off)"
         }
+        "memory-backend-memfd" if qmp.version() >= (10, 0) => return Ok(LeftOut::All),
         "memory-backend-memfd" if named_alone => {
-            "QEMU leaves the memory of memfds out of its own stream up to version 8.0 alone"
+            "QEMU leaves the memory of memfds out of its own stream up to version 8.0, and from 10.0 on"
         }
-        "memory-backend-file" | "memory-backend-memfd" => return Ok(()),
+        "memory-backend-file" | "memory-backend-memfd" => return Ok(LeftOut::SharedFiles),
         "memory-backend-ram" => "its memory is private to QEMU",
         _ => "its memory is of a kind that is not known here",
     };
@@ -104,10 +140,33 @@ fn check(qmp: &Qmp, id: &str, kind: &str, shared: bool) -> Result<(), BackendErr
     ))
 }
 
-/// The names of all RAM blocks.
-fn ram_blocks(qmp: &Qmp) -> Result<Vec<String>, BackendError> {
+/// A RAM block, as QEMU tells of it.
+#[derive(Debug)]
+struct RamBlock {
+    name: String,
+    bytes: u64,
+    /// Where QEMU has it.
+    address: u64,
+    /// Whether the guest may write it, where this QEMU tells.
+    writable: bool,
+}
+
+/// All RAM blocks.
+fn ram_blocks(qmp: &Qmp) -> Result<Vec<RamBlock>, BackendError> {
     let table = monitor(qmp, "info ramblock")?;
-    Ok(table.lines().skip(1).filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect())
+    Ok(table.lines().skip(1).filter_map(RamBlock::of_line).collect())
+}
+
+impl RamBlock {
+    /// `NAME  4 KiB  OFFSET  USED  TOTAL [HVA  rw|ro]`; the last two since 8.0.
+    fn of_line(line: &str) -> Option<Self> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let number =
+            |at: usize| words.get(at).and_then(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok());
+        let name = (*words.first()?).to_owned();
+        let writable = words.get(7) == Some(&"rw");
+        Some(Self { name, bytes: number(4).unwrap_or(0), address: number(6).unwrap_or(0), writable })
+    }
 }
 
 /// What a command of the human monitor prints.
@@ -192,6 +251,34 @@ fn mapped_inodes(pid: u32) -> Option<Vec<u64>> {
     )
 }
 
+/// Opens the memfd that a process has mapped at an address.
+fn at_address(pid: u32, name: &str, address: u64) -> Result<(File, PathBuf), BackendError> {
+    let lost = || {
+        BackendError::invalid(format!(
+            "the memfd of QEMU's memory {name:?}, mapped at {address:#x} by its process {pid}, was not found among its descriptors"
+        ))
+    };
+    let process = Process::open(pid)?;
+    let mapped = process.mappings_in(&(address..address + 1))?;
+    let inode =
+        mapped.first().filter(|mapping| mapping.shared && mapping.offset == 0).ok_or_else(lost)?.inode;
+    let folder = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .map_err(|e| of_process(pid, name, "look through the descriptors", e))?;
+    for entry in folder.flatten() {
+        if std::fs::metadata(entry.path()).is_ok_and(|meta| meta.is_file() && meta.ino() == inode) {
+            let file =
+                open_shared(&entry.path()).map_err(|e| of_process(pid, name, "open a descriptor", e))?;
+            return Ok((file, entry.path()));
+        }
+    }
+    Err(lost())
+}
+
+fn of_process(pid: u32, id: &str, what: &str, e: std::io::Error) -> BackendError {
+    let hint = "run this as the user of QEMU, or as root (CAP_SYS_PTRACE and CAP_DAC_OVERRIDE)";
+    BackendError::new(format!("{what} of QEMU's process {pid} for its memory backend `{id}`; {hint}"), e)
+}
+
 /// The same of a file whose path is gone, or that never had one, by QEMU's own descriptor.
 fn of_descriptor(
     pid: u32,
@@ -199,10 +286,7 @@ fn of_descriptor(
     path: Option<&Path>,
     bytes: u64,
 ) -> Result<(File, PathBuf), BackendError> {
-    let failed = |what: &str, e: std::io::Error| {
-        let hint = "run this as the user of QEMU, or as root (CAP_SYS_PTRACE and CAP_DAC_OVERRIDE)";
-        BackendError::new(format!("{what} of QEMU's process {pid} for its memory backend `{id}`; {hint}"), e)
-    };
+    let failed = |what: &str, e: std::io::Error| of_process(pid, id, what, e);
     let folder = std::fs::read_dir(format!("/proc/{pid}/fd"))
         .map_err(|e| failed("look through the descriptors", e))?;
     let begins =

@@ -10,27 +10,28 @@ use std::time::{Duration, Instant};
 
 use pagecopy::backend::{BackendError, Guest, StateBlob, StateSink, Throttle};
 use pagecopy::layout::Region;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde_json::{Value, json};
 
-use super::blocks::Inode;
+use super::blocks::{Inode, LeftOut};
 use super::control::{Control, status_of};
-use super::{Block, Qmp, blocks};
+use super::door::Door;
+use super::{Block, Qmp, STATE_PATIENCE, blocks, ready};
 use crate::guest_memory::GuestMemory;
 
 /// The name by which QEMU knows the pipe for its state.
 const FD_NAME: &str = "pageferry-state";
 /// The name of the piece of state, and its version.
 const PIECE: (&str, u32) = ("qemu", 1);
-/// QEMU says nothing of its state for so long, or takes nothing of it: it has stalled.
-const STATE_PATIENCE: Duration = Duration::from_secs(30);
 /// What `stop`, saving, loading and `cont` take together: 12 to 19 ms each to save and to load 0.3 to 0.8 MB, on an idle host.
 const STATE_TIME: Duration = Duration::from_millis(35);
 /// How often QEMU is asked whether its migration has ended.
 const TICK: Duration = Duration::from_millis(1);
 /// Memory in shared files is left out of QEMU's own stream.
 const CAPABILITY: &str = "x-ignore-shared";
+/// The migration mode that leaves all memory out, and hands it over by its descriptors.
+const MODE: &str = "cpr-transfer";
 /// Capabilities under which its stream would not be one of bytes from end to end.
 const MUST_BE_OFF: [&str; 6] =
     ["multifd", "postcopy-ram", "x-colo", "background-snapshot", "return-path", "pause-before-switchover"];
@@ -63,6 +64,8 @@ pub struct QemuGuest {
     qmp: Arc<Qmp>,
     role: Role,
     blocks: Mutex<Vec<Block>>,
+    /// How QEMU leaves them out of its own stream.
+    left_out: LeftOut,
     /// Their files, in the same order.
     inodes: Vec<Inode>,
     /// All memory backends.
@@ -80,6 +83,7 @@ pub struct QemuGuest {
 struct Before {
     capabilities: Vec<Value>,
     bandwidth: Option<u64>,
+    mode: Option<String>,
 }
 
 impl QemuGuest {
@@ -111,7 +115,7 @@ impl QemuGuest {
             return Err(BackendError::invalid(what));
         }
         blocks::refuse_unseen_writers(&qmp)?;
-        let (backends, blocks) = (blocks::backends(&qmp)?, blocks::find(&qmp)?);
+        let (backends, (blocks, left_out)) = (blocks::backends(&qmp)?, blocks::find(&qmp)?);
         let inodes = blocks.iter().map(Block::inode).collect::<Result<_, _>>()?;
         let machine = qmp.execute("qom-get", &json!({ "path": "/machine", "property": "type" }))?;
         let machine = format!("qemu {}", machine.as_str().unwrap_or("?"));
@@ -119,7 +123,7 @@ impl QemuGuest {
         let qmp = Arc::new(qmp);
         let (loaded, control) = (AtomicBool::new(false), Control::new(qmp.clone()));
         let blocks = Mutex::new(blocks);
-        Ok(Self { qmp, role, blocks, inodes, backends, ran, machine, control, loaded, before })
+        Ok(Self { qmp, role, blocks, left_out, inodes, backends, ran, machine, control, loaded, before })
     }
 
     /// Its memory, mapped here as well: once.
@@ -164,6 +168,14 @@ impl QemuGuest {
         Ok(Machine { accelerator, cpus })
     }
 
+    /// What of its memory will not be as at the source once it has arrived, and why, for people.
+    pub fn own_memory(&self) -> Vec<String> {
+        // QEMU refuses the question where there is no such device.
+        let vmgenid = self.qmp.execute("query-vm-generation-id", &Value::Null).is_ok();
+        let text = "the page of vmgenid holds the destination's own value: QEMU writes it anew, so that the guest knows that it was moved";
+        vmgenid.then(|| text.to_owned()).into_iter().collect()
+    }
+
     /// Its monitor.
     pub fn qmp(&self) -> &Qmp {
         &self.qmp
@@ -173,10 +185,15 @@ impl QemuGuest {
     fn prepare(&self) -> Result<(), BackendError> {
         let set = |name: &&str| self.before.has(name);
         let off = MUST_BE_OFF.iter().filter(|name| set(name)).map(|name| capability(name, false));
-        let all: Vec<Value> = off.chain([capability(CAPABILITY, true)]).collect();
+        let shared_files = self.left_out == LeftOut::SharedFiles;
+        let all: Vec<Value> = off.chain([capability(CAPABILITY, shared_files)]).collect();
         self.qmp.execute("migrate-set-capabilities", &json!({ "capabilities": all }))?;
         if self.role == Role::Source {
-            self.qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": NO_LIMIT }))?;
+            let mut parameters = json!({ "max-bandwidth": NO_LIMIT });
+            if !shared_files {
+                parameters["mode"] = MODE.into();
+            }
+            self.qmp.execute("migrate-set-parameters", &parameters)?;
         }
         Ok(())
     }
@@ -208,17 +225,32 @@ impl QemuGuest {
         Ok(())
     }
 
-    /// Has QEMU write its state into a pipe, and reads it from there.
+    /// Has QEMU begin to write its state: to a pipe, or, where it hands its memory over besides, to a socket.
+    fn begin_state(&self) -> Result<File, BackendError> {
+        if self.left_out == LeftOut::SharedFiles {
+            let (reader, writer) = pipe()?;
+            self.qmp.give(FD_NAME, writer.as_fd())?;
+            drop(writer);
+            self.qmp.execute("migrate", &json!({ "uri": format!("fd:{FD_NAME}") }))?;
+            return Ok(File::from(reader));
+        }
+        let failed = |e| BackendError::new("have QEMU connect, to say its state", e);
+        let (main, memory) = (Door::open().map_err(failed)?, Door::open().map_err(failed)?);
+        let channels = json!({ "channels": [main.channel("main"), memory.channel("cpr")] });
+        self.qmp.execute("migrate", &channels)?;
+        // It brings descriptors of its memory, which is mapped already, and goes on once nobody holds this.
+        drop(memory.accept(self.qmp.pid(), STATE_PATIENCE).map_err(failed)?);
+        let state = main.accept(self.qmp.pid(), STATE_PATIENCE).map_err(failed)?;
+        Ok(File::from(OwnedFd::from(state)))
+    }
+
+    /// Reads QEMU's state.
     fn read_state(&self, out: &mut dyn StateSink) -> Result<(), BackendError> {
-        let (reader, writer) = pipe()?;
-        self.qmp.give(FD_NAME, writer.as_fd())?;
-        drop(writer);
-        self.qmp.execute("migrate", &json!({ "uri": format!("fd:{FD_NAME}") }))?;
+        let mut reader = self.begin_state()?;
         out.begin(PIECE.0, PIECE.1)?;
-        let mut reader = File::from(reader);
         let mut bytes = vec![0; 256 << 10];
         loop {
-            ready(&reader, PollFlags::IN)
+            ready(&reader, PollFlags::IN, STATE_PATIENCE)
                 .map_err(|e| BackendError::new("read the devices' state from QEMU", e))?;
             match reader.read(&mut bytes) {
                 Ok(0) => break,
@@ -346,7 +378,8 @@ impl Before {
         let capabilities = qmp.execute("query-migrate-capabilities", &Value::Null)?;
         let parameters = qmp.execute("query-migrate-parameters", &Value::Null)?;
         let capabilities = capabilities.as_array().cloned().unwrap_or_default();
-        Ok(Self { capabilities, bandwidth: parameters["max-bandwidth"].as_u64() })
+        let mode = parameters["mode"].as_str().map(str::to_owned);
+        Ok(Self { capabilities, bandwidth: parameters["max-bandwidth"].as_u64(), mode })
     }
 
     /// Whether QEMU knows a capability.
@@ -361,7 +394,11 @@ impl Before {
         let capabilities: Vec<&Value> = self.capabilities.iter().filter(touched).collect();
         qmp.execute("migrate-set-capabilities", &json!({ "capabilities": capabilities }))?;
         if let (Role::Source, Some(bandwidth)) = (role, self.bandwidth) {
-            qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": bandwidth }))?;
+            let mut parameters = json!({ "max-bandwidth": bandwidth });
+            if let Some(mode) = &self.mode {
+                parameters["mode"] = mode[..].into();
+            }
+            qmp.execute("migrate-set-parameters", &parameters)?;
         }
         Ok(())
     }
@@ -376,22 +413,12 @@ fn pipe() -> Result<(OwnedFd, OwnedFd), BackendError> {
         .map_err(|e| BackendError::new("make a pipe for the devices' state", io::Error::from(e)))
 }
 
-/// Waits until a pipe can be read or written.
-fn ready(fd: &impl AsFd, flags: PollFlags) -> io::Result<()> {
-    let patience = Timespec { tv_sec: STATE_PATIENCE.as_secs() as i64, tv_nsec: 0 };
-    match poll(&mut [PollFd::new(fd, flags)], Some(&patience)) {
-        Ok(0) => Err(ErrorKind::TimedOut.into()),
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-        Err(e) => Err(e.into()),
-    }
-}
-
 /// Writes all of the state, and then closes the pipe.
 fn feed(writer: OwnedFd, mut state: &[u8]) -> io::Result<()> {
     rustix::io::ioctl_fionbio(&writer, true)?;
     let mut writer = File::from(writer);
     while !state.is_empty() {
-        ready(&writer, PollFlags::OUT)?;
+        ready(&writer, PollFlags::OUT, STATE_PATIENCE)?;
         match writer.write(state) {
             Ok(count) => state = &state[count..],
             Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}

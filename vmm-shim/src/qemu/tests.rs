@@ -104,7 +104,7 @@ fn whoever_writes_unseen_is_named() {
     let path = folder.path().join("qmp");
     let guest = monitor(&path, &[]);
     let qmp = Qmp::connect(&path).unwrap();
-    let mut says = |tree, network| {
+    let says = |tree, network| {
         guest.lock().unwrap().prints = vec![("info qtree", tree), ("info network", network)];
         blocks::refuse_unseen_writers(&qmp).map_err(|e| e.to_string())
     };

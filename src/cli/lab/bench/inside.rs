@@ -26,6 +26,8 @@ const SWEEPS: usize = 3;
 enum Contender {
     /// Ours: scheme, streams or queue pairs, codec.
     Ferry(&'static str, u16, &'static str),
+    /// The same from beside two QEMUs.
+    Beside(&'static str, u16, &'static str),
     /// QEMU's.
     Qemu(Mode),
 }
@@ -33,6 +35,9 @@ enum Contender {
 impl Contender {
     fn name(&self) -> String {
         match self {
+            Self::Beside(scheme, streams, codec) => {
+                format!("{}, beside QEMU", Self::Ferry(scheme, *streams, codec).name())
+            }
             Self::Ferry(scheme, streams, codec) => {
                 let unit = if *scheme == "rdma" { "queue pair" } else { "stream" };
                 let plural = if *streams == 1 { "" } else { "s" };
@@ -51,6 +56,7 @@ fn contenders() -> Vec<Contender> {
     for codec in ["auto", "raw"] {
         all.extend([1, 2, 3, 4].map(|pairs| Contender::Ferry("rdma", pairs, codec)));
     }
+    all.extend([1, 2].map(|pairs| Contender::Beside("rdma", pairs, "auto")));
     all.extend([Mode::Rdma, Mode::RdmaPinAll].map(Contender::Qemu));
     all.extend(["auto", "raw"].map(|codec| Contender::Ferry("tcp", 4, codec)));
     all.push(Contender::Qemu(Mode::Multifd(4)));
@@ -183,11 +189,15 @@ impl Bench<'_> {
             tls: None,
         };
         let took = match contender {
-            Contender::Ferry(scheme, streams, codec) => {
+            Contender::Ferry(scheme, streams, codec) | Contender::Beside(scheme, streams, codec) => {
                 let program = own_program().map_err(|e| e.to_string())?;
                 let ferry = Ferry { program: &program, scheme, streams: *streams, codec };
+                let took = match contender {
+                    Contender::Beside(..) => ferry.attached(&job),
+                    _ => ferry.transfer(&job),
+                };
                 // To start a program takes long on emulated CPUs, so this is the time that it reports itself.
-                ferry.transfer(&job).map(|took| (took.reported_ms, took.setup_ms))
+                took.map(|took| (took.reported_ms, took.setup_ms))
             }
             Contender::Qemu(mode) => qemu::migrate(*mode, &job).map(|took| (took.total_ms, took.setup_ms)),
         };
@@ -225,6 +235,6 @@ mod tests {
         names.sort();
         names.dedup();
         assert_eq!(names.len(), all);
-        assert_eq!(all, 8 + 2 + 2 + 1);
+        assert_eq!(all, 8 + 2 + 2 + 2 + 1);
     }
 }
