@@ -175,6 +175,8 @@ impl Qemu {
         let child = command.spawn().unwrap();
         let qemu = Self { child, ram: ram.into(), socket, beside, console };
         wait_until("QEMU's monitor", BOOT, || UnixStream::connect(&qemu.beside).is_ok());
+        // It listens before it has all else.
+        qemu.status();
         qemu
     }
 
