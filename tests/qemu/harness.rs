@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use testkit::{Rng, wait_until};
+use testkit::{PATIENCE, Rng, wait_until};
 
 use crate::common::{Ended, Ferry, turn};
 use crate::counter::Counter;
@@ -20,8 +20,8 @@ use crate::{LONG, number, receive_with};
 
 /// A migration takes about so long by the limit of its bandwidth.
 const ROUGHLY_MS: u64 = 900;
-/// A sender that is alone asks for so long, until somebody interrupts it.
-const ASKS: Duration = Duration::from_secs(8);
+/// Who is alone waits for so long, until somebody interrupts it.
+const ALONE: Duration = Duration::from_secs(8);
 /// The handover takes about so long.
 const HANDOVER_US: u64 = 30_000;
 
@@ -69,6 +69,8 @@ struct Eye {
 impl Eye {
     fn on(qemu: &Qemu) -> Self {
         let stream = UnixStream::connect(qemu.beside()).unwrap();
+        // Whatever becomes of who moves its guest, QEMU answers.
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut eye = Self { lines: BufReader::new(stream.try_clone().unwrap()), stream };
         eye.line().expect("a greeting");
         eye.ask("qmp_capabilities").expect("an answer");
@@ -77,7 +79,10 @@ impl Eye {
 
     fn line(&mut self) -> Option<Value> {
         let mut line = String::new();
-        self.lines.read_line(&mut line).ok().filter(|&count| count != 0)?;
+        let count = self.lines.read_line(&mut line);
+        let hangs = |e: &std::io::Error| e.kind() == std::io::ErrorKind::WouldBlock;
+        assert!(!count.as_ref().is_err_and(hangs), "QEMU answers nobody");
+        count.ok().filter(|&count| count != 0)?;
         serde_json::from_str(&line).ok()
     }
 
@@ -194,16 +199,17 @@ impl Run {
     }
 
     /// Waits until both have ended. How the sender has. One that asks whether the destination has the guest does so for as long as
-    /// nobody interrupts it: once nobody can answer any more somebody does.
+    /// nobody interrupts it, and a receiver that nobody came to listens as long: once one is alone somebody does.
     fn end(&mut self) -> Ended {
         let mut alone = None;
         wait_until("both end", LONG, || {
             self.look();
             let (sending, receiving) = (self.sending.as_mut(), self.receiving.as_mut());
             let ended = [sending, receiving].map(|who| who.is_none_or(Ferry::has_ended));
-            if ended == [false, true] && alone.get_or_insert_with(Instant::now).elapsed() > ASKS {
+            if ended[0] != ended[1] && alone.get_or_insert_with(Instant::now).elapsed() > ALONE {
                 alone = Some(Instant::now());
-                self.sending.as_ref().unwrap().signal("TERM");
+                let who = if ended[0] { &self.receiving } else { &self.sending };
+                who.as_ref().unwrap().signal("TERM");
             }
             ended == [true, true]
         });
