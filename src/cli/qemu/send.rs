@@ -89,7 +89,8 @@ pub(super) fn run(args: &SendArgs) -> Result<(), CliError> {
         .guest(guest.clone())
         .machine(guest.machine())
         .paused(!guest.ran())
-        .final_check(args.final_check);
+        .final_check(args.final_check)
+        .dense(true);
     let source = args.transfer.apply(source).tuning(args.tuning.tuning());
     let source = source.tls(args.protection.tls().map_err(CliError::usage)?);
     let source = source.build().map_err(|e| CliError::usage(explain(&e)))?;

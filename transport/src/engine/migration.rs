@@ -156,6 +156,13 @@ impl SourceBuilder {
         self
     }
 
+    /// Whether a destination is told which of the guest's memory is dense (no), so that it may have large pages for that; of memory alone
+    /// it always is. It takes a look at a part of all memory, some 4 ms for each GiB.
+    pub fn dense(mut self, dense: bool) -> Self {
+        self.source.options.dense = dense;
+        self
+    }
+
     /// The archive of an older state of this guest, of which one that it is saved into now has no more than the difference (none).
     pub fn base(mut self, base: impl Into<Option<PathBuf>>) -> Self {
         self.source.options.base = base.into();

@@ -51,6 +51,8 @@ pub(crate) struct Options {
     pub(crate) snapshot: bool,
     /// Source: all of memory is compared with what was sent, once the guest stands still.
     pub(crate) final_check: bool,
+    /// Source: the destination is told which of the guest's memory is dense.
+    pub(crate) dense: bool,
     /// A guest that was saved runs on.
     pub(crate) resume_after_save: bool,
     /// Silence after which a peer, or a stream, is given up.
@@ -88,6 +90,7 @@ impl Default for Options {
             on_demand: false,
             snapshot: false,
             final_check: false,
+            dense: false,
             resume_after_save: false,
             timeout: Duration::from_secs(10),
             reconnect_timeout: Duration::from_secs(300),

@@ -379,7 +379,8 @@ impl<'a, E: Environment> Attempt<'a, E> {
         let layout = self.backend.ram.layout();
         let seed = self.env.seed()?;
         let mut presence = vec![0u8; Hello::presence_len(layout)];
-        let mut dense = presence.clone();
+        let told = self.backend.guest.is_none() || self.options.dense;
+        let mut dense = if told { presence.clone() } else { Vec::new() };
         for (chunk, _) in populated.iter() {
             let bit = chunk / PRESENCE_CHUNKS;
             presence[bit as usize / 8] |= 1 << (bit % 8);
