@@ -9,7 +9,7 @@ const FILE_LINES_MAX: usize = 700;
 const FUNCTION_LINES_MAX: usize = 80;
 
 /// What is longer: a file, or a function of one, and its lines. None of them may grow, and one that no longer needs this must leave.
-const ALLOWED: &[(&str, usize)] = &[("transport/src/engine/report.rs::summary", 128)];
+const ALLOWED: &[(&str, usize)] = &[("transport/src/engine/report.rs::summary", 122)];
 
 /// The functions of a file, each with its number of lines.
 fn functions(text: &str) -> Vec<(String, usize)> {

@@ -456,6 +456,17 @@ impl Report {
         }
     }
 
+    /// What looks at the guest's memory took and found, and what is to be said of it.
+    fn looks(&self) -> Vec<(&'static str, String)> {
+        let paused = (self.paused_ms != 0.0)
+            .then(|| ("looks:", format!("{:.1} ms (the guest stood still for them)", self.paused_ms)));
+        let found = self
+            .final_check_pages
+            .map(|pages| ("final check:", format!("{pages} pages (written unnoticed, and sent)")));
+        let notes = self.notes.iter().map(|note| ("note:", note.clone()));
+        paused.into_iter().chain(found).chain(notes).collect()
+    }
+
     /// The lines that a reader of `info migrate` knows.
     pub fn summary(&self) -> String {
         use std::fmt::Write;
@@ -474,15 +485,7 @@ impl Report {
             "downtime:",
             format!("{:.1} ms (expected {:.1} ms)", self.downtime_ms, self.expected_downtime_ms),
         );
-        if self.paused_ms != 0.0 {
-            line("looks:", format!("{:.1} ms (the guest stood still for them)", self.paused_ms));
-        }
-        if let Some(pages) = self.final_check_pages {
-            line("final check:", format!("{pages} pages (written unnoticed, and sent)"));
-        }
-        for note in &self.notes {
-            line("note:", note.clone());
-        }
+        self.looks().into_iter().for_each(|(name, value)| line(name, value));
         if !self.throttle_percent.is_empty() {
             let percents: Vec<String> = self.throttle_percent.iter().map(u8::to_string).collect();
             line("cpu throttle:", format!("{} %", percents.join(", ")));

@@ -110,8 +110,8 @@ struct RunArgs {
     watch_memory: bool,
     #[command(flatten)]
     how: HowArgs,
-    /// `pageferry:STREAMS[:CODEC]`, `attached:STREAMS[:CODEC]`, `qemu:tcp`, `qemu:xbzrle`, `qemu:multifd:CHANNELS`, `qemu:multifd-zstd:CHANNELS[:LEVEL]`,
-    /// `limit:write|splice[:STREAMS]`; `tls:` before one of the first five
+    /// `pageferry:STREAMS[:CODEC]`, `attached:STREAMS[:CODEC]`, `qemu:tcp`, `qemu:xbzrle`, `qemu:multifd:CHANNELS`,
+    /// `qemu:multifd-zstd:CHANNELS[:LEVEL]`, `limit:write|splice[:STREAMS]`; `tls:` before one of the first or of the `qemu:` ones
     #[arg(required = true)]
     contenders: Vec<Contender>,
 }
