@@ -93,3 +93,43 @@ impl<A: DirtyLog, B: DirtyLog> DirtyLog for UnionLog<A, B> {
         first
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use pagecopy::backend::{BackendError, ContentLog, DirtyLog, StaticLog};
+    use pagecopy::bitmap::PageBitmap;
+
+    use super::UnionLog;
+
+    /// A log for whose looks the guest stood still.
+    struct Looks(Duration);
+
+    impl DirtyLog for Looks {
+        fn name(&self) -> &str {
+            "looks"
+        }
+        fn start(&self) -> Result<(), BackendError> {
+            Ok(())
+        }
+        fn sync(&self, _dirty: &PageBitmap) -> Result<u64, BackendError> {
+            Ok(0)
+        }
+        fn paused(&self) -> Duration {
+            self.0
+        }
+        fn stop(&self) -> Result<(), BackendError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_one_of_them_takes_the_union_takes() {
+        assert!(UnionLog::new(StaticLog, ContentLog).compares());
+        assert!(UnionLog::new(ContentLog, StaticLog).compares());
+        assert!(!UnionLog::new(StaticLog, StaticLog).compares());
+        let [one, other] = [3, 4].map(|ms| Looks(Duration::from_millis(ms)));
+        assert_eq!(UnionLog::new(one, other).paused(), Duration::from_millis(7));
+    }
+}

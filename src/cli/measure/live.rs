@@ -1,6 +1,6 @@
 //! Guests that run while they are moved: by QEMU itself, or by pageferry from beside it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -63,13 +63,13 @@ pub struct LiveJob<'a> {
 /// What became of it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Lived {
-    /// QEMU's word for how the migration stands.
+    /// The mover's word for how the migration stands.
     pub status: String,
     /// How long it took, or was waited for.
     pub took: Duration,
-    /// QEMU's count of rounds.
+    /// Its count of rounds.
     pub rounds: u64,
-    /// Downtime that QEMU reports, in milliseconds, where it ended.
+    /// Downtime that it reports, in milliseconds, where it ended.
     pub downtime_ms: Option<f64>,
     /// Downtime that it expects, in milliseconds.
     pub expected_ms: Option<f64>,
@@ -91,10 +91,7 @@ pub fn migrate_live(job: &LiveJob<'_>) -> Result<Lived, String> {
 /// The two QEMUs, of which the source's guest runs; once it has run for its time, all that it counted so far is forgotten.
 fn warmed_up(job: &LiveJob<'_>, into: Target<'_>) -> Result<[Qemu; 2], String> {
     let length = job.ram.metadata().map_err(|e| format!("{}: {e}", job.ram.display()))?.len();
-    if let Target::File(copy) = into {
-        let made = File::create(copy).and_then(|file| file.set_len(length));
-        made.map_err(|e| format!("{}: {e}", copy.display()))?;
-    }
+    into.make(length)?;
     let runs = Runs::From(job.firmware);
     let start = |ram, name, place, incoming| {
         Qemu::start(ram, length, runs, &job.folder.join(name), place, incoming, None)

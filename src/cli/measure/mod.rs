@@ -27,6 +27,15 @@ pub enum Target<'a> {
     Anonymous,
 }
 
+impl Target<'_> {
+    /// Makes its file, of holes, where it is one.
+    fn make(self, length: u64) -> Result<(), String> {
+        let Self::File(path) = self else { return Ok(()) };
+        let made = File::create(path).and_then(|file| file.set_len(length));
+        made.map_err(|e| format!("{}: {e}", path.display()))
+    }
+}
+
 /// Where a side runs: here, or in a network namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Place {

@@ -157,10 +157,7 @@ pub fn migrate(mode: Mode, job: &Job<'_>) -> Result<Took, String> {
 /// A paused guest that has the image for its RAM, and a QEMU that waits for it.
 fn start_pair(job: &Job<'_>, tls: Option<&Path>) -> Result<Pair, String> {
     let length = job.image.metadata().map_err(|e| format!("{}: {e}", job.image.display()))?.len();
-    if let Target::File(copy) = job.target {
-        let file = std::fs::File::create(copy).and_then(|file| file.set_len(length));
-        file.map_err(|e| format!("{}: {e}", copy.display()))?;
-    }
+    job.target.make(length)?;
     let socket = |name: &str| job.folder.join(name);
     let start =
         |ram, name, place, incoming| Qemu::start(ram, length, Runs::Not, &socket(name), place, incoming, tls);

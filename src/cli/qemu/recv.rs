@@ -1,6 +1,7 @@
 //! `pageferry qemu recv`: takes a guest in for a QEMU that waits.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -89,14 +90,21 @@ pub(super) fn run(args: &RecvArgs) -> Result<(), CliError> {
         let _ = cancelled.cancel();
     });
     tracing::info!("listening on {}", destination.uri());
-    let own = guest.clone();
-    let arriving = destination.receive(move |offer| land(offer, &ram, &own));
+    let (own, taken) = (guest.clone(), Arc::new(AtomicBool::new(false)));
+    let came = taken.clone();
+    let arriving = destination.receive(move |offer| {
+        let landing = land(offer, &ram, &own)?;
+        came.store(true, Ordering::Release);
+        Ok(landing)
+    });
     let arriving = arriving.map_err(|e| CliError::cannot_start(&e))?;
     let bar = output::Bar::start(&progress, args.json);
     let result = arriving.wait();
     bar.finish();
     let end = result.map(drop).map_err(|error| verdict(&error));
+    // What nobody sent through here is not this command's: QEMU may be filling it by itself.
     if end.is_err()
+        && taken.load(Ordering::Acquire)
         && guest.still_waits()
         && let Err(e) = memory.clear()
     {

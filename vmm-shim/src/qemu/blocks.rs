@@ -1,6 +1,6 @@
 //! A QEMU's memory: which of it lies in files that others can map, and what keeps a guest from being moved by them.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -260,12 +260,13 @@ fn at_address(pid: u32, name: &str, address: u64) -> Result<(File, PathBuf), Bac
     };
     let process = Process::open(pid)?;
     let mapped = process.mappings_in(&(address..address + 1))?;
-    let inode =
-        mapped.first().filter(|mapping| mapping.shared && mapping.offset == 0).ok_or_else(lost)?.inode;
+    let mapped = mapped.first().filter(|mapping| mapping.shared && mapping.offset == 0).ok_or_else(lost)?;
+    // A number alone may be that of another file system's file, a disk's image say.
+    let is_it = |meta: &Metadata| meta.is_file() && (meta.dev(), meta.ino()) == (mapped.device, mapped.inode);
     let folder = std::fs::read_dir(format!("/proc/{pid}/fd"))
         .map_err(|e| of_process(pid, name, "look through the descriptors", e))?;
     for entry in folder.flatten() {
-        if std::fs::metadata(entry.path()).is_ok_and(|meta| meta.is_file() && meta.ino() == inode) {
+        if std::fs::metadata(entry.path()).is_ok_and(|meta| is_it(&meta)) {
             let file =
                 open_shared(&entry.path()).map_err(|e| of_process(pid, name, "open a descriptor", e))?;
             return Ok((file, entry.path()));
