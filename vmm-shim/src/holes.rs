@@ -6,15 +6,17 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use pagecopy::layout::PAGE_SIZE;
+use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
+use vm_memory::volatile_memory::VolatileSlice;
 
 pub use crate::pagemap::Pagemap;
 use crate::pagemap::Query;
 use crate::ram_file::{Kind, kind_of_fd, seek_data};
-use crate::sys::scan;
+use crate::sys::{in_core, scan};
 
 /// The unit in which the system counts a file's blocks, in bytes.
 const BLOCK_SIZE: u64 = 512;
@@ -64,6 +66,55 @@ pub fn of_file(file: impl AsFd, bytes: Range<u64>, pages: &mut [u64]) -> io::Res
         }
     }
     seek_data(file, bytes.start, 0..whole, |from, to| set_pages(pages, from, to))
+}
+
+/// The same for a part of a file in memory, all of which is mapped as `memory`.
+///
+/// The search for a hole ends at the next one, however far behind the part that is: looking through a file of few holes part by part goes
+/// over it many times. The mapping tells of just these pages; only of what is in swap the file has to be asked.
+pub(crate) fn of_part(
+    file: BorrowedFd<'_>,
+    base: u64,
+    memory: &VolatileSlice<'_>,
+    pages: &mut [u64],
+) -> io::Result<()> {
+    let bytes = base..base + memory.len() as u64;
+    let stat = rustix::fs::fstat(file)?;
+    let may_write = rustix::fs::fcntl_getfl(file)?.contains(OFlags::RDWR);
+    // Nobody else is told what is in memory.
+    if !may_write && stat.st_uid != rustix::process::geteuid().as_raw() {
+        return of_file(file, bytes, pages);
+    }
+    check_words(&bytes, pages)?;
+    let page = PAGE_SIZE as u64;
+    let there = in_core(memory)?;
+    let mut from = 0;
+    for run in there.chunk_by(|a, b| a == b) {
+        let to = from + run.len() as u64 * page;
+        if run[0] {
+            set_pages(pages, from, to.min(memory.len() as u64));
+        } else {
+            in_swap(file, base + from..base + to, |at| set_pages(pages, at - base, at - base + page))?;
+        }
+        from = to;
+    }
+    Ok(())
+}
+
+/// Calls `each` with the places of the pages in a range of a file that are data, one by one: most are none.
+fn in_swap(file: BorrowedFd<'_>, range: Range<u64>, mut each: impl FnMut(u64)) -> io::Result<()> {
+    let mut at = range.start;
+    while at < range.end {
+        match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) if data < range.end => {
+                each(data);
+                at = data + PAGE_SIZE as u64;
+            }
+            Ok(_) | Err(Errno::NXIO) => break,
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Sets the bits of the pages in `addresses` of this process that are private and were touched: bit 0 of the first word is the page at
@@ -145,6 +196,66 @@ mod tests {
         assert_eq!(words, [1 << 63, u64::MAX, 0]);
         set_pages(&mut words, 191 * 4096, 400 * 4096);
         assert_eq!(words[2], 1 << 63);
+    }
+
+    /// Pages that this process has touched, pages that another mapping has, and holes, some of which were pages.
+    #[test]
+    fn a_part_is_told_as_the_whole_is() {
+        use std::os::unix::fs::FileExt;
+
+        use pagecopy::backend::GuestRam;
+        use pagecopy::layout::{CHUNK_SIZE, Layout};
+        use rustix::fs::FallocateFlags;
+
+        use crate::guest_memory::{Backing, GuestMemory};
+
+        let chunks = 6;
+        let layout = Layout::flat(chunks * CHUNK_SIZE as u64).unwrap();
+        let memory = GuestMemory::create(layout, &Backing::Memfd).unwrap();
+        let (fd, offset) = memory.fd_of(0).unwrap();
+        let file = std::fs::File::from(fd.try_clone_to_owned().unwrap());
+        let page = |chunk: u64, bit: u64| chunk * CHUNK_SIZE as u64 + bit * PAGE_SIZE as u64;
+        for (chunk, bit) in [(0, 0), (0, 63), (1, 0), (1, 1), (3, 5), (5, 62), (5, 63)] {
+            memory.region(0).subslice(page(chunk, bit) as usize, 1).unwrap().copy_from(&[1u8]);
+        }
+        for (chunk, bit) in [(1, 2), (2, 0), (2, 63), (4, 9)] {
+            file.write_all_at(b"x", offset + page(chunk, bit)).unwrap();
+        }
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        for (chunk, bit) in [(0, 63), (2, 0)] {
+            rustix::fs::fallocate(&file, punch, offset + page(chunk, bit), PAGE_SIZE as u64).unwrap();
+        }
+        let expected = [1, 0b111, 1 << 63, 1 << 5, 1 << 9, 3 << 62];
+        let mut whole = [0; 6];
+        memory.populated(0, &mut whole).unwrap();
+        assert_eq!(whole, expected);
+        for first in 0..6 {
+            for count in 1..=6 - first {
+                let mut part = vec![0; count];
+                memory.populated(first as u32, &mut part).unwrap();
+                assert_eq!(part, expected[first..first + count], "{first} {count}");
+            }
+        }
+    }
+
+    /// What is in swap is data for a file, and not in memory.
+    #[test]
+    fn data_is_told_page_by_page() {
+        use std::os::unix::fs::FileExt;
+
+        let file =
+            std::fs::File::from(rustix::fs::memfd_create("holes", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(64 * 4096).unwrap();
+        for page in [3, 4, 40] {
+            file.write_all_at(b"x", page * 4096).unwrap();
+        }
+        let found = |range: Range<u64>| {
+            let mut found = Vec::new();
+            in_swap(file.as_fd(), range.start * 4096..range.end * 4096, |at| found.push(at / 4096)).unwrap();
+            found
+        };
+        assert_eq!(found(0..64), [3, 4, 40]);
+        assert_eq!((found(4..40), found(41..64), found(0..3)), (vec![4], vec![], vec![]));
     }
 
     #[test]

@@ -49,7 +49,11 @@ impl Mapped<'_> {
         pages: &mut [u64],
     ) -> io::Result<()> {
         if let Some((file, base)) = self.file {
-            holes::of_file(file, base + offset..base + offset + len, pages)?;
+            if self.kind == Kind::Shmem && !self.private && (len as usize) < self.memory.len() {
+                holes::of_part(file, base + offset, &self.part(offset, len), pages)?;
+            } else {
+                holes::of_file(file, base + offset..base + offset + len, pages)?;
+            }
         }
         if self.file.is_none() || self.private {
             let Some(pagemap) = pagemap else {

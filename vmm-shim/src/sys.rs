@@ -103,6 +103,26 @@ pub(crate) fn advise(memory: &VolatileSlice<'_>, advice: Advice) -> io::Result<(
     }
 }
 
+/// Tells of each page of a mapping whether it can be read without a wait for a disk; of pages of tmpfs, whether they are in memory. Where
+/// the file neither belongs to the caller nor may be written by him, the system says so of all pages. Source: mincore(2), `mm/mincore.c`.
+pub(crate) fn in_core(memory: &VolatileSlice<'_>) -> io::Result<Vec<bool>> {
+    let mut pages = vec![0u8; memory.len().div_ceil(pagecopy::layout::PAGE_SIZE)];
+    loop {
+        // SAFETY: the kernel looks at the mapping, whose content it neither reads nor changes, and writes a byte for each of its pages,
+        // for which `pages` has room.
+        let result = unsafe {
+            libc::mincore(memory.ptr_guard_mut().as_ptr().cast(), memory.len(), pages.as_mut_ptr())
+        };
+        if result == 0 {
+            return Ok(pages.into_iter().map(|page| page & 1 != 0).collect());
+        }
+        let error = io::Error::last_os_error();
+        if !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) {
+            return Err(error);
+        }
+    }
+}
+
 /// `PAGEMAP_SCAN`: write-protect the pages that match.
 pub(crate) const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 /// `PAGEMAP_SCAN`: fail where the memory is not registered for asynchronous write-protect.
