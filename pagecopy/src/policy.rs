@@ -84,7 +84,8 @@ pub struct Sample {
     pub acked_logical_bytes: u64,
     /// Wire bytes that the destination acknowledged.
     pub acked_wire_bytes: u64,
-    /// How long saving, moving and loading the state of the devices is expected to take, in microseconds.
+    /// How long saving, moving and loading the state of the devices is expected to take, and whatever else a switchover takes besides
+    /// sending what is left, in microseconds.
     pub state_time_us: u64,
     /// How much of the time so far went by with nothing to send, for receipts were on their way: what is sent next takes no such time.
     pub waited_us: u64,
@@ -303,6 +304,17 @@ impl Precopy {
     fn predict(&self, remaining_logical_bytes: u64) -> u64 {
         let transfer_us = self.busy_rate().us_for(remaining_logical_bytes);
         transfer_us.saturating_add(self.state_time_us)
+    }
+
+    /// Decides before a sync that takes long, by what it is expected to find: whether to switch over in its place. Only after two others,
+    /// which gave the rates.
+    pub fn foresee(&mut self, remaining_logical_bytes: u64) -> Option<Decision> {
+        let predicted_downtime_us = self.predict(remaining_logical_bytes);
+        if self.rounds < 2 || predicted_downtime_us > self.limits.downtime_ms.saturating_mul(1000) {
+            return None;
+        }
+        self.expected_downtime_us = predicted_downtime_us;
+        Some(Decision::SwitchOver { predicted_downtime_us, reason: SwitchReason::WithinLimit })
     }
 
     /// Takes in a dirty sync that ends a round (the first one ends the first pass), and decides.

@@ -114,7 +114,7 @@ pub trait DirtyLog: Send + Sync {
 
     /// *When*: after each `sync`.
     /// *Must*: tell whether pages may have been written before it that nobody noted: then all of memory is compared with what was last
-    /// sent of it, which takes about 0.13 s for each GiB and core, and finds what changed by its content ([`ContentLog`]).
+    /// sent of it, which takes about 0.05 s for each GiB and core, and finds what changed by its content ([`ContentLog`]).
     fn compares(&self) -> bool {
         false
     }

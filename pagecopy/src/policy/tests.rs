@@ -42,6 +42,24 @@ fn the_path_is_not_taken_for_what_is_sent() {
     assert!(policy.logical_bytes_per_s() < 1_000_000);
 }
 
+/// What a sync would find is known before, where it takes long.
+#[test]
+fn a_sync_that_takes_long_is_foreseen() {
+    let mut policy = Precopy::new(Limits::default(), 0);
+    policy.on_sync(1_000_000, sample(500_000_000, 1_000_000_000));
+    assert_eq!(policy.foresee(0), None, "after the first pass alone");
+    policy.on_sync(1_500_000, sample(400_000_000, 1_500_000_000));
+    assert_eq!(policy.expected_downtime_us(), 420_000);
+    assert_eq!(policy.foresee(281_000_000), None);
+    assert_eq!(policy.expected_downtime_us(), 420_000);
+    let reason = SwitchReason::WithinLimit;
+    assert_eq!(
+        policy.foresee(280_000_000),
+        Some(Decision::SwitchOver { predicted_downtime_us: 300_000, reason })
+    );
+    assert_eq!(policy.expected_downtime_us(), 300_000);
+}
+
 #[test]
 fn the_first_pass_alone_does_not_decide() {
     let mut policy = Precopy::new(Limits::default(), 0);

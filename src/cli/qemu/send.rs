@@ -33,7 +33,7 @@ pub(super) struct SendArgs {
     /// How written pages are found
     #[arg(long, value_enum, default_value_t = TrackerArg::Auto)]
     tracker: TrackerArg,
-    /// Compare all memory with what was sent, once the guest stands still: 0.13 s for each GiB and core of downtime
+    /// Compare all memory with what was sent, once the guest stands still: 0.05 s for each GiB and core of downtime
     #[arg(long)]
     final_check: bool,
     #[command(flatten)]
@@ -54,7 +54,7 @@ enum TrackerArg {
     Auto,
     /// By the soft-dirty bits of QEMU's page table; the guest stands still for some milliseconds in each round
     SoftDirty,
-    /// By comparing all of memory with what was sent: 0.13 s for each GiB and core and round, and in the downtime once
+    /// By comparing all of memory with what was sent: 0.05 s for each GiB and core and round, and in the downtime once
     Scan,
 }
 

@@ -476,9 +476,10 @@ impl<'a, E: Environment> Attempt<'a, E> {
             // Nobody is slowed down by haste any more but the guest that waits.
             source.hurry();
             watch.hurry();
-            let mut dirtied = source.dirty_sync()?;
+            let mut dirtied = feeder.sync(env, || watch.check()).await?;
             if final_check && !source.compared() {
-                let unnoticed = source.compare()?;
+                // With nothing given out meanwhile: what a stream has taken and not read yet is not as it was sent, and was noted.
+                let unnoticed = source.compare()?.pages;
                 progress.update(|r| r.final_check_pages = Some(unnoticed));
             }
             if progress.tuning().pause_before_switchover {

@@ -6,6 +6,9 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, SendTimeoutError, Sender, bounded};
 
+use pagecopy::backend::BackendError;
+
+use super::contents::{Compared, Comparing};
 use super::{Batch, PageSource};
 
 /// Batches that may wait for a worker: few, so that a chunk is taken late and with its newest content.
@@ -110,6 +113,36 @@ impl Feeder {
             waits.progress(&self.source, Duration::from_millis(1)).await;
         }
         Ok(())
+    }
+
+    /// Adds what was written to the pending pages, as [`PageSource::dirty_sync`] does, while the guest stands still: what a comparison
+    /// finds is given out meanwhile. Returns how many pages there were.
+    pub(crate) async fn sync<E: From<BackendError>>(
+        &self,
+        waits: &impl Waits,
+        go_on: impl FnMut() -> Result<(), E>,
+    ) -> Result<u64, E> {
+        let noted = self.source.sync_log()?;
+        if !self.source.compared() {
+            return Ok(noted);
+        }
+        Ok(noted + self.compare(waits, go_on).await?.pages)
+    }
+
+    /// Compares all memory with what was sent of it, and gives out what is found meanwhile. What a stream has taken just then, and not
+    /// read yet, is found too, and leaves twice.
+    async fn compare<E: From<BackendError>>(
+        &self,
+        waits: &impl Waits,
+        mut go_on: impl FnMut() -> Result<(), E>,
+    ) -> Result<Compared, E> {
+        let comparing = Comparing::begin(&self.source);
+        while !comparing.is_over() {
+            go_on()?;
+            self.pass(waits, &mut go_on).await?;
+            waits.progress(&self.source, Duration::from_millis(1)).await;
+        }
+        Ok(comparing.end()?)
     }
 
     /// Waits until at most `bytes` page bytes are under way, so that the next dirty sync finds a round's work done but the

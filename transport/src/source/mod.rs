@@ -380,18 +380,23 @@ impl PageSource {
         self.notify();
     }
 
-    /// Adds what the dirty log holds to the pending pages; returns how many pages it held.
+    /// Adds what was written since the last time to the pending pages: what the dirty log holds, and what a comparison finds where the log
+    /// asks for one. Returns how many pages there were.
     pub fn dirty_sync(&self) -> Result<u64, BackendError> {
+        let found = self.sync_log()?;
+        Ok(if self.compared() { found + self.compare()?.pages } else { found })
+    }
+
+    /// Adds what the dirty log holds to the pending pages; returns how many pages it held. They are all only where it does not ask for a
+    /// comparison ([`compared`](Self::compared)).
+    pub(crate) fn sync_log(&self) -> Result<u64, BackendError> {
         let mut lap = Lap::start();
         let found = self.log.sync(&self.pending);
         lap.to(&self.counters.spent.scan);
-        match found {
-            Ok(found) if self.log.compares() => Ok(found + self.compare()?),
-            found => found,
-        }
+        found
     }
 
-    /// Whether all of memory was compared with what was sent by the last dirty sync.
+    /// Whether all of memory is compared with what was sent, as a part of the last dirty sync.
     pub(crate) fn compared(&self) -> bool {
         self.log.compares()
     }

@@ -1,6 +1,7 @@
 //! Precopy: rounds, until what remains fits into the downtime limit, and all that may change their course meanwhile.
 
 mod brake;
+mod looks;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,6 +12,7 @@ use pagecopy::policy::{Decision, Earlier, Precopy, Sample, SwitchReason};
 use pagecopy::throttle::PERCENT_MAX;
 
 use self::brake::Brake;
+use self::looks::Looks;
 use super::environment::Environment;
 use super::watch::Watch;
 use super::{Attempt, Cause, SourceBackend, state_time};
@@ -119,9 +121,8 @@ struct Course<'a> {
     ways: u32,
     /// How long there was nothing to send, for receipts were on their way.
     waited: Duration,
-    /// Whether all of memory is compared in the end, and how long that took when it was tried.
-    final_check: bool,
-    checked: Option<Duration>,
+    /// Comparisons of all memory.
+    looks: Looks,
     /// Trials of the state's time so far.
     rehearsals: u32,
     /// A trial left the guest paused that is to run, since then.
@@ -163,8 +164,7 @@ impl<'a> Course<'a> {
             round_trip,
             ways,
             waited: Duration::ZERO,
-            final_check: false,
-            checked: None,
+            looks: Looks::default(),
             rehearsals: 0,
             left_paused: None,
             state_time,
@@ -256,18 +256,28 @@ impl<'a> Course<'a> {
         if self.rehearsals == 0 || (long && self.rehearsals < REHEARSALS_MAX) {
             self.rehearse(paused)?;
         }
-        let (syncing, paused_before) = (clock::now(), self.source.paused());
-        let dirtied = self.source.dirty_sync().map_err(Cause::from)?;
-        let sync_time = clock::now() - syncing + self.check_time()?;
+        if let Some(unseen) = self.looks.unseen_bytes(clock::now())
+            && let Some(switch) = self.policy.foresee(self.source.remaining_bytes() + unseen)
+        {
+            mover.end_round(0);
+            self.report();
+            return Ok(switch);
+        }
+        let (begun_sync, paused_before) = (clock::now(), self.source.paused());
+        let mut dirtied = self.source.sync_log().map_err(Cause::from)?;
+        let sync_time = clock::now() - begun_sync;
+        let looked = self.looks.after_sync(self.source, self.began).map_err(Cause::from)?;
+        (dirtied, self.waited) = (dirtied + looked.pages, self.waited + looked.took);
         let round_min = ROUND_MIN.max((self.source.paused() - paused_before) * PAUSED_SHARE);
         mover.end_round(dirtied);
         let counters = self.source.counters();
         let sample = Sample {
-            remaining_logical_bytes: self.source.remaining_bytes(),
+            remaining_logical_bytes: self.source.remaining_bytes()
+                + self.looks.unseen_bytes(clock::now()).unwrap_or(0),
             dirtied_pages: dirtied,
             acked_logical_bytes: counters.logical_sent_and_acked(),
             acked_wire_bytes: counters.wire_acked.load(Ordering::Relaxed),
-            state_time_us: (self.switch_time() + sync_time).as_micros() as u64,
+            state_time_us: (self.switch_time() + sync_time + looked.alone).as_micros() as u64,
             waited_us: self.waited.as_micros() as u64,
         };
         let decision = self.policy.on_sync(micros(self.began), sample);
@@ -291,20 +301,6 @@ impl<'a> Course<'a> {
             self.waited += left.min(Duration::from_millis(1));
         }
         Ok(decision)
-    }
-
-    /// How long a comparison of all memory takes, which is part of the downtime where it is asked for: tried once.
-    fn check_time(&mut self) -> Result<Duration, Cause> {
-        // A sync that compares takes that time already.
-        if !self.final_check || self.source.compared() {
-            return Ok(Duration::ZERO);
-        }
-        if let Some(time) = self.checked {
-            return Ok(time);
-        }
-        let begun = clock::now();
-        self.source.compare()?;
-        Ok(*self.checked.insert(clock::now() - begun))
     }
 
     /// Tries how long the state takes, at a moment when the streams still have work.
@@ -503,7 +499,7 @@ impl<E: Environment> Attempt<'_, E> {
         let source = source.clone();
         let ways = if watch.may_finish_in_flight() { WAYS } else { WAYS_SETTLED };
         let mut course = Course::new(backend, progress, &source, began, round_trip, ways)?;
-        course.final_check = final_check;
+        course.looks.in_the_end = final_check;
         let mut left_paused = None;
         let rounds = course.run(watch, feeder, (backend, after), &mut left_paused).await;
         if left_paused.is_some() {

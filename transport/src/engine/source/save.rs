@@ -264,7 +264,7 @@ impl Saving<'_> {
         self.paused_at = Some(clock::now());
         guest.pause()?;
         source.hurry();
-        let dirtied = source.dirty_sync()?;
+        let dirtied = feeder.sync(watch.waits(), || watch.check()).await?;
         feeder.settle(watch.waits(), || watch.check()).await?;
         let state = state::pieces(&**guest, u8::from(!self.backend.paused))?;
         watch.end_round(dirtied);

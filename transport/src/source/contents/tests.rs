@@ -11,6 +11,7 @@ use vm_memory::volatile_memory::VolatileSlice;
 
 use crate::guest_memory::Memory;
 use crate::source::PageSource;
+use crate::source::contents::Comparing;
 use crate::source::doubles::options;
 
 /// Memory of one chunk more than a stretch, in whose last chunk are holes.
@@ -20,6 +21,8 @@ struct Holed {
 }
 
 const LAST: u32 = super::STRETCH;
+/// In place of holes: nobody can tell.
+const UNKNOWN: u64 = u64::MAX;
 
 impl GuestRam for Holed {
     fn layout(&self) -> &Layout {
@@ -30,6 +33,9 @@ impl GuestRam for Holed {
     }
     fn populated(&self, first: u32, pages: &mut [u64]) -> Result<(), BackendError> {
         pages.fill(u64::MAX);
+        if self.holes.load(Ordering::Relaxed) == UNKNOWN {
+            return Err(BackendError::invalid("no holes are known"));
+        }
         if let Some(last) = pages.get_mut((LAST - first) as usize) {
             *last &= !self.holes.load(Ordering::Relaxed);
         }
@@ -102,4 +108,31 @@ fn what_the_destination_may_have_is_not_taken_for_zeros() {
     ram.memory.write(LAST, 9, &[0; 4096]);
     assert_eq!(source.dirty_sync().unwrap(), 1);
     assert_eq!(source.pending.get(LAST), 1 << 9);
+}
+
+#[test]
+fn threads_beside_find_the_same_and_end_when_nobody_waits() {
+    let (ram, source) = sent(0);
+    let source = Arc::new(source);
+    ram.memory.write(0, 5, &[1; 4096]);
+    ram.memory.write(LAST, 63, &[1; 4096]);
+    let comparing = Comparing::begin(&source);
+    assert_eq!(comparing.end().unwrap().pages, 2);
+    assert_eq!((source.pending.get(0), source.pending.get(LAST)), (1 << 5, 1 << 63));
+    drop(Comparing::begin(&source));
+    assert_eq!(Arc::strong_count(&source), 1, "no thread is left");
+    // Without a thread whoever ends it does the work.
+    ram.memory.write(LAST, 3, &[1; 4096]);
+    let alone = Comparing { source: source.clone(), search: Arc::default(), threads: Vec::new() };
+    assert!(alone.is_over());
+    assert_eq!(alone.end().unwrap().pages, 1);
+}
+
+#[test]
+fn memory_that_cannot_tell_its_holes_ends_a_comparison() {
+    let (ram, source) = sent(0);
+    let source = Arc::new(source);
+    ram.holes.store(UNKNOWN, Ordering::Relaxed);
+    assert!(source.compare().unwrap_err().to_string().contains("no holes"));
+    assert!(Comparing::begin(&source).end().unwrap_err().to_string().contains("no holes"));
 }
