@@ -41,6 +41,21 @@ pub(super) struct CtlArgs {
     pub(super) json: bool,
 }
 
+/// Names the VM where commands say how they are used: by itself clap leaves out what `schema` does without.
+pub(super) fn with_usages(mut command: clap::Command) -> clap::Command {
+    let mut built = command.clone();
+    built.build();
+    for part in built.get_subcommands_mut() {
+        let (name, usage) = (part.get_name().to_owned(), part.render_usage().to_string());
+        if let Some(usage) = usage.strip_prefix("Usage: ctl ").filter(|_| name != "schema" && name != "help")
+        {
+            let usage = format!("pageferry ctl <API> {usage}");
+            command = command.mut_subcommand(name, |part| part.override_usage(usage));
+        }
+    }
+    command
+}
+
 #[derive(Debug, Subcommand)]
 enum CtlCommand {
     /// Shows how the VM and its last migration stand

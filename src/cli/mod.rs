@@ -34,7 +34,7 @@ mod words;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use pageferry::engine::report::Status;
 use pageferry::vmm_shim::lost_room;
 use pageferry::{CodecMode, RdmaOptions, SourceBuilder, reserve};
@@ -47,6 +47,17 @@ struct Cli {
     command: Command,
     #[command(flatten)]
     log: log::LogArgs,
+}
+
+impl Cli {
+    fn parse_arguments<T>(words: impl IntoIterator<Item = T>) -> Result<Self, clap::Error>
+    where
+        T: Into<std::ffi::OsString> + Clone,
+    {
+        let mut command = Self::command().mut_subcommand("ctl", ctl::with_usages);
+        let matches = command.try_get_matches_from_mut(words)?;
+        Self::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+    }
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 the migration failed and the source has the guest, \
@@ -116,7 +127,7 @@ pub fn run() -> ExitCode {
         true => tracing::error!("{text}"),
         false => say(text),
     });
-    let code = match Cli::try_parse() {
+    let code = match Cli::parse_arguments(std::env::args_os()) {
         Ok(cli) => run_command(&cli),
         Err(error) => usage(&error),
     };
@@ -261,5 +272,40 @@ impl TransferArgs {
             .link_timeout(Duration::from_secs(self.link_timeout))
             .reconnect_timeout(Duration::from_secs(self.reconnect_timeout))
             .rdma(self.rdma.options())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(line: &str) -> String {
+        Cli::parse_arguments(line.split(' ')).map(|_| ()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().mut_subcommand("ctl", ctl::with_usages).debug_assert();
+        Cli::parse_arguments("pageferry ctl unix:/run/a.sock plan --link 1Gbit".split(' ')).unwrap();
+        Cli::parse_arguments("pageferry ctl schema".split(' ')).unwrap();
+    }
+
+    #[test]
+    fn usages_name_the_vm_that_is_commanded() {
+        for (command, rest) in [
+            ("plan", "[OPTIONS] --link <RATE>"),
+            ("migrate", "[OPTIONS] <URI>"),
+            ("recover", "[OPTIONS] <URI>"),
+        ] {
+            let usage = format!("Usage: pageferry ctl <API> {command} {rest}");
+            for text in [
+                said(&format!("pageferry ctl unix:/x {command}")),
+                said(&format!("pageferry ctl {command} --help")),
+            ] {
+                assert!(text.contains(&usage), "{usage}: {text}");
+            }
+        }
+        assert!(said("pageferry ctl schema --help").contains("Usage: pageferry ctl schema"));
+        assert!(said("pageferry ctl").contains("pageferry ctl <API> [OPTIONS] <COMMAND>"));
     }
 }

@@ -152,7 +152,8 @@ fn the_labs_guest_passes_this_by_soft_dirty_bits() {
     if vmm_shim::foreign::check().is_ok() {
         return println!("skipped: this kernel notes written pages, the lab is not needed");
     }
-    let script = "exec \"$0\" --test-threads 1 --show-output --color never counter::a_counter_guest";
+    let script =
+        "exec \"$0\" --test-threads 1 --show-output --color never counter::a_counter_guest memory::bits_that";
     let Some(lines) = in_lab::run(&[], script) else { return };
     assert!(lines.iter().any(|line| line.starts_with("hop 1: tcp:")), "{}", lines.join("\n"));
     if cfg!(feature = "rdma") {

@@ -82,6 +82,47 @@ fn memory_that_other_processes_write_is_refused() {
     refused("send", &qemu, &["`ivshmem-plain", "device_del", "other processes write"]);
 }
 
+/// Bits that lie, or that nobody sets, are asked for and refused, with what works in their place; `auto` takes that.
+#[test]
+fn bits_that_say_nothing_are_refused_by_name() {
+    if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
+        return println!("skipped: no QEMU: qemu-system-x86_64");
+    }
+    let _turn = turn();
+    let by_bits = |qemu: &Qemu| {
+        let command =
+            ["qemu", "send", "tcp:127.0.0.1:9", "--qmp", &qemu.qmp(), "--tracker", "soft-dirty", "--json"];
+        let ended = Ferry::start(command).wait_for(PATIENCE);
+        ended.code(3).says(&["compare contents instead"]);
+        assert_eq!(qemu.status(), "prelaunch");
+        ended.stderr
+    };
+    let folder = folder();
+    if vmm_shim::foreign::check().is_err() {
+        let qemu = start(&folder.path().join("ram"), &["-machine", "memory-backend=ram"], &[]);
+        let said = by_bits(&qemu);
+        assert!(said.contains("does not note them") && said.contains("CONFIG_MEM_SOFT_DIRTY"), "{said}");
+        return;
+    }
+    let reserve = Path::new("/proc/sys/vm/nr_hugepages");
+    let pages = || fs::read_to_string(reserve).ok()?.trim().parse::<u64>().ok();
+    let before = pages();
+    let _ = fs::write(reserve, "32");
+    if pages().is_none_or(|pages| pages < 32) {
+        return println!("skipped: 64 MiB of huge pages cannot be had");
+    }
+    let mounted =
+        Command::new("mount").args(["-t", "hugetlbfs", "none"]).arg(folder.path()).status().unwrap();
+    assert!(mounted.success());
+    let qemu = start(&folder.path().join("ram"), &["-machine", "memory-backend=ram"], &[]);
+    let said = by_bits(&qemu);
+    drop(qemu);
+    let unmounted = Command::new("umount").arg("-l").arg(folder.path()).status().unwrap();
+    let _ = fs::write(reserve, before.unwrap_or_default().to_string());
+    assert!(said.contains("hugetlbfs have no soft-dirty bits"), "{said}");
+    assert!(unmounted.success());
+}
+
 /// Another user has neither QEMU's files nor its page table, if he may speak to its monitor.
 #[test]
 fn another_user_is_told_whose_process_it_is() {
