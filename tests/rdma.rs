@@ -194,7 +194,7 @@ fn what_is_missing_is_named() {
     let (code, words) = if cfg!(feature = "rdma") {
         (3, &["no RDMA device", "pageferry lab"][..])
     } else {
-        (2, &["--features rdma", "libibverbs-dev", "librdmacm-dev", "libclang-dev"][..])
+        (2, &["--features rdma", "libibverbs-dev", "librdmacm-dev", "libclang-dev", "pkg-config"][..])
     };
     assert_eq!(output.status.code(), Some(code), "{said}");
     for word in words {

@@ -76,8 +76,8 @@ impl FromStr for Uri {
             "unix" if rest.contains('\0') => fail("the path holds a NUL"),
             "unix" => Ok(Self::Unix(rest.into())),
             "rdma" if !cfg!(feature = "rdma") => fail(
-                "the rdma transport is not built in; build with `--features rdma`, which needs libibverbs-dev, librdmacm-dev \
-                 and libclang-dev (Debian's names)",
+                "the rdma transport is not built in; build with `--features rdma`, which needs libibverbs-dev, librdmacm-dev, \
+                 libclang-dev and pkg-config (Debian's names)",
             ),
             "tcp" | "rdma" => {
                 let Some((host, port)) = rest.rsplit_once(':') else { return fail("no port") };
@@ -202,7 +202,7 @@ mod tests {
             assert!("rdma:h".parse::<Uri>().unwrap_err().to_string().contains("no port"));
         } else {
             let error = uri.unwrap_err().to_string();
-            for word in ["--features rdma", "libibverbs-dev", "librdmacm-dev", "libclang-dev"] {
+            for word in ["--features rdma", "libibverbs-dev", "librdmacm-dev", "libclang-dev", "pkg-config"] {
                 assert!(error.contains(word), "{error}");
             }
         }
