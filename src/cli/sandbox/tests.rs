@@ -181,6 +181,8 @@ fn strict_runs_no_program_and_has_what_it_is_allowed() {
     let mut profile = Profile::vm(&allowed.path().join("api"), &memory, true);
     profile.allow(allowed.path()).unwrap();
     assert!(profile.allow(&outside.path().join("none")).is_err());
+    // Without it a host may know no name.
+    let knows_names = std::path::Path::new("/etc/hosts").exists();
     if !entered(&profile) {
         return;
     }
@@ -188,7 +190,8 @@ fn strict_runs_no_program_and_has_what_it_is_allowed() {
     assert_refused("create", &fs::write(outside.path().join("archive"), "x"), libc::EACCES);
     assert_refused("read", &fs::read("/etc/passwd").map(drop), libc::EACCES);
     assert_refused("spawn", &Command::new("true").status().map(drop), libc::EPERM);
-    assert!(std::net::ToSocketAddrs::to_socket_addrs("localhost:1").is_ok(), "names are resolved");
+    let resolved = std::net::ToSocketAddrs::to_socket_addrs("localhost:1");
+    assert!(!knows_names || resolved.is_ok(), "names are resolved");
 }
 
 #[test]

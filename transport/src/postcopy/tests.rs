@@ -118,6 +118,8 @@ fn opened(stream: UnixStream) -> Connection {
 /// Asks for pages while everything else is held back for hours, once a first frame was sent ahead of its time.
 fn ask_while_the_rest_waits(pair: &Pair) {
     wait_until("the first frame", PATIENCE, || pair.sink.left() < pair.server.total());
+    // What is asked before there is a connection to ask on is asked on it then, of those who wait; nobody does here.
+    wait_until("a connection for requests", PATIENCE, || pair.sink.writer().is_some());
     let left = pair.sink.left();
     let asked = 128;
     for page in 0..asked {
