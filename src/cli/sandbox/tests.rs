@@ -182,7 +182,7 @@ fn strict_runs_no_program_and_has_what_it_is_allowed() {
     profile.allow(allowed.path()).unwrap();
     assert!(profile.allow(&outside.path().join("none")).is_err());
     // Without it a host may know no name.
-    let knows_names = std::path::Path::new("/etc/hosts").exists();
+    let knows_names = Path::new("/etc/hosts").exists();
     if !entered(&profile) {
         return;
     }
