@@ -14,6 +14,8 @@ mod vm;
 mod guests;
 #[path = "postcopy/handover.rs"]
 mod handover;
+#[path = "common/huge_pages.rs"]
+mod huge_pages;
 #[path = "postcopy/limits.rs"]
 mod limits;
 #[path = "postcopy/links.rs"]

@@ -12,6 +12,8 @@ mod device;
 mod faults;
 #[path = "qemu/harness.rs"]
 mod harness;
+#[path = "common/huge_pages.rs"]
+mod huge_pages;
 #[path = "common/in_lab.rs"]
 mod in_lab;
 #[path = "qemu/memory.rs"]

@@ -1,10 +1,9 @@
 //! Every kind of guest and of memory arrives whole.
 
-use std::time::Duration;
-
 use serde_json::{Value, json};
 use testkit::{PATIENCE, wait_for};
 
+use crate::huge_pages::HugePages;
 use crate::vm::{Spec, Vm, World, have_kvm, pageferry, prove};
 
 /// Moves a guest by postcopy that begins at once, and looks at what both sides report.
@@ -156,40 +155,4 @@ fn the_demo_proves_it() {
     assert_eq!((&report["status"], &report["verified"]), (&"completed".into(), &true.into()), "{report}");
     assert!(report["postcopy"]["pages"].as_u64().is_some_and(|n| n > 0), "{report}");
     assert!(report["downtime_ms"].as_f64().is_some_and(|n| n < 1000.0), "{report}");
-}
-
-/// Huge pages that the host keeps for a test.
-struct HugePages {
-    before: u64,
-}
-
-const RESERVE: &str = "/proc/sys/vm/nr_hugepages";
-
-impl HugePages {
-    /// Reserves so many more; `None`, with the reason printed, where the host does not allow it.
-    fn reserve(count: u64) -> Option<Self> {
-        let read = || std::fs::read_to_string(RESERVE).ok()?.trim().parse::<u64>().ok();
-        let Some(before) = read() else {
-            println!("skipped: no huge pages on this host");
-            return None;
-        };
-        let reserve = Self { before };
-        if let Err(error) = std::fs::write(RESERVE, (before + count).to_string()) {
-            println!("skipped: no right to reserve huge pages ({error})");
-            return None;
-        }
-        if read().is_none_or(|now| now < before + count) {
-            println!("skipped: {count} huge pages cannot be had");
-            return None;
-        }
-        Some(reserve)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        // Whoever may not write it did not change it.
-        let _ = std::fs::write(RESERVE, self.before.to_string());
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }

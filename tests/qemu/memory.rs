@@ -8,6 +8,7 @@ use std::process::Command;
 use testkit::{PATIENCE, Rng};
 
 use crate::common::{Ferry, MIB, folder, turn};
+use crate::huge_pages::HugePages;
 use crate::migrate;
 use crate::rig::{self, Qemu, Rig};
 use crate::{receive, refused};
@@ -82,7 +83,7 @@ fn memory_that_other_processes_write_is_refused() {
     refused("send", &qemu, &["`ivshmem-plain", "device_del", "other processes write"]);
 }
 
-/// Bits that lie, or that nobody sets, are asked for and refused, with what works in their place; `auto` takes that.
+/// Bits that lie, or that nobody sets, are asked for and refused, with what works in their place.
 #[test]
 fn bits_that_say_nothing_are_refused_by_name() {
     if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
@@ -104,23 +105,28 @@ fn bits_that_say_nothing_are_refused_by_name() {
         assert!(said.contains("does not note them") && said.contains("CONFIG_MEM_SOFT_DIRTY"), "{said}");
         return;
     }
-    let reserve = Path::new("/proc/sys/vm/nr_hugepages");
-    let pages = || fs::read_to_string(reserve).ok()?.trim().parse::<u64>().ok();
-    let before = pages();
-    let _ = fs::write(reserve, "32");
-    if pages().is_none_or(|pages| pages < 32) {
-        return println!("skipped: 64 MiB of huge pages cannot be had");
-    }
-    let mounted =
-        Command::new("mount").args(["-t", "hugetlbfs", "none"]).arg(folder.path()).status().unwrap();
-    assert!(mounted.success());
+    let Some(_reserve) = HugePages::reserve(32) else { return };
+    let _mounted = Mounted::new(folder.path());
     let qemu = start(&folder.path().join("ram"), &["-machine", "memory-backend=ram"], &[]);
     let said = by_bits(&qemu);
-    drop(qemu);
-    let unmounted = Command::new("umount").arg("-l").arg(folder.path()).status().unwrap();
-    let _ = fs::write(reserve, before.unwrap_or_default().to_string());
     assert!(said.contains("hugetlbfs have no soft-dirty bits"), "{said}");
-    assert!(unmounted.success());
+}
+
+/// A hugetlbfs, for as long as this is there.
+struct Mounted<'a>(&'a Path);
+
+impl<'a> Mounted<'a> {
+    fn new(at: &'a Path) -> Self {
+        let mounted = Command::new("mount").args(["-t", "hugetlbfs", "none"]).arg(at).status().unwrap();
+        assert!(mounted.success());
+        Self(at)
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0).status();
+    }
 }
 
 /// Another user has neither QEMU's files nor its page table, if he may speak to its monitor.
